@@ -1,0 +1,219 @@
+"""What can be chosen, checked once: `QuantConfig` is what the user asks for, `Recipe` a row of the preset table,
+`CheckpointConfig` the `quantization_config` of config.json.
+
+Nothing in here imports torch's heavier friends, so that bad options are refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from .errors import CheckpointError, ConfigError, did_you_mean
+from .layout import MAX_ROTATIONS, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, LinearLayout
+
+QUANT_METHOD = "paroquant"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
+
+    transform: fit channel scales and rotations at all; without, the checkpoint has K = 0.
+    steps, learning_rate, final_rate: AdamW on the quadratic proxy, cosine decay to `final_rate` times the rate.
+    rounding: "nearest" or "gptq".
+    damping: share of the Hessian's mean diagonal added before GPTQ.
+    by_activation: GPTQ takes the columns with the largest activations first.
+    shrinks: ranges tried per group before rounding, as factors of min and max.
+    sweeps: coordinate-descent passes after GPTQ; refit_scales: refit group scales in each.
+    drift: share of the earlier layers' error that a layer's weight is asked to correct, 0 to 1.
+    """
+
+    transform: bool = True
+    steps: int = 150
+    learning_rate: float = 0.05
+    final_rate: float = 0.05
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    damping: float = 0.01
+    by_activation: bool = False
+    shrinks: tuple[float, ...] = (1.0,)
+    sweeps: int = 0
+    refit_scales: bool = True
+    drift: float = 0.0
+
+
+#: The presets, by name. "rtn" is the baseline that every method is measured against.
+PRESETS: dict[str, Recipe] = {
+    "fast": Recipe(),
+    "gptq": Recipe(transform=False),
+    "rtn": Recipe(transform=False, rounding="nearest"),
+}
+
+PAIR_SELECTIONS = ("random", "magnitude")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What to do to a model; refuses impossible values on construction with `ConfigError`.
+
+    preset: a row of `PRESETS`; recipe: overrides that row, for experiments.
+    bits: 2, 3, 4 or 8 per weight; symmetric: zero point fixed in the middle.
+    group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
+    rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
+    share_rotations: one transform for all linears that read the same input.
+    samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
+    ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
+    """
+
+    preset: str = "fast"
+    bits: int = 4
+    group_size: int | Literal["auto"] = 128
+    rotations: int = 8
+    symmetric: bool = False
+    pair_selection: str = "random"
+    share_rotations: bool = False
+    samples: int = 128
+    seq_len: int = 2048
+    calibration: tuple[str, ...] = ("default",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    seed: int = 0
+    recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
+
+    def __post_init__(self) -> None:
+        _choice("preset", self.preset, PRESETS)
+        _choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
+        _choice("bits", self.bits, SUPPORTED_BITS)
+        _choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
+        _whole("rotations", self.rotations, 0, MAX_ROTATIONS)
+        _whole("samples", self.samples, 1, 1_000_000)
+        _whole("seq_len", self.seq_len, 2, 1_000_000)
+        _whole("seed", self.seed, 0, 2**63 - 1)
+        for name in ("calibration", "ignore"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for pattern in self.ignore:
+            _regular_expression(pattern)
+        if self.recipe is None:
+            object.__setattr__(self, "recipe", PRESETS[self.preset])
+        if not self.recipe.transform:
+            object.__setattr__(self, "rotations", 0)
+
+    def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
+        """The layout of a linear of this size; `group_size` must have been resolved to a number."""
+        return LinearLayout(in_features, out_features, self.bits, int(self.group_size), self.rotations, bias)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `QuantConfig(**d)` with `recipe=Recipe(**d["recipe"])` gives it back."""
+        return asdict(self)
+
+    def with_group_size(self, group_size: int) -> QuantConfig:
+        """A copy with "auto" resolved."""
+        return replace(self, group_size=group_size)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`quantization_config` of config.json. The first four fields are all that a foreign checkpoint must have.
+
+    modules_to_not_convert: linears that kept their plain weight, by path.
+    shared_rotations: groups of linears, by path, whose stored transforms are equal.
+    provenance: tool version, preset, seed, calibration and its hash; None for checkpoints from elsewhere.
+    """
+
+    bits: int
+    group_size: int
+    rotations: int
+    zero_point: bool = True
+    modules_to_not_convert: tuple[str, ...] = ()
+    shared_rotations: tuple[tuple[str, ...], ...] = ()
+    provenance: dict[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("bits", SUPPORTED_BITS), ("group_size", SUPPORTED_GROUP_SIZES)):
+            if getattr(self, name) not in allowed:
+                raise _bad_entry(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
+        if type(self.rotations) is not int or not 0 <= self.rotations <= MAX_ROTATIONS:
+            raise _bad_entry("krot", self.rotations, f"a whole number from 0 to {MAX_ROTATIONS}")
+        if not isinstance(self.zero_point, bool):
+            raise _bad_entry("zero_point", self.zero_point, "true or false")
+        if not _strings(self.modules_to_not_convert):
+            raise _bad_entry("modules_to_not_convert", self.modules_to_not_convert, "a list of module paths")
+        shared = self.shared_rotations
+        if not (isinstance(shared, (list, tuple)) and all(map(_strings, shared))):
+            raise _bad_entry("shared_rotations", shared, "a list of lists of module paths")
+        if not (self.provenance is None or isinstance(self.provenance, dict)):
+            raise _bad_entry("provenance", self.provenance, "an object")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; entries that say nothing are left out."""
+        entries: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "krot": self.rotations,
+            "zero_point": self.zero_point,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "shared_rotations": [list(group) for group in self.shared_rotations],
+            "provenance": self.provenance,
+        }
+        return {key: value for key, value in entries.items() if value not in ([], None)}
+
+    @classmethod
+    def from_dict(cls, entries: Any) -> CheckpointConfig:
+        """Read the JSON object; raises `CheckpointError` naming the entry. Unknown entries are ignored."""
+        if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
+            method = entries.get("quant_method") if isinstance(entries, dict) else entries
+            raise CheckpointError(f"config.json: quant_method is {method!r}, must be {QUANT_METHOD!r}.")
+        renamed = {"rotations" if key == "krot" else key: value for key, value in entries.items()}
+        given = {f.name: renamed[f.name] for f in fields(cls) if f.name in renamed}
+        for name in ("bits", "group_size", "rotations"):
+            if name not in given:
+                raise CheckpointError(f"config.json: quantization_config has no {name!r}. The checkpoint is damaged.")
+        return cls(**{key: _frozen(value) for key, value in given.items()})
+
+    def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
+        """The layout of a linear of this size."""
+        return LinearLayout(in_features, out_features, self.bits, self.group_size, self.rotations, bias)
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a module path is named by one of the `ignore` patterns (see `QuantConfig`)."""
+    return any(_matches_one(path, pattern) for pattern in patterns)
+
+
+def _matches_one(path: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], path) is not None
+    return f".{path}.".endswith(f".{pattern}.") or f"{path}.".startswith(f"{pattern}.")
+
+
+def _choice(name: str, value: Any, allowed) -> None:
+    if type(value) not in (str, int) or value not in allowed:
+        names = [str(item) for item in allowed]
+        raise ConfigError(f"{name} is {value!r}, allowed: {', '.join(names)}{did_you_mean(str(value), names)}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}, allowed: whole numbers from {low} to {high}")
+
+
+def _regular_expression(pattern: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _bad_entry(name: str, value: Any, allowed: str) -> CheckpointError:
+    return CheckpointError(f"config.json: quantization_config.{name} is {value!r}, must be {allowed}.")
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

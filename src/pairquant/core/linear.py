@@ -1,0 +1,120 @@
+"""The whole story of one linear layer on one page.
+
+    encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
+    decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
+    forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     (equal to x Ŵᵀ)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import Recipe
+from ..layout import LinearLayout, PackedLinear
+from . import rounding
+from .packing import pack, unpack
+from .quantizer import dequantize
+from .rotation import rotate, rotate_dense, rotation_matrix
+from .rounding import Grid, stored
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Channel scale and K rotations of one linear's input, with the values that fp16 storage keeps.
+
+    theta: float32 [K, C/2]; pairs: int16 [K, C]; inverse_scales: float32 [C], the 1/a that multiplies activations
+    (stored as `channel_scales`); matrix: the dense R, [G, g, g].
+    """
+
+    theta: Tensor
+    pairs: Tensor
+    inverse_scales: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def build(cls, theta: Tensor, pairs: Tensor, inverse_scales: Tensor, group_size: int) -> Transform:
+        """From fitted or stored values; rounds them to fp16 first."""
+        theta = stored(theta.detach().float())
+        matrix = rotation_matrix(theta, pairs, group_size)
+        return cls(theta, pairs, stored(inverse_scales.detach().float()).flatten(), matrix)
+
+    @classmethod
+    def identity(cls, channels: int, group_size: int, rotations: int = 0, device=None) -> Transform:
+        """No scaling, all angles zero."""
+        pairs = torch.arange(group_size, dtype=torch.int16, device=device).repeat(rotations, channels // group_size)
+        theta = torch.zeros(rotations, channels // 2, device=device)
+        return cls.build(theta, pairs.view(rotations, channels), torch.ones(channels, device=device), group_size)
+
+    def weight_in(self, w: Tensor) -> Tensor:
+        """(W · diag(a)) R, for w [N, C]."""
+        return rotate_dense(w / self.inverse_scales, self.matrix)
+
+    def weight_out(self, w_rot: Tensor) -> Tensor:
+        """The inverse of `weight_in`."""
+        return rotate_dense(w_rot, self.matrix.mT) * self.inverse_scales
+
+    def hessian_in(self, hessian: Tensor) -> Tensor:
+        """Rᵀ diag(1/a) H diag(1/a) R: second moments of the transformed activations, for H [C, C]."""
+        half = rotate_dense(hessian * self.inverse_scales, self.matrix)
+        return rotate_dense(half.T * self.inverse_scales, self.matrix)
+
+
+def encode(
+    weight: Tensor,
+    transform: Transform,
+    hessian: Tensor | None,
+    layout: LinearLayout,
+    recipe: Recipe,
+    symmetric: bool = False,
+    bias: Tensor | None = None,
+) -> PackedLinear:
+    """Transform, round and pack one linear.
+
+    weight: [N, C]; hessian: XᵀX of its inputs [C, C], needed for GPTQ and for weighing a range search.
+    """
+    w_rot = transform.weight_in(weight.float())
+    h_rot = transform.hessian_in(hessian.float()) if hessian is not None else None
+    grid = rounding.search_range(w_rot, h_rot, layout.bits, layout.group_size, symmetric, recipe.shrinks)
+    if recipe.rounding == "nearest":
+        codes = rounding.nearest(w_rot, grid)
+    else:
+        codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation)
+        if recipe.sweeps:
+            grid, codes = rounding.refine(w_rot, h_rot, grid, codes, recipe.sweeps, recipe.refit_scales)
+    return PackedLinear(
+        layout=layout,
+        qweight=pack(codes.T.contiguous(), layout.bits),
+        qzeros=pack(grid.zero.T.to(torch.uint8).contiguous(), layout.bits),
+        scales=grid.scale.T.half().contiguous(),
+        theta=transform.theta.half(),
+        pairs=transform.pairs.to(torch.int16),
+        channel_scales=transform.inverse_scales.half()[None],
+        bias=bias.half() if bias is not None else None,
+    )
+
+
+def transform_of(packed: PackedLinear) -> Transform:
+    """The stored transform, ready to use."""
+    return Transform.build(packed.theta, packed.pairs, packed.channel_scales, packed.layout.group_size)
+
+
+def rotated_weight(packed: PackedLinear) -> Tensor:
+    """ŵ = (q - z) · s in the rotated basis: float32 [N, C]."""
+    bits = packed.layout.bits
+    codes, zeros = unpack(packed.qweight, bits).T.contiguous(), unpack(packed.qzeros, bits).T.float()
+    return dequantize(codes, packed.scales.T.float(), zeros)
+
+
+def decode(packed: PackedLinear) -> Tensor:
+    """The dense weight that the packed linear stands for, in the original basis: float32 [N, C]."""
+    return transform_of(packed).weight_out(rotated_weight(packed))
+
+
+def forward(packed: PackedLinear, x: Tensor) -> Tensor:
+    """The reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
+    x_rot = rotate(x.float() * packed.channel_scales.float(), packed.theta.float(), packed.pairs, packed.layout.group_size)
+    y = x_rot @ rotated_weight(packed).T
+    return y + packed.bias.float() if packed.bias is not None else y

@@ -1,0 +1,74 @@
+"""Pairwise rotations: applied step by step, undone, and folded into one dense matrix per group.
+
+A Givens rotation on channels (i, j) with angle t:  y_i = cos t · x_i + sin t · x_j,  y_j = cos t · x_j - sin t · x_i.
+K sets of disjoint ones, in order, act on row vectors from the right as R = P_1 P_2 … P_K, orthogonal and
+block-diagonal over groups (paper, section 3).
+
+Everywhere: theta floating [K, C/2]; pairs integer [K, C], group-local (see `layout`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int) -> Tensor:
+    """x R, one rotation after the other. x: [..., C]; computed and returned in x's dtype. Differentiable."""
+    return _apply_steps(x, theta, pairs, group_size, range(theta.shape[0]), sign=1.0)
+
+
+def unrotate(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int) -> Tensor:
+    """x Rᵀ, the inverse of `rotate`: the rotations in reverse order with negated angles. x: [..., C]."""
+    return _apply_steps(x, theta, pairs, group_size, reversed(range(theta.shape[0])), sign=-1.0)
+
+
+def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Tensor | None = None) -> Tensor:
+    """The dense R of every group: [G, g, g] in theta's dtype, differentiable in theta.
+
+    `positions` is `givens_positions(pairs, group_size)`, for callers that build R for the same pairs again and again.
+    The K factors are multiplied as a balanced tree of batched products, so autograd runs through log2(K) of them.
+    """
+    rotations, half = theta.shape
+    num_groups = 2 * half // group_size
+    if rotations == 0:
+        return torch.eye(group_size, dtype=theta.dtype, device=theta.device).expand(num_groups, -1, -1)
+    if positions is None:
+        positions = givens_positions(pairs, group_size)
+    cos, sin = theta.cos().flatten(), theta.sin().flatten()
+    entries = torch.stack((cos, cos, sin, -sin))
+    factors = torch.zeros(rotations * num_groups * group_size**2, dtype=theta.dtype, device=theta.device)
+    factors = factors.index_put((positions,), entries).view(rotations, num_groups, group_size, group_size)
+    while len(factors) > 1:
+        even = len(factors) // 2 * 2
+        factors = torch.cat((factors[0:even:2] @ factors[1:even:2], factors[even:]))
+    return factors[0]
+
+
+def givens_positions(pairs: Tensor, group_size: int) -> Tensor:
+    """Where [i, i], [j, j], [j, i] and [i, j] of each pair lie in the flattened factors: int64 [4, K · C/2]."""
+    rotations, channels = pairs.shape
+    i, j = pairs.long().view(-1, 2).unbind(-1)
+    block = torch.arange(rotations * channels // group_size, device=pairs.device)
+    base = block.repeat_interleave(group_size // 2) * group_size**2
+    return torch.stack((i * group_size + i, j * group_size + j, j * group_size + i, i * group_size + j)) + base
+
+
+def rotate_dense(x: Tensor, matrix: Tensor) -> Tensor:
+    """x R with the dense per-group matrix. x: [..., C], matrix: [G, g, g]; pass `matrix.mT` to undo."""
+    num_groups, g, _ = matrix.shape
+    by_group = x.reshape(-1, num_groups, g).transpose(0, 1)
+    return (by_group @ matrix).transpose(0, 1).reshape(x.shape)
+
+
+def _apply_steps(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int, steps, sign: float) -> Tensor:
+    channels = x.shape[-1]
+    start = torch.arange(0, channels, group_size, device=x.device).repeat_interleave(group_size // 2)
+    for k in steps:
+        i, j = pairs[k].long().view(-1, 2).unbind(-1)
+        i, j = i + start, j + start
+        cos, sin = theta[k].cos().to(x.dtype), (sign * theta[k].sin()).to(x.dtype)
+        x_i, x_j = x[..., i], x[..., j]
+        where = torch.cat((i, j)).argsort()
+        x = torch.cat((cos * x_i + sin * x_j, cos * x_j - sin * x_i), dim=-1)[..., where]
+    return x

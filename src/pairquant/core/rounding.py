@@ -1,0 +1,178 @@
+"""Rounding a rotated weight to the grid, with the inputs' second moments as the measure of what an error costs.
+
+All functions minimise (part of) the quadratic proxy tr(E H Eᵀ), E = W - Ŵ, H = XᵀX in the same basis as W:
+
+- `search_range`: each group's range, shrunk when clipping its extremes costs less than the finer grid saves;
+- `nearest`: each weight by itself;
+- `gptq`: columns in turn, each error compensated on the columns still to come (Frantar et al., 2023);
+- `refine`: coordinate descent from there, group by group: re-round every column given all the others, refit the scale.
+
+Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], grid scale and zero [N, G].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from .quantizer import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
+
+#: Columns compensated one by one before the rest is updated by one matrix product.
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of every row and group, [N, G] float32; scales already have their stored fp16 values."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    @classmethod
+    def spanning(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+        """The grid whose ends are `low` and `high` [N, G]."""
+        scale, zero = affine_parameters(low, high, bits, symmetric)
+        return cls(stored(scale), zero, bits)
+
+    def codes(self, w: Tensor) -> Tensor:
+        return quantize(w, self.scale, self.zero, self.bits)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self.scale, self.zero)
+
+
+def stored(x: Tensor) -> Tensor:
+    """The values that fp16 storage keeps."""
+    return x.half().to(x.dtype)
+
+
+def nearest(w: Tensor, grid: Grid) -> Tensor:
+    """Codes of the nearest grid points."""
+    return grid.codes(w)
+
+
+def search_range(
+    w: Tensor, hessian: Tensor | None, bits: int, group_size: int, symmetric: bool, shrinks: tuple[float, ...] = (1.0,)
+) -> Grid:
+    """For each row and group the range, out of `shrinks` times min and max, with the least error after rounding.
+
+    The error counts within the group only: e H_gg eᵀ, with H_gg the group's g × g block of the Hessian (identity
+    when there is none).
+    """
+    low, high = group_range(w, group_size)
+    best = Grid.spanning(low * shrinks[0], high * shrinks[0], bits, symmetric)
+    if len(shrinks) == 1:
+        return best
+    blocks = _diagonal_blocks(hessian, group_size) if hessian is not None else None
+    best_cost = _group_cost(w, best, blocks)
+    for shrink in shrinks[1:]:
+        grid = Grid.spanning(low * shrink, high * shrink, bits, symmetric)
+        cost = _group_cost(w, grid, blocks)
+        better = cost < best_cost
+        best_cost = torch.where(better, cost, best_cost)
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits)
+    return best
+
+
+def gptq(w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: bool) -> Tensor:
+    """Codes by error compensation, on a grid fixed beforehand.
+
+    by_activation: treat the columns with the largest diagonal of H first, while many others can still compensate.
+    """
+    order = hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian), device=w.device)
+    factor = inverse_factor(hessian[order][:, order], damping).to(w.dtype)
+    todo = w.T[order].contiguous()  # [C, N]: one column of w is one contiguous row here
+    scale, zero = _per_column(grid, w.shape[1], order)
+    codes = torch.empty_like(todo, dtype=torch.uint8)
+    top = 2**grid.bits - 1
+    for start in range(0, len(todo), BLOCK):
+        end = min(start + BLOCK, len(todo))
+        errors = torch.empty_like(todo[start:end])
+        for i in range(start, end):
+            code = (todo[i] / scale[i]).round_().add_(zero[i]).clamp_(0, top)
+            codes[i] = code
+            error = (todo[i] - (code - zero[i]) * scale[i]) / factor[i, i]
+            todo[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+            errors[i - start] = error
+        todo[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return codes[order.argsort()].T.contiguous()
+
+
+def refine(w: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, sweeps: int, refit_scales: bool = True):
+    """Coordinate descent on tr(E H Eᵀ): returns the new (grid, codes). The error never grows, but for fp16 scales.
+
+    With M = E H, moving column i of Ŵ by d changes the error by d² H_ii - 2 d M_i: the best grid point is the one
+    nearest to ŵ_i + M_i / H_ii. Likewise the best change of a group's scale is (k · M_g) / (k H_gg kᵀ), k = q - z.
+    """
+    channels, g = w.shape[1], w.shape[1] // grid.scale.shape[1]
+    hessian = hessian.to(w.dtype)
+    curvature = hessian.diagonal().clamp(min=1e-12)
+    steps = codes.T.to(w.dtype) - _per_column(grid, channels)[1]  # k = q - z, [C, N]
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # [G, N]
+    slope = hessian @ (w.T - steps * scale.repeat_interleave(g, 0))  # Mᵀ, [C, N]
+    for _ in range(sweeps):
+        for group in range(channels // g):
+            columns = slice(group * g, (group + 1) * g)
+            s, lowest = scale[group], -zero[group]
+            highest = lowest + 2**grid.bits - 1
+            k, m, local = steps[columns], slope[columns].clone(), hessian[columns, columns]
+            before = k * s
+            for i in range(g):
+                best = (k[i] + m[i] / (curvature[columns][i] * s)).round_().clamp_(lowest, highest)
+                m.addr_(local[i], (best - k[i]) * s, alpha=-1)
+                k[i] = best
+            if refit_scales:
+                gain = (k * m).sum(0) / (k * (local @ k)).sum(0).clamp(min=1e-12)
+                scale[group] = stored((s + gain).clamp(min=MIN_SCALE))
+            slope.addmm_(hessian[:, columns], k * scale[group] - before, alpha=-1)
+    grid = Grid(scale.T.contiguous(), grid.zero, grid.bits)
+    return grid, (steps + zero.repeat_interleave(g, 0)).T.to(torch.uint8).contiguous()
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with (H + d·mean(diag H)·I)⁻¹ = Uᵀ U, float64; the damping grows tenfold until it factors."""
+    hessian = hessian.double()
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    level = hessian.diagonal().mean().clamp(min=1e-12)
+    for attempt in range(8):
+        lower, failed = torch.linalg.cholesky_ex(hessian + eye * (level * damping * 10**attempt))
+        if failed:
+            continue
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and factor.isfinite().all():
+            return factor
+    raise CalibrationError(
+        f"a {len(hessian)} × {len(hessian)} Hessian is not positive definite even with damping {damping * 1e7:g}: "
+        "the calibration activations are degenerate. Use more or other calibration text."
+    )
+
+
+def proxy_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ), the relative squared error of the layer's output over the calibration text."""
+    error = w - approximation
+    return (((error @ hessian) * error).sum() / ((w @ hessian) * w).sum().clamp(min=1e-30)).item()
+
+
+def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every column, [C, N], in the given order."""
+    g = channels // grid.scale.shape[1]
+    group = torch.arange(channels, device=grid.scale.device) // g
+    group = group if order is None else group[order]
+    return grid.scale.T[group], grid.zero.T[group]
+
+
+def _diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
+    """The [G, g, g] blocks on the diagonal of H [C, C]."""
+    num_groups = len(hessian) // group_size
+    return hessian.view(num_groups, group_size, num_groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _group_cost(w: Tensor, grid: Grid, blocks: Tensor | None) -> Tensor:
+    """e H_gg eᵀ of every row and group, [N, G]."""
+    error = (w - grid.values(grid.codes(w))).view(*grid.scale.shape, -1).transpose(0, 1)  # [G, N, g]
+    weighted = error @ blocks.to(w.dtype) if blocks is not None else error
+    return (weighted * error).sum(-1).T

@@ -1,0 +1,169 @@
+"""The walk over the decoder blocks: each is fitted on what the quantized blocks before it hand over.
+
+Per block: one pass of the calibration text collects the second moments of every distinct input; the transforms are
+fitted, the weights rounded, packed, and replaced by their decoded values; a second pass carries the text on.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QuantConfig
+from ..core.linear import Transform, decode, encode
+from ..core.rounding import proxy_error
+from ..layout import PackedLinear
+from .capture import Block, Call, Moments, MomentSum, find_blocks, first_inputs_and_calls, recorded_inputs
+from .proxy import Problem, fit_transforms
+
+#: Tokens per forward pass through one block.
+MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
+
+    shared: groups of linears with one transform.
+    """
+
+    index: int
+    path: str
+    packed: dict[str, PackedLinear]
+    errors: dict[str, float]
+    shared: list[tuple[str, ...]]
+    seconds: float
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
+) -> Iterator[BlockResult]:
+    """Quantize block after block, in place: after each yield the block holds its decoded weights.
+
+    model: a causal language model, on the CPU or on `device`; tokens: int64 [samples, T], not needed by recipes
+    that round to nearest without a transform.
+    """
+    blocks = find_blocks(model, config.ignore)
+    if not needs_text(config):
+        for index, block in enumerate(blocks):
+            yield _round_block(index, block, None, config, device)
+        return
+    micro_batch = _micro_batch(*tokens.shape)
+    streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
+    for index, block in enumerate(blocks):
+        home = next(block.module.parameters()).device
+        block.module.to(device)
+        moments = streams.moments(block, index)
+        result = _round_block(index, block, moments, config, device)
+        streams.advance(block, index)
+        block.module.to(home)
+        yield result
+
+
+def needs_text(config: QuantConfig) -> bool:
+    """Whether the recipe looks at activations at all."""
+    return config.recipe.transform or config.recipe.rounding != "nearest"
+
+
+def _round_block(
+    index: int, block: Block, moments: list[Moments] | None, config: QuantConfig, device: torch.device
+) -> BlockResult:
+    start = time.perf_counter()
+    if moments is None:
+        moments = [Moments([path], torch.eye(linear.in_features)) for path, linear in block.linears.items()]
+    weights = {path: _target(block.linears[path], m, config.recipe.drift) for m in moments for path in m.readers}
+    groups = [tuple(m.readers) for m in moments] if config.share_rotations else [(p,) for m in moments for p in m.readers]
+    hessians = {path: m.hessian for m in moments for path in m.readers}
+    problems = [
+        Problem(torch.cat([weights[p] for p in group]), hessians[group[0]] , _seed(config.seed, group[0]))
+        for group in groups
+    ]
+    with torch.enable_grad():
+        transforms = fit_transforms(problems, config)
+    result = BlockResult(index, block.path, {}, {}, [g for g in groups if len(g) > 1], 0.0)
+    for group, transform in zip(groups, transforms, strict=True):
+        for path in group:
+            _round_linear(path, block.linears[path], weights[path], transform, hessians[path], config, result)
+    object.__setattr__(result, "seconds", time.perf_counter() - start)
+    return result
+
+
+def _round_linear(path: str, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor, config, result):
+    layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+    packed = encode(target, transform, hessian, layout, config.recipe, config.symmetric, linear.bias)
+    decoded = decode(packed)
+    result.errors[path] = proxy_error(linear.weight.float(), decoded, hessian)
+    result.packed[path] = PackedLinear(layout, **{k: v.cpu() for k, v in packed.tensors().items()})
+    linear.weight.data = decoded.to(linear.weight.dtype)
+
+
+def _target(linear: nn.Linear, moments: Moments, drift: float) -> Tensor:
+    """The weight to approximate: W, moved by `drift` towards the least-squares solution of X₀ Wᵀ = X Ŵᵀ."""
+    weight = linear.weight.detach().float()
+    if not drift:
+        return weight
+    hessian = moments.hessian.double()
+    damped = hessian + torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean() * 0.01
+    correction = torch.linalg.solve(damped, (moments.cross.double() - hessian).T, left=True).T
+    return weight + drift * (weight.double() @ correction).float()
+
+
+def _seed(seed: int, path: str) -> int:
+    """A seed of its own for every transform, the same whatever was quantized before."""
+    return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63
+
+
+def _micro_batch(samples: int, seq_len: int) -> int:
+    """The largest divisor of `samples` that keeps a pass within `MICRO_BATCH_TOKENS`."""
+    limit = max(1, MICRO_BATCH_TOKENS // seq_len)
+    return max(n for n in range(1, min(limit, samples) + 1) if samples % n == 0)
+
+
+@dataclass
+class _Streams:
+    """Hidden states entering the current block: in the quantized model, and where drift asks for it the original."""
+
+    calls: list[Call]
+    quantized: list[Tensor]
+    original: list[Tensor] | None
+
+    @classmethod
+    def start(cls, model, blocks, tokens, micro_batch, keep_original, device) -> _Streams:
+        home = next(model.parameters()).device
+        hidden, calls = first_inputs_and_calls(model, blocks, tokens.to(home), micro_batch)
+        calls = [Call(_moved(c.args, device), _moved(c.kwargs, device)) for c in calls]
+        hidden = [h.to(device) for h in hidden]
+        return cls(calls, hidden, list(hidden) if keep_original else None)
+
+    def moments(self, block: Block, index: int) -> list[Moments]:
+        """Run the original block on the stream(s); the original stream moves on to the next block."""
+        total = MomentSum()
+        for i, hidden in enumerate(self.quantized):
+            reference = None
+            if self.original is not None:
+                with recorded_inputs(block.linears) as reference:
+                    self.original[i] = self.calls[index].run(block.module, self.original[i])
+            with recorded_inputs(block.linears) as inputs:
+                self.calls[index].run(block.module, hidden)
+            total.add(inputs, reference)
+        return total.checked(block.linears)
+
+    def advance(self, block: Block, index: int) -> None:
+        """Carry the quantized stream through the block, which now holds its decoded weights."""
+        self.quantized = [self.calls[index].run(block.module, hidden) for hidden in self.quantized]
+
+
+def _moved(value, device):
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(v, device) for v in value)
+    return value
