@@ -29,6 +29,7 @@ class Recipe:
     shrinks: ranges tried per group before rounding, as factors of min and max.
     sweeps: coordinate-descent passes after GPTQ; refit_scales: refit group scales in each.
     drift: share of the earlier layers' error that a layer's weight is asked to correct, 0 to 1.
+    sequential: measure each input again once the linears before it in the block are rounded.
     """
 
     transform: bool = True
@@ -42,6 +43,7 @@ class Recipe:
     sweeps: int = 0
     refit_scales: bool = True
     drift: float = 0.0
+    sequential: bool = False
 
 
 #: The presets, by name. "rtn" is the baseline that every method is measured against.

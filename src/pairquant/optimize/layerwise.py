@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +50,35 @@ def quantize_blocks(
     that round to nearest without a transform.
     """
     blocks = find_blocks(model, config.ignore)
-    if not needs_text(config):
-        for index, block in enumerate(blocks):
-            yield _round_block(index, block, None, config, device)
-        return
-    micro_batch = _micro_batch(*tokens.shape)
-    streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
+    streams = None
+    if needs_text(config):
+        micro_batch = _micro_batch(*tokens.shape)
+        streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
     for index, block in enumerate(blocks):
         home = next(block.module.parameters()).device
         block.module.to(device)
-        moments = streams.moments(block, index)
-        result = _round_block(index, block, moments, config, device)
-        streams.advance(block, index)
+        yield _quantize_block(index, block, streams, config, device)
+        if streams is not None and index + 1 < len(blocks):
+            streams.advance(block, index)
         block.module.to(home)
-        yield result
+
+
+def _quantize_block(index: int, block: Block, streams: _Streams | None, config: QuantConfig, device) -> BlockResult:
+    start = time.perf_counter()
+    result = BlockResult(index, block.path, {}, {}, [], 0.0)
+    if streams is None:
+        eye = {c: torch.eye(c, device=device) for c in {linear.in_features for linear in block.linears.values()}}
+        moments = [Moments([path], eye[linear.in_features]) for path, linear in block.linears.items()]
+    else:
+        moments = streams.moments(block, index)
+    if config.recipe.sequential:
+        _round_inputs(block, moments[:1], config, result)
+        for later in moments[1:]:
+            linears = {path: block.linears[path] for path in later.readers}
+            _round_inputs(block, streams.moments(replace(block, linears=linears), index), config, result)
+    else:
+        _round_inputs(block, moments, config, result)
+    return replace(result, seconds=time.perf_counter() - start)
 
 
 def needs_text(config: QuantConfig) -> bool:
@@ -71,27 +86,22 @@ def needs_text(config: QuantConfig) -> bool:
     return config.recipe.transform or config.recipe.rounding != "nearest"
 
 
-def _round_block(
-    index: int, block: Block, moments: list[Moments] | None, config: QuantConfig, device: torch.device
-) -> BlockResult:
-    start = time.perf_counter()
-    if moments is None:
-        moments = [Moments([path], torch.eye(linear.in_features)) for path, linear in block.linears.items()]
+def _round_inputs(block: Block, moments: list[Moments], config: QuantConfig, result: BlockResult) -> None:
+    """Fit, round and replace all linears that read these inputs; adds them to `result`."""
     weights = {path: _target(block.linears[path], m, config.recipe.drift) for m in moments for path in m.readers}
-    groups = [tuple(m.readers) for m in moments] if config.share_rotations else [(p,) for m in moments for p in m.readers]
     hessians = {path: m.hessian for m in moments for path in m.readers}
+    groups = [tuple(m.readers) for m in moments] if config.share_rotations else [(path,) for path in weights]
     problems = [
-        Problem(torch.cat([weights[p] for p in group]), hessians[group[0]] , _seed(config.seed, group[0]))
+        Problem(torch.cat([weights[p] for p in group]), hessians[group[0]], _seed(config.seed, group[0]))
         for group in groups
     ]
     with torch.enable_grad():
         transforms = fit_transforms(problems, config)
-    result = BlockResult(index, block.path, {}, {}, [g for g in groups if len(g) > 1], 0.0)
     for group, transform in zip(groups, transforms, strict=True):
+        if len(group) > 1:
+            result.shared.append(group)
         for path in group:
             _round_linear(path, block.linears[path], weights[path], transform, hessians[path], config, result)
-    object.__setattr__(result, "seconds", time.perf_counter() - start)
-    return result
 
 
 def _round_linear(path: str, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor, config, result):
