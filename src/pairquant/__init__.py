@@ -1,0 +1,41 @@
+"""PairQuant: 4-bit language models by scaled pairwise rotation (ParoQuant, arXiv 2511.10645).
+
+Importing this package is quick, and makes `AutoModelForCausalLM.from_pretrained` understand our checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .integrations.discovery import register_with_transformers
+
+if TYPE_CHECKING:
+    from .config import PRESETS as PRESETS
+    from .config import QuantConfig as QuantConfig
+    from .config import Recipe as Recipe
+    from .errors import PairQuantError as PairQuantError
+    from .pipeline import quantize as quantize
+    from .verbs import evaluate as evaluate
+    from .verbs import inspect as inspect
+
+_HOME = {
+    "PRESETS": "config",
+    "QuantConfig": "config",
+    "Recipe": "config",
+    "PairQuantError": "errors",
+    "quantize": "pipeline",
+    "evaluate": "verbs",
+    "inspect": "verbs",
+}
+__all__ = [*_HOME]
+__version__ = "0.1.0"
+
+register_with_transformers()
+
+
+def __getattr__(name: str):
+    """Load a public name on first use, so that importing the package does not import PyTorch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -148,18 +148,28 @@ class CheckpointConfig:
             raise _bad_entry("provenance", self.provenance, "an object")
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object; entries that say nothing are left out."""
+        """The JSON object: the four entries that the original writes, and the others where they say something.
+
+        `zero_point` is written only when false: it is true for every reader that is not told, and GPTQModel 7.7
+        refuses a file that says so. `dynamic` repeats `modules_to_not_convert` for GPTQModel, which would otherwise
+        run such layers with weights of zero.
+        """
         entries: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "krot": self.rotations,
-            "zero_point": self.zero_point,
-            "modules_to_not_convert": list(self.modules_to_not_convert),
-            "shared_rotations": [list(group) for group in self.shared_rotations],
-            "provenance": self.provenance,
         }
-        return {key: value for key, value in entries.items() if value not in ([], None)}
+        if not self.zero_point:
+            entries["zero_point"] = False
+        if self.modules_to_not_convert:
+            entries["modules_to_not_convert"] = list(self.modules_to_not_convert)
+            entries["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in self.modules_to_not_convert}
+        if self.shared_rotations:
+            entries["shared_rotations"] = [list(group) for group in self.shared_rotations]
+        if self.provenance is not None:
+            entries["provenance"] = self.provenance
+        return entries
 
     @classmethod
     def from_dict(cls, entries: Any) -> CheckpointConfig:

@@ -22,8 +22,12 @@ class SourceError(PairQuantError, ValueError):
     """A source model, tokenizer or file is missing, unreadable, or already quantized."""
 
 
+class TextError(PairQuantError, ValueError):
+    """Text for calibration or evaluation is missing, unreadable, or too short."""
+
+
 class CalibrationError(PairQuantError, ValueError):
-    """Calibration text is missing, too short, or drives the model to values that are not finite."""
+    """Calibration text drives the model to values that are not finite, or Hessians that no damping mends."""
 
 
 class CheckpointError(PairQuantError, ValueError):

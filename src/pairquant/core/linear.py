@@ -1,8 +1,8 @@
 """The whole story of one linear layer on one page.
 
-    encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
-    decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
-    forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     (equal to x Ŵᵀ)
+encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
+decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
+forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     (equal to x Ŵᵀ)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import rounding
 from .packing import pack, unpack
 from .quantizer import dequantize
 from .rotation import rotate, rotate_dense, rotation_matrix
-from .rounding import Grid, stored
+from .rounding import stored
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def decode(packed: PackedLinear) -> Tensor:
 
 def forward(packed: PackedLinear, x: Tensor) -> Tensor:
     """The reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
-    x_rot = rotate(x.float() * packed.channel_scales.float(), packed.theta.float(), packed.pairs, packed.layout.group_size)
+    x_rot = rotate(
+        x.float() * packed.channel_scales.float(), packed.theta.float(), packed.pairs, packed.layout.group_size
+    )
     y = x_rot @ rotated_weight(packed).T
     return y + packed.bias.float() if packed.bias is not None else y

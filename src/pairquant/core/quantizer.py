@@ -23,8 +23,8 @@ def grouped(w: Tensor, group_size: int) -> Tensor:
 
 def group_range(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of each row and group, zero included: two [N, G]."""
-    low, high = torch.aminmax(grouped(w, group_size), dim=-1)
-    return low.clamp(max=0), high.clamp(min=0)
+    by_group = grouped(w, group_size)
+    return by_group.amin(-1).clamp(max=0), by_group.amax(-1).clamp(min=0)  # torch.aminmax: 5 times slower on a CPU
 
 
 def affine_parameters(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,16 @@ class FakeQuantize(torch.autograd.Function):
         grad_scale = (grouped(grad, group_size) * scale_slope).sum(-1) * (scale > MIN_SCALE)
         by_group = grouped(w, group_size)
         if symmetric:
-            extreme = torch.maximum(-low, high)
-            at_extreme = by_group.abs() == extreme[..., None]
-            share = grad_scale / max(2 ** (bits - 1) - 1, 1) / at_extreme.sum(-1).clamp(min=1)
-            grad_w = torch.where(at_extreme, by_group.sign() * share[..., None], 0)
+            extreme = torch.maximum(-low, high)[..., None]
+            at_extreme = by_group.abs() == extreme
+            share = grad_scale[..., None] / max(2 ** (bits - 1) - 1, 1) / at_extreme.sum(-1, keepdim=True).clamp(min=1)
+            grad_w = at_extreme * by_group.sign() * share
         else:
-            share = (grad_scale / (2**bits - 1))[..., None]
-            grad_w = (by_group == high[..., None]) * share - (by_group == low[..., None]) * share
-        return grad + grad_w.view(w.shape), None, None, None
+            share = grad_scale[..., None] / (2**bits - 1)
+            mask = torch.empty_like(by_group)  # comparisons straight into floats save a conversion of w's size each
+            grad_w = torch.eq(by_group, high[..., None], out=mask) * share
+            grad_w.addcmul_(torch.eq(by_group, low[..., None], out=mask), share, value=-1)
+        return grad_w.view(w.shape).add_(grad), None, None, None
 
 
 def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:

@@ -83,7 +83,9 @@ def gptq(w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: 
 
     by_activation: treat the columns with the largest diagonal of H first, while many others can still compensate.
     """
-    order = hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian), device=w.device)
+    order = (
+        hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian), device=w.device)
+    )
     factor = inverse_factor(hessian[order][:, order], damping).to(w.dtype)
     todo = w.T[order].contiguous()  # [C, N]: one column of w is one contiguous row here
     scale, zero = _per_column(grid, w.shape[1], order)

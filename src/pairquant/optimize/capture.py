@@ -50,7 +50,9 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
         )
     path, stack = max(stacks, key=lambda item: weights[item[0]])
     return [
-        Block(f"{path}.{i}", block, {name: m for name, m in _linears(block, f"{path}.{i}") if not matches(name, ignore)})
+        Block(
+            f"{path}.{i}", block, {name: m for name, m in _linears(block, f"{path}.{i}") if not matches(name, ignore)}
+        )
         for i, block in enumerate(stack)
     ]
 

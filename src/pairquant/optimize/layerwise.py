@@ -55,12 +55,12 @@ def quantize_blocks(
         micro_batch = _micro_batch(*tokens.shape)
         streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
     for index, block in enumerate(blocks):
-        home = next(block.module.parameters()).device
-        block.module.to(device)
+        stored = next(block.module.parameters())
+        block.module.to(device, torch.float32)
         yield _quantize_block(index, block, streams, config, device)
         if streams is not None and index + 1 < len(blocks):
             streams.advance(block, index)
-        block.module.to(home)
+        block.module.to(stored.device, stored.dtype)
 
 
 def _quantize_block(index: int, block: Block, streams: _Streams | None, config: QuantConfig, device) -> BlockResult:
@@ -147,8 +147,8 @@ class _Streams:
     def start(cls, model, blocks, tokens, micro_batch, keep_original, device) -> _Streams:
         home = next(model.parameters()).device
         hidden, calls = first_inputs_and_calls(model, blocks, tokens.to(home), micro_batch)
-        calls = [Call(_moved(c.args, device), _moved(c.kwargs, device)) for c in calls]
-        hidden = [h.to(device) for h in hidden]
+        calls = [Call(_ready(c.args, device), _ready(c.kwargs, device)) for c in calls]
+        hidden = [h.to(device, torch.float32) for h in hidden]
         return cls(calls, hidden, list(hidden) if keep_original else None)
 
     def moments(self, block: Block, index: int) -> list[Moments]:
@@ -169,11 +169,12 @@ class _Streams:
         self.quantized = [self.calls[index].run(block.module, hidden) for hidden in self.quantized]
 
 
-def _moved(value, device):
+def _ready(value, device: torch.device):
+    """Tensors anywhere inside `value`, on the device, floating ones in float32."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
     if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
+        return {key: _ready(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_moved(v, device) for v in value)
+        return type(value)(_ready(item, device) for item in value)
     return value

@@ -98,16 +98,17 @@ class _Search:
 
     def losses(self) -> Tensor:
         """Relative proxy error of each problem."""
-        matrices = rotation_matrix(self.theta * self.free, self.pairs, self.group_size, self.positions)
-        scales = self.log_scale.exp().split(self.sizes)
-        bits, g, symmetric = self.config.bits, self.group_size, self.config.symmetric
+        g, a = self.group_size, self.log_scale.exp().view(-1, self.group_size)
+        matrices = rotation_matrix(self.theta * self.free, self.pairs, g, self.positions)
+        # With the scale folded into the small matrices, nothing of the weight's size is multiplied by it.
+        counts = [c // g for c in self.sizes]
+        into = (matrices * a[:, :, None]).split(counts)
+        out_of = (matrices.mT / a[:, None, :]).split(counts)
         losses = []
-        for problem, a, matrix, norm in zip(
-            self.problems, scales, matrices.split([c // g for c in self.sizes]), self.norms, strict=True
-        ):
-            rotated = fake_quantize(rotate_dense(problem.weight * a, matrix), bits, g, symmetric)
-            approximation = rotate_dense(rotated, matrix.mT) / a
-            losses.append(QuadraticError.apply(approximation, problem.weight, problem.hessian) / norm)
+        for problem, forth, back, norm in zip(self.problems, into, out_of, self.norms, strict=True):
+            rotated = rotate_dense(problem.weight, forth)
+            rounded = fake_quantize(rotated, self.config.bits, g, self.config.symmetric)
+            losses.append(QuadraticError.apply(rotate_dense(rounded, back), problem.weight, problem.hessian) / norm)
         return torch.stack(losses)
 
     def step(self, step: int) -> None:

@@ -1,0 +1,5 @@
+"""`python -m pairquant`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Models on disk: sources to quantize, packed checkpoints, and how both are read and written."""

@@ -1,0 +1,106 @@
+"""Transformers: the `paroquant` quantization config and quantizer (Transformers 5.17 and later).
+
+`AutoModelForCausalLM.from_pretrained(checkpoint)` then puts a `RotatedLinear` wherever the checkpoint holds a
+`<path>.qweight`, whatever else config.json says, and checks every stored tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.headers import StoredTensors
+from ..config import QUANT_METHOD, CheckpointConfig, matches
+from ..core.linear import decode
+from ..errors import CheckpointError
+from ..layout import check_fields
+from ..nn import RotatedLinear, replace_module, rotated_linears
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@register_quantization_config(QUANT_METHOD)
+class ParoQuantConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json, as Transformers wants to hold it; `checkpoint` is ours."""
+
+    def __init__(self, **entries: Any):
+        self.quant_method = QUANT_METHOD
+        self.checkpoint = CheckpointConfig.from_dict({**entries, "quant_method": QUANT_METHOD})
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.checkpoint.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class ParoQuantizer(HfQuantizer):
+    """Swaps modules before the weights arrive, and checks the weights after."""
+
+    requires_calibration = True
+    quantization_config: ParoQuantConfig
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        if dtype is not None and dtype not in SUPPORTED_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
+            raise CheckpointError(f"dtype is {dtype}, allowed: {names}")
+        return dtype
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        config = self.quantization_config.checkpoint
+        stored = StoredTensors.of_files(checkpoint_files) if checkpoint_files else None
+        quantized = stored.linears() if stored else _by_config(model, config)
+        linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for path in quantized:
+            if path not in linears:
+                raise CheckpointError(
+                    f"the checkpoint holds {path}.qweight, but {type(model).__name__} has no linear layer {path}."
+                )
+            linear = linears[path]
+            layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+            if stored:
+                if faults := layout.misfits():
+                    raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
+                check_fields(path, layout, stored.fields_of(path))
+            replace_module(model, path, RotatedLinear(layout, device=linear.weight.device))
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for path, linear in rotated_linears(model):
+            if not linear.qweight.is_meta:  # offloaded layers stay on disk
+                linear.packed.check_values(path)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        for path, rotated in list(rotated_linears(model)):
+            dense = nn.Linear(rotated.in_features, rotated.out_features, rotated.layout.bias, device="meta")
+            dense.weight = nn.Parameter(decode(rotated.packed).to(dtype or torch.float32), requires_grad=False)
+            if rotated.bias is not None:
+                dense.bias = nn.Parameter(rotated.bias.to(dense.weight.dtype), requires_grad=False)
+            replace_module(model, path, dense)
+        return model
+
+    def is_serializable(self, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _by_config(model: nn.Module, config: CheckpointConfig) -> list[str]:
+    """Without files to look into (a state dict was passed): every linear but those named, and the output embedding."""
+    output = model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and not matches(path, config.modules_to_not_convert)
+    ]

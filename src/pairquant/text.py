@@ -1,0 +1,120 @@
+"""Where text comes from, and how it becomes windows of tokens: for calibration and for evaluation alike.
+
+A source is a bundled file ("default/…", see `BUNDLED`), a local `.txt`, `.jsonl` or `.parquet` file, or the name of a
+data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end to end and cut into windows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import TextError, did_you_mean
+
+#: What "default" stands for in calibration: GSM8K training problems with worked answers (MIT) and Grimms' Fairy
+#: Tales (public domain). They travel inside the package.
+BUNDLED = ("gsm8k-train.jsonl", "grimm.txt")
+#: Text to evaluate on when none is named: GSM8K test problems (MIT), never calibrated on.
+BUNDLED_TEST = "default/gsm8k-test.jsonl"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+#: Documents read from a data set at the most; more text does not help (docs/decisions.md) and tokenizing takes time.
+MAX_DOCUMENTS = 20_000
+
+
+def expand(source: str) -> tuple[str, ...]:
+    """ "default" → the bundled files' names; anything else stays."""
+    return tuple(f"default/{name}" for name in BUNDLED) if source == "default" else (source,)
+
+
+def documents(name: str) -> Iterator[str]:
+    """The texts of one source, in order."""
+    if name.startswith("default/"):
+        with resources.as_file(resources.files("pairquant") / "data" / name.removeprefix("default/")) as path:
+            yield from _file_documents(path)
+    elif (path := Path(name)).is_file():
+        yield from _file_documents(path)
+    elif path.suffix in SUFFIXES:
+        nearby = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        raise TextError(f"text file {name!r} does not exist{did_you_mean(name, nearby)}")
+    else:
+        yield from _data_set_documents(name)
+
+
+def token_windows(tokenizer, texts: Iterable[str], seq_len: int) -> Tensor:
+    """All whole windows of the packed texts: int64 [windows, seq_len]."""
+    texts = [text.strip() + "\n\n" for text in texts if text.strip()]
+    if not texts:
+        return torch.empty(0, seq_len, dtype=torch.int64)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    flat = torch.tensor([token for ids in encoded for token in ids], dtype=torch.int64)
+    return flat[: len(flat) // seq_len * seq_len].view(-1, seq_len)
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif path.suffix == ".parquet":
+        yield from _rows(_load("parquet", data_files=str(path), split="train"), str(path))
+    else:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TextError(
+                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). "
+                f"Allowed: {', '.join(SUFFIXES)}, or a data set name."
+            ) from error
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                yield _text_of(row, f"{path}, line {number}")
+
+
+def _text_of(row: object, where: str) -> str:
+    """A row's text: key "text", or "question" and "answer"."""
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+            return f"{row['question']}\n{row['answer']}"
+    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise TextError(f"{where}: needs a key 'text', or 'question' and 'answer'; it has {keys}")
+
+
+def _data_set_documents(name: str) -> Iterator[str]:
+    repository, *rest = name.split(":")
+    config = rest[0] if rest else None
+    split = rest[1] if len(rest) > 1 else "train"
+    yield from _rows(_load(repository, config, split=split, streaming=True), name)
+
+
+def _rows(data_set, where: str) -> Iterator[str]:
+    for number, row in enumerate(islice(data_set, MAX_DOCUMENTS), 1):
+        yield _text_of(row, f"{where}, row {number}")
+
+
+def _load(*args, **kwargs):
+    from datasets import load_dataset  # slow to import, and needed for few sources
+
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:  # `datasets` raises a dozen unrelated types for "not there" and "not readable"
+        name = kwargs.get("data_files", args[0])
+        hint = did_you_mean(str(name), ["default", *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)])
+        raise TextError(
+            f"text source {name!r} is neither a local file nor a data set that can be loaded{hint}\n"
+            f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"  Allowed: 'default', a {', '.join(SUFFIXES)} file, or a data set as name[:config[:split]]."
+        ) from error
