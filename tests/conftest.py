@@ -2,13 +2,11 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 # The same examples on every run and every machine; no example database beside the sources; no wall time.
 settings.register_profile("pairquant", deadline=None, derandomize=True, database=None, max_examples=40)

@@ -29,7 +29,6 @@ class Recipe:
     shrinks: ranges tried per group before rounding, as factors of min and max.
     sweeps: coordinate-descent passes after GPTQ; refit_scales: refit group scales in each.
     drift: share of the earlier layers' error that a layer's weight is asked to correct, 0 to 1.
-    sequential: measure each input again once the linears before it in the block are rounded.
     """
 
     transform: bool = True
@@ -38,19 +37,18 @@ class Recipe:
     final_rate: float = 0.05
     rounding: Literal["nearest", "gptq"] = "gptq"
     damping: float = 0.01
-    by_activation: bool = False
-    shrinks: tuple[float, ...] = (1.0,)
-    sweeps: int = 0
+    by_activation: bool = True
+    shrinks: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8)
+    sweeps: int = 2
     refit_scales: bool = True
-    drift: float = 0.0
-    sequential: bool = False
+    drift: float = 0.25
 
 
 #: The presets, by name. "rtn" is the baseline that every method is measured against.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(),
-    "gptq": Recipe(transform=False),
-    "rtn": Recipe(transform=False, rounding="nearest"),
+    "gptq": Recipe(transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
+    "rtn": Recipe(transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
 }
 
 PAIR_SELECTIONS = ("random", "magnitude")

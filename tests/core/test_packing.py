@@ -21,9 +21,11 @@ def test_unpack_undoes_pack(data, bits, rows, blocks):
     codes = data.draw(st.lists(code, min_size=rows * columns, max_size=rows * columns))
     codes = torch.tensor(codes, dtype=torch.uint8).view(rows, columns)
     packed = pack(codes, bits)
-    assert packed.dtype == torch.int32 and packed.shape == (rows, columns * bits // 32)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (rows, columns * bits // 32)
     unpacked = unpack(packed, bits)
-    assert unpacked.dtype == torch.uint8 and torch.equal(unpacked, codes)
+    assert unpacked.dtype == torch.uint8
+    assert torch.equal(unpacked, codes)
 
 
 @given(st.data(), st.sampled_from(SUPPORTED_BITS))

@@ -53,7 +53,8 @@ def test_zero_point_is_the_code_of_zero():
 def test_error_is_at_most_half_a_step(bits, g, symmetric, generator):
     w = torch.randn(16, 2 * g, generator=generator)
     codes, scale, zero, values = quantize_all(w, bits, g, symmetric)
-    assert codes.dtype == torch.uint8 and codes.shape == w.shape
+    assert codes.dtype == torch.uint8
+    assert codes.shape == w.shape
     assert scale.shape == zero.shape == (16, 2)
     assert codes.max() <= 2**bits - 1
     error = (values - w).abs().view(16, 2, g)
@@ -74,7 +75,8 @@ def test_groups_and_rows_are_quantized_by_themselves(generator):
     louder[1, 64:] *= 100
     changed = fake_quantize(louder, 4, 64) != fake_quantize(w, 4, 64)
     assert changed[1, 64:].any()
-    assert not changed[1, :64].any() and not changed[[0, 2, 3]].any()
+    assert not changed[1, :64].any()
+    assert not changed[[0, 2, 3]].any()
 
 
 @pytest.mark.parametrize("bits", BITS)

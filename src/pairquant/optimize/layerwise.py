@@ -23,6 +23,10 @@ from .proxy import Problem, fit_transforms
 
 #: Tokens per forward pass through one block.
 MICRO_BATCH_TOKENS = 8192
+#: Share of the mean diagonal of H added before solving for the drift correction.
+DRIFT_DAMPING = 0.01
+#: Most that a drift correction may change a layer's output, as a relative squared error.
+MAX_DRIFT = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,7 @@ def _quantize_block(index: int, block: Block, streams: _Streams | None, config: 
         moments = [Moments([path], eye[linear.in_features]) for path, linear in block.linears.items()]
     else:
         moments = streams.moments(block, index)
-    if config.recipe.sequential:
-        _round_inputs(block, moments[:1], config, result)
-        for later in moments[1:]:
-            linears = {path: block.linears[path] for path in later.readers}
-            _round_inputs(block, streams.moments(replace(block, linears=linears), index), config, result)
-    else:
-        _round_inputs(block, moments, config, result)
+    _round_inputs(block, moments, config, result)
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -114,14 +112,21 @@ def _round_linear(path: str, linear: nn.Linear, target: Tensor, transform: Trans
 
 
 def _target(linear: nn.Linear, moments: Moments, drift: float) -> Tensor:
-    """The weight to approximate: W, moved by `drift` towards the least-squares solution of X₀ Wᵀ = X Ŵᵀ."""
+    """The weight to approximate: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+
+    W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
+    that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
+    (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
+    """
     weight = linear.weight.detach().float()
     if not drift:
         return weight
     hessian = moments.hessian.double()
-    damped = hessian + torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean() * 0.01
-    correction = torch.linalg.solve(damped, (moments.cross.double() - hessian).T, left=True).T
-    return weight + drift * (weight.double() @ correction).float()
+    damped = hessian + torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean() * DRIFT_DAMPING
+    solved = torch.linalg.solve(damped, (moments.cross.double() - hessian).T).T
+    change = drift * (weight.double() @ solved).float()
+    size = proxy_error(weight, weight + change, moments.hessian)
+    return weight + change * min(1.0, (MAX_DRIFT / max(size, 1e-30)) ** 0.5)
 
 
 def _seed(seed: int, path: str) -> int:

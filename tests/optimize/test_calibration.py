@@ -1,0 +1,283 @@
+"""Calibration text: sources, shares, faults."""
+
+import json
+
+import pytest
+import torch
+
+from pairquant.errors import TextError
+from pairquant.optimize.calibration import calibrate
+
+SEQ_LEN = 10
+
+
+def words(letter: str, count: int, start: int = 0) -> str:
+    """ "a0 a1 a2 …": each word one token (see `tiny_tokenizer`)."""
+    return " ".join(f"{letter}{n}" for n in range(start, start + count))
+
+
+def write_txt(path, letter, count):
+    path.write_text(words(letter, count), encoding="utf-8")
+
+
+def write_jsonl(path, letter, count):
+    rows = [{"text": words(letter, 5, start)} for start in range(0, count, 5)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+
+
+def write_questions(path, letter, count):
+    rows = [
+        {"question": words(letter, 2, start), "answer": words(letter, 3, start + 2), "id": start}
+        for start in range(0, count, 5)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def write_parquet(path, letter, count):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [words(letter, 5, start) for start in range(0, count, 5)]}), path)
+
+
+@pytest.fixture(autouse=True)
+def data_sets_cache(tmp_path_factory, monkeypatch):
+    """`datasets` must not write to the home directory."""
+    config = pytest.importorskip("datasets.config")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Write text files of so many tokens and give their names: sources(a=200, b=50)."""
+
+    def write(**counts):
+        for letter, count in counts.items():
+            write_txt(tmp_path / f"{letter}.txt", letter, count)
+        return [str(tmp_path / f"{letter}.txt") for letter in counts]
+
+    return write
+
+
+def shares_of(tokens) -> dict[str, int]:
+    """Windows drawn from each letter's source."""
+    letters = ["abc"[place] for place in (tokens[:, 0] // 1000).tolist()]
+    return {letter: letters.count(letter) for letter in sorted(set(letters))}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [
+        ("txt", write_txt),
+        ("md", write_txt),
+        ("jsonl", write_jsonl),
+        ("jsonl", write_questions),
+        ("parquet", write_parquet),
+    ],
+)
+def test_a_file_is_cut_into_whole_windows(suffix, write, tmp_path, tiny_tokenizer):
+    path = tmp_path / f"text.{suffix}"
+    write(path, "a", 105)
+    drawn = calibrate(tiny_tokenizer, [str(path)], samples=10, seq_len=SEQ_LEN, seed=0)
+    assert drawn.tokens.dtype == torch.int64
+    assert torch.equal(drawn.tokens.sort(0).values, torch.arange(100).view(10, SEQ_LEN))
+    assert drawn.sources == (str(path),)
+
+
+def test_a_directory_of_json_lines_is_a_data_set(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", "b", 100)
+    drawn = calibrate(tiny_tokenizer, [str(folder)], samples=10, seq_len=SEQ_LEN, seed=0)
+    assert torch.equal(drawn.tokens.sort(0).values, 1000 + torch.arange(100).view(10, SEQ_LEN))
+
+
+def test_a_data_set_is_named_with_configuration_and_split(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", "a", 100)
+    write_jsonl(folder / "validation.jsonl", "b", 100)
+    drawn = calibrate(tiny_tokenizer, [f"{folder}:default:validation"], samples=4, seq_len=SEQ_LEN, seed=0)
+    assert shares_of(drawn.tokens) == {"b": 4}
+
+
+def test_the_default_source_is_the_bundled_texts(tiny_tokenizer):
+    drawn = calibrate(tiny_tokenizer, ["default"], samples=2, seq_len=16, seed=0)
+    assert drawn.tokens.shape == (2, 16)
+    assert len(drawn.sources) == 2
+    assert all(name.startswith("default/") for name in drawn.sources)
+
+
+def test_empty_documents_and_lines_are_skipped(tmp_path, tiny_tokenizer):
+    path = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": text}) for text in ("", "  \n", words("a", 10))]
+    path.write_text("\n\n".join(rows), encoding="utf-8")
+    drawn = calibrate(tiny_tokenizer, [str(path)], samples=1, seq_len=SEQ_LEN, seed=0)
+    assert drawn.tokens.tolist() == [list(range(10))]
+
+
+@pytest.mark.parametrize(
+    ("counts", "samples", "expected"),
+    [
+        ({"a": 500, "b": 500}, 20, {"a": 10, "b": 10}),
+        ({"a": 500, "b": 500, "c": 500}, 9, {"a": 3, "b": 3, "c": 3}),
+        ({"a": 500, "b": 30}, 20, {"a": 17, "b": 3}),
+        ({"a": 20, "b": 500, "c": 90}, 30, {"a": 2, "b": 19, "c": 9}),
+        ({"a": 50, "b": 30}, 8, {"a": 5, "b": 3}),
+        ({"a": 9, "b": 100}, 4, {"b": 4}),
+    ],
+)
+def test_shares_are_even_and_short_sources_are_topped_up(counts, samples, expected, sources, tiny_tokenizer):
+    drawn = calibrate(tiny_tokenizer, sources(**counts), samples, SEQ_LEN, seed=0)
+    assert shares_of(drawn.tokens) == expected
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4, 5])
+def test_uneven_shares_differ_by_one(samples, sources, tiny_tokenizer):
+    drawn = calibrate(tiny_tokenizer, sources(a=500, b=500, c=500), samples, SEQ_LEN, seed=0)
+    shares = shares_of(drawn.tokens)
+    assert sum(shares.values()) == samples
+    assert all(share in (samples // 3, samples // 3 + 1) for share in shares.values())
+
+
+def test_no_window_is_drawn_twice(sources, tiny_tokenizer):
+    drawn = calibrate(tiny_tokenizer, sources(a=300, b=300), 50, SEQ_LEN, seed=3)
+    assert len(drawn.tokens.unique(dim=0)) == 50
+
+
+def test_sources_are_mixed(sources, tiny_tokenizer):
+    drawn = calibrate(tiny_tokenizer, sources(a=500, b=500), 40, SEQ_LEN, seed=0)
+    assert shares_of(drawn.tokens[:20]).keys() == {"a", "b"}
+
+
+def test_the_same_seed_draws_the_same_tokens(sources, tiny_tokenizer):
+    names = sources(a=500, b=500)
+    one, other = (calibrate(tiny_tokenizer, names, 20, SEQ_LEN, seed=5) for _ in range(2))
+    assert torch.equal(one.tokens, other.tokens)
+    assert one.digest == other.digest
+    assert len(one.digest) == 64
+
+
+def test_another_seed_draws_other_tokens_and_another_digest(sources, tiny_tokenizer):
+    names = sources(a=500, b=500)
+    draws = [calibrate(tiny_tokenizer, names, 20, SEQ_LEN, seed) for seed in range(4)]
+    assert len({drawn.digest for drawn in draws}) == 4
+    assert not torch.equal(draws[0].tokens, draws[1].tokens)
+
+
+def test_other_text_gives_another_digest(tmp_path, tiny_tokenizer):
+    digests = set()
+    for letter in "ab":
+        write_txt(tmp_path / "text.txt", letter, 100)
+        digests.add(calibrate(tiny_tokenizer, [str(tmp_path / "text.txt")], 10, SEQ_LEN, seed=0).digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("counts", [{"a": 25, "b": 9}, {"a": 5}, {"a": 0, "b": 0}])
+def test_too_little_text_says_how_much_there_is(counts, sources, tiny_tokenizer):
+    names = sources(**counts)
+    there = sum(count // SEQ_LEN for count in counts.values())
+    message = _refused(tiny_tokenizer, names)
+    assert f"3 windows of {SEQ_LEN} tokens wanted, {there} there" in message
+    assert all(f"{name}: {count // SEQ_LEN}" in message for name, count in zip(names, counts.values(), strict=True))
+    assert "--samples" in message
+    assert "--seq-len" in message
+
+
+def test_no_source_at_all_is_too_little_text(tiny_tokenizer):
+    assert "too short" in _refused(tiny_tokenizer, [])
+
+
+def test_a_missing_file_is_named_with_its_neighbour(sources, tmp_path, tiny_tokenizer):
+    sources(a=100)
+    (tmp_path / "novels.jsonl").write_text("")
+    wanted = str(tmp_path / "novel.jsonl")
+    message = _refused(tiny_tokenizer, [wanted])
+    assert wanted in message
+    assert f"did you mean '{tmp_path / 'novels.jsonl'}'?" in message
+
+
+def test_a_missing_file_in_a_missing_directory_is_named(tmp_path, tiny_tokenizer):
+    wanted = str(tmp_path / "nowhere" / "text.txt")
+    assert wanted in _refused(tiny_tokenizer, [wanted])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("defualt", "did you mean 'default'?"), ("no-such-owner/no-such-set", "name[:config[:split]]")]
+)
+def test_an_unknown_name_is_refused_with_what_is_allowed(name, hint, tiny_tokenizer):
+    message = _refused(tiny_tokenizer, [name])
+    assert repr(name) in message
+    assert hint in message
+    assert all(allowed in message for allowed in ("default", ".txt", ".jsonl", ".parquet"))
+
+
+def test_an_unknown_bundled_text_is_refused(tiny_tokenizer):
+    assert "default/grim.txt" in _refused(tiny_tokenizer, ["default/grim.txt"])
+
+
+def test_an_unknown_split_is_refused(tmp_path, tiny_tokenizer):
+    write_jsonl(tmp_path / "train.jsonl", "a", 100)
+    assert "validation" in _refused(tiny_tokenizer, [f"{tmp_path}:default:validation"])
+
+
+def test_a_bad_json_line_is_named_by_its_number(tmp_path, tiny_tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a1"}\n\n{"text": "a2"\n', encoding="utf-8")
+    message = _refused(tiny_tokenizer, [str(path)])
+    assert f"{path}, line 3" in message
+    assert "not JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"body": "a1", "id": 3}, "['body', 'id']"),
+        ({"text": 3}, "['text']"),
+        ({"question": "a1"}, "['question']"),
+        (["a1"], "list"),
+        ("a1", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_row_without_text_is_named_with_its_keys(row, found, tmp_path, tiny_tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a1"}\n' + json.dumps(row), encoding="utf-8")
+    message = _refused(tiny_tokenizer, [str(path)])
+    assert f"{path}, line 2" in message
+    assert "'text'" in message
+    assert "'question'" in message
+    assert found in message
+
+
+def test_parquet_without_text_is_named_with_its_columns(tmp_path, tiny_tokenizer):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": ["a1"]}), tmp_path / "text.parquet")
+    message = _refused(tiny_tokenizer, [str(tmp_path / "text.parquet")])
+    assert str(tmp_path / "text.parquet") in message
+    assert "body" in message
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "bin"])
+def test_a_file_that_is_not_what_its_name_says_is_named(suffix, tmp_path, tiny_tokenizer):
+    path = tmp_path / f"text.{suffix}"
+    path.write_bytes(b'{"text": "caf\xe9 a1 a2"}\n')  # Latin-1
+    message = _refused(tiny_tokenizer, [str(path)])
+    assert str(path) in message
+    if suffix != "parquet":
+        assert "not UTF-8" in message
+
+
+def test_a_damaged_file_in_a_data_set_is_refused(tmp_path, tiny_tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a1"\n{"tex', encoding="utf-8")
+    assert str(folder) in _refused(tiny_tokenizer, [str(folder)])
+
+
+def _refused(tokenizer, names) -> str:
+    with pytest.raises(TextError) as caught:
+        calibrate(tokenizer, names, samples=3, seq_len=SEQ_LEN, seed=0)
+    return str(caught.value)
