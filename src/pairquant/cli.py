@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    preset: Annotated[str, typer.Option(help="fast; gptq and rtn are baselines without a transform.")] = "fast",
+    preset: Annotated[str, typer.Option(help="fast, quick (a quarter of the time), or the baselines gptq and rtn.")] = "fast",
     bits: Annotated[int, typer.Option(help="Bits per code: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Weights per scale: 128, 64, 32, or auto.")] = "128",
     rotations: Annotated[int, typer.Option(help="Rotations K, 0 to 16.")] = 8,
@@ -222,7 +223,7 @@ def inspect(
         table.add_row("quantized in", _duration(report["seconds"]))
     console.print(table)
     console.print(_error_table(found.linears))
-    console.print("[dim]relative output error on the calibration text; all tensors checked[/]")
+    console.print("[dim]% relative error of each layer's output on the calibration text; all tensors checked[/]")
 
 
 class _BlockProgress:
@@ -242,6 +243,10 @@ class _BlockProgress:
         self.bars.update(self.task, visible=False)
         self.bars.stop()
 
+    @staticmethod
+    def width(name: str) -> int:
+        return max(8, len(name) + 2)
+
     def stage(self, text: str) -> None:
         self.bars.update(self.task, description=text)
 
@@ -250,14 +255,14 @@ class _BlockProgress:
         self.bars.console.print(f"{linears} linear layers in {blocks} blocks")
 
     def block(self, result: Any) -> None:
-        errors = {path.rpartition(".")[2]: error for path, error in result.errors.items()}
+        errors = {_short(path): error for path, error in result.errors.items()}
         if list(errors) != self.columns:
             self.columns = list(errors)
-            heading = "".join(f"{name:>11}" for name in self.columns)
-            self.bars.console.print(f"[dim]relative error, %\nblock {heading}       time[/]")
+            heading = "".join(f"{name:>{self.width(name)}}" for name in self.columns)
+            self.bars.console.print(f"[dim]relative error of each layer's output, %\nblock{heading}     time[/]")
             self.bars.reset(self.task, total=self.blocks, completed=result.index, description="quantizing")
-        cells = "".join(f"{100 * error:11.3f}" for error in errors.values())
-        self.bars.console.print(f"{result.index + 1:5} {cells} {result.seconds:8.1f} s")
+        cells = "".join(f"{100 * error:{self.width(name)}.3f}" for name, error in errors.items())
+        self.bars.console.print(f"{result.index + 1:5}{cells} {result.seconds:6.1f} s", soft_wrap=True)
         self.bars.update(self.task, completed=result.index + 1)
 
 
@@ -278,25 +283,30 @@ def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
     """A row per block, a column per kind of layer."""
     rows: dict[str, dict[str, Any]] = {}
     for path, entry in linears.items():
-        block, _, name = _split_block(path)
+        block, name = _block_and_rest(path)
         rows.setdefault(block, {})[name] = entry
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("block")
+    table.add_column("block", no_wrap=True)
     for name in columns:
-        table.add_column(name.rpartition(".")[2], justify="right")
-    table.add_column("size", justify="right")
+        table.add_column(_short(name), justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
     for block, row in rows.items():
         cells = [_percent(row[name]["error"]) if name in row else "" for name in columns]
         table.add_row(block, *cells, _size(sum(entry["bytes"] for entry in row.values())))
     return table
 
 
-def _split_block(path: str) -> tuple[str, str, str]:
-    """ "model.layers.3.mlp.up_proj" → "model.layers.3", ".", "mlp.up_proj"."""
+def _block_and_rest(path: str) -> tuple[str, str]:
+    """ "model.layers.3.mlp.up_proj" → "3", "mlp.up_proj"."""
     parts = path.split(".")
-    last_number = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
-    return ".".join(parts[: last_number + 1]), ".", ".".join(parts[last_number + 1 :])
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return ("", path) if number is None else (parts[number], ".".join(parts[number + 1 :]))
+
+
+def _short(path: str) -> str:
+    """ "model.layers.3.mlp.up_proj" → "up"."""
+    return path.rpartition(".")[2].removesuffix("_proj")
 
 
 def _life_table(linear: str, steps: list[Any]) -> Table:
@@ -326,6 +336,7 @@ def _ask() -> str:
 
 def _quiet_libraries() -> None:
     """Transformers' own bars and notices would tear ours apart; its errors still come through."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -350,7 +361,7 @@ def _scientific(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.3f} %"
+    return "–" if value is None else f"{100 * value:.3f}"
 
 
 def _plain(value: Any) -> str:

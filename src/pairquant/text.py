@@ -35,7 +35,10 @@ def expand(source: str) -> tuple[str, ...]:
 def documents(name: str) -> Iterator[str]:
     """The texts of one source, in order."""
     if name.startswith("default/"):
-        with resources.as_file(resources.files("pairquant") / "data" / name.removeprefix("default/")) as path:
+        bundled = {f"default/{file}": file for file in (*BUNDLED, Path(BUNDLED_TEST).name)}
+        if name not in bundled:
+            raise TextError(f"no bundled text {name!r}, there are: {', '.join(bundled)}{did_you_mean(name, bundled)}")
+        with resources.as_file(resources.files("pairquant") / "data" / bundled[name]) as path:
             yield from _file_documents(path)
     elif (path := Path(name)).is_file():
         yield from _file_documents(path)
@@ -57,29 +60,30 @@ def token_windows(tokenizer, texts: Iterable[str], seq_len: int) -> Tensor:
 
 
 def _file_documents(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _rows(str(path), "parquet", data_files=str(path), split="train")
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). "
+            f"Allowed: {', '.join(SUFFIXES)}, or a data set name."
+        ) from error
     if path.suffix == ".jsonl":
-        yield from _json_lines(path)
-    elif path.suffix == ".parquet":
-        yield from _rows(_load("parquet", data_files=str(path), split="train"), str(path))
+        yield from _json_lines(text, path)
     else:
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TextError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). "
-                f"Allowed: {', '.join(SUFFIXES)}, or a data set name."
-            ) from error
+        yield text
 
 
-def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from error
-                yield _text_of(row, f"{path}, line {number}")
+def _json_lines(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            yield _text_of(row, f"{path}, line {number}")
 
 
 def _text_of(row: object, where: str) -> str:
@@ -97,24 +101,23 @@ def _data_set_documents(name: str) -> Iterator[str]:
     repository, *rest = name.split(":")
     config = rest[0] if rest else None
     split = rest[1] if len(rest) > 1 else "train"
-    yield from _rows(_load(repository, config, split=split, streaming=True), name)
+    yield from _rows(name, repository, config, split=split, streaming=True)
 
 
-def _rows(data_set, where: str) -> Iterator[str]:
-    for number, row in enumerate(islice(data_set, MAX_DOCUMENTS), 1):
-        yield _text_of(row, f"{where}, row {number}")
-
-
-def _load(*args, **kwargs):
+def _rows(name: str, *args, **kwargs) -> Iterator[str]:
+    """Texts of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
     from datasets import load_dataset  # slow to import, and needed for few sources
 
     try:
-        return load_dataset(*args, **kwargs)
+        for number, row in enumerate(islice(load_dataset(*args, **kwargs), MAX_DOCUMENTS), 1):
+            yield _text_of(row, f"{name}, row {number}")
+    except TextError:
+        raise
     except Exception as error:  # `datasets` raises a dozen unrelated types for "not there" and "not readable"
-        name = kwargs.get("data_files", args[0])
-        hint = did_you_mean(str(name), ["default", *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)])
+        hint = did_you_mean(name, ["default", *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)])
+        reason = (str(error).splitlines() or [""])[0]
         raise TextError(
             f"text source {name!r} is neither a local file nor a data set that can be loaded{hint}\n"
-            f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"  {type(error).__name__}: {reason}\n"
             f"  Allowed: 'default', a {', '.join(SUFFIXES)} file, or a data set as name[:config[:split]]."
         ) from error

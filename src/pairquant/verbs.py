@@ -96,10 +96,12 @@ def inspect(model: str | Path) -> Inspection:
     """Open a packed checkpoint and check every tensor in it; raises `CheckpointError` naming the first fault."""
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
+    recorded = checkpoint.report.get("linears", {})
+    in_order = {path: rank for rank, path in enumerate(recorded)}
     linears = {}
-    for path in checkpoint.stored.linears():
+    for path in sorted(checkpoint.stored.linears(), key=lambda path: in_order.get(path, len(in_order))):
         packed = checkpoint.packed(path)
-        error = checkpoint.report.get("linears", {}).get(path, {}).get("error")
+        error = recorded.get(path, {}).get("error")
         linears[path] = {"error": error, "bytes": packed.layout.stored_bits() // 8}
     return Inspection(checkpoint, linears, files.size_bytes())
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from pairquant.core.rounding import proxy_error
 from pairquant.layout import LinearLayout, PackedLinear
 
 N, C = 64, 256
-NEAREST = Recipe(rounding="nearest")
+# Spelled out, so that these tests hold whatever the presets become.
+NEAREST = Recipe(rounding="nearest", shrinks=(1.0,), sweeps=0)
+GPTQ = Recipe(rounding="gptq", by_activation=False, shrinks=(1.0,), sweeps=0)
 RECIPES = {
     "nearest": NEAREST,
-    "gptq": Recipe(),
-    "by activation": Recipe(by_activation=True),
-    "everything": Recipe(shrinks=(1.0, 0.9), sweeps=2),
+    "gptq": GPTQ,
+    "by activation": replace(GPTQ, by_activation=True),
+    "everything": replace(GPTQ, by_activation=True, shrinks=(1.0, 0.9), sweeps=2),
 }
 
 

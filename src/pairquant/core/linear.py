@@ -89,8 +89,8 @@ def encode(
         qweight=pack(codes.T.contiguous(), layout.bits),
         qzeros=pack(grid.zero.T.to(torch.uint8).contiguous(), layout.bits),
         scales=grid.scale.T.half().contiguous(),
-        theta=transform.theta.half(),
-        pairs=transform.pairs.to(torch.int16),
+        theta=transform.theta.half().contiguous(),
+        pairs=transform.pairs.to(torch.int16).contiguous(),
         channel_scales=transform.inverse_scales.half()[None],
         bias=bias.half() if bias is not None else None,
     )

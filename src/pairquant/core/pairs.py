@@ -42,7 +42,7 @@ def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
     by_group = magnitude.detach().cpu().double().view(-1, group_size)
     i, j = torch.triu_indices(group_size, group_size, offset=1)
     difference = (by_group[:, i] - by_group[:, j]).abs()
-    order = difference.argsort(-1, descending=True, stable=True)
+    order = difference.argsort(dim=-1, descending=True, stable=True)
     return _symmetric(order.argsort(-1), group_size)
 
 

@@ -89,8 +89,10 @@ class FakeQuantize(torch.autograd.Function):
         else:
             share = grad_scale[..., None] / (2**bits - 1)
             mask = torch.empty_like(by_group)  # comparisons straight into floats save a conversion of w's size each
-            grad_w = torch.eq(by_group, high[..., None], out=mask) * share
-            grad_w.addcmul_(torch.eq(by_group, low[..., None], out=mask), share, value=-1)
+            torch.eq(by_group, high[..., None], out=mask)
+            grad_w = mask * (share / mask.sum(-1, keepdim=True).clamp(min=1))  # tied extremes share
+            torch.eq(by_group, low[..., None], out=mask)
+            grad_w.addcmul_(mask, share / mask.sum(-1, keepdim=True).clamp(min=1), value=-1)
         return grad_w.view(w.shape).add_(grad), None, None, None
 
 

@@ -48,7 +48,7 @@ def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Te
 def givens_positions(pairs: Tensor, group_size: int) -> Tensor:
     """Where [i, i], [j, j], [j, i] and [i, j] of each pair lie in the flattened factors: int64 [4, K · C/2]."""
     rotations, channels = pairs.shape
-    i, j = pairs.long().view(-1, 2).unbind(-1)
+    i, j = pairs.long().reshape(-1, 2).unbind(-1)
     block = torch.arange(rotations * channels // group_size, device=pairs.device)
     base = block.repeat_interleave(group_size // 2) * group_size**2
     return torch.stack((i * group_size + i, j * group_size + j, j * group_size + i, i * group_size + j)) + base

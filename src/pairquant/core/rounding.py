@@ -114,7 +114,7 @@ def refine(w: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, sweeps: int, r
     hessian = hessian.to(w.dtype)
     curvature = hessian.diagonal().clamp(min=1e-12)
     steps = codes.T.to(w.dtype) - _per_column(grid, channels)[1]  # k = q - z, [C, N]
-    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # [G, N]
+    scale, zero = grid.scale.T.clone(), grid.zero.T  # [G, N]
     slope = hessian @ (w.T - steps * scale.repeat_interleave(g, 0))  # Mᵀ, [C, N]
     for _ in range(sweeps):
         for group in range(channels // g):
@@ -140,6 +140,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     hessian = hessian.double()
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     level = hessian.diagonal().mean().clamp(min=1e-12)
+    damping = max(damping, 1e-8)
     for attempt in range(8):
         lower, failed = torch.linalg.cholesky_ex(hessian + eye * (level * damping * 10**attempt))
         if failed:

@@ -1,0 +1,91 @@
+"""The import rule: imports point to a lower floor or stay inside the same folder; heavy libraries have one door each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "pairquant"
+FLOORS = {
+    "errors": 0,
+    "layout": 0,
+    "config": 0,
+    "devices": 0,
+    "text": 1,
+    "core": 1,
+    "nn": 2,
+    "optimize": 3,
+    "checkpoint": 3,
+    "evaluate": 4,
+    "integrations": 4,
+    "pipeline": 5,
+    "verbs": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+#: Library → the only files that may import it.
+DOORS = {
+    "transformers": {"checkpoint/read.py", "integrations/transformers.py", "cli.py"},
+    "datasets": {"text.py"},
+    "typer": {"cli.py"},
+    "rich": {"cli.py"},
+    "safetensors": {"checkpoint/headers.py", "checkpoint/read.py", "checkpoint/write.py"},
+    "huggingface_hub": {"checkpoint/read.py"},
+    "triton": set(),
+    "vllm": set(),
+    "pickle": set(),
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imports(file: Path):
+    """(level, module, names) of every import statement."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or "", [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name, []
+
+
+def unit(file: Path) -> str:
+    """Folder or module directly below the package."""
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_point_to_lower_floors(file):
+    package = file.relative_to(SOURCE).parts[:-1]
+    for level, module, names in imports(file):
+        if level == 0:
+            assert module.split(".")[0] != "pairquant", f"{file}: imports inside the package are relative"
+            continue
+        base = (*package[: len(package) - level + 1], *(part for part in module.split(".") if part))
+        for target in [base[0]] if base else names:
+            if target != unit(file) and target in FLOORS and file.name != "__init__.py":
+                assert FLOORS[target] < FLOORS[unit(file)] or {target, unit(file)} == {"layout", "errors"} or (
+                    FLOORS[target] == FLOORS[unit(file)] == 0
+                ), f"{unit(file)} (floor {FLOORS[unit(file)]}) imports {target} (floor {FLOORS[target]})"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_heavy_libraries_have_one_door(library):
+    users = {
+        str(file.relative_to(SOURCE))
+        for file in FILES
+        for level, module, _ in imports(file)
+        if level == 0 and module.split(".")[0] == library
+    }
+    assert users <= DOORS[library]
+
+
+def test_every_unit_has_a_floor():
+    assert {unit(file) for file in FILES} == set(FLOORS)
+
+
+def test_no_message_less_assert_and_no_bare_except_in_src():
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.Assert) and node.msg is None), f"{file}:{node.lineno}"
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{file}:{node.lineno}"
