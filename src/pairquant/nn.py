@@ -69,6 +69,10 @@ class RotatedLinear(nn.Module):
         self._dense = None
         return self
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._dense = None
+
 
 def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:
     """Path and module of every quantized linear."""
