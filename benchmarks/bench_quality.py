@@ -66,7 +66,9 @@ def main() -> None:
         tokens = None
         if needs_text(config):
             tokens = calibrate(tokenizer, config.calibration, config.samples, config.seq_len, config.seed).tokens
-        packed = {path: p for result in quantize_blocks(model, tokens, config, device) for path, p in result.packed.items()}
+        packed = {
+            path: p for result in quantize_blocks(model, tokens, config, device) for path, p in result.packed.items()
+        }
         seconds = time.perf_counter() - start
         weights = sum(p.layout.in_features * p.layout.out_features for p in packed.values())
         row = {

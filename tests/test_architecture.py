@@ -64,8 +64,10 @@ def test_imports_point_to_lower_floors(file):
         base = (*package[: len(package) - level + 1], *(part for part in module.split(".") if part))
         for target in [base[0]] if base else names:
             if target != unit(file) and target in FLOORS and file.name != "__init__.py":
-                assert FLOORS[target] < FLOORS[unit(file)] or {target, unit(file)} == {"layout", "errors"} or (
-                    FLOORS[target] == FLOORS[unit(file)] == 0
+                assert (
+                    FLOORS[target] < FLOORS[unit(file)]
+                    or {target, unit(file)} == {"layout", "errors"}
+                    or (FLOORS[target] == FLOORS[unit(file)] == 0)
                 ), f"{unit(file)} (floor {FLOORS[unit(file)]}) imports {target} (floor {FLOORS[target]})"
 
 

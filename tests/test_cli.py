@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from models import save_tiny
 
 
@@ -35,7 +34,13 @@ def quantized(directory):
 
 def test_quantize_shows_errors_sizes_and_the_next_command(quantized, directory):
     assert quantized.returncode == 0, quantized.stderr
-    for expected in ("12 linear layers in 2 blocks", "relative error", "bits per weight", "→", "Next: pairquant eval out"):
+    for expected in (
+        "12 linear layers in 2 blocks",
+        "relative error",
+        "bits per weight",
+        "→",
+        "Next: pairquant eval out",
+    ):
         assert expected in quantized.stdout
     entries = json.loads((directory / "out" / "config.json").read_text())["quantization_config"]
     assert entries["provenance"]["seed"] == 3
@@ -65,7 +70,12 @@ def test_the_next_command_works_and_writes_json(quantized, directory):
 def test_inspect_lists_every_block(quantized, directory):
     done = pairquant(directory, "inspect", "out")
     assert done.returncode == 0, done.stderr
-    for expected in ("4 bits, groups of 64, 2 rotations, 4 shared transforms", "12 quantized layers", "quick", "notes.txt"):
+    for expected in (
+        "4 bits, groups of 64, 2 rotations, 4 shared transforms",
+        "12 quantized layers",
+        "quick",
+        "notes.txt",
+    ):
         assert expected in done.stdout
 
 

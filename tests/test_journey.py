@@ -3,11 +3,11 @@
 import json
 
 import torch
+from models import save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import pairquant
-from models import save_tiny
 from pairquant import verbs
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode, forward, rotated_weight, transform_of

@@ -20,6 +20,10 @@ class RotatedLinear(nn.Module):
     dtypes through `.to(dtype)`, `.half()` and the like, so that saving gives back the bits that were loaded.
     """
 
+    qweight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
     def __init__(self, layout: LinearLayout, device: torch.device | str | None = None):
         super().__init__()
         self.layout = layout
@@ -45,10 +49,11 @@ class RotatedLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight in the original basis, [N, C], kept for the next call."""
-        if self._dense is None or self._dense.dtype != dtype or self._dense.device != self.qweight.device:
+        dense = self._dense
+        if dense is None or dense.dtype != dtype or dense.device != self.qweight.device:
             with torch.no_grad():
-                self._dense = decode(self.packed).to(dtype)
-        return self._dense
+                self._dense = dense = decode(self.packed).to(dtype)
+        return dense
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None else None

@@ -90,7 +90,7 @@ def quantize(
 
     results = []
     with _out_of_memory_explained(config):
-        for result in quantize_blocks(network, calibration and calibration.tokens, config, target):
+        for result in quantize_blocks(network, calibration.tokens if calibration else None, config, target):
             results.append(result)
             progress.block(result)
 
@@ -208,7 +208,7 @@ def _provenance(config: QuantConfig, calibration: Calibration | None, files: Mod
     return provenance
 
 
-def _install(network: nn.Module, results: list[BlockResult], checkpoint: CheckpointConfig) -> None:
+def _install(network: Any, results: list[BlockResult], checkpoint: CheckpointConfig) -> None:
     """Put the packed linears into the model, as if it had been loaded from the checkpoint."""
     from .integrations.transformers import ParoQuantConfig, ParoQuantizer
 

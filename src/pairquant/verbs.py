@@ -23,7 +23,7 @@ from .layout import PackedLinear
 from .text import BUNDLED_TEST, documents, token_windows
 
 
-def load(files: ModelFiles, device: torch.device) -> nn.Module:
+def load(files: ModelFiles, device: torch.device) -> Any:
     """The model, ready to run: float32 on a CPU (the fastest there), its stored dtype on a GPU."""
     return files.model(torch.float32 if device.type == "cpu" else "auto", device)
 

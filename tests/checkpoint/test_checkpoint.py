@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from models import save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pairquant
-from models import save_tiny
 from pairquant import verbs
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.checkpoint.write import require_space, write_checkpoint
@@ -55,7 +55,11 @@ def with_value(index, value):
 DAMAGES = {
     "missing": ("theta", lambda t: None, r"up_proj\.theta is missing"),
     "wrong dtype": ("scales", lambda t: t.float(), r"up_proj\.scales is float32, must be float16"),
-    "wrong shape": ("qzeros", lambda t: t[:, :-1].contiguous(), r"up_proj\.qzeros has shape \[4, 23\], must be \[4, 24\]"),
+    "wrong shape": (
+        "qzeros",
+        lambda t: t[:, :-1].contiguous(),
+        r"up_proj\.qzeros has shape \[4, 23\], must be \[4, 24\]",
+    ),
     "pair out of range": ("pairs", with_value((0, 5), 32), r"up_proj\.pairs has channel 32, outside 0 to 31"),
     "pair used twice": ("pairs", lambda t: with_value((1, 0), t[1, 1])(t), r"up_proj\.pairs uses a channel twice"),
     "scale not finite": ("scales", with_value((0, 0), torch.inf), r"up_proj\.scales has values that are not finite"),

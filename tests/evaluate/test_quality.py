@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from models import tiny_model
 from torch import nn
 
-from models import tiny_model
 from pairquant.evaluate.quality import measure
 
 

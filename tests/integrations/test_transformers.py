@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from models import FAMILIES, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pairquant
-from models import FAMILIES, save_tiny
 from pairquant.nn import rotated_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
@@ -79,7 +79,9 @@ def test_dequantize_gives_a_plain_model_with_the_same_logits(checkpoint, tokens)
 
 @pytest.mark.parametrize("order", ["pairquant, transformers", "transformers, pairquant"])
 def test_importing_pairquant_before_or_after_transformers_is_enough(order):
-    code = f"import {order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('paroquant' in m)"
+    code = (
+        f"import {order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('paroquant' in m)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models import FAMILIES, tiny_model
 from torch import nn
 
-from models import FAMILIES, tiny_model
 from pairquant.config import QuantConfig, Recipe
 from pairquant.errors import CalibrationError, ConfigError, SourceError
 from pairquant.optimize.capture import MomentSum, find_blocks, first_inputs_and_calls, recorded_inputs

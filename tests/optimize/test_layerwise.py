@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-
 from models import FAMILIES, tiny_model
+
 from pairquant.config import PRESETS, QuantConfig, Recipe
 from pairquant.core.linear import decode
 from pairquant.evaluate.quality import measure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from .headers import StoredTensors
 
 #: Files worth downloading: weights as safetensors only, never pickles.
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "tokenizer*")
+#: A tokenizer has one of these.
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 #: Written beside the weights: recipe, errors and sizes of every linear.
 REPORT_FILE = "pairquant.json"
 
@@ -72,6 +75,9 @@ class ModelFiles:
     def tokenizer(self):
         from transformers import AutoTokenizer
 
+        # Transformers would make up an empty tokenizer for some families.
+        if not self.gguf and not any(next(self.directory.glob(name), None) for name in VOCABULARIES):
+            raise SourceError(f"{self.name!r} has no tokenizer (none of {', '.join(VOCABULARIES)}): copy it there.")
         return self._load(AutoTokenizer, "tokenizer")
 
     def skeleton(self) -> nn.Module:
@@ -81,7 +87,7 @@ class ModelFiles:
         with torch.device("meta"):
             return self._build(lambda: AutoModelForCausalLM.from_config(self.config, **self._remote), "architecture")
 
-    def model(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> nn.Module:
+    def model(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
         """The model in evaluation mode. GGUF weights are dequantized; "auto" then means float16."""
         from transformers import AutoModelForCausalLM
 
@@ -109,7 +115,7 @@ class ModelFiles:
     def _build(self, build, what: str):
         try:
             return build()
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, SafetensorError) as error:
             if isinstance(error, (CheckpointError, SourceError)):
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]

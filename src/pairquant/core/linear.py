@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe
+from ..errors import ConfigError
 from ..layout import LinearLayout, PackedLinear
 from . import rounding
 from .packing import pack, unpack
@@ -80,6 +81,8 @@ def encode(
     grid = rounding.search_range(w_rot, h_rot, layout.bits, layout.group_size, symmetric, recipe.shrinks)
     if recipe.rounding == "nearest":
         codes = rounding.nearest(w_rot, grid)
+    elif h_rot is None:
+        raise ConfigError("rounding is 'gptq', which needs a Hessian; pass one, or choose 'nearest'")
     else:
         codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation)
         if recipe.sweeps:

@@ -29,7 +29,7 @@ class ParoQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, as Transformers wants to hold it; `checkpoint` is ours."""
 
     def __init__(self, **entries: Any):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum knows no outsiders
         self.checkpoint = CheckpointConfig.from_dict({**entries, "quant_method": QUANT_METHOD})
 
     @classmethod
@@ -48,7 +48,7 @@ class ParoQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: ParoQuantConfig
 
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_dtype(self, dtype):
         if dtype is not None and dtype not in SUPPORTED_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
             raise CheckpointError(f"dtype is {dtype}, allowed: {names}")

@@ -7,7 +7,7 @@ linear weights; linears that are handed the very same tensor in one forward pass
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -98,10 +98,8 @@ def first_inputs_and_calls(
         for i, block in enumerate(blocks):
             block.module.forward = skip(i, last=i == len(blocks) - 1)
         for batch in tokens.split(micro_batch):
-            try:
+            with suppress(_Stop):
                 model(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
     finally:
         for block in blocks:
             del block.module.forward
@@ -122,7 +120,8 @@ class Inputs:
 @contextmanager
 def recorded_inputs(linears: dict[str, nn.Linear]) -> Iterator[Inputs]:
     """Collect what each of `linears` reads while the context is open."""
-    inputs, originals = Inputs(), []
+    inputs = Inputs()
+    originals: list[Tensor] = []
 
     def hook(path: str):
         def record(module: nn.Module, args: tuple) -> None:
@@ -169,7 +168,7 @@ class MomentSum:
         for i, (moments, x) in enumerate(zip(self.moments, inputs.tensors, strict=True)):
             x = x.float()
             moments.hessian.addmm_(x.T, x)
-            if originals is not None:
+            if originals is not None and moments.cross is not None:
                 moments.cross.addmm_(originals.tensors[i].float().T, x)
 
     def checked(self, linears: dict[str, nn.Linear]) -> list[Moments]:

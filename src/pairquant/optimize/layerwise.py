@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import QuantConfig
 from ..core.linear import Transform, decode, encode
 from ..core.rounding import proxy_error
+from ..errors import ConfigError
 from ..layout import PackedLinear
 from .capture import Block, Call, Moments, MomentSum, find_blocks, first_inputs_and_calls, recorded_inputs
 from .proxy import Problem, fit_transforms
@@ -56,15 +57,17 @@ def quantize_blocks(
     blocks = find_blocks(model, config.ignore)
     streams = None
     if needs_text(config):
+        if tokens is None:
+            raise ConfigError(f"preset {config.preset!r} needs calibration tokens, none were given")
         micro_batch = _micro_batch(*tokens.shape)
         streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
     for index, block in enumerate(blocks):
-        stored = next(block.module.parameters())
+        stored_as = next(block.module.parameters()).device, next(block.module.parameters()).dtype
         block.module.to(device, torch.float32)
         yield _quantize_block(index, block, streams, config, device)
         if streams is not None and index + 1 < len(blocks):
             streams.advance(block, index)
-        block.module.to(stored.device, stored.dtype)
+        block.module.to(*stored_as)
 
 
 def _quantize_block(index: int, block: Block, streams: _Streams | None, config: QuantConfig, device) -> BlockResult:
@@ -119,7 +122,7 @@ def _target(linear: nn.Linear, moments: Moments, drift: float) -> Tensor:
     (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
     """
     weight = linear.weight.detach().float()
-    if not drift:
+    if not drift or moments.cross is None:
         return weight
     hessian = moments.hessian.double()
     damped = hessian + torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean() * DRIFT_DAMPING
