@@ -69,7 +69,7 @@ class RotatedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
-            if before is not None and after.dtype != before.dtype:
+            if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         self._dense = None
         return self

@@ -96,7 +96,7 @@ class ParoQuantizer(HfQuantizer):
         return False
 
 
-def _by_config(model: nn.Module, config: CheckpointConfig) -> list[str]:
+def _by_config(model: Any, config: CheckpointConfig) -> list[str]:
     """Without files to look into (a state dict was passed): every linear but those named, and the output embedding."""
     output = model.get_output_embeddings()
     return [
