@@ -66,6 +66,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+#: Short calibration text: the bundled one takes a byte tokenizer ten seconds.
+TEXT = Path(__file__).parent / "text.txt"
+
+
 def save_tiny(directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
     """A model directory, as a user would have it."""
     tiny_model(family, dtype=dtype).save_pretrained(directory)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from models import save_tiny
+from models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant
 from pairquant.errors import ConfigError, PairQuantError, ResourceError, SourceError, TextError
 
-BASE = {"preset": "quick", "group_size": 32, "rotations": 2, "samples": 4, "seq_len": 32}
+BASE = {
+    "preset": "quick", "group_size": 32, "rotations": 2, "samples": 4, "seq_len": 32, "calibration": (str(TEXT),),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from models import save_tiny
+from models import TEXT, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,9 @@ from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.checkpoint.write import require_space, write_checkpoint
 from pairquant.errors import CheckpointError, ConfigError, ResourceError, SourceError
 
-QUICK = pairquant.QuantConfig(preset="quick", group_size=32, rotations=2, samples=4, seq_len=32)
+QUICK = pairquant.QuantConfig(
+    preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
+)
 PATH = "model.layers.0.mlp.up_proj"
 
 

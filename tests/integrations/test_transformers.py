@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from models import FAMILIES, save_tiny
+from models import FAMILIES, TEXT, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +19,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def checkpoint(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     source = save_tiny(root / "source", request.param)
-    config = pairquant.QuantConfig(preset="quick", group_size=32, rotations=2, samples=4, seq_len=32)
+    config = pairquant.QuantConfig(
+        preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
+    )
     pairquant.quantize(source, root / "checkpoint", config, device="cpu")
     return root / "checkpoint"
 
