@@ -21,7 +21,7 @@ pairquant eval demo/nearest --reference demo/original --seq-len 1024 --max-token
 echo; echo "PairQuant, against the original:"
 say pairquant eval demo/pairquant --reference demo/original --seq-len 1024 --max-tokens 4096 --json demo/pairquant.json
 say pairquant inspect demo/pairquant --linear model.layers.12.mlp.down_proj
-say pairquant chat demo/pairquant --prompt "A baker bakes 12 loaves and sells 5 of them. How many are left?" --max-new-tokens 80
+say pairquant chat demo/pairquant --prompt "What is the capital of France?" --max-new-tokens 40
 python - <<'P'
 import json
 kl = {name: next(iter(json.load(open(f"demo/{name}.json"))["texts"].values()))["kl"] for name in ("nearest", "pairquant")}
