@@ -25,6 +25,7 @@ from pairquant.checkpoint.read import ModelFiles
 from pairquant.config import PRESETS, QuantConfig, Recipe
 from pairquant.devices import resolve_device
 from pairquant.evaluate.quality import measure
+from pairquant.layout import bits_per_weight
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.layerwise import needs_text, quantize_blocks
 from pairquant.text import documents, token_windows
@@ -70,10 +71,9 @@ def main() -> None:
             path: p for result in quantize_blocks(model, tokens, config, device) for path, p in result.packed.items()
         }
         seconds = time.perf_counter() - start
-        weights = sum(p.layout.in_features * p.layout.out_features for p in packed.values())
         row = {
             "recipe": text,
-            "bits_per_weight": round(sum(p.layout.stored_bits() for p in packed.values()) / weights, 3),
+            "bits_per_weight": round(bits_per_weight(p.layout for p in packed.values()), 3),
             "seconds": round(seconds, 1),
             **{name: vars(measure(model, windows, original)) for name, windows in texts.items()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -54,9 +54,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    preset: Annotated[
-        str, typer.Option(help="fast, quick (a quarter of the time), or the baselines gptq and rtn.")
-    ] = "fast",
+    preset: Annotated[str, typer.Option(help="fast, quick (fewer steps), or the baselines gptq and rtn.")] = "fast",
     bits: Annotated[int, typer.Option(help="Bits per code: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Weights per scale: 128, 64, 32, or auto.")] = "128",
     rotations: Annotated[int, typer.Option(help="Rotations K, 0 to 16.")] = 8,

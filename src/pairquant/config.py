@@ -66,7 +66,7 @@ class Recipe:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: {low} to {high}")
 
 
-#: The presets, by name. "quick" is "fast" in a quarter of its time, for trying things out; "gptq" and "rtn" (round to
+#: The presets, by name. "quick" is "fast" with a sixth of the steps and one stream of text, for trying things out; "gptq" and "rtn" (round to
 #: nearest) transform nothing: the baselines.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(),

@@ -10,7 +10,7 @@ order: nibble i holds column `AWQ_ORDER[i]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,12 @@ class LinearLayout:
         return sum(
             math.prod(field.shape) * field.dtype.itemsize * 8 for name, field in self.fields().items() if name != "bias"
         )
+
+
+def bits_per_weight(layouts: Iterable[LinearLayout]) -> float:
+    """Stored bits of these linears, transforms and scales included, over the number of their weights."""
+    layouts = list(layouts)
+    return sum(s.stored_bits() for s in layouts) / sum(s.in_features * s.out_features for s in layouts)
 
 
 #: Names of the stored tensors, bias last and optional.

@@ -20,7 +20,7 @@ from .checkpoint.write import require_free, require_space, write_checkpoint
 from .config import CheckpointConfig, QuantConfig, matches
 from .devices import resolve_device
 from .errors import ConfigError, ResourceError, SourceError, did_you_mean
-from .layout import SUPPORTED_GROUP_SIZES, LinearLayout
+from .layout import SUPPORTED_GROUP_SIZES, LinearLayout, bits_per_weight
 from .nn import RotatedLinear, replace_module
 from .optimize.calibration import Calibration, calibrate
 from .optimize.capture import Block, find_blocks
@@ -224,11 +224,10 @@ def _report(
 ) -> dict[str, Any]:
     """The content of pairquant.json: recipe, provenance, and each linear's error and size."""
     layouts: dict[str, LinearLayout] = {path: p.layout for result in results for path, p in result.packed.items()}
-    weights = sum(layout.in_features * layout.out_features for layout in layouts.values())
     return {
         "config": config.to_dict(),
         "provenance": _provenance(config, calibration, files),
-        "bits_per_weight": sum(layout.stored_bits() for layout in layouts.values()) / weights,
+        "bits_per_weight": bits_per_weight(layouts.values()),
         "seconds": round(seconds, 1),
         "linears": {
             path: {"error": error, "bytes": layouts[path].stored_bits() // 8}

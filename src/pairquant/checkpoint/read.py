@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import QUANT_METHOD, CheckpointConfig
 from ..errors import CheckpointError, SourceError, did_you_mean
-from ..layout import LinearLayout, PackedLinear
+from ..layout import LinearLayout, PackedLinear, bits_per_weight
 from .headers import StoredTensors
 
 #: Files worth downloading: weights as safetensors only, never pickles.
@@ -164,8 +164,7 @@ class Checkpoint:
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""
-        layouts = [self.layout(path) for path in self.stored.linears()]
-        return sum(s.stored_bits() for s in layouts) / sum(s.in_features * s.out_features for s in layouts)
+        return bits_per_weight(self.layout(path) for path in self.stored.linears())
 
 
 def _download(name: str) -> Path:

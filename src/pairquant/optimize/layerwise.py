@@ -102,16 +102,20 @@ def _round_inputs(block: Block, moments: list[Moments], config: QuantConfig, res
         if len(group) > 1:
             result.shared.append(group)
         for path in group:
-            _round_linear(path, block.linears[path], weights[path], transform, hessians[path], config, result)
+            packed, error = _round_linear(block.linears[path], weights[path], transform, hessians[path], config)
+            result.packed[path], result.errors[path] = packed, error
 
 
-def _round_linear(path: str, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor, config, result):
+def _round_linear(
+    linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor, config: QuantConfig
+) -> tuple[PackedLinear, float]:
+    """Round one linear and put its decoded weight in place: the packed form, on the CPU, and its relative error."""
     layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
     packed = encode(target, transform, hessian, layout, config.recipe, config.symmetric, linear.bias)
     decoded = decode(packed)
-    result.errors[path] = proxy_error(linear.weight.float(), decoded, hessian)
-    result.packed[path] = PackedLinear(layout, **{k: v.cpu() for k, v in packed.tensors().items()})
+    error = proxy_error(linear.weight.float(), decoded, hessian)
     linear.weight.data = decoded.to(linear.weight.dtype)
+    return PackedLinear(layout, **{name: tensor.cpu() for name, tensor in packed.tensors().items()}), error
 
 
 def _target(linear: nn.Linear, moments: Moments, drift: float) -> Tensor:
