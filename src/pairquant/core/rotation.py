@@ -61,6 +61,28 @@ def rotate_dense(x: Tensor, matrix: Tensor) -> Tensor:
     return (by_group @ matrix).transpose(0, 1).reshape(x.shape)
 
 
+def channel_form(theta: Tensor, pairs: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """One rotation as y_c = cos_c · x_c + s_c · x_p(c) for every channel c, with its partner p(c).
+
+    theta [K, C/2], pairs [K, C] → coefficients [K, 2, C] (cos_c and the signed sine s_c: +sin for the first channel of
+    a pair, -sin for the second; theta's dtype, differentiable) and partners uint8 [K, C], group-local.
+    """
+    rotations, channels = pairs.shape
+    local = pairs.long().view(rotations, channels // 2, 2)
+    start = torch.arange(0, channels, group_size, device=pairs.device).repeat_interleave(group_size // 2)
+    where = (local + start[:, None]).flatten(1)  # [K, C]: i, j, i, j, …
+    cos, sin = theta.cos(), theta.sin()
+    coefficients = torch.stack(
+        [
+            torch.zeros_like(cos).repeat(1, 2).scatter(1, where, values.flatten(1))
+            for values in (torch.stack((cos, cos), dim=-1), torch.stack((sin, -sin), dim=-1))
+        ],
+        dim=1,
+    )
+    partners = torch.zeros_like(where).scatter(1, where, local.flip(-1).flatten(1)).to(torch.uint8)
+    return coefficients, partners
+
+
 def _apply_steps(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int, steps, sign: float) -> Tensor:
     channels = x.shape[-1]
     start = torch.arange(0, channels, group_size, device=x.device).repeat_interleave(group_size // 2)

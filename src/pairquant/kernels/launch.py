@@ -1,0 +1,262 @@
+"""Launching the Triton kernels: tile choices and tensors in, tensors out. Nothing here looks at a table.
+
+Tensors must be checked already (`ops`): 16-bit or float32 x of two dimensions with unit stride in the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .table import Dense, Narrow, Wide
+from .triton_linear import decode_kernel, narrow_kernel, wide_kernel
+from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
+from .weights import KernelWeights, RotationWeights
+
+#: From here on a dense R on tensor cores beats shuffles.
+DENSE_ROTATION_TOKENS = 256
+#: Bytes of decoded weight held at a time. Small enough to be read back from the L2 cache.
+BACKWARD_TOKENS = 32
+
+
+@lru_cache
+def _features(device: torch.device) -> dict[str, bool]:
+    """Assembly needs CUDA's bf16x2 (8.0), dependent launches Hopper (9.0); the interpreter has neither."""
+    if device.type != "cuda" or torch.version.hip:
+        return {"NATIVE": False, "DEPENDENT": False}
+    capability = torch.cuda.get_device_capability(device)
+    return {"NATIVE": capability >= (8, 0), "DEPENDENT": capability >= (9, 0)}
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _dependent(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that may start before the one before it has ended."""
+    on = _features(device)["DEPENDENT"]
+    return {"DEPENDENT": on, "launch_pdl": True} if on else {"DEPENDENT": False}
+
+
+def rotate(x: Tensor, rotation: RotationWeights, channels: int | None = None, mma_order: bool = False) -> Tensor:
+    """x [M, C] → [T, M, channels] in x's dtype, zeros beyond C (by default channels = C)."""
+    tokens = x.shape[0]
+    width = channels or rotation.channels
+    out = torch.empty(rotation.transforms, tokens, width, dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        if tokens >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and width % 128 == 0:
+            _dense_rotate(x, rotation, out, mma_order)
+        else:
+            _givens(x, rotation, out, mma_order)
+    return out
+
+
+def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, identity: int = 0) -> None:
+    transforms, tokens, width = out.shape
+    rows = 1 if tokens <= 16 else 4
+    if not _features(x.device)["NATIVE"]:
+        rows = triton.next_power_of_2(min(tokens, 128))  # the interpreter's time is per program
+    givens_kernel[(triton.cdiv(width, rotation.group_size), triton.cdiv(tokens, rows), transforms)](
+        x,
+        rotation.coefficients,
+        rotation.partners,
+        rotation.scales,
+        out,
+        tokens,
+        rotation.channels // 32,
+        x.stride(0),
+        width // 32,
+        K=rotation.coefficients.shape[1],
+        GROUP=rotation.group_size,
+        TOKENS=rows,
+        MMA_ORDER=mma_order,
+        IDENTITY=identity,
+        num_warps=1,
+        **_dependent(x.device),
+    )
+
+
+def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
+    """diag(1/a) R as dense blocks of 128 channels: [T, 128, channels], row = input channel within its block."""
+    out = torch.empty(rotation.transforms, 128, channels, dtype=dtype, device=rotation.scales.device)
+    _givens(out[0], rotation, out, mma_order, identity=128)
+    return out
+
+
+def _dense_rotate(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool) -> None:
+    transforms, tokens, width = out.shape
+    matrix = rotation_blocks(rotation, width, x.dtype, mma_order)
+    rows, tiles = 64, triton.cdiv(tokens, 64 * max(1, 132 * 4 * 128 // width))
+    tiles = max(1, min(tiles, 8))
+    dense_rotate_kernel[(width // 128, triton.cdiv(tokens, rows * tiles), transforms)](
+        x,
+        matrix,
+        out,
+        tokens,
+        rotation.channels // 32,
+        x.stride(0),
+        width // 32,
+        TOKENS=rows,
+        TILES=tiles,
+        BLOCK=128,
+        STAGES=2,
+        NATIVE=_features(x.device)["NATIVE"],
+        num_warps=4,
+    )
+
+
+def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """y, grad [T, M, C] → gradients of x [M, C], coefficients [T, K, 2, C] and scales [T, C], all float32."""
+    transforms, tokens, channels = y.shape
+    steps = rotation.coefficients.shape[1]
+    programs = triton.cdiv(tokens, BACKWARD_TOKENS)
+    grad_x = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+    grad_coefficients = grad_x.new_empty(programs, transforms, steps, 2, channels)
+    grad_scales = grad_x.new_empty(programs, transforms, channels)
+    with _on(y.device):
+        givens_backward_kernel[(channels // rotation.group_size, programs, transforms)](
+            y,
+            grad,
+            rotation.coefficients,
+            rotation.partners,
+            rotation.scales,
+            grad_x,
+            grad_coefficients,
+            grad_scales,
+            tokens,
+            channels // 32,
+            K=steps,
+            GROUP=rotation.group_size,
+            TOKENS=BACKWARD_TOKENS,
+            num_warps=4,
+        )
+    return grad_x.sum(0), grad_coefficients.sum(0), grad_scales.sum(0)
+
+
+def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
+    """x [M, C] → [M, sum of out_features] in x's dtype, bias in x's dtype."""
+    if isinstance(choice, Dense):
+        return _dense(x, weights, bias, choice)
+    layout = weights.layout
+    x_rot = rotate(x, weights.rotation, layout.k_blocks * 128, mma_order=isinstance(choice, Wide))
+    return product(x_rot, weights, bias, choice)
+
+
+def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
+    """The product alone: x_rot [T, M, 128 KB], in `mma_order` for a Wide choice."""
+    layout = weights.layout
+    transforms, tokens, _ = x_rot.shape
+    columns = sum(weights.out_features)
+    out = torch.empty(tokens, columns, dtype=x_rot.dtype, device=x_rot.device)
+    partial = out
+    if choice.split > 1:
+        partial = torch.empty(choice.split, tokens, layout.padded_rows, dtype=torch.float32, device=out.device)
+    row_tiles = layout.padded_rows // 128
+    starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
+    sizes = (*(size // 8 for size in weights.out_features), 0, 0)[:3]
+    arguments = (
+        x_rot,
+        weights.words,
+        weights.grid,
+        out if bias is None else bias,
+        out,
+        partial,
+        weights.arrivals,
+        tokens,
+        layout.k_blocks,
+        row_tiles,
+        columns // 8,
+        *starts,
+        *sizes,
+    )
+    options = {
+        "BN": choice.rows,
+        "SPLIT": choice.split > 1,
+        "STAGES": choice.stages,
+        "GROUPS": layout.groups_per_block,
+        "SHARED": transforms == 1,
+        "HAS_BIAS": bias is not None,
+        "NATIVE": _features(out.device)["NATIVE"],
+    }
+    tiles = layout.padded_rows // choice.rows
+    with _on(out.device):
+        if isinstance(choice, Narrow):
+            narrow_kernel[(tiles, choice.split)](
+                *arguments,
+                **options,
+                BM=8 if tokens <= 8 else 16,
+                WARPS=choice.warps,
+                EVEN=layout.k_blocks % (choice.warps * choice.split) == 0,
+                PREFETCH=choice.prefetch,
+                num_warps=choice.warps,
+                **_dependent(out.device),
+            )
+        else:
+            wide_kernel[(tiles, triton.cdiv(tokens, choice.tokens), choice.split)](
+                *arguments, **options, BM=choice.tokens, num_warps=choice.warps
+            )
+    return out
+
+
+def decode(weights: KernelWeights, dtype: torch.dtype) -> list[Tensor]:
+    """The dense weight of each linear, [N, C] in the original basis."""
+    matrix = _matrix(weights, dtype)
+    out = []
+    for index, rows in enumerate(weights.out_features):
+        dense = torch.empty(rows, weights.rotation.channels, dtype=dtype, device=weights.words.device)
+        _decode_rows(weights, matrix, index, 0, dense)
+        out.append(dense)
+    return out
+
+
+def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
+    kind = torch.float32 if dtype == torch.float32 else torch.float16
+    with _on(weights.words.device):
+        return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
+
+
+def _decode_rows(weights: KernelWeights, matrix: Tensor, index: int, start: int, out: Tensor) -> None:
+    """Rows [start, start + len(out)) of linear `index` into out; start a multiple of 128."""
+    layout = weights.layout
+    rows, channels = out.shape
+    tile = 128 if out.dtype != torch.float32 else 64
+    with _on(out.device):
+        decode_kernel[(triton.cdiv(rows, tile), layout.k_blocks)](
+            weights.words,
+            weights.grid,
+            matrix,
+            out,
+            (layout.starts[index] + start) // 128,
+            rows,
+            layout.k_blocks,
+            layout.padded_rows // 128,
+            channels // 32,
+            0 if len(matrix) == 1 else index,
+            BN=tile,
+            GROUPS=layout.groups_per_block,
+            NATIVE=_features(out.device)["NATIVE"],
+            num_warps=4,
+        )
+
+
+def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
+    out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
+    matrix = _matrix(weights, x.dtype)
+    rows = min(choice.rows, max(weights.out_features))
+    workspace = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
+    column = 0
+    for index, size in enumerate(weights.out_features):
+        for start in range(0, size, rows):
+            weight = workspace[: min(rows, size - start)]
+            _decode_rows(weights, matrix, index, start, weight)
+            columns = slice(column + start, column + start + len(weight))
+            if bias is None:
+                torch.mm(x, weight.T, out=out[:, columns])
+            else:
+                torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
+        column += size
+    return out

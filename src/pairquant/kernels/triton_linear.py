@@ -1,0 +1,399 @@
+"""y = x_rot · Ŵᵀ on packed 4-bit weights, and the weight itself decoded, for NVIDIA GPUs.
+
+Both products compute the transpose, Ŵ (rows of N, dequantized in registers, straight into the operand layout of the
+tensor cores: see layout.KernelLayout) times x_rotᵀ:
+
+narrow_kernel   up to 16 tokens: each warp takes its own part of K, warps and programs are summed at the end
+wide_kernel     up to some hundred tokens: one warp group product per 128 channels
+decode_kernel   the dense weight in the original basis, for more tokens than that
+
+Half of a weight's cost is the unpacking: 0.6 integer instructions per weight as written here in assembly, about 3 as
+the compiler would do it, which no memory bandwidth could hide (an H100 needs 15 us per instruction and weight for one
+block of an 8B model, and 46 us to read it).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+from .triton_rotate import dot
+
+
+def _pair_assembly(pair: int, dtype: str, scaled: bool) -> str:
+    """Nibbles `pair` and `pair + 4` of word $1 as two 16-bit floats, minus zero point, times scale if `scaled`.
+
+    OR-ing a nibble into the mantissa of 1024 (float16) or 128 (bfloat16) makes the float 1024 + q; adding
+    -(1024 + z) leaves q - z, exactly. A float16 mantissa has room for a nibble 4 bits higher, 1024 + 16 q, which one
+    multiply-add with 1/16 and -(64 + z) brings to q - z: half of the shifts are saved. $2 holds the number to add.
+    """
+    source, lines = "$1", [".reg .b32 a, one;"]
+    if dtype == "fp16":
+        if pair >= 2:
+            lines.append("shr.u32 a, $1, 8;")
+            source = "a"
+        low = pair % 2 == 0
+        lines.append(f"lop3.b32 a, {source}, {0x000F000F if low else 0x00F000F0}, 0x64006400, 0xea;")
+        lines.append("add.f16x2 a, a, $2;" if low else "mov.b32 one, 0x2c002c00; fma.rn.f16x2 a, a, one, $2;")
+        lines.append("mul.f16x2 $0, a, $3;" if scaled else "mov.b32 $0, a;")
+    else:
+        if pair:
+            lines.append(f"shr.u32 a, $1, {4 * pair};")
+            source = "a"
+        lines.append(f"lop3.b32 a, {source}, 0x000f000f, 0x43004300, 0xea;")
+        lines.append("mov.b32 one, 0x3f803f80; fma.rn.bf16x2 a, a, one, $2;")
+        lines.append("mov.b32 one, 0x80008000; fma.rn.bf16x2 $0, a, $3, one;" if scaled else "mov.b32 $0, a;")
+    return "{" + " ".join(lines) + "}"
+
+
+PAIRS_FP16 = tl.constexpr(tuple(_pair_assembly(p, "fp16", False) for p in range(4)))
+PAIRS_FP16_SCALED = tl.constexpr(tuple(_pair_assembly(p, "fp16", True) for p in range(4)))
+PAIRS_BF16 = tl.constexpr(tuple(_pair_assembly(p, "bf16", False) for p in range(4)))
+PAIRS_BF16_SCALED = tl.constexpr(tuple(_pair_assembly(p, "bf16", True) for p in range(4)))
+
+
+@triton.jit
+def _twice(half):
+    """A 16-bit pattern in both halves of a word."""
+    return half | (half << 16)
+
+
+@triton.jit
+def _low_half(pair, dtype: tl.constexpr):
+    return pair.to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _high_half(pair, dtype: tl.constexpr):
+    return (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _two_weights(word, zero, scale, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Nibbles PAIR and PAIR + 4 of each word → (q - z) or (q - z) · s: two tensors of the word's shape."""
+    word, zero = tl.broadcast(word, zero)
+    word, scale = tl.broadcast(word, scale)
+    if NATIVE:
+        if dtype == tl.float16:
+            offset = (zero << 4) | -0x2BFF2C00 if PAIR % 2 else zero | -0x1BFF1C00  # -(64 + z), -(1024 + z), twice
+            code: tl.constexpr = PAIRS_FP16_SCALED[PAIR] if SCALED else PAIRS_FP16[PAIR]
+        else:
+            offset = zero | -0x3CFF3D00  # -(128 + z), twice
+            code: tl.constexpr = PAIRS_BF16_SCALED[PAIR] if SCALED else PAIRS_BF16[PAIR]
+        both = tl.inline_asm_elementwise(code, "=r,r,r,r", [word, offset, scale], dtype=tl.int32, is_pure=True, pack=1)
+        return _low_half(both, dtype), _high_half(both, dtype)
+    low = (((word >> (4 * PAIR)) & 15) - (zero & 15)).to(tl.float32)
+    high = (((word >> (4 * PAIR + 16)) & 15) - (zero & 15)).to(tl.float32)
+    if SCALED:
+        factor = _low_half(scale, dtype).to(tl.float32)
+        low, high = low * factor, high * factor
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def _unpack(word, zero, scale, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
+
+    zero (z) and scale (16-bit pattern, both already doubled) broadcast against the words.
+    """
+    low0, high0 = _two_weights(word, zero, scale, 0, SCALED, dtype, NATIVE)
+    low1, high1 = _two_weights(word, zero, scale, 1, SCALED, dtype, NATIVE)
+    low2, high2 = _two_weights(word, zero, scale, 2, SCALED, dtype, NATIVE)
+    low3, high3 = _two_weights(word, zero, scale, 3, SCALED, dtype, NATIVE)
+    low = tl.join(tl.join(low0, low2), tl.join(low1, low3))
+    high = tl.join(tl.join(high0, high2), tl.join(high1, high3))
+    return tl.join(low, high)
+
+
+@triton.jit
+def _scale_pattern(grid, dtype: tl.constexpr):
+    """The scale in a grid word (float16, low half) as a doubled 16-bit pattern of dtype."""
+    pattern = grid & 0xFFFF
+    if dtype == tl.bfloat16:
+        pattern = _scale_value(grid).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return _twice(pattern)
+
+
+@triton.jit
+def _scale_value(grid):
+    return _low_half(grid, tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _zero_pattern(grid):
+    return _twice((grid >> 16) & 15)
+
+
+@triton.jit
+def _segment(row, start1, start2, size0, size1, size2):
+    """Which of up to three merged linears a padded row belongs to: (index, first padded row, size, first column)."""
+    tile = row // 128
+    index = (tile >= start1).to(tl.int32) + (tile >= start2).to(tl.int32)
+    first = tl.where(index == 0, 0, tl.where(index == 1, start1, start2))
+    size = tl.where(index == 0, size0, tl.where(index == 1, size1, size2))
+    column = tl.where(index == 0, 0, tl.where(index == 1, size0, size0 + size1))
+    return index, first * 128, size * 8, column * 8
+
+
+#: Arguments that must not make new variants of a kernel: a first request of another length would wait for the compiler.
+SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def narrow_kernel(
+    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order
+    words_ptr,  # int32 [NP / 16, KB, 2, 128] (layout.KernelLayout)
+    grid_ptr,  # int32 [KB · S, NP]
+    bias_ptr,  # x's dtype [N]
+    out_ptr,  # [M, N]
+    partial_ptr,  # float32 [SPLIT, M, NP]
+    arrivals_ptr,  # int32 [NP / BN], zero before and after
+    tokens,
+    k_blocks,
+    row_tiles,  # NP / 128
+    octets,  # N / 8: so written, the compiler knows what is aligned, without variants
+    start1,  # of the second and third linear's rows, in tiles of 128
+    start2,
+    size0,  # out_features of each, in octets
+    size1,
+    size2,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether several programs share K
+    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr,  # S: groups per 128 channels
+    SHARED: tl.constexpr,  # all segments read x_ptr[0]
+    EVEN: tl.constexpr,  # WARPS divides the blocks of every program
+    HAS_BIAS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    padded_rows = row_tiles * 128
+    columns = octets * 8
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    part = tl.arange(0, WARPS)
+    m = tl.arange(0, BM)
+    n = tile * BN + tl.arange(0, BN)
+    fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
+    per_split = tl.cdiv(tl.cdiv(k_blocks, splits), WARPS) * WARPS
+    start = split * per_split
+    stop = tl.minimum(start + per_split, k_blocks)
+    if DEPENDENT:
+        tl_cuda.gdc_launch_dependents()
+        if PREFETCH:
+            ahead = start + tl.arange(0, PREFETCH)
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;",
+                "=r,l",
+                [words_ptr + (fragment[:, None] + tl.minimum(ahead, stop - 1)[None, :]).to(tl.int64) * 256],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        tl_cuda.gdc_wait()
+    index, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
+    x_row = m * (k_blocks * 128)
+    if not SHARED:
+        x_row += index * tokens * (k_blocks * 128)
+    real_token = m < tokens
+    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    words_at = words_ptr + fragment.to(tl.int64)[None, :, None, None] * 256 + inner[None, None, :, :]
+    channel = tl.arange(0, 128)
+    s = tl.arange(0, GROUPS)
+    acc = tl.zeros((WARPS, BN, BM), tl.float32)
+    for block in tl.range(start, stop, WARPS, num_stages=STAGES):
+        kb = block + part
+        if EVEN:
+            words = tl.load(words_at + kb[:, None, None, None] * 256)
+            grid = tl.load(grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None])
+            x = tl.load(
+                x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None],
+                mask=real_token[None, None, :],
+                other=0.0,
+            )
+        else:
+            real = kb < stop
+            words = tl.load(words_at + kb[:, None, None, None] * 256, mask=real[:, None, None, None], other=0)
+            grid = tl.load(
+                grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None],
+                mask=real[:, None, None],
+                other=0,
+            )
+            x = tl.load(
+                x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None],
+                mask=real[:, None, None] & real_token[None, None, :],
+                other=0.0,
+            )
+        words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
+        words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
+        zero = _zero_pattern(grid)[:, :, :, None, None]
+        if GROUPS == 1:  # the scale of a whole product: exact, and cheaper than one per weight
+            weight = _unpack(words, zero, zero, False, dtype, NATIVE)
+        else:
+            weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, :, None, None], True, dtype, NATIVE)
+        weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
+        weight = tl.reshape(weight, (WARPS, BN, 128))
+        if GROUPS == 1:
+            acc += dot(weight, x, NATIVE) * _scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
+        else:
+            acc += dot(weight, x, NATIVE)
+    y = tl.sum(acc, 0)
+    if SPLIT:
+        partial_at = m[None, :] * padded_rows + n[:, None]
+        tl.store(partial_ptr + split * tokens * padded_rows + partial_at, y, mask=real_token[None, :])
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        if arrived < splits - 1:
+            return
+        y = tl.zeros((BN, BM), tl.float32)
+        for other in range(splits):  # in order, so that the sum never depends on who came last
+            y += tl.load(
+                partial_ptr + other * tokens * padded_rows + partial_at,
+                mask=real_token[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        tl.store(arrivals_ptr + tile, 0)
+    _store(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def wide_kernel(
+    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in `mma_order`
+    words_ptr,
+    grid_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,  # int32 [NP / BN · cdiv(M, BM)]
+    tokens,
+    k_blocks,
+    row_tiles,  # NP / 128
+    octets,  # N / 8: so written, the compiler knows what is aligned, without variants
+    start1,  # of the second and third linear's rows, in tiles of 128
+    start2,
+    size0,  # out_features of each, in octets
+    size1,
+    size2,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether several programs share K
+    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    padded_rows = row_tiles * 128
+    columns = octets * 8
+    tile = tl.program_id(0)
+    token_tile = tl.program_id(1)
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    m = token_tile * BM + tl.arange(0, BM)
+    n = tile * BN + tl.arange(0, BN)
+    fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
+    per_split = tl.cdiv(k_blocks, splits)
+    start = split * per_split
+    stop = tl.minimum(start + per_split, k_blocks)
+    index, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
+    x_row = m * (k_blocks * 128)
+    if not SHARED:
+        x_row += index * tokens * (k_blocks * 128)
+    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    words_at = words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :]
+    x_at = x_ptr + x_row[None, :] + tl.arange(0, 128)[:, None]
+    s = tl.arange(0, GROUPS)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for kb in tl.range(start, stop, num_stages=STAGES):
+        words = tl.load(words_at + kb * 256)
+        grid = tl.load(grid_ptr + (kb * GROUPS + s)[None, :] * padded_rows + n[:, None])
+        x = tl.load(x_at + kb * 128, mask=(m < tokens)[None, :], other=0.0)
+        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+        zero = _zero_pattern(grid)[:, :, None, None]
+        weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, dtype, NATIVE)
+        weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
+        weight = tl.reshape(weight, (BN, 128))
+        acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
+    if SPLIT:
+        at = m[None, :] * padded_rows + n[:, None]
+        here = (m < tokens)[None, :]
+        tl.store(partial_ptr + split * tokens * padded_rows + at, acc, mask=here)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + tile * tl.num_programs(1) + token_tile, 1, sem="acq_rel")
+        if arrived < splits - 1:
+            return
+        acc = tl.zeros((BN, BM), tl.float32)
+        for other in range(splits):
+            acc += tl.load(
+                partial_ptr + other * tokens * padded_rows + at, mask=here, other=0.0, cache_modifier=".cg"
+            )
+        tl.store(arrivals_ptr + tile * tl.num_programs(1) + token_tile, 0)
+    _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+
+
+@triton.jit
+def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS: tl.constexpr):
+    """y [BN, BM], plus bias, into columns `column + row` of out [M, N]."""
+    real = row < size
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    at = m.to(tl.int64)[None, :] * columns + (column + row)[:, None]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & (m < tokens)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_tile", "rows", "k_blocks", "row_tiles", "runs", "transform"])
+def decode_kernel(
+    words_ptr,
+    grid_ptr,
+    matrix_ptr,  # float16 (float32 for a float32 weight) [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`
+    out_ptr,  # [rows, C]
+    first_tile,
+    rows,
+    k_blocks,
+    row_tiles,
+    runs,  # C / 32
+    transform,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Ŵ[n, c] = Σ_k (q - z)[n, k] · s[n, k] · (diag(1/a) R)[c, k]: one 128-channel block of BN rows."""
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    padded_rows = row_tiles * 128
+    channels = runs * 32
+    kb = tl.program_id(1)
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = first_tile * 128 + row
+    fragment = (first_tile * 8 + tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
+    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
+    grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * padded_rows + n[:, None])
+    k = tl.arange(0, 128)
+    matrix = tl.load(matrix_ptr + (transform * 128 + k)[None, :] * (k_blocks * 128) + kb * 128 + k[:, None])  # [k, c]
+    words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+    words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+    zero = _zero_pattern(grid)[:, :, None, None]
+    if GROUPS == 1 or dtype == tl.float32:
+        weight = _unpack(words, zero, zero, False, tl.float16, NATIVE)
+    else:
+        weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, tl.float16, NATIVE)
+    weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
+    if dtype == tl.float32:
+        weight = weight.to(tl.float32) * tl.reshape(_scale_value(grid), (BN, GROUPS, 1, 1, 1, 1, 1))
+        y = tl.dot(tl.reshape(weight, (BN, 128)), matrix, input_precision="ieee")
+    else:
+        y = dot(tl.reshape(weight, (BN, 128)), matrix, NATIVE)
+        if GROUPS == 1:
+            y *= tl.reshape(_scale_value(grid), (BN, 1))
+    c = kb * 128 + k
+    at = row.to(tl.int64)[:, None] * channels + c[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (c < channels)[None, :])

@@ -1,0 +1,160 @@
+"""Packed linears made ready for the kernels: repacked once at load, merged where they read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core.packing import pack, unpack
+from ..core.rotation import channel_form
+from ..layout import KernelLayout, LinearLayout, PackedLinear
+
+MAX_SEGMENTS = 3
+
+
+@dataclass(frozen=True)
+class RotationWeights:
+    """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
+
+    coefficients: float32 [T, K, 2, C], cosines and signed sines; partners: uint8 [T, K, C]; scales: [T, C], the 1/a
+    that multiplies activations.
+    """
+
+    coefficients: Tensor
+    partners: Tensor
+    scales: Tensor
+    group_size: int
+
+    @classmethod
+    def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
+        """theta [T, K, C/2], pairs [T, K, C], scales [T, C]; differentiable in theta and scales."""
+        forms = [channel_form(th, p, group_size) for th, p in zip(theta, pairs, strict=True)]
+        coefficients = torch.stack([coefficients for coefficients, _ in forms])
+        return cls(coefficients, torch.stack([partners for _, partners in forms]), scales, group_size)
+
+    @property
+    def transforms(self) -> int:
+        return self.coefficients.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.coefficients.shape[-1]
+
+
+@dataclass(frozen=True)
+class KernelWeights:
+    """One to three packed linears that read the same input, in `KernelLayout`.
+
+    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP]; arrivals: int32 zeros, which split products count
+    their programs in (so one linear must not run on two streams at once); rotation: T = 1 if all share one transform,
+    else one per linear; out_features: of each linear.
+    """
+
+    words: Tensor
+    grid: Tensor
+    arrivals: Tensor
+    rotation: RotationWeights
+    out_features: tuple[int, ...]
+
+    @classmethod
+    def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
+        """Repack; the linears must agree in everything but out_features, and have 4 bits."""
+        parts = [_repacked(linear) for linear in linears]
+        first = linears[0]
+        shared = all(
+            torch.equal(getattr(linear, name), getattr(first, name))
+            for linear in linears[1:]
+            for name in ("theta", "pairs", "channel_scales")
+        )
+        distinct = linears[:1] if shared else linears
+        rotation = RotationWeights.build(
+            torch.stack([linear.theta.float() for linear in distinct]),
+            torch.stack([linear.pairs for linear in distinct]),
+            torch.cat([linear.channel_scales for linear in distinct]),
+            first.layout.group_size,
+        )
+        words = torch.cat([words for words, _ in parts])
+        arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
+        grid = torch.cat([grid for _, grid in parts], dim=1)
+        return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
+
+    @property
+    def layout(self) -> KernelLayout:
+        return KernelLayout(self.rotation.channels, self.out_features, self.rotation.group_size)
+
+    def stored(self, index: int, layout: LinearLayout) -> dict[str, Tensor]:
+        """qweight, qzeros and scales of one linear, bit for bit as they were loaded."""
+        start = self.layout.starts[index]
+        rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
+        codes = _codes(self.words[rows])[: layout.out_features, : layout.in_features]
+        grid = self.grid[: layout.num_groups, start : start + layout.out_features]
+        return {
+            "qweight": pack(codes.T.contiguous(), 4),
+            "qzeros": pack((grid >> 16).to(torch.uint8), 4),
+            "scales": grid.to(torch.int16).view(torch.float16),
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which `pairquant::rotated_linear` takes them."""
+        r = self.rotation
+        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
+        """The inverse of `tensors`."""
+        words, grid, arrivals, coefficients, partners, scales = tensors
+        rotation = RotationWeights(coefficients, partners, scales, group_size)
+        return cls(words, grid, arrivals, rotation, tuple(out_features))
+
+    def to(self, device: torch.device | str) -> KernelWeights:
+        rotation = replace(
+            self.rotation, **{n: getattr(self.rotation, n).to(device) for n in ("coefficients", "partners", "scales")}
+        )
+        moved = {name: getattr(self, name).to(device) for name in ("words", "grid", "arrivals")}
+        return replace(self, rotation=rotation, **moved)
+
+
+#: Rows repacked at a time; bounds the temporaries to about a gigabyte for 16384 input channels.
+ROWS_AT_A_TIME = 4096
+
+
+def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
+    """Stored tensors → (words, grid) of one linear, rows padded."""
+    s = linear.layout
+    layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
+    per_row = s.out_features // 8
+    words = []
+    for start in range(0, layout.padded_rows, ROWS_AT_A_TIME):
+        columns = linear.qweight[:, start // 8 : min(start + ROWS_AT_A_TIME, s.out_features) // 8]
+        rows = min(ROWS_AT_A_TIME, layout.padded_rows - start)
+        codes = torch.zeros(rows, layout.k_blocks * 128, dtype=torch.uint8, device=columns.device)
+        codes[: columns.shape[1] * 8, : s.in_features] = unpack(columns.contiguous(), 4).T
+        words.append(_fragments(codes))
+    zeros = unpack(linear.qzeros[:, :per_row], 4).to(torch.int32)
+    scales = linear.scales.view(torch.int16).to(torch.int32) & 0xFFFF
+    grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
+    grid[: s.num_groups, : s.out_features] = scales | (zeros << 16)
+    return torch.cat(words), grid
+
+
+def _fragments(codes: Tensor) -> Tensor:
+    """uint8 [rows, 128 KB] → int32 [rows / 16, KB, 2, 8, 4, 4] (the algebra: see `KernelLayout`)."""
+    rh_r = codes.view(-1, 2, 8, codes.shape[1] // 128, 4, 2, 4, 2, 2)  # [.., rh, r, KB, c, h, t, i1, i0]
+    nibbles = rh_r.permute(0, 3, 1, 2, 6, 4, 8, 5, 7).flatten(-3)  # [.., KB, rh, r, t, c, nibble i0 h i1]
+    words = torch.zeros(nibbles.shape[:-1], dtype=torch.int32, device=codes.device)
+    for nibble in range(8):
+        words |= nibbles[..., nibble].to(torch.int32) << (4 * nibble)
+    return words
+
+
+def _codes(words: Tensor) -> Tensor:
+    """The inverse of `_fragments`."""
+    nibbles = torch.stack([(words >> (4 * nibble)) & 15 for nibble in range(8)], dim=-1).to(torch.uint8)
+    by_bit = nibbles.unflatten(-1, (2, 2, 2))  # [R, KB, rh, r, t, c, i0, h, i1]
+    codes = by_bit.permute(0, 2, 3, 1, 5, 7, 4, 8, 6)  # [R, rh, r, KB, c, h, t, i1, i0]
+    return codes.reshape(words.shape[0] * 16, words.shape[1] * 128)
+
+
