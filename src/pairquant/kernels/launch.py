@@ -6,6 +6,7 @@ Tensors must be checked already (`ops`): 16-bit or float32 x of two dimensions w
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -42,16 +43,27 @@ def _dependent(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": on, "launch_pdl": True} if on else {"DEPENDENT": False}
 
 
-def rotate(x: Tensor, rotation: RotationWeights, channels: int | None = None, mma_order: bool = False) -> Tensor:
-    """x [M, C] → [T, M, channels] in x's dtype, zeros beyond C (by default channels = C)."""
-    tokens = x.shape[0]
-    width = channels or rotation.channels
-    out = torch.empty(rotation.transforms, tokens, width, dtype=x.dtype, device=x.device)
+def rotate(x: Tensor, rotation: RotationWeights) -> Tensor:
+    """x [M, C] → [T, M, C] in x's dtype."""
+    out = torch.empty(rotation.transforms, *x.shape, dtype=x.dtype, device=x.device)
     with _on(x.device):
-        if tokens >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and width % 128 == 0:
-            _dense_rotate(x, rotation, out, mma_order)
+        if x.shape[0] >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and x.shape[1] % 128 == 0:
+            matrix = rotation_blocks(rotation, x.shape[1], torch.float16, mma_order=False)
+            _dense_rotate(x, rotation, matrix, out)
         else:
-            _givens(x, rotation, out, mma_order)
+            _givens(x, rotation, out, mma_order=False)
+    return out
+
+
+def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tensor:
+    """x [M, C] → [T, M, 128 KB] in the order that the kernel of `choice` reads, zeros beyond C."""
+    rotation, width = weights.rotation, weights.layout.k_blocks * 128
+    out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        if isinstance(choice, Wide) and rotation.matrix is not None:
+            _dense_rotate(x, rotation, rotation.matrix, out)
+        else:
+            _givens(x, rotation, out, mma_order=isinstance(choice, Wide))
     return out
 
 
@@ -87,11 +99,18 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
     return out
 
 
-def _dense_rotate(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool) -> None:
+def with_matrix(weights: KernelWeights) -> KernelWeights:
+    """The same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
+    with _on(weights.words.device):
+        matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
+    return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
+
+
+def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Tensor) -> None:
     transforms, tokens, width = out.shape
-    matrix = rotation_blocks(rotation, width, x.dtype, mma_order)
-    rows, tiles = 64, triton.cdiv(tokens, 64 * max(1, 132 * 4 * 128 // width))
-    tiles = max(1, min(tiles, 8))
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    blocks = width // 128 * transforms
+    tiles = max(1, triton.cdiv(tokens, rows) * blocks // (4 * _multiprocessors(x.device)))
     dense_rotate_kernel[(width // 128, triton.cdiv(tokens, rows * tiles), transforms)](
         x,
         matrix,
@@ -103,9 +122,10 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: 
         TOKENS=rows,
         TILES=tiles,
         BLOCK=128,
-        STAGES=2,
+        STAGES=3,
         NATIVE=_features(x.device)["NATIVE"],
         num_warps=4,
+        **_dependent(x.device),
     )
 
 
@@ -141,65 +161,61 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narro
     """x [M, C] → [M, sum of out_features] in x's dtype, bias in x's dtype."""
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
-    layout = weights.layout
-    x_rot = rotate(x, weights.rotation, layout.k_blocks * 128, mma_order=isinstance(choice, Wide))
-    return product(x_rot, weights, bias, choice)
+    return product(rotate_for(choice, x, weights), weights, bias, choice)
 
 
 def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """The product alone: x_rot [T, M, 128 KB], in `mma_order` for a Wide choice."""
+    """The product alone; x_rot as `rotate_for` returns it."""
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
-    columns = sum(weights.out_features)
-    out = torch.empty(tokens, columns, dtype=x_rot.dtype, device=x_rot.device)
-    partial = out
-    if choice.split > 1:
-        partial = torch.empty(choice.split, tokens, layout.padded_rows, dtype=torch.float32, device=out.device)
+    device = x_rot.device
+    out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
     row_tiles = layout.padded_rows // 128
     starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
     sizes = (*(size // 8 for size in weights.out_features), 0, 0)[:3]
-    arguments = (
-        x_rot,
-        weights.words,
-        weights.grid,
-        out if bias is None else bias,
-        out,
-        partial,
-        weights.arrivals,
-        tokens,
-        layout.k_blocks,
-        row_tiles,
-        columns // 8,
-        *starts,
-        *sizes,
-    )
+    before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
+    after = (weights.arrivals, tokens, layout.k_blocks, row_tiles, out.shape[1] // 8, *starts, *sizes)
     options = {
         "BN": choice.rows,
-        "SPLIT": choice.split > 1,
         "STAGES": choice.stages,
         "GROUPS": layout.groups_per_block,
         "SHARED": transforms == 1,
         "HAS_BIAS": bias is not None,
-        "NATIVE": _features(out.device)["NATIVE"],
+        "NATIVE": _features(device)["NATIVE"],
+        "num_warps": choice.warps,
+        **_dependent(device),
     }
-    tiles = layout.padded_rows // choice.rows
-    with _on(out.device):
+    with _on(device):
         if isinstance(choice, Narrow):
-            narrow_kernel[(tiles, choice.split)](
-                *arguments,
+            split = choice.split
+            partial = out if split == 1 else _scratch(device, split, tokens, layout.padded_rows)
+            narrow_kernel[(layout.padded_rows // choice.rows, split)](
+                *before,
+                partial,
+                *after,
                 **options,
                 BM=8 if tokens <= 8 else 16,
                 WARPS=choice.warps,
-                EVEN=layout.k_blocks % (choice.warps * choice.split) == 0,
+                SPLIT=split > 1,
+                EVEN=layout.k_blocks % (choice.warps * split) == 0,
                 PREFETCH=choice.prefetch,
-                num_warps=choice.warps,
-                **_dependent(out.device),
             )
         else:
-            wide_kernel[(tiles, triton.cdiv(tokens, choice.tokens), choice.split)](
-                *arguments, **options, BM=choice.tokens, num_warps=choice.warps
-            )
+            tiles = layout.padded_rows // choice.rows * triton.cdiv(tokens, choice.tokens)
+            programs = min(_multiprocessors(device) * choice.waves, tiles * layout.k_blocks)
+            partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
+            wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
     return out
+
+
+def _scratch(device: torch.device, *shape: int) -> Tensor:
+    """Partial sums."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def decode(weights: KernelWeights, dtype: torch.dtype) -> list[Tensor]:
@@ -215,6 +231,8 @@ def decode(weights: KernelWeights, dtype: torch.dtype) -> list[Tensor]:
 
 def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
     kind = torch.float32 if dtype == torch.float32 else torch.float16
+    if kind == torch.float16 and weights.rotation.matrix is not None:
+        return weights.rotation.matrix
     with _on(weights.words.device):
         return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
 

@@ -19,13 +19,13 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Wide:
-    """`wide_kernel`: rows and tokens per program, warps, programs that share K, buffered stages."""
+    """`wide_kernel`: rows and tokens per tile, warps, buffered stages, programs per multiprocessor."""
 
     rows: int
     tokens: int
     warps: int
-    split: int = 1
     stages: int = 3
+    waves: int = 1
 
 
 @dataclass(frozen=True)

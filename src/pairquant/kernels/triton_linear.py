@@ -270,74 +270,91 @@ def wide_kernel(
     grid_ptr,
     bias_ptr,
     out_ptr,
-    partial_ptr,
-    arrivals_ptr,  # int32 [NP / BN · cdiv(M, BM)]
+    partial_ptr,  # float32 [programs, 2, BN, BM]
+    arrivals_ptr,  # int32 [tiles], zero before and after
     tokens,
     k_blocks,
-    row_tiles,  # NP / 128
-    octets,  # N / 8: so written, the compiler knows what is aligned, without variants
-    start1,  # of the second and third linear's rows, in tiles of 128
+    row_tiles,
+    octets,
+    start1,
     start2,
-    size0,  # out_features of each, in octets
+    size0,
     size1,
     size2,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    SPLIT: tl.constexpr,  # whether several programs share K
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
+    """Stream-K: the blocks of all tiles in one row, cut into equal runs, one per program (Osama et al. 2023).
+
+    A tile that several programs share is summed by the last of them to arrive, in the order of the programs.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if DEPENDENT:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     padded_rows = row_tiles * 128
     columns = octets * 8
-    tile = tl.program_id(0)
-    token_tile = tl.program_id(1)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    m = token_tile * BM + tl.arange(0, BM)
-    n = tile * BN + tl.arange(0, BN)
-    fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
-    per_split = tl.cdiv(k_blocks, splits)
-    start = split * per_split
-    stop = tl.minimum(start + per_split, k_blocks)
-    index, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
-    x_row = m * (k_blocks * 128)
-    if not SHARED:
-        x_row += index * tokens * (k_blocks * 128)
+    token_tiles = tl.cdiv(tokens, BM)
+    total = (padded_rows // BN) * token_tiles * k_blocks
+    program = tl.program_id(0)
+    run = tl.cdiv(total, tl.num_programs(0))
+    begin = program * run
+    end = tl.minimum(begin + run, total)
     inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words_at = words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :]
-    x_at = x_ptr + x_row[None, :] + tl.arange(0, 128)[:, None]
     s = tl.arange(0, GROUPS)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for kb in tl.range(start, stop, num_stages=STAGES):
-        words = tl.load(words_at + kb * 256)
-        grid = tl.load(grid_ptr + (kb * GROUPS + s)[None, :] * padded_rows + n[:, None])
-        x = tl.load(x_at + kb * 128, mask=(m < tokens)[None, :], other=0.0)
-        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
-        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-        zero = _zero_pattern(grid)[:, :, None, None]
-        weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, dtype, NATIVE)
-        weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
-        weight = tl.reshape(weight, (BN, 128))
-        acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
-    if SPLIT:
-        at = m[None, :] * padded_rows + n[:, None]
-        here = (m < tokens)[None, :]
-        tl.store(partial_ptr + split * tokens * padded_rows + at, acc, mask=here)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + tile * tl.num_programs(1) + token_tile, 1, sem="acq_rel")
-        if arrived < splits - 1:
-            return
+    in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    while begin < end:
+        tile = begin // k_blocks
+        start = begin - tile * k_blocks
+        stop = tl.minimum(k_blocks, start + end - begin)
+        row_tile = tile // token_tiles
+        m = (tile - row_tile * token_tiles) * BM + tl.arange(0, BM)
+        n = row_tile * BN + tl.arange(0, BN)
+        index, first, size, column = _segment(row_tile * BN, start1, start2, size0, size1, size2)
+        fragment = (row_tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
+        words_at = words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :]
+        x_row = m * (k_blocks * 128)
+        if not SHARED:
+            x_row += index * tokens * (k_blocks * 128)
+        x_at = x_ptr + x_row[None, :] + tl.arange(0, 128)[:, None]
+        real_token = m < tokens
         acc = tl.zeros((BN, BM), tl.float32)
-        for other in range(splits):
-            acc += tl.load(
-                partial_ptr + other * tokens * padded_rows + at, mask=here, other=0.0, cache_modifier=".cg"
-            )
-        tl.store(arrivals_ptr + tile * tl.num_programs(1) + token_tile, 0)
-    _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+        for kb in tl.range(start, stop, num_stages=STAGES):
+            words = tl.load(words_at + kb * 256)
+            grid = tl.load(grid_ptr + (kb * GROUPS + s)[None, :] * padded_rows + n[:, None])
+            x = tl.load(x_at + kb * 128, mask=real_token[None, :], other=0.0)
+            words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+            words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+            zero = _zero_pattern(grid)[:, :, None, None]
+            weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, dtype, NATIVE)
+            weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
+            weight = tl.reshape(weight, (BN, 128))
+            acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
+        whole = stop - start == k_blocks
+        if not whole:
+            slot = 2 * program + (start == 0).to(tl.int32)  # a program starts inside one tile, and ends inside another
+            tl.store(partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile, acc)
+            tl.debug_barrier()
+            first_program = (tile * k_blocks) // run
+            last_program = (tile * k_blocks + k_blocks - 1) // run
+            arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+            if arrived == last_program - first_program:
+                acc = tl.zeros((BN, BM), tl.float32)
+                for other in range(first_program, last_program + 1):
+                    slot = 2 * other + (other == first_program).to(tl.int32)
+                    at = partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile
+                    acc += tl.load(at, cache_modifier=".cg")
+                tl.store(arrivals_ptr + tile, 0)
+                whole = True
+        if whole:
+            _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+        begin += stop - start
 
 
 @triton.jit

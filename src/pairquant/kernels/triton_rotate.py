@@ -80,7 +80,7 @@ def givens_kernel(
 @triton.jit(do_not_specialize=["tokens", "runs", "out_runs"])
 def dense_rotate_kernel(
     x_ptr,  # [M, C], row stride x_stride
-    matrix_ptr,  # x's dtype [T, BLOCK, out_channels]: R of each block of channels, scales included
+    matrix_ptr,  # float16 [T, BLOCK, out_channels]: R of each block of channels, scales included
     out_ptr,  # [T, M, out_channels], zeros beyond C
     tokens,
     runs,  # C / 32: so written, the compiler knows what is aligned, without variants
@@ -90,14 +90,20 @@ def dense_rotate_kernel(
     TILES: tl.constexpr,  # of TOKENS tokens, per program
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
+    if DEPENDENT:
+        tl_cuda.gdc_launch_dependents()
     channels = runs * 32
     out_channels = out_runs * 32
     transform = tl.program_id(2)
     k = tl.arange(0, BLOCK)
     c = tl.program_id(0) * BLOCK + k
     matrix = tl.load(matrix_ptr + (transform * BLOCK + k)[:, None] * out_channels + c[None, :])
+    matrix = matrix.to(tl.float32).to(x_ptr.dtype.element_ty)
+    if DEPENDENT:
+        tl_cuda.gdc_wait()
     first = tl.program_id(1) * TILES
     for tile in tl.range(first, first + TILES, num_stages=STAGES):
         t = tile * TOKENS + tl.arange(0, TOKENS)

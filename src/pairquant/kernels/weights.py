@@ -20,13 +20,15 @@ class RotationWeights:
     """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
 
     coefficients: float32 [T, K, 2, C], cosines and signed sines; partners: uint8 [T, K, C]; scales: [T, C], the 1/a
-    that multiplies activations.
+    that multiplies activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
+    128 channels, its columns in `mma_order`.
     """
 
     coefficients: Tensor
     partners: Tensor
     scales: Tensor
     group_size: int
+    matrix: Tensor | None = None
 
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
@@ -100,13 +102,14 @@ class KernelWeights:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which `pairquant::rotated_linear` takes them."""
         r = self.rotation
-        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales]
+        matrix = [] if r.matrix is None else [r.matrix]
+        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *matrix]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
         """The inverse of `tensors`."""
-        words, grid, arrivals, coefficients, partners, scales = tensors
-        rotation = RotationWeights(coefficients, partners, scales, group_size)
+        words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
+        rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
         return cls(words, grid, arrivals, rotation, tuple(out_features))
 
     def to(self, device: torch.device | str) -> KernelWeights:
