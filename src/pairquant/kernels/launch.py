@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..layout import KernelLayout
 from .table import Dense, Narrow, Wide
 from .triton_linear import decode_kernel, narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
@@ -22,6 +23,7 @@ from .weights import KernelWeights, RotationWeights
 DENSE_ROTATION_TOKENS = 256
 #: Bytes of decoded weight held at a time. Small enough to be read back from the L2 cache.
 BACKWARD_TOKENS = 32
+DECODE = (128, 4, 3, 8)
 
 
 @lru_cache
@@ -170,11 +172,8 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
-    row_tiles = layout.padded_rows // 128
-    starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
-    sizes = (*(size // 8 for size in weights.out_features), 0, 0)[:3]
     before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
-    after = (weights.arrivals, tokens, layout.k_blocks, row_tiles, out.shape[1] // 8, *starts, *sizes)
+    after = (weights.arrivals, tokens, layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *_segments(layout))
     options = {
         "BN": choice.rows,
         "STAGES": choice.stages,
@@ -208,6 +207,14 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
     return out
 
 
+def _segments(layout: KernelLayout) -> tuple[int, ...]:
+    """start1, start2 in tiles of 128 rows, size0, size1, size2 in octets."""
+    row_tiles = layout.padded_rows // 128
+    starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
+    sizes = (*(size // 8 for size in layout.out_features), 0, 0)[:3]
+    return starts + sizes
+
+
 def _scratch(device: torch.device, *shape: int) -> Tensor:
     """Partial sums."""
     return torch.empty(shape, dtype=torch.float32, device=device)
@@ -218,14 +225,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def decode(weights: KernelWeights, dtype: torch.dtype) -> list[Tensor]:
-    """The dense weight of each linear, [N, C] in the original basis."""
-    matrix = _matrix(weights, dtype)
-    out = []
-    for index, rows in enumerate(weights.out_features):
-        dense = torch.empty(rows, weights.rotation.channels, dtype=dtype, device=weights.words.device)
-        _decode_rows(weights, matrix, index, 0, dense)
-        out.append(dense)
+def decode(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
+    """The dense weight of all linears, one below the other: [N, C] in the original basis."""
+    out = torch.empty(sum(weights.out_features), weights.rotation.channels, dtype=dtype, device=weights.words.device)
+    _decode_tiles(weights, _matrix(weights, dtype), 0, weights.layout.padded_rows // 128, out)
     return out
 
 
@@ -237,44 +240,51 @@ def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
         return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
 
 
-def _decode_rows(weights: KernelWeights, matrix: Tensor, index: int, start: int, out: Tensor) -> None:
-    """Rows [start, start + len(out)) of linear `index` into out; start a multiple of 128."""
+def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int, out: Tensor) -> None:
+    """Rows of the tiles (of 128 padded rows) [first, last) into out."""
     layout = weights.layout
-    rows, channels = out.shape
-    tile = 128 if out.dtype != torch.float32 else 64
+    shared = len(matrix) == 1
+    rows = 64 if matrix.dtype == torch.float32 else DECODE[0]
+    tiles = 128 // rows * (DECODE[1] if shared else 1)
     with _on(out.device):
-        decode_kernel[(triton.cdiv(rows, tile), layout.k_blocks)](
+        decode_kernel[(layout.k_blocks, triton.cdiv((last - first) * 128 // rows, tiles))](
             weights.words,
             weights.grid,
             matrix,
             out,
-            (layout.starts[index] + start) // 128,
-            rows,
+            first,
+            last,
             layout.k_blocks,
             layout.padded_rows // 128,
-            channels // 32,
-            0 if len(matrix) == 1 else index,
-            BN=tile,
+            out.shape[1] // 32,
+            *_segments(layout),
+            BN=rows,
+            TILES=tiles,
             GROUPS=layout.groups_per_block,
+            SHARED=shared,
+            STAGES=DECODE[2],
             NATIVE=_features(out.device)["NATIVE"],
-            num_warps=4,
+            num_warps=DECODE[3],
         )
 
 
 def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
-    out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
+    """Decode a chunk of rows into a workspace, multiply, go on."""
+    layout = weights.layout
     matrix = _matrix(weights, x.dtype)
-    rows = min(choice.rows, max(weights.out_features))
-    workspace = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
+    step = max(1, choice.rows // 128)
+    workspace = torch.empty(min(step * 128, out.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
     column = 0
-    for index, size in enumerate(weights.out_features):
-        for start in range(0, size, rows):
-            weight = workspace[: min(rows, size - start)]
-            _decode_rows(weights, matrix, index, start, weight)
-            columns = slice(column + start, column + start + len(weight))
-            if bias is None:
-                torch.mm(x, weight.T, out=out[:, columns])
-            else:
-                torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
-        column += size
+    for first in range(0, layout.padded_rows // 128, step):
+        last = min(first + step, layout.padded_rows // 128)
+        rows = layout.real_rows(first * 128, last * 128)
+        weight = workspace[:rows]
+        _decode_tiles(weights, matrix, first, last, weight)
+        columns = slice(column, column + rows)
+        if bias is None:
+            torch.mm(x, weight.T, out=out[:, columns])
+        else:
+            torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
+        column += rows
     return out

@@ -43,7 +43,10 @@ def _pair_assembly(pair: int, dtype: str, scaled: bool) -> str:
             source = "a"
         lines.append(f"lop3.b32 a, {source}, 0x000f000f, 0x43004300, 0xea;")
         lines.append("mov.b32 one, 0x3f803f80; fma.rn.bf16x2 a, a, one, $2;")
-        lines.append("mov.b32 one, 0x80008000; fma.rn.bf16x2 $0, a, $3, one;" if scaled else "mov.b32 $0, a;")
+        if scaled:  # a · s in one rounding: the scale is s = $3 + $4, of which the product with $4 is small
+            lines.append("mov.b32 one, 0x80008000; fma.rn.bf16x2 one, a, $4, one; fma.rn.bf16x2 $0, a, $3, one;")
+        else:
+            lines.append("mov.b32 $0, a;")
     return "{" + " ".join(lines) + "}"
 
 
@@ -70,10 +73,11 @@ def _high_half(pair, dtype: tl.constexpr):
 
 
 @triton.jit
-def _two_weights(word, zero, scale, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def _two_weights(word, zero, scale, rest, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Nibbles PAIR and PAIR + 4 of each word → (q - z) or (q - z) · s: two tensors of the word's shape."""
     word, zero = tl.broadcast(word, zero)
     word, scale = tl.broadcast(word, scale)
+    word, rest = tl.broadcast(word, rest)
     if NATIVE:
         if dtype == tl.float16:
             offset = (zero << 4) | -0x2BFF2C00 if PAIR % 2 else zero | -0x1BFF1C00  # -(64 + z), -(1024 + z), twice
@@ -81,48 +85,50 @@ def _two_weights(word, zero, scale, PAIR: tl.constexpr, SCALED: tl.constexpr, dt
         else:
             offset = zero | -0x3CFF3D00  # -(128 + z), twice
             code: tl.constexpr = PAIRS_BF16_SCALED[PAIR] if SCALED else PAIRS_BF16[PAIR]
-        both = tl.inline_asm_elementwise(code, "=r,r,r,r", [word, offset, scale], dtype=tl.int32, is_pure=True, pack=1)
+        operands: tl.constexpr = "=r,r,r,r,r"
+        both = tl.inline_asm_elementwise(code, operands, [word, offset, scale, rest], tl.int32, is_pure=True, pack=1)
         return _low_half(both, dtype), _high_half(both, dtype)
     low = (((word >> (4 * PAIR)) & 15) - (zero & 15)).to(tl.float32)
     high = (((word >> (4 * PAIR + 16)) & 15) - (zero & 15)).to(tl.float32)
     if SCALED:
-        factor = _low_half(scale, dtype).to(tl.float32)
+        factor = _low_half(scale, dtype).to(tl.float32) + _low_half(rest, dtype).to(tl.float32)
         low, high = low * factor, high * factor
     return low.to(dtype), high.to(dtype)
 
 
 @triton.jit
-def _unpack(word, zero, scale, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def _unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
 
-    zero (z) and scale (16-bit pattern, both already doubled) broadcast against the words.
+    grid: words of scale and zero point, [...] broadcast against the words.
     """
-    low0, high0 = _two_weights(word, zero, scale, 0, SCALED, dtype, NATIVE)
-    low1, high1 = _two_weights(word, zero, scale, 1, SCALED, dtype, NATIVE)
-    low2, high2 = _two_weights(word, zero, scale, 2, SCALED, dtype, NATIVE)
-    low3, high3 = _two_weights(word, zero, scale, 3, SCALED, dtype, NATIVE)
+    zero = _twice((grid >> 16) & 15)
+    scale = grid
+    rest = grid & 0
+    if SCALED:
+        value = _scale_value(grid)
+        rounded = value.to(dtype)
+        scale = _pattern(rounded)
+        if dtype == tl.bfloat16:  # eleven bits of a float16 scale do not fit into bfloat16's eight: in two parts
+            rest = _pattern((value - rounded.to(tl.float32)).to(dtype))
+    low0, high0 = _two_weights(word, zero, scale, rest, 0, SCALED, dtype, NATIVE)
+    low1, high1 = _two_weights(word, zero, scale, rest, 1, SCALED, dtype, NATIVE)
+    low2, high2 = _two_weights(word, zero, scale, rest, 2, SCALED, dtype, NATIVE)
+    low3, high3 = _two_weights(word, zero, scale, rest, 3, SCALED, dtype, NATIVE)
     low = tl.join(tl.join(low0, low2), tl.join(low1, low3))
     high = tl.join(tl.join(high0, high2), tl.join(high1, high3))
     return tl.join(low, high)
 
 
 @triton.jit
-def _scale_pattern(grid, dtype: tl.constexpr):
-    """The scale in a grid word (float16, low half) as a doubled 16-bit pattern of dtype."""
-    pattern = grid & 0xFFFF
-    if dtype == tl.bfloat16:
-        pattern = _scale_value(grid).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return _twice(pattern)
+def _pattern(value):
+    """The bits of a 16-bit float, in both halves of a word."""
+    return _twice(value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
 
 
 @triton.jit
 def _scale_value(grid):
     return _low_half(grid, tl.float16).to(tl.float32)
-
-
-@triton.jit
-def _zero_pattern(grid):
-    return _twice((grid >> 16) & 15)
 
 
 @triton.jit
@@ -185,7 +191,6 @@ def narrow_kernel(
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
     if DEPENDENT:
-        tl_cuda.gdc_launch_dependents()
         if PREFETCH:
             ahead = start + tl.arange(0, PREFETCH)
             tl.inline_asm_elementwise(
@@ -232,17 +237,16 @@ def narrow_kernel(
             )
         words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
         words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
-        zero = _zero_pattern(grid)[:, :, :, None, None]
-        if GROUPS == 1:  # the scale of a whole product: exact, and cheaper than one per weight
-            weight = _unpack(words, zero, zero, False, dtype, NATIVE)
-        else:
-            weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, :, None, None], True, dtype, NATIVE)
+        # One group per block: its scale multiplies the whole product, which is exact and cheaper than each weight.
+        weight = _unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
         weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
         weight = tl.reshape(weight, (WARPS, BN, 128))
         if GROUPS == 1:
             acc += dot(weight, x, NATIVE) * _scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
         else:
             acc += dot(weight, x, NATIVE)
+    if DEPENDENT == 2:
+        tl_cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if SPLIT:
         partial_at = m[None, :] * padded_rows + n[:, None]
@@ -296,7 +300,6 @@ def wide_kernel(
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if DEPENDENT:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
     padded_rows = row_tiles * 128
     columns = octets * 8
@@ -331,12 +334,13 @@ def wide_kernel(
             x = tl.load(x_at + kb * 128, mask=real_token[None, :], other=0.0)
             words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
             words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-            zero = _zero_pattern(grid)[:, :, None, None]
-            weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, dtype, NATIVE)
+            weight = _unpack(words, grid[:, :, None, None], True, dtype, NATIVE)
             weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
             weight = tl.reshape(weight, (BN, 128))
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
         whole = stop - start == k_blocks
+        if DEPENDENT == 2:
+            tl_cuda.gdc_launch_dependents()
         if not whole:
             slot = 2 * program + (start == 0).to(tl.int32)  # a program starts inside one tile, and ends inside another
             tl.store(partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile, acc)
@@ -367,50 +371,63 @@ def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & (m < tokens)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "rows", "k_blocks", "row_tiles", "runs", "transform"])
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:]])
 def decode_kernel(
     words_ptr,
     grid_ptr,
-    matrix_ptr,  # float16 (float32 for a float32 weight) [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`
-    out_ptr,  # [rows, C]
+    matrix_ptr,  # float16 [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`; float32 for a float32 weight
+    out_ptr,  # [rows, C]: the rows of tiles first_tile … last_tile - 1, those of padding left out
     first_tile,
-    rows,
+    last_tile,
     k_blocks,
     row_tiles,
     runs,  # C / 32
-    transform,
+    start1,
+    start2,
+    size0,
+    size1,
+    size2,
     BN: tl.constexpr,
+    TILES: tl.constexpr,  # of BN rows, per program; of one linear unless SHARED
     GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Ŵ[n, c] = Σ_k (q - z)[n, k] · s[n, k] · (diag(1/a) R)[c, k]: one 128-channel block of BN rows."""
+    """Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k], for one block of 128 channels.
+
+    R mixes no groups, so the scale can wait until after the product, which is exact in q - z.
+    """
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
-    padded_rows = row_tiles * 128
     channels = runs * 32
-    kb = tl.program_id(1)
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    n = first_tile * 128 + row
-    fragment = (first_tile * 8 + tl.program_id(0) * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
-    grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * padded_rows + n[:, None])
+    kb = tl.program_id(0)
+    begin = first_tile * (128 // BN) + tl.program_id(1) * TILES
+    end = tl.minimum(begin + TILES, last_tile * (128 // BN))
+    index, _, _, _ = _segment(begin * BN, start1, start2, size0, size1, size2)
     k = tl.arange(0, 128)
-    matrix = tl.load(matrix_ptr + (transform * 128 + k)[None, :] * (k_blocks * 128) + kb * 128 + k[:, None])  # [k, c]
-    words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
-    words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-    zero = _zero_pattern(grid)[:, :, None, None]
-    if GROUPS == 1 or dtype == tl.float32:
-        weight = _unpack(words, zero, zero, False, tl.float16, NATIVE)
-    else:
-        weight = _unpack(words, zero, _scale_pattern(grid, dtype)[:, :, None, None], True, tl.float16, NATIVE)
-    weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
-    if dtype == tl.float32:
-        weight = weight.to(tl.float32) * tl.reshape(_scale_value(grid), (BN, GROUPS, 1, 1, 1, 1, 1))
-        y = tl.dot(tl.reshape(weight, (BN, 128)), matrix, input_precision="ieee")
-    else:
-        y = dot(tl.reshape(weight, (BN, 128)), matrix, NATIVE)
-        if GROUPS == 1:
-            y *= tl.reshape(_scale_value(grid), (BN, 1))
     c = kb * 128 + k
-    at = row.to(tl.int64)[:, None] * channels + c[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (c < channels)[None, :])
+    matrix_at = matrix_ptr + k[None, :] * (k_blocks * 128) + (kb * 128 + k)[:, None]  # [k, c]
+    if not SHARED:
+        matrix_at += index * 128 * (k_blocks * 128)
+    matrix = tl.load(matrix_at)
+    _, first, _, column = _segment(first_tile * 128, start1, start2, size0, size1, size2)
+    out_row = column + first_tile * 128 - first  # of the tiles before, padding left out
+    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        n = tile * BN + tl.arange(0, BN)
+        fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
+        words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
+        grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * (row_tiles * 128) + n[:, None])
+        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+        weight = _unpack(words, grid[:, :, None, None], False, tl.float16, NATIVE)
+        weight = tl.reshape(tl.permute(weight, (0, 1, 2, 4, 5, 3, 6)), (BN, 128))  # c t h i1 i0 → c h i1 t i0
+        if dtype == tl.float32:
+            y = tl.dot(weight.to(tl.float32), matrix, input_precision="ieee")
+        else:
+            y = dot(weight, matrix, NATIVE)
+        y = tl.reshape(tl.reshape(y, (BN, GROUPS, 128 // GROUPS)) * _scale_value(grid)[:, :, None], (BN, 128))
+        _, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
+        row = n - first
+        at = (column - out_row + row).to(tl.int64)[:, None] * channels + c[None, :]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(row < size)[:, None] & (c < channels)[None, :])
