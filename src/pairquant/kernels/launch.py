@@ -42,7 +42,7 @@ def _on(device: torch.device):
 def _dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that may start before the one before it has ended."""
     on = _features(device)["DEPENDENT"]
-    return {"DEPENDENT": on, "launch_pdl": True} if on else {"DEPENDENT": False}
+    return {"DEPENDENT": 2, "launch_pdl": True} if on else {"DEPENDENT": 0}
 
 
 def rotate(x: Tensor, rotation: RotationWeights) -> Tensor:
@@ -173,7 +173,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
     before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
-    after = (weights.arrivals, tokens, layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *_segments(layout))
+    after = (weights.arrivals, tokens, layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *_segments(layout), choice.prefetch)
     options = {
         "BN": choice.rows,
         "STAGES": choice.stages,
@@ -181,6 +181,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "SHARED": transforms == 1,
         "HAS_BIAS": bias is not None,
         "NATIVE": _features(device)["NATIVE"],
+        "WARPS": choice.warps,
         "num_warps": choice.warps,
         **_dependent(device),
     }
@@ -194,10 +195,9 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
                 *after,
                 **options,
                 BM=8 if tokens <= 8 else 16,
-                WARPS=choice.warps,
+                ONE=tokens == 1,
                 SPLIT=split > 1,
                 EVEN=layout.k_blocks % (choice.warps * split) == 0,
-                PREFETCH=choice.prefetch,
             )
         else:
             tiles = layout.padded_rows // choice.rows * triton.cdiv(tokens, choice.tokens)

@@ -26,6 +26,7 @@ class Wide:
     warps: int
     stages: int = 3
     waves: int = 1
+    prefetch: int = 0
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,24 @@ def _segment(row, start1, start2, size0, size1, size2):
     return index, first * 128, size * 8, column * 8
 
 
+@triton.jit
+def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr):
+    """Ask for the first `blocks` blocks of every fragment row of this program, shared out evenly to its warps."""
+    warp = tl.arange(0, 32 * WARPS) // 32  # one request for a whole warp: each is one instruction
+    share = blocks * 256 // WARPS  # words
+    for row in tl.static_range(BN // 16):
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [words_ptr + (first + row * k_blocks).to(tl.int64) * 256 + warp * share, warp * 0 + share * 4],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 #: Arguments that must not make new variants of a kernel: a first request of another length would wait for the compiler.
-SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2"]
+SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2", "ahead"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -164,6 +180,7 @@ def narrow_kernel(
     size0,  # out_features of each, in octets
     size1,
     size2,
+    ahead,  # blocks to prefetch
     BN: tl.constexpr,
     BM: tl.constexpr,
     WARPS: tl.constexpr,
@@ -172,8 +189,8 @@ def narrow_kernel(
     GROUPS: tl.constexpr,  # S: groups per 128 channels
     SHARED: tl.constexpr,  # all segments read x_ptr[0]
     EVEN: tl.constexpr,  # WARPS divides the blocks of every program
+    ONE: tl.constexpr,  # a single token
     HAS_BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -191,21 +208,13 @@ def narrow_kernel(
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
     if DEPENDENT:
-        if PREFETCH:
-            ahead = start + tl.arange(0, PREFETCH)
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;",
-                "=r,l",
-                [words_ptr + (fragment[:, None] + tl.minimum(ahead, stop - 1)[None, :]).to(tl.int64) * 256],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        if ahead > 0:  # while the rotation is under way, start to read what does not depend on it
+            first_fragment = tile * (BN // 16) * k_blocks + start
+            _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         tl_cuda.gdc_wait()
     index, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
-    x_row = m * (k_blocks * 128)
-    if not SHARED:
-        x_row += index * tokens * (k_blocks * 128)
+    x_start = 0 if SHARED else index * tokens * (k_blocks * 128)
+    x_row = x_start + m * (k_blocks * 128)
     real_token = m < tokens
     inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     words_at = words_ptr + fragment.to(tl.int64)[None, :, None, None] * 256 + inner[None, None, :, :]
@@ -214,27 +223,25 @@ def narrow_kernel(
     acc = tl.zeros((WARPS, BN, BM), tl.float32)
     for block in tl.range(start, stop, WARPS, num_stages=STAGES):
         kb = block + part
+        here = real_token[None, None, :]
         if EVEN:
             words = tl.load(words_at + kb[:, None, None, None] * 256)
             grid = tl.load(grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None])
-            x = tl.load(
-                x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None],
-                mask=real_token[None, None, :],
-                other=0.0,
-            )
         else:
             real = kb < stop
+            here = here & real[:, None, None]
             words = tl.load(words_at + kb[:, None, None, None] * 256, mask=real[:, None, None, None], other=0)
             grid = tl.load(
                 grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None],
                 mask=real[:, None, None],
                 other=0,
             )
-            x = tl.load(
-                x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None],
-                mask=real[:, None, None] & real_token[None, None, :],
-                other=0.0,
-            )
+        if ONE:  # one token in every column: a copy costs registers, seven rows of zeros cost shared memory
+            x = tl.load(x_ptr + x_start + kb[:, None] * 128 + channel[None, :], mask=(kb < stop)[:, None], other=0.0)
+            x = tl.broadcast_to(x[:, :, None], (WARPS, 128, BM))
+        else:
+            x_at = x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None]
+            x = tl.load(x_at, mask=here, other=0.0)
         words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
         words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
         # One group per block: its scale multiplies the whole product, which is exact and cheaper than each weight.
@@ -285,8 +292,10 @@ def wide_kernel(
     size0,
     size1,
     size2,
+    ahead,  # blocks to prefetch
     BN: tl.constexpr,
     BM: tl.constexpr,
+    WARPS: tl.constexpr,
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -299,8 +308,6 @@ def wide_kernel(
     A tile that several programs share is summed by the last of them to arrive, in the order of the programs.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if DEPENDENT:
-        tl_cuda.gdc_wait()
     padded_rows = row_tiles * 128
     columns = octets * 8
     token_tiles = tl.cdiv(tokens, BM)
@@ -309,6 +316,13 @@ def wide_kernel(
     run = tl.cdiv(total, tl.num_programs(0))
     begin = program * run
     end = tl.minimum(begin + run, total)
+    if DEPENDENT:
+        if (ahead > 0) & (begin < end):
+            start = begin % k_blocks
+            first_fragment = begin // k_blocks // token_tiles * (BN // 16) * k_blocks + start
+            blocks = tl.minimum(tl.minimum(end - begin, k_blocks - start), ahead)
+            _prefetch(words_ptr, first_fragment, k_blocks, blocks, BN, WARPS)
+        tl_cuda.gdc_wait()
     inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     s = tl.arange(0, GROUPS)
     in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -339,8 +353,6 @@ def wide_kernel(
             weight = tl.reshape(weight, (BN, 128))
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
         whole = stop - start == k_blocks
-        if DEPENDENT == 2:
-            tl_cuda.gdc_launch_dependents()
         if not whole:
             slot = 2 * program + (start == 0).to(tl.int32)  # a program starts inside one tile, and ends inside another
             tl.store(partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile, acc)
@@ -371,7 +383,7 @@ def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & (m < tokens)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:]])
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:9]])
 def decode_kernel(
     words_ptr,
     grid_ptr,
