@@ -48,7 +48,7 @@ def givens_kernel(
     IDENTITY: tl.constexpr,  # rotate the rows of one identity of this size per 128 channels; 0: rotate x
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
+    if DEPENDENT == 1:
         tl_cuda.gdc_launch_dependents()
     channels = runs * 32
     c = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
@@ -59,6 +59,8 @@ def givens_kernel(
     scale = tl.load(scales_ptr + transform * channels + c, mask=real, other=0.0).to(tl.float32)
     if DEPENDENT:
         tl_cuda.gdc_wait()
+    if DEPENDENT == 2:
+        tl_cuda.gdc_launch_dependents()
     if IDENTITY:
         x = tl.where(t[:, None] == (c % IDENTITY)[None, :], 1.0, 0.0)
     else:
@@ -93,7 +95,7 @@ def dense_rotate_kernel(
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    if DEPENDENT:
+    if DEPENDENT == 1:
         tl_cuda.gdc_launch_dependents()
     channels = runs * 32
     out_channels = out_runs * 32
@@ -104,6 +106,8 @@ def dense_rotate_kernel(
     matrix = matrix.to(tl.float32).to(x_ptr.dtype.element_ty)
     if DEPENDENT:
         tl_cuda.gdc_wait()
+    if DEPENDENT == 2:
+        tl_cuda.gdc_launch_dependents()
     first = tl.program_id(1) * TILES
     for tile in tl.range(first, first + TILES, num_stages=STAGES):
         t = tile * TOKENS + tl.arange(0, TOKENS)
