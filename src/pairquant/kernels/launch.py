@@ -69,12 +69,13 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
     return out
 
 
-def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, identity: int = 0) -> None:
+def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, identity: bool = False) -> None:
     transforms, tokens, width = out.shape
     rows = 1 if tokens <= 16 else 4
     if not _features(x.device)["NATIVE"]:
         rows = triton.next_power_of_2(min(tokens, 128))  # the interpreter's time is per program
-    givens_kernel[(triton.cdiv(width, rotation.group_size), triton.cdiv(tokens, rows), transforms)](
+    blocks = rotation.coefficients.shape[1]
+    givens_kernel[(blocks, triton.cdiv(tokens, rows), transforms)](
         x,
         rotation.coefficients,
         rotation.partners,
@@ -83,10 +84,10 @@ def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, 
         tokens,
         rotation.channels // 32,
         x.stride(0),
-        width // 32,
-        K=rotation.coefficients.shape[1],
-        GROUP=rotation.group_size,
+        blocks,
+        K=rotation.rotations,
         TOKENS=rows,
+        PADDED=width % 128 == 0,
         MMA_ORDER=mma_order,
         IDENTITY=identity,
         num_warps=1,
@@ -97,7 +98,7 @@ def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, 
 def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
     """diag(1/a) R as dense blocks of 128 channels: [T, 128, channels], row = input channel within its block."""
     out = torch.empty(rotation.transforms, 128, channels, dtype=dtype, device=rotation.scales.device)
-    _givens(out[0], rotation, out, mma_order, identity=128)
+    _givens(out[0], rotation, out, mma_order, identity=True)
     return out
 
 
@@ -120,10 +121,9 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Ten
         tokens,
         rotation.channels // 32,
         x.stride(0),
-        width // 32,
+        width // 128,
         TOKENS=rows,
         TILES=tiles,
-        BLOCK=128,
         STAGES=3,
         NATIVE=_features(x.device)["NATIVE"],
         num_warps=4,
@@ -132,15 +132,15 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Ten
 
 
 def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """y, grad [T, M, C] → gradients of x [M, C], coefficients [T, K, 2, C] and scales [T, C], all float32."""
+    """y, grad [T, M, C] → gradients of x [M, C], coefficients [T, KB, K, 2, 128] and scales [T, C], all float32."""
     transforms, tokens, channels = y.shape
-    steps = rotation.coefficients.shape[1]
+    blocks, steps = rotation.coefficients.shape[1:3]
     programs = triton.cdiv(tokens, BACKWARD_TOKENS)
     grad_x = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-    grad_coefficients = grad_x.new_empty(programs, transforms, steps, 2, channels)
+    grad_coefficients = grad_x.new_empty(programs, *rotation.coefficients.shape)
     grad_scales = grad_x.new_empty(programs, transforms, channels)
     with _on(y.device):
-        givens_backward_kernel[(channels // rotation.group_size, programs, transforms)](
+        givens_backward_kernel[(blocks, programs, transforms)](
             y,
             grad,
             rotation.coefficients,
@@ -152,7 +152,6 @@ def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple
             tokens,
             channels // 32,
             K=steps,
-            GROUP=rotation.group_size,
             TOKENS=BACKWARD_TOKENS,
             num_warps=4,
         )
@@ -163,13 +162,15 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narro
     """x [M, C] → [M, sum of out_features] in x's dtype, bias in x's dtype."""
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
+    if isinstance(choice, Narrow) and choice.fused:
+        return product(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)
 
 
 def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """The product alone; x_rot as `rotate_for` returns it."""
-    layout = weights.layout
-    transforms, tokens, _ = x_rot.shape
+    """The product alone; x_rot as `rotate_for` returns it. For a fused choice, x itself: then rotation and product."""
+    layout, rotation = weights.layout, weights.rotation
+    transforms, tokens = rotation.transforms, x_rot.shape[-2]
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
     before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
@@ -189,11 +190,23 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         if isinstance(choice, Narrow):
             split = choice.split
             partial = out if split == 1 else _scratch(device, split, tokens, layout.padded_rows)
+            x = x_rot
+            if choice.fused:
+                x_rot = torch.empty(transforms, tokens, layout.k_blocks * 128, dtype=x.dtype, device=device)
             narrow_kernel[(layout.padded_rows // choice.rows, split)](
-                *before,
+                x_rot,
+                *before[1:],
                 partial,
                 *after,
+                x,
+                rotation.coefficients,
+                rotation.partners,
+                rotation.scales,
+                rotation.channels // 32,
+                x.stride(-2),
                 **options,
+                K=rotation.rotations,
+                FUSED=choice.fused,
                 BM=8 if tokens <= 8 else 16,
                 ONE=tokens == 1,
                 SPLIT=split > 1,

@@ -15,6 +15,7 @@ class Narrow:
     split: int = 1
     stages: int = 3
     prefetch: int = 0
+    fused: bool = False
 
 
 @dataclass(frozen=True)

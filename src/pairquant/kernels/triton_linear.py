@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from .triton_rotate import dot
+from .triton_rotate import dot, rotate_block
 
 
 def _pair_assembly(pair: int, dtype: str, scaled: bool) -> str:
@@ -162,15 +162,52 @@ def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.co
 SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2", "ahead"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _rotate_first(
+    x_rot_ptr, x_ptr, coefficients_ptr, partners_ptr, scales_ptr, counters_ptr, tokens, channels, x_stride, k_blocks,
+    K: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, start1, start2, row_tiles, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The first programs of a launch rotate one block each, all wait until every block is done.
+
+    A program waits only after its own share, and programs start in order, so the last to start depends on nobody
+    who has not started.
+    """
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    transforms = 1 if SHARED else 1 + (start1 < row_tiles).to(tl.int32) + (start2 < row_tiles).to(tl.int32)
+    units = transforms * k_blocks
+    m = tl.arange(0, BM)
+    # The interpreter runs one program after the other: there, the first does it all.
+    begin, step = (program, programs) if NATIVE else (program * units, 1)
+    for unit in range(begin, units, step):
+        transform = unit // k_blocks
+        c = (unit - transform * k_blocks) * 128 + tl.arange(0, 128)
+        scale = tl.load(scales_ptr + transform * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+        here = (m < tokens)[:, None] & (c < channels)[None, :]
+        x = tl.load(x_ptr + m[:, None] * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
+        x = rotate_block(x * scale[None, :], coefficients_ptr + unit * K * 256, partners_ptr + unit * K * 128, K, BM)
+        at = (transform * tokens + m)[:, None] * (k_blocks * 128) + c[None, :]
+        tl.store(x_rot_ptr + at, x.to(x_rot_ptr.dtype.element_ty), mask=(m < tokens)[:, None])
+        tl.debug_barrier()
+        tl.atomic_add(counters_ptr, 1, sem="release")
+    while tl.load(counters_ptr, volatile=True) < units:
+        pass
+    tl.debug_barrier()
+    through = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
+    if through == programs - 1:
+        tl.store(counters_ptr, 0)
+        tl.store(counters_ptr + 1, 0)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "runs"])
 def narrow_kernel(
-    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order
+    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order; written here if FUSED
     words_ptr,  # int32 [NP / 16, KB, 2, 128] (layout.KernelLayout)
     grid_ptr,  # int32 [KB · S, NP]
     bias_ptr,  # x's dtype [N]
     out_ptr,  # [M, N]
     partial_ptr,  # float32 [SPLIT, M, NP]
-    arrivals_ptr,  # int32 [NP / BN], zero before and after
+    arrivals_ptr,  # int32 [2 + NP / BN], zero before and after
     tokens,
     k_blocks,
     row_tiles,  # NP / 128
@@ -181,9 +218,17 @@ def narrow_kernel(
     size1,
     size2,
     ahead,  # blocks to prefetch
+    raw_ptr,  # x's dtype [M, C], row stride x_stride: not rotated yet; this and what follows is for FUSED
+    coefficients_ptr,
+    partners_ptr,
+    scales_ptr,
+    runs,  # C / 32
+    x_stride,
     BN: tl.constexpr,
     BM: tl.constexpr,
     WARPS: tl.constexpr,
+    K: tl.constexpr,
+    FUSED: tl.constexpr,
     SPLIT: tl.constexpr,  # whether several programs share K
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,  # S: groups per 128 channels
@@ -207,7 +252,19 @@ def narrow_kernel(
     per_split = tl.cdiv(tl.cdiv(k_blocks, splits), WARPS) * WARPS
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
-    if DEPENDENT:
+    if FUSED:
+        first_fragment = tile * (BN // 16) * k_blocks + start
+        if NATIVE:
+            if ahead > 0:
+                _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
+        if DEPENDENT:
+            tl_cuda.gdc_wait()
+        UNIT: tl.constexpr = 1 if ONE else BM
+        _rotate_first(
+            x_ptr, raw_ptr, coefficients_ptr, partners_ptr, scales_ptr, arrivals_ptr, tokens, runs * 32, x_stride,
+            k_blocks, K, UNIT, SHARED, start1, start2, row_tiles, NATIVE,
+        )  # fmt: skip
+    elif DEPENDENT:
         if ahead > 0:  # while the rotation is under way, start to read what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
             _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
@@ -259,7 +316,7 @@ def narrow_kernel(
         partial_at = m[None, :] * padded_rows + n[:, None]
         tl.store(partial_ptr + split * tokens * padded_rows + partial_at, y, mask=real_token[None, :])
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals_ptr + 2 + tile, 1, sem="acq_rel")
         if arrived < splits - 1:
             return
         y = tl.zeros((BN, BM), tl.float32)
@@ -270,7 +327,7 @@ def narrow_kernel(
                 other=0.0,
                 cache_modifier=".cg",
             )
-        tl.store(arrivals_ptr + tile, 0)
+        tl.store(arrivals_ptr + 2 + tile, 0)
     _store(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
 
 
@@ -282,7 +339,7 @@ def wide_kernel(
     bias_ptr,
     out_ptr,
     partial_ptr,  # float32 [programs, 2, BN, BM]
-    arrivals_ptr,  # int32 [tiles], zero before and after
+    arrivals_ptr,  # int32 [2 + tiles], zero before and after
     tokens,
     k_blocks,
     row_tiles,
@@ -359,14 +416,14 @@ def wide_kernel(
             tl.debug_barrier()
             first_program = (tile * k_blocks) // run
             last_program = (tile * k_blocks + k_blocks - 1) // run
-            arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+            arrived = tl.atomic_add(arrivals_ptr + 2 + tile, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 acc = tl.zeros((BN, BM), tl.float32)
                 for other in range(first_program, last_program + 1):
                     slot = 2 * other + (other == first_program).to(tl.int32)
                     at = partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile
                     acc += tl.load(at, cache_modifier=".cg")
-                tl.store(arrivals_ptr + tile, 0)
+                tl.store(arrivals_ptr + 2 + tile, 0)
                 whole = True
         if whole:
             _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)

@@ -30,83 +30,84 @@ def mma_order(c):
     return (c & ~15) + ((c >> 1) & 1) * 8 + ((c >> 2) & 3) * 2 + (c & 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "runs", "out_runs"])
+@triton.jit
+def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constexpr):
+    """K rotations of x, float32 [TOKENS, 128]: one block of `RotationWeights.coefficients` and `partners`."""
+    c = tl.arange(0, 128)
+    for k in tl.static_range(K):
+        cos = tl.load(steps_ptr + k * 256 + c)
+        sin = tl.load(steps_ptr + k * 256 + 128 + c)
+        partner = tl.load(partners_ptr + k * 128 + c).to(tl.int32)
+        x = cos[None, :] * x + sin[None, :] * tl.gather(x, tl.broadcast_to(partner[None, :], (TOKENS, 128)), axis=1)
+    return x
+
+
+@triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def givens_kernel(
     x_ptr,  # [M, C], row stride x_stride; not read where IDENTITY
-    coefficients_ptr,  # float32 [T, K, 2, C]: cosines, signed sines
-    partners_ptr,  # uint8 [T, K, C], within the group
+    coefficients_ptr,  # float32 [T, KB, K, 2, 128]: cosines, signed sines
+    partners_ptr,  # uint8 [T, KB, K, 128], within the block
     scales_ptr,  # [T, C]: 1/a
-    out_ptr,  # [T, M, out_channels], zeros beyond C
+    out_ptr,  # [T, M, 128 KB], zeros beyond C; [T, M, C] where C is no multiple of 128 and not PADDED
     tokens,
     runs,  # C / 32: so written, the compiler knows what is aligned, without variants
     x_stride,
-    out_runs,
+    blocks,  # KB
     K: tl.constexpr,
-    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
+    PADDED: tl.constexpr,
     MMA_ORDER: tl.constexpr,
-    IDENTITY: tl.constexpr,  # rotate the rows of one identity of this size per 128 channels; 0: rotate x
+    IDENTITY: tl.constexpr,  # rotate the rows of one identity per block instead of x
     DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT == 1:
-        tl_cuda.gdc_launch_dependents()
     channels = runs * 32
-    c = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    width = blocks * 128 if PADDED else channels
+    block = tl.program_id(0)
+    c = block * 128 + tl.arange(0, 128)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     transform = tl.program_id(2)
-    out_channels = out_runs * 32
     real = c < channels
     scale = tl.load(scales_ptr + transform * channels + c, mask=real, other=0.0).to(tl.float32)
     if DEPENDENT:
         tl_cuda.gdc_wait()
-    if DEPENDENT == 2:
         tl_cuda.gdc_launch_dependents()
     if IDENTITY:
-        x = tl.where(t[:, None] == (c % IDENTITY)[None, :], 1.0, 0.0)
+        x = tl.where(t[:, None] == (c % 128)[None, :], 1.0, 0.0)
     else:
         here = (t < tokens)[:, None] & real[None, :]
         x = tl.load(x_ptr + t.to(tl.int64)[:, None] * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
-    x = x * scale[None, :]
-    for k in tl.static_range(K):
-        step = (transform * K + k) * channels + c
-        cos = tl.load(coefficients_ptr + step + (transform * K + k) * channels, mask=real, other=1.0)
-        sin = tl.load(coefficients_ptr + step + (transform * K + k + 1) * channels, mask=real, other=0.0)
-        partner = tl.load(partners_ptr + step, mask=real, other=0).to(tl.int32)
-        x = cos[None, :] * x + sin[None, :] * tl.gather(x, tl.broadcast_to(partner[None, :], (TOKENS, GROUP)), axis=1)
+    at = (transform * blocks + block) * K
+    x = rotate_block(x * scale[None, :], coefficients_ptr + at * 256, partners_ptr + at * 128, K, TOKENS)
     column = mma_order(c) if MMA_ORDER else c
-    row = (transform * tokens + t).to(tl.int64)[:, None] * out_channels
-    inside = (t < tokens)[:, None] & (c < out_channels)[None, :]
+    row = (transform * tokens + t).to(tl.int64)[:, None] * width
+    inside = (t < tokens)[:, None] & (c < width)[None, :]
     tl.store(out_ptr + row + column[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "runs", "out_runs"])
+@triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def dense_rotate_kernel(
     x_ptr,  # [M, C], row stride x_stride
-    matrix_ptr,  # float16 [T, BLOCK, out_channels]: R of each block of channels, scales included
-    out_ptr,  # [T, M, out_channels], zeros beyond C
+    matrix_ptr,  # float16 [T, 128, 128 KB]: R of each block of channels, scales included
+    out_ptr,  # [T, M, 128 KB], zeros beyond C
     tokens,
-    runs,  # C / 32: so written, the compiler knows what is aligned, without variants
+    runs,  # C / 32
     x_stride,
-    out_runs,
+    blocks,  # KB
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,  # of TOKENS tokens, per program
-    BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    if DEPENDENT == 1:
-        tl_cuda.gdc_launch_dependents()
     channels = runs * 32
-    out_channels = out_runs * 32
+    out_channels = blocks * 128
     transform = tl.program_id(2)
-    k = tl.arange(0, BLOCK)
-    c = tl.program_id(0) * BLOCK + k
-    matrix = tl.load(matrix_ptr + (transform * BLOCK + k)[:, None] * out_channels + c[None, :])
+    k = tl.arange(0, 128)
+    c = tl.program_id(0) * 128 + k
+    matrix = tl.load(matrix_ptr + (transform * 128 + k)[:, None] * out_channels + c[None, :])
     matrix = matrix.to(tl.float32).to(x_ptr.dtype.element_ty)
     if DEPENDENT:
         tl_cuda.gdc_wait()
-    if DEPENDENT == 2:
         tl_cuda.gdc_launch_dependents()
     first = tl.program_id(1) * TILES
     for tile in tl.range(first, first + TILES, num_stages=STAGES):
@@ -126,33 +127,37 @@ def givens_backward_kernel(
     partners_ptr,
     scales_ptr,
     grad_x_ptr,  # float32 [T, M, C]
-    grad_coefficients_ptr,  # float32 [P, T, K, 2, C], one slice per program along the tokens
+    grad_coefficients_ptr,  # float32 [P, T, KB, K, 2, 128], one slice per program along the tokens
     grad_scales_ptr,  # float32 [P, T, C]
     tokens,
     runs,
     K: tl.constexpr,
-    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     channels = runs * 32
-    c = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    local = tl.arange(0, 128)
+    c = block * 128 + local
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    transform = tl.program_id(2)
-    slot = tl.program_id(1) * tl.num_programs(2) + transform
-    here = (t < tokens)[:, None]
+    transform, transforms = tl.program_id(2), tl.num_programs(2)
+    slot = tl.program_id(1) * transforms + transform
+    real = c < channels
+    here = (t < tokens)[:, None] & real[None, :]
     at = (transform * tokens + t).to(tl.int64)[:, None] * channels + c[None, :]
-    scale = tl.load(scales_ptr + transform * channels + c).to(tl.float32)
+    scale = tl.load(scales_ptr + transform * channels + c, mask=real, other=1.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=here, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32)
     for step in tl.static_range(K):
-        stored = (transform * K + K - 1 - step) * channels
-        slope = grad_coefficients_ptr + 2 * (slot * K + K - 1 - step) * channels + c
-        cos = tl.load(coefficients_ptr + 2 * stored + c)[None, :]
-        sin = tl.load(coefficients_ptr + 2 * stored + channels + c)[None, :]
-        partner = tl.broadcast_to(tl.load(partners_ptr + stored + c).to(tl.int32)[None, :], (TOKENS, GROUP))
+        k: tl.constexpr = K - 1 - step
+        stored = (transform * blocks + block) * K + k
+        slope = grad_coefficients_ptr + ((slot * blocks + block).to(tl.int64) * K + k) * 256 + local
+        cos = tl.load(coefficients_ptr + stored * 256 + local)[None, :]
+        sin = tl.load(coefficients_ptr + stored * 256 + 128 + local)[None, :]
+        partner = tl.load(partners_ptr + stored * 128 + local).to(tl.int32)
+        partner = tl.broadcast_to(partner[None, :], (TOKENS, 128))
         y = cos * y - sin * tl.gather(y, partner, axis=1)  # from here on, this rotation's input
         tl.store(slope, tl.sum(grad * y, axis=0))
-        tl.store(slope + channels, tl.sum(grad * tl.gather(y, partner, axis=1), axis=0))
+        tl.store(slope + 128, tl.sum(grad * tl.gather(y, partner, axis=1), axis=0))
         grad = cos * grad - sin * tl.gather(grad, partner, axis=1)
     tl.store(grad_x_ptr + at, grad * scale[None, :], mask=here)
-    tl.store(grad_scales_ptr + slot * channels + c, tl.sum(grad * y, axis=0) / scale)
+    tl.store(grad_scales_ptr + slot * channels + c, tl.sum(grad * y, axis=0) / scale, mask=real)

@@ -14,13 +14,17 @@ from ..layout import KernelLayout, LinearLayout, PackedLinear
 
 MAX_SEGMENTS = 3
 
+#: Ahead of the counters per tile: blocks rotated, programs that are through.
+COUNTERS = 2
+
 
 @dataclass(frozen=True)
 class RotationWeights:
     """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
 
-    coefficients: float32 [T, K, 2, C], cosines and signed sines; partners: uint8 [T, K, C]; scales: [T, C], the 1/a
-    that multiplies activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
+    By blocks of 128 channels, the last one padded: coefficients: float32 [T, KB, K, 2, 128], cosines and signed sines;
+    partners: uint8 [T, KB, K, 128], counted from the block's first channel; scales: [T, C], the 1/a that multiplies
+    activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
     128 channels, its columns in `mma_order`.
     """
 
@@ -33,9 +37,17 @@ class RotationWeights:
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
         """theta [T, K, C/2], pairs [T, K, C], scales [T, C]; differentiable in theta and scales."""
-        forms = [channel_form(th, p, group_size) for th, p in zip(theta, pairs, strict=True)]
-        coefficients = torch.stack([coefficients for coefficients, _ in forms])
-        return cls(coefficients, torch.stack([partners for _, partners in forms]), scales, group_size)
+        rotations, channels = pairs.shape[1:]
+        padding = -channels % 128
+        coefficients, partners = [], []
+        for one_theta, one_pairs in zip(theta, pairs, strict=True):
+            by_channel, partner = channel_form(one_theta, one_pairs, group_size)
+            first_in_block = torch.arange(channels, device=pairs.device) // group_size * group_size % 128
+            by_channel = torch.nn.functional.pad(by_channel.float(), (0, padding))
+            partner = torch.nn.functional.pad(partner + first_in_block.to(torch.uint8), (0, padding))
+            coefficients.append(by_channel.view(rotations, 2, (channels + padding) // 128, 128).permute(2, 0, 1, 3))
+            partners.append(partner.view(rotations, (channels + padding) // 128, 128).transpose(0, 1))
+        return cls(torch.stack(coefficients).contiguous(), torch.stack(partners).contiguous(), scales, group_size)
 
     @property
     def transforms(self) -> int:
@@ -43,15 +55,19 @@ class RotationWeights:
 
     @property
     def channels(self) -> int:
-        return self.coefficients.shape[-1]
+        return self.scales.shape[-1]
+
+    @property
+    def rotations(self) -> int:
+        return self.coefficients.shape[2]
 
 
 @dataclass(frozen=True)
 class KernelWeights:
     """One to three packed linears that read the same input, in `KernelLayout`.
 
-    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP]; arrivals: int32 zeros, which split products count
-    their programs in (so one linear must not run on two streams at once); rotation: T = 1 if all share one transform,
+    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP]; arrivals: int32 zeros, in which the programs of
+    a launch count each other (so one linear must not run on two streams at once); rotation: T = 1 if all share one transform,
     else one per linear; out_features: of each linear.
     """
 
@@ -79,7 +95,7 @@ class KernelWeights:
             first.layout.group_size,
         )
         words = torch.cat([words for words, _ in parts])
-        arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
+        arrivals = torch.zeros(4 * words.shape[0] + COUNTERS, dtype=torch.int32, device=words.device)
         grid = torch.cat([grid for _, grid in parts], dim=1)
         return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
 
