@@ -259,7 +259,7 @@ def narrow_kernel(
                 _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         if DEPENDENT:
             tl_cuda.gdc_wait()
-        UNIT: tl.constexpr = 1 if ONE else BM
+        UNIT: tl.constexpr = WARPS if ONE or WARPS > BM else BM  # a row for every warp
         _rotate_first(
             x_ptr, raw_ptr, coefficients_ptr, partners_ptr, scales_ptr, arrivals_ptr, tokens, runs * 32, x_stride,
             k_blocks, K, UNIT, SHARED, start1, start2, row_tiles, NATIVE,

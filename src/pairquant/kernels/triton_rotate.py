@@ -33,12 +33,14 @@ def mma_order(c):
 @triton.jit
 def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constexpr):
     """K rotations of x, float32 [TOKENS, 128]: one block of `RotationWeights.coefficients` and `partners`."""
-    c = tl.arange(0, 128)
+    # Loaded once per row, already in the layout of x: with fewer elements than threads the compiler would spread them
+    # over warps, and every step would wait for two barriers.
+    c = tl.arange(0, 128)[None, :] + tl.zeros([TOKENS, 1], tl.int32)
     for k in tl.static_range(K):
         cos = tl.load(steps_ptr + k * 256 + c)
         sin = tl.load(steps_ptr + k * 256 + 128 + c)
-        partner = tl.load(partners_ptr + k * 128 + c).to(tl.int32)
-        x = cos[None, :] * x + sin[None, :] * tl.gather(x, tl.broadcast_to(partner[None, :], (TOKENS, 128)), axis=1)
+        partner = tl.load(partners_ptr + k * 128 + c)
+        x = cos * x + sin * tl.gather(x, partner, axis=1)
     return x
 
 
@@ -46,7 +48,7 @@ def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constex
 def givens_kernel(
     x_ptr,  # [M, C], row stride x_stride; not read where IDENTITY
     coefficients_ptr,  # float32 [T, KB, K, 2, 128]: cosines, signed sines
-    partners_ptr,  # uint8 [T, KB, K, 128], within the block
+    partners_ptr,  # int32 [T, KB, K, 128], within the block
     scales_ptr,  # [T, C]: 1/a
     out_ptr,  # [T, M, 128 KB], zeros beyond C; [T, M, C] where C is no multiple of 128 and not PADDED
     tokens,
@@ -153,7 +155,7 @@ def givens_backward_kernel(
         slope = grad_coefficients_ptr + ((slot * blocks + block).to(tl.int64) * K + k) * 256 + local
         cos = tl.load(coefficients_ptr + stored * 256 + local)[None, :]
         sin = tl.load(coefficients_ptr + stored * 256 + 128 + local)[None, :]
-        partner = tl.load(partners_ptr + stored * 128 + local).to(tl.int32)
+        partner = tl.load(partners_ptr + stored * 128 + local)
         partner = tl.broadcast_to(partner[None, :], (TOKENS, 128))
         y = cos * y - sin * tl.gather(y, partner, axis=1)  # from here on, this rotation's input
         tl.store(slope, tl.sum(grad * y, axis=0))

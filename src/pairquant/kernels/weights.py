@@ -23,7 +23,7 @@ class RotationWeights:
     """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
 
     By blocks of 128 channels, the last one padded: coefficients: float32 [T, KB, K, 2, 128], cosines and signed sines;
-    partners: uint8 [T, KB, K, 128], counted from the block's first channel; scales: [T, C], the 1/a that multiplies
+    partners: int32 [T, KB, K, 128], counted from the block's first channel; scales: [T, C], the 1/a that multiplies
     activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
     128 channels, its columns in `mma_order`.
     """
@@ -44,7 +44,7 @@ class RotationWeights:
             by_channel, partner = channel_form(one_theta, one_pairs, group_size)
             first_in_block = torch.arange(channels, device=pairs.device) // group_size * group_size % 128
             by_channel = torch.nn.functional.pad(by_channel.float(), (0, padding))
-            partner = torch.nn.functional.pad(partner + first_in_block.to(torch.uint8), (0, padding))
+            partner = torch.nn.functional.pad(partner.to(torch.int32) + first_in_block.to(torch.int32), (0, padding))
             coefficients.append(by_channel.view(rotations, 2, (channels + padding) // 128, 128).permute(2, 0, 1, 3))
             partners.append(partner.view(rotations, (channels + padding) // 128, 128).transpose(0, 1))
         return cls(torch.stack(coefficients).contiguous(), torch.stack(partners).contiguous(), scales, group_size)
