@@ -8,6 +8,10 @@ from hypothesis import settings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+# Without a GPU, the Triton kernels run in Triton's interpreter; it must be told before it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples on every run and every machine; no example database beside the sources; no wall time.
 settings.register_profile("pairquant", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pairquant")

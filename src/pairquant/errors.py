@@ -34,6 +34,10 @@ class CheckpointError(PairQuantError, ValueError):
     """A checkpoint is damaged, incomplete, or cannot be written."""
 
 
+class KernelError(PairQuantError, ValueError):
+    """Tensors that a kernel cannot take: wrong shape, dtype or device."""
+
+
 class ResourceError(PairQuantError, RuntimeError):
     """The machine ran out of memory or disk."""
 

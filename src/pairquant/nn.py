@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.linear import decode
+from .kernels import cpu, ops
+from .kernels.weights import MAX_SEGMENTS, KernelWeights
 from .layout import LinearLayout, PackedLinear
+
+#: Names of layers that read the same input and are called with it one after the other: run in one launch.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Stored tensors that the kernels' layout replaces; all others are small.
+REPACKED = ("qweight", "qzeros", "scales")
 
 
 class RotatedLinear(nn.Module):
     """A linear layer whose buffers are a `PackedLinear`, under the stored names, shapes and dtypes.
 
-    forward: x [..., C] floating → [..., N] in x's dtype. For now the weight is decoded once, on first use, into
-    x's dtype and multiplied as it is: the speed and run-time memory of an unquantized layer. The buffers keep their
-    dtypes through `.to(dtype)`, `.half()` and the like, so that saving gives back the bits that were loaded.
+    forward: x [..., C] floating → [..., N] in x's dtype, by
+
+    - the Triton kernels, on NVIDIA GPUs at 4 bits: the stored tensors are then repacked in place of the originals, and
+      come back bit for bit for saving and moving;
+    - PyTorch's int4 product with a folded rotation, on CPUs in bfloat16 at 4 bits;
+    - a dense weight, decoded once and kept, everywhere else.
+
+    The buffers keep their dtypes through `.to(dtype)`, `.half()` and the like, so that saving gives back the bits that
+    were loaded.
     """
 
     qweight: Tensor
@@ -33,6 +47,8 @@ class RotatedLinear(nn.Module):
         if not layout.bias:
             self.bias = None
         self._dense: Tensor | None = None
+        self._int4: list[Tensor] | None = None
+        self._merged = Merged([self])
 
     @classmethod
     def from_packed(cls, packed: PackedLinear) -> RotatedLinear:
@@ -44,39 +60,172 @@ class RotatedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """The stored form, sharing memory with the buffers."""
-        return PackedLinear(self.layout, **{name: getattr(self, name) for name in self.layout.fields()})
+        """The stored form; shares memory with the buffers, except where the kernels' layout has replaced them."""
+        return PackedLinear(self.layout, **self._stored())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged.weights is not None or (x.is_cuda and self.prepare()):
+            return self._merged.forward(self, x)
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        if x.device.type == "cpu" and self._runs_int4(x.dtype):
+            if self._int4 is None:
+                with torch.no_grad():
+                    self._int4 = cpu.CpuWeights.build(self.packed).tensors()
+            return torch.ops.pairquant.rotated_linear(x, self._int4, bias, [self.out_features], self.layout.group_size)
+        return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def prepare(self) -> bool:
+        """Repack for the Triton kernels, with the siblings, if this is a 4-bit layer on a GPU that has them.
+
+        Done on the first forward otherwise; call it before that is captured in a graph or compiled.
+        """
+        if self._merged.weights is None:
+            if self.layout.bits != 4 or not self.theta.is_cuda:
+                return False
+            if reason := ops.triton_missing():
+                warnings.warn(f"4-bit layers run as dense layers: {reason}.", stacklevel=2)
+                return False
+            self._merged.build()
+        return True
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight in the original basis, [N, C], kept for the next call."""
         dense = self._dense
-        if dense is None or dense.dtype != dtype or dense.device != self.qweight.device:
+        if dense is None or dense.dtype != dtype or dense.device != self.theta.device:
             with torch.no_grad():
                 self._dense = dense = decode(self.packed).to(dtype)
         return dense
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return F.linear(x, self.dense_weight(x.dtype), bias)
 
     def extra_repr(self) -> str:
         s = self.layout
         return f"{s.in_features} → {s.out_features}, {s.bits} bits, group {s.group_size}, {s.rotations} rotations"
 
+    def _runs_int4(self, dtype: torch.dtype) -> bool:
+        return cpu.available(self.layout, dtype)
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Stored name → tensor."""
+        repacked = self._merged.stored(self) if self._merged.weights is not None else {}
+        return {name: repacked.get(name, getattr(self, name)) for name in self.layout.fields()}
+
+    def _restore(self) -> None:
+        """Back to the stored tensors, in this layer and those it is merged with."""
+        self._merged.dissolve()
+        self._dense = self._int4 = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Follow `fn` to another device, never to another dtype: a bfloat16 scale would lose stored bits."""
+        self._restore()
         stored = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        self._dense = None
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged.weights is not None:
+            destination.update({prefix + name: tensor for name, tensor in self._merged.stored(self).items()})
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
-        self._dense = None
+
+
+class Merged:
+    """Layers that read the same input: the first one called computes for all, the others take their share.
+
+    What was computed is handed out only for the very same tensor, unchanged since, and is dropped as soon as every
+    layer has had its part; any other input is computed anew.
+    """
+
+    def __init__(self, members: Sequence[RotatedLinear]):
+        self.members = list(members)
+        self.weights: KernelWeights | None = None
+        self.tensors: list[Tensor] = []
+        self.bias: Tensor | None = None
+        self.x: Tensor | None = None
+        self.version = 0
+        self.waiting: list[Tensor | None] = []
+        self._drop()
+
+    def forward(self, member: RotatedLinear, x: Tensor) -> Tensor:
+        if len(self.members) == 1:
+            return self._linear(x)
+        index = next(i for i, other in enumerate(self.members) if other is member)
+        if self.x is not x or self.waiting[index] is None or self.version != _version(x):
+            self.x, self.version = x, _version(x)
+            self.waiting = list(self._linear(x).split(self.sizes, dim=-1))
+        y, self.waiting[index] = self.waiting[index], None
+        assert y is not None, "a layer's share was handed out twice"
+        if all(other is None for other in self.waiting):
+            self._drop()
+        return y
+
+    def build(self) -> None:
+        """Repack all members; they give up the stored tensors that this replaces."""
+        from .kernels.launch import with_matrix
+
+        with torch.no_grad():
+            self.weights = with_matrix(KernelWeights.build([member.packed for member in self.members]))
+            self.tensors = self.weights.tensors()
+            self.sizes = list(self.weights.out_features)
+            if any(member.bias is not None for member in self.members):
+                parts = [m.bias if m.bias is not None else m.scales.new_zeros(m.out_features) for m in self.members]
+                self.bias = torch.cat(parts)
+        for member in self.members:
+            for name in REPACKED:
+                member._buffers[name] = None
+
+    def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
+        """The tensors that `member` gave up."""
+        assert self.weights is not None, "stored tensors are asked of weights that were not repacked"
+        return self.weights.stored(self.members.index(member), member.layout)
+
+    def dissolve(self) -> None:
+        """Give every member its stored tensors back."""
+        self._drop()
+        if self.weights is None:
+            return
+        for member in self.members:
+            member._buffers.update(self.stored(member))
+        self.weights, self.tensors, self.bias = None, [], None
+
+    def _linear(self, x: Tensor) -> Tensor:
+        return torch.ops.pairquant.rotated_linear(
+            x, self.tensors, self.bias, self.sizes, self.members[0].layout.group_size
+        )
+
+    def _drop(self) -> None:
+        self.x = None
+        self.waiting = [None] * len(self.members)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; those of inference mode and inside a compiled graph cannot be counted."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Merge the layers named in `SIBLINGS`, where they agree in all sizes but out_features."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), RotatedLinear)]
+            like = {(s.in_features, s.bits, s.group_size, s.rotations) for s in (layer.layout for layer in layers)}
+            if len(layers) == len(names) <= MAX_SEGMENTS and len(like) == 1:
+                merged = Merged(layers)
+                for layer in layers:
+                    layer._restore()
+                    layer._merged = merged
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Repack every layer that runs on a GPU now, instead of on its first forward."""
+    for _, layer in rotated_linears(model):
+        layer.prepare()
+    return model
 
 
 def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:

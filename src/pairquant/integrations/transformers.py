@@ -19,7 +19,7 @@ from ..config import QUANT_METHOD, CheckpointConfig, matches
 from ..core.linear import decode
 from ..errors import CheckpointError
 from ..layout import check_fields
-from ..nn import RotatedLinear, replace_module, rotated_linears
+from ..nn import RotatedLinear, link_siblings, prepare, replace_module, rotated_linears
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +77,8 @@ class ParoQuantizer(HfQuantizer):
         for path, linear in rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
-        return model
+        link_siblings(model)
+        return prepare(model)
 
     def _dequantize(self, model, dtype=None):
         for path, rotated in list(rotated_linears(model)):

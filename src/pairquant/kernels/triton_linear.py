@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from .triton_rotate import dot, rotate_block
+from .triton_rotate import dot
 
 
-def _pair_assembly(pair: int, dtype: str, scaled: bool) -> str:
+def _pair_assembly(pair: int, dtype: str, scaled: int) -> str:
     """Nibbles `pair` and `pair + 4` of word $1 as two 16-bit floats, minus zero point, times scale if `scaled`.
 
     OR-ing a nibble into the mantissa of 1024 (float16) or 128 (bfloat16) makes the float 1024 + q; adding
@@ -50,10 +50,10 @@ def _pair_assembly(pair: int, dtype: str, scaled: bool) -> str:
     return "{" + " ".join(lines) + "}"
 
 
-PAIRS_FP16 = tl.constexpr(tuple(_pair_assembly(p, "fp16", False) for p in range(4)))
-PAIRS_FP16_SCALED = tl.constexpr(tuple(_pair_assembly(p, "fp16", True) for p in range(4)))
-PAIRS_BF16 = tl.constexpr(tuple(_pair_assembly(p, "bf16", False) for p in range(4)))
-PAIRS_BF16_SCALED = tl.constexpr(tuple(_pair_assembly(p, "bf16", True) for p in range(4)))
+#: At 8 · (bfloat16) + 4 · scaled + pair.
+ASSEMBLY = tl.constexpr(
+    tuple(_pair_assembly(pair, dtype, scaled) for dtype in ("fp16", "bf16") for scaled in (0, 1) for pair in range(4))
+)
 
 
 @triton.jit
@@ -73,7 +73,9 @@ def _high_half(pair, dtype: tl.constexpr):
 
 
 @triton.jit
-def _two_weights(word, zero, scale, rest, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def _two_weights(
+    word, zero, scale, rest, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr
+):
     """Nibbles PAIR and PAIR + 4 of each word → (q - z) or (q - z) · s: two tensors of the word's shape."""
     word, zero = tl.broadcast(word, zero)
     word, scale = tl.broadcast(word, scale)
@@ -81,10 +83,9 @@ def _two_weights(word, zero, scale, rest, PAIR: tl.constexpr, SCALED: tl.constex
     if NATIVE:
         if dtype == tl.float16:
             offset = (zero << 4) | -0x2BFF2C00 if PAIR % 2 else zero | -0x1BFF1C00  # -(64 + z), -(1024 + z), twice
-            code: tl.constexpr = PAIRS_FP16_SCALED[PAIR] if SCALED else PAIRS_FP16[PAIR]
         else:
             offset = zero | -0x3CFF3D00  # -(128 + z), twice
-            code: tl.constexpr = PAIRS_BF16_SCALED[PAIR] if SCALED else PAIRS_BF16[PAIR]
+        code: tl.constexpr = ASSEMBLY[8 * (dtype == tl.bfloat16) + 4 * SCALED + PAIR]
         operands: tl.constexpr = "=r,r,r,r,r"
         both = tl.inline_asm_elementwise(code, operands, [word, offset, scale, rest], tl.int32, is_pure=True, pack=1)
         return _low_half(both, dtype), _high_half(both, dtype)
@@ -159,55 +160,18 @@ def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.co
 
 
 #: Arguments that must not make new variants of a kernel: a first request of another length would wait for the compiler.
-SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2", "ahead"]
+SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2"]
 
 
-@triton.jit
-def _rotate_first(
-    x_rot_ptr, x_ptr, coefficients_ptr, partners_ptr, scales_ptr, counters_ptr, tokens, channels, x_stride, k_blocks,
-    K: tl.constexpr, BM: tl.constexpr, SHARED: tl.constexpr, start1, start2, row_tiles, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """The first programs of a launch rotate one block each, all wait until every block is done.
-
-    A program waits only after its own share, and programs start in order, so the last to start depends on nobody
-    who has not started.
-    """
-    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    transforms = 1 if SHARED else 1 + (start1 < row_tiles).to(tl.int32) + (start2 < row_tiles).to(tl.int32)
-    units = transforms * k_blocks
-    m = tl.arange(0, BM)
-    # The interpreter runs one program after the other: there, the first does it all.
-    begin, step = (program, programs) if NATIVE else (program * units, 1)
-    for unit in range(begin, units, step):
-        transform = unit // k_blocks
-        c = (unit - transform * k_blocks) * 128 + tl.arange(0, 128)
-        scale = tl.load(scales_ptr + transform * channels + c, mask=c < channels, other=0.0).to(tl.float32)
-        here = (m < tokens)[:, None] & (c < channels)[None, :]
-        x = tl.load(x_ptr + m[:, None] * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
-        x = rotate_block(x * scale[None, :], coefficients_ptr + unit * K * 256, partners_ptr + unit * K * 128, K, BM)
-        at = (transform * tokens + m)[:, None] * (k_blocks * 128) + c[None, :]
-        tl.store(x_rot_ptr + at, x.to(x_rot_ptr.dtype.element_ty), mask=(m < tokens)[:, None])
-        tl.debug_barrier()
-        tl.atomic_add(counters_ptr, 1, sem="release")
-    while tl.load(counters_ptr, volatile=True) < units:
-        pass
-    tl.debug_barrier()
-    through = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed")
-    if through == programs - 1:
-        tl.store(counters_ptr, 0)
-        tl.store(counters_ptr + 1, 0)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "runs"])
+@triton.jit(do_not_specialize=[*SIZES, "ahead"])
 def narrow_kernel(
-    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order; written here if FUSED
+    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order
     words_ptr,  # int32 [NP / 16, KB, 2, 128] (layout.KernelLayout)
     grid_ptr,  # int32 [KB · S, NP]
     bias_ptr,  # x's dtype [N]
     out_ptr,  # [M, N]
     partial_ptr,  # float32 [SPLIT, M, NP]
-    arrivals_ptr,  # int32 [2 + NP / BN], zero before and after
+    arrivals_ptr,  # int32 [NP / BN], zero before and after
     tokens,
     k_blocks,
     row_tiles,  # NP / 128
@@ -218,17 +182,9 @@ def narrow_kernel(
     size1,
     size2,
     ahead,  # blocks to prefetch
-    raw_ptr,  # x's dtype [M, C], row stride x_stride: not rotated yet; this and what follows is for FUSED
-    coefficients_ptr,
-    partners_ptr,
-    scales_ptr,
-    runs,  # C / 32
-    x_stride,
     BN: tl.constexpr,
     BM: tl.constexpr,
     WARPS: tl.constexpr,
-    K: tl.constexpr,
-    FUSED: tl.constexpr,
     SPLIT: tl.constexpr,  # whether several programs share K
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,  # S: groups per 128 channels
@@ -252,19 +208,7 @@ def narrow_kernel(
     per_split = tl.cdiv(tl.cdiv(k_blocks, splits), WARPS) * WARPS
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
-    if FUSED:
-        first_fragment = tile * (BN // 16) * k_blocks + start
-        if NATIVE:
-            if ahead > 0:
-                _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
-        if DEPENDENT:
-            tl_cuda.gdc_wait()
-        UNIT: tl.constexpr = WARPS if ONE or WARPS > BM else BM  # a row for every warp
-        _rotate_first(
-            x_ptr, raw_ptr, coefficients_ptr, partners_ptr, scales_ptr, arrivals_ptr, tokens, runs * 32, x_stride,
-            k_blocks, K, UNIT, SHARED, start1, start2, row_tiles, NATIVE,
-        )  # fmt: skip
-    elif DEPENDENT:
+    if DEPENDENT:
         if ahead > 0:  # while the rotation is under way, start to read what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
             _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
@@ -309,14 +253,14 @@ def narrow_kernel(
             acc += dot(weight, x, NATIVE) * _scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
         else:
             acc += dot(weight, x, NATIVE)
-    if DEPENDENT == 2:
+    if DEPENDENT:
         tl_cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if SPLIT:
         partial_at = m[None, :] * padded_rows + n[:, None]
         tl.store(partial_ptr + split * tokens * padded_rows + partial_at, y, mask=real_token[None, :])
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + 2 + tile, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
         if arrived < splits - 1:
             return
         y = tl.zeros((BN, BM), tl.float32)
@@ -327,7 +271,7 @@ def narrow_kernel(
                 other=0.0,
                 cache_modifier=".cg",
             )
-        tl.store(arrivals_ptr + 2 + tile, 0)
+        tl.store(arrivals_ptr + tile, 0)
     _store(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
 
 
@@ -339,7 +283,7 @@ def wide_kernel(
     bias_ptr,
     out_ptr,
     partial_ptr,  # float32 [programs, 2, BN, BM]
-    arrivals_ptr,  # int32 [2 + tiles], zero before and after
+    arrivals_ptr,  # int32 [tiles], zero before and after
     tokens,
     k_blocks,
     row_tiles,
@@ -349,10 +293,8 @@ def wide_kernel(
     size0,
     size1,
     size2,
-    ahead,  # blocks to prefetch
     BN: tl.constexpr,
     BM: tl.constexpr,
-    WARPS: tl.constexpr,
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -374,11 +316,6 @@ def wide_kernel(
     begin = program * run
     end = tl.minimum(begin + run, total)
     if DEPENDENT:
-        if (ahead > 0) & (begin < end):
-            start = begin % k_blocks
-            first_fragment = begin // k_blocks // token_tiles * (BN // 16) * k_blocks + start
-            blocks = tl.minimum(tl.minimum(end - begin, k_blocks - start), ahead)
-            _prefetch(words_ptr, first_fragment, k_blocks, blocks, BN, WARPS)
         tl_cuda.gdc_wait()
     inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     s = tl.arange(0, GROUPS)
@@ -416,14 +353,14 @@ def wide_kernel(
             tl.debug_barrier()
             first_program = (tile * k_blocks) // run
             last_program = (tile * k_blocks + k_blocks - 1) // run
-            arrived = tl.atomic_add(arrivals_ptr + 2 + tile, 1, sem="acq_rel")
+            arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 acc = tl.zeros((BN, BM), tl.float32)
                 for other in range(first_program, last_program + 1):
                     slot = 2 * other + (other == first_program).to(tl.int32)
                     at = partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile
                     acc += tl.load(at, cache_modifier=".cg")
-                tl.store(arrivals_ptr + 2 + tile, 0)
+                tl.store(arrivals_ptr + tile, 0)
                 whole = True
         if whole:
             _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
@@ -440,7 +377,7 @@ def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & (m < tokens)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:9]])
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:]])
 def decode_kernel(
     words_ptr,
     grid_ptr,

@@ -14,9 +14,6 @@ from ..layout import KernelLayout, LinearLayout, PackedLinear
 
 MAX_SEGMENTS = 3
 
-#: Ahead of the counters per tile: blocks rotated, programs that are through.
-COUNTERS = 2
-
 
 @dataclass(frozen=True)
 class RotationWeights:
@@ -95,7 +92,7 @@ class KernelWeights:
             first.layout.group_size,
         )
         words = torch.cat([words for words, _ in parts])
-        arrivals = torch.zeros(4 * words.shape[0] + COUNTERS, dtype=torch.int32, device=words.device)
+        arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
         grid = torch.cat([grid for _, grid in parts], dim=1)
         return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
 
@@ -175,5 +172,3 @@ def _codes(words: Tensor) -> Tensor:
     by_bit = nibbles.unflatten(-1, (2, 2, 2))  # [R, KB, rh, r, t, c, i0, h, i1]
     codes = by_bit.permute(0, 2, 3, 1, 5, 7, 4, 8, 6)  # [R, rh, r, KB, c, h, t, i1, i0]
     return codes.reshape(words.shape[0] * 16, words.shape[1] * 128)
-
-

@@ -1,0 +1,28 @@
+"""Random packed linears, for tests that need no model."""
+
+from __future__ import annotations
+
+import torch
+
+from pairquant.layout import LinearLayout, PackedLinear
+
+
+def random_packed(out_features, in_features, group_size, rotations=8, seed=0, bias=False) -> PackedLinear:
+    """A 4-bit linear of random codes, zero points, scales and rotations."""
+    layout = LinearLayout(in_features, out_features, 4, group_size, rotations, bias)
+    fields = layout.fields()
+    g = torch.Generator().manual_seed(seed)
+    words = {
+        n: torch.randint(-(2**31), 2**31, fields[n].shape, generator=g).to(torch.int32) for n in ("qweight", "qzeros")
+    }
+    order = torch.rand(rotations, layout.num_groups, group_size, generator=g).argsort(-1)
+    tensors = {
+        **words,
+        "scales": (torch.rand(fields["scales"].shape, generator=g) * 0.01 + 0.001).half(),
+        "theta": torch.randn(fields["theta"].shape, generator=g).half(),
+        "pairs": order.to(torch.int16).view(rotations, in_features),
+        "channel_scales": (torch.rand(1, in_features, generator=g) + 0.5).half(),
+    }
+    if bias:
+        tensors["bias"] = torch.randn(out_features, generator=g).half()
+    return PackedLinear.from_tensors("random", layout, tensors)
