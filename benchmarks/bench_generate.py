@@ -85,7 +85,7 @@ def random_packed(layout: LinearLayout, seed: int) -> PackedLinear:
 
 
 @torch.inference_mode()
-def generate(model: LlamaForCausalLM) -> dict[str, float]:
+def generate(model: LlamaForCausalLM, compiled: bool) -> dict[str, float]:
     """Seconds of prefill, tokens per second of decoding."""
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
     prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT), device=DEVICE)
@@ -99,8 +99,10 @@ def generate(model: LlamaForCausalLM) -> dict[str, float]:
         prefill = time.perf_counter() - start
     token = logits[:, -1:].argmax(-1)
 
+    forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+
     def step() -> None:
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+        logits = forward(token, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1:].argmax(-1))
 
     side = torch.cuda.Stream()
@@ -124,12 +126,19 @@ def generate(model: LlamaForCausalLM) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step before it is captured")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generate-h100.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     CONFIG.num_hidden_layers = options.layers
     versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    results = {"device": torch.cuda.get_device_name(), "versions": versions, "layers": options.layers, "models": {}}
+    results = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions,
+        "layers": options.layers,
+        "compiled": options.compile,
+        "models": {},
+    }
     makers = {
         "fp16": lambda: dense_model(CONFIG),
         "pairquant": lambda: rotated_model(CONFIG, 8),
@@ -140,7 +149,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         model = make()
-        result = generate(model) | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        result = generate(model, options.compile) | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         results["models"][name] = result
         print(name, {key: round(value, 3) for key, value in result.items()}, flush=True)
         del model

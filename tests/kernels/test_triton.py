@@ -22,6 +22,10 @@ if GPU:
     WIDE += [Wide(128, 128, 8, 3, 1), Wide(128, 256, 8, 3, 1), Wide(64, 128, 4, 3, 2)]
 #: (out_features of each linear, in_features, group size, rotations)
 SHAPES = [((128,), 256, 128, 8), ((64, 40, 24), 192, 64, 3), ((200,), 160, 32, 0), ((8, 136), 384, 128, 1)]
+NARROW_TOKENS, WIDE_TOKENS = [1, 5], [18]
+if GPU:  # larger: the ratio of two errors is then no matter of luck
+    SHAPES = [((512,), 1024, 128, 8), ((256, 136, 24), 576, 64, 3), ((1000,), 1184, 32, 0), ((8, 1032), 1536, 128, 1)]
+    NARROW_TOKENS, WIDE_TOKENS = [1, 3, 16], [2, 17, 65, 300]
 #: The bound of the issue. The interpreter cuts off bits where a GPU rounds to bfloat16: twice the error, and biased.
 BOUND = {torch.float16: 1.5, torch.bfloat16: 1.5 if GPU else 6.0, torch.float32: 1.5}
 
@@ -65,7 +69,7 @@ def bound(packed, x, want, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("tokens", NARROW_TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_narrow_products(shape, tokens, dtype, generator):
     packed, weights = built(shape)
@@ -73,13 +77,15 @@ def test_narrow_products(shape, tokens, dtype, generator):
     want = exact(packed, x)
     for choice in NARROW:
         y = launch.linear(x, weights, None, choice)
-        assert error(y, want) < bound(packed, x, want, dtype), choice
-        assert torch.equal(y, launch.linear(x, weights, None, choice)), "not reproducible"
+        limit = bound(packed, x, want, dtype)
+        assert error(y, want) < limit, f"{choice}: {error(y, want) / limit:.3f} of what is allowed"
+        if GPU:
+            assert torch.equal(y, launch.linear(x, weights, None, choice)), "not reproducible"
     assert weights.arrivals.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [2, 17, 65, *([300] if GPU else [])])
+@pytest.mark.parametrize("tokens", WIDE_TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_wide_products(shape, tokens, dtype, generator):
     packed, weights = built(shape)
@@ -87,8 +93,10 @@ def test_wide_products(shape, tokens, dtype, generator):
     want = exact(packed, x)
     for choice in WIDE:
         y = launch.linear(x, weights, None, choice)
-        assert error(y, want) < bound(packed, x, want, dtype), choice
-        assert torch.equal(y, launch.linear(x, weights, None, choice)), "not reproducible"
+        limit = bound(packed, x, want, dtype)
+        assert error(y, want) < limit, f"{choice}: {error(y, want) / limit:.3f} of what is allowed"
+        if GPU:
+            assert torch.equal(y, launch.linear(x, weights, None, choice)), "not reproducible"
     assert weights.arrivals.count_nonzero() == 0
 
 
@@ -119,7 +127,7 @@ def test_bias_and_a_shared_transform(generator):
     weights = launch.with_matrix(KernelWeights.build([packed[0], twin]))
     assert weights.rotation.transforms == 1
     bias = torch.randn(104, generator=generator).to(DEVICE).half()
-    for tokens, choice in ((2, NARROW[1]), (20, WIDE[0]), (20, Dense(128))):
+    for tokens, choice in ((2, NARROW[1]), (18, WIDE[1]), (18, Dense(128))):
         x = torch.randn(tokens, 128, generator=generator).to(DEVICE).half()
         want = exact([packed[0], twin], x) + bias.double()
         assert error(launch.linear(x, weights, bias, choice), want) < 1e-3
@@ -134,7 +142,7 @@ def test_stored_tensors_come_back_bit_for_bit(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 33, 600])
+@pytest.mark.parametrize("tokens", [1, 33, 600])
 @pytest.mark.parametrize(("channels", "group", "rotations"), [(32, 32, 16), (192, 64, 3), (256, 128, 8), (160, 32, 0)])
 def test_rotation(channels, group, rotations, tokens, dtype, generator):
     linears = [random_packed(8, channels, group, rotations, seed) for seed in range(2)]

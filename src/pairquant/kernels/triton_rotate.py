@@ -150,9 +150,8 @@ def givens_backward_kernel(
     y = tl.load(y_ptr + at, mask=here, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32)
     for step in tl.static_range(K):
-        k: tl.constexpr = K - 1 - step
-        stored = (transform * blocks + block) * K + k
-        slope = grad_coefficients_ptr + ((slot * blocks + block).to(tl.int64) * K + k) * 256 + local
+        stored = (transform * blocks + block) * K + K - 1 - step
+        slope = grad_coefficients_ptr + ((slot * blocks + block).to(tl.int64) * K + K - 1 - step) * 256 + local
         cos = tl.load(coefficients_ptr + stored * 256 + local)[None, :]
         sin = tl.load(coefficients_ptr + stored * 256 + 128 + local)[None, :]
         partner = tl.load(partners_ptr + stored * 128 + local)
