@@ -175,11 +175,16 @@ def main() -> None:
         print(
             model, *(f"  {t:5} " + "  ".join(f"{m} {us:8.1f}" for m, us in total[t].items()) for t in TOKENS), sep="\n"
         )
+        save(results, options.output)
     results["rotate"] = bench_rotation(peers)
     for row in results["rotate"]:
         print("  ".join(f"{k} {v:g}" if isinstance(v, int) else f"{k} {v:.2f}" for k, v in row.items()))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1))
+    save(results, options.output)
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
