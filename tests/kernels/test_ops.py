@@ -172,7 +172,7 @@ def test_every_choice_fits_its_kernel():
 
 
 def test_the_users_own_measurements(home):
-    mine = {8: Narrow(64, 8, 2, 4, 8), 64: Wide(64, 64, 4), 512: Dense(1024)}
+    mine = {8: Narrow(64, 8, 2, 4, True, 8), 64: Wide(64, 64, 4), 512: Dense(1024)}
     path = table.save_user_table("sm99", {(512, 256): mine})
     assert table.choose("sm99", 512, 256, 5) == mine[8]
     assert table.choose("sm99", 512, 256, 40) == mine[64]

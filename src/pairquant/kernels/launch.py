@@ -12,14 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..errors import KernelError
 from ..layout import KernelLayout
 from .table import Dense, Narrow, Wide
 from .triton_linear import decode_kernel, narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
 from .weights import KernelWeights, RotationWeights
 
-#: From here on, building R and multiplying by it beats shuffles (H100, 4096 channels: 7.6 against 2.7 + 5 us at 256).
-DENSE_ROTATION_TOKENS = 512
+#: From here on, building R and multiplying by it beats shuffles (H100, 4096 channels: 7.6 against 2.7 + 4 us at 256).
+DENSE_ROTATION_TOKENS = 256
 BACKWARD_TOKENS = 32
 #: `decode_kernel`: rows per tile, tiles of 128 rows per program, buffered stages, warps (the best of nine on an H100).
 DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
@@ -42,9 +43,9 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _dependent(device: torch.device) -> dict[str, bool]:
+def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Launch options of a kernel that may start before the one before it has ended."""
-    on = _features(device)["DEPENDENT"]
+    on = wanted and _features(device)["DEPENDENT"]
     return {"DEPENDENT": True, "launch_pdl": True} if on else {"DEPENDENT": False}
 
 
@@ -68,11 +69,19 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
         if isinstance(choice, Wide) and rotation.matrix is not None:
             _dense_rotate(x, rotation, rotation.matrix, out)
         else:
-            _givens(x, rotation, out, mma_order=isinstance(choice, Wide))
+            overlap = isinstance(choice, Wide) or choice.overlap
+            _givens(x, rotation, out, mma_order=isinstance(choice, Wide), overlap=overlap)
     return out
 
 
-def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, identity: bool = False) -> None:
+def _givens(
+    x: Tensor,
+    rotation: RotationWeights,
+    out: Tensor,
+    mma_order: bool,
+    identity: bool = False,
+    overlap: bool = True,
+) -> None:
     transforms, tokens, width = out.shape
     rows = 1 if tokens <= 16 else 4
     if not _features(x.device)["NATIVE"]:
@@ -94,7 +103,7 @@ def _givens(x: Tensor, rotation: RotationWeights, out: Tensor, mma_order: bool, 
         MMA_ORDER=mma_order,
         IDENTITY=identity,
         num_warps=1,
-        **_dependent(x.device),
+        **_dependent(x.device, overlap),
     )
 
 
@@ -191,7 +200,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "HAS_BIAS": bias is not None,
         "NATIVE": _features(device)["NATIVE"],
         "num_warps": choice.warps,
-        **_dependent(device),
+        **_dependent(device, isinstance(choice, Wide) or choice.overlap),
     }
     with _on(device):
         if isinstance(choice, Narrow):
@@ -211,6 +220,8 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
             )
         else:
             tiles = layout.padded_rows // choice.rows * _cdiv(tokens, choice.tokens)
+            if tiles > weights.arrivals.numel():
+                raise KernelError(f"{tokens} tokens in tiles of {choice.tokens} are too many for {choice}")
             programs = min(_multiprocessors(device) * choice.waves, tiles * layout.k_blocks)
             partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)

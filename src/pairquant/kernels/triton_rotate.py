@@ -33,14 +33,12 @@ def mma_order(c):
 @triton.jit
 def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constexpr):
     """K rotations of x, float32 [TOKENS, 128]: one block of `RotationWeights.coefficients` and `partners`."""
-    # Loaded once per row, already in the layout of x: with fewer elements than threads the compiler would spread them
-    # over warps, and every step would wait for two barriers.
-    c = tl.arange(0, 128)[None, :] + tl.zeros([TOKENS, 1], tl.int32)
+    c = tl.arange(0, 128)
     for k in tl.static_range(K):
         cos = tl.load(steps_ptr + k * 256 + c)
         sin = tl.load(steps_ptr + k * 256 + 128 + c)
-        partner = tl.load(partners_ptr + k * 128 + c)
-        x = cos * x + sin * tl.gather(x, partner, axis=1)
+        partner = tl.broadcast_to(tl.load(partners_ptr + k * 128 + c)[None, :], (TOKENS, 128))
+        x = cos[None, :] * x + sin[None, :] * tl.gather(x, partner, axis=1)
     return x
 
 
@@ -107,7 +105,9 @@ def dense_rotate_kernel(
     k = tl.arange(0, 128)
     c = tl.program_id(0) * 128 + k
     matrix = tl.load(matrix_ptr + (transform * 128 + k)[:, None] * out_channels + c[None, :])
-    matrix = matrix.to(tl.float32).to(x_ptr.dtype.element_ty)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    high = matrix.to(tl.float32).to(dtype)
+    low = (matrix.to(tl.float32) - high.to(tl.float32)).to(dtype)  # what bfloat16 cannot hold of a float16
     if DEPENDENT:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
@@ -116,9 +116,11 @@ def dense_rotate_kernel(
         t = tile * TOKENS + tl.arange(0, TOKENS)
         here = (t < tokens)[:, None] & (c < channels)[None, :]
         x = tl.load(x_ptr + t.to(tl.int64)[:, None] * x_stride + c[None, :], mask=here, other=0.0)
-        y = dot(x, matrix, NATIVE).to(out_ptr.dtype.element_ty)
+        y = dot(x, high, NATIVE)
+        if dtype == tl.bfloat16:
+            y += dot(x, low, NATIVE)
         row = (transform * tokens + t).to(tl.int64)[:, None] * out_channels
-        tl.store(out_ptr + row + c[None, :], y, mask=(t < tokens)[:, None])
+        tl.store(out_ptr + row + c[None, :], y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "runs"])
