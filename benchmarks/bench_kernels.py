@@ -22,8 +22,8 @@ import triton
 
 from pairquant.kernels import launch, ops
 from pairquant.kernels.table import choose
-from pairquant.kernels.weights import KernelWeights, RotationWeights
-from pairquant.layout import KernelLayout
+from pairquant.kernels.tune import random_weights
+from pairquant.kernels.weights import KernelWeights
 
 MODELS = {
     "LLaMA-3-8B": [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)],
@@ -58,26 +58,6 @@ def measure(calls: list[Callable[[], Any]], at_least: int = 48, replays: int = 9
     return statistics.median(times)
 
 
-def random_weights(out_features: tuple[int, ...], channels: int, transforms: int = 1) -> KernelWeights:
-    """Random codes, scales, zero points and rotations, in the kernels' layout."""
-    layout = KernelLayout(channels, out_features, GROUP)
-    shape = (layout.padded_rows // 16, layout.k_blocks, 2, 8, 4, 4)
-    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
-    scales = torch.rand(layout.grid_rows, layout.padded_rows, device=DEVICE).mul_(0.01).half().view(torch.int16)
-    zeros = torch.randint(0, 16, scales.shape, dtype=torch.int32, device=DEVICE)
-    pairs = torch.stack(
-        [torch.cat([torch.randperm(GROUP) for _ in range(channels // GROUP)]) for _ in range(ROTATIONS)]
-    )
-    theta = torch.randn(transforms, ROTATIONS, channels // 2)
-    r = RotationWeights.build(
-        theta, pairs[None].expand(transforms, -1, -1), torch.rand(transforms, channels) + 0.5, GROUP
-    )
-    rotation = RotationWeights(r.coefficients.to(DEVICE), r.partners.to(DEVICE), r.scales.half().to(DEVICE), GROUP)
-    arrivals = torch.zeros(shape[0] * 4, dtype=torch.int32, device=DEVICE)
-    grid = scales.to(torch.int32).bitwise_and_(0xFFFF) | (zeros << 16)
-    return launch.with_matrix(KernelWeights(words, grid, arrivals, rotation, out_features))
-
-
 def copies(make: Callable[[], Any], size: int) -> list[Any]:
     """As many as exceed twice the L2 cache."""
     l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -93,8 +73,10 @@ def rotated(x: torch.Tensor, weights: KernelWeights, bias: torch.Tensor | None =
 def bench_shape(sizes: tuple[int, ...], channels: int, peers: Any) -> dict[int, dict[str, float]]:
     """Tokens → method → microseconds."""
     rows = sum(sizes)
-    shared = copies(lambda: random_weights(sizes, channels), rows * channels // 2)
-    unshared = copies(lambda: random_weights(sizes, channels, len(sizes)), rows * channels // 2)
+    shared = copies(lambda: random_weights(sizes, channels, GROUP, DEVICE, ROTATIONS), rows * channels // 2)
+    unshared = copies(
+        lambda: random_weights(sizes, channels, GROUP, DEVICE, ROTATIONS, len(sizes)), rows * channels // 2
+    )
     dense = copies(lambda: torch.randn(rows, channels, dtype=torch.half, device=DEVICE), rows * channels * 2)
     marlin, original = [], []
     if peers:
@@ -139,7 +121,7 @@ def bench_rotation(peers: Any) -> list[dict[str, float]]:
     """`rotate` alone, the original's kernel, the fast Hadamard transform and a copy, warm in L2 as each would find x."""
     rows = []
     for channels in (2048, 4096, 8192, 14336, 16384):
-        weights = random_weights((128,), channels).rotation
+        weights = random_weights((128,), channels, GROUP, DEVICE, ROTATIONS).rotation
         original = random_rotation(peers, channels) if peers else None
         for tokens in (1, 4, 16, 64, 256, 1024, 4096):
             x = torch.randn(tokens, channels, dtype=torch.half, device=DEVICE)
