@@ -108,6 +108,13 @@ def test_int4_on_the_cpu(rows, channels, group, bias):
     assert error(y, want) < 1.5 * error(plain, want)
 
 
+def test_no_tokens_at_all():
+    theta, pairs, scales = transforms(64, 32, 3)
+    assert ops.rotate(torch.zeros(2, 0, 64), theta, pairs, scales, 32).shape == (2, 2, 0, 64)
+    weight = cpu.CpuWeights.build(random_packed(32, 64, 32)).tensors()
+    assert torch.ops.pairquant.rotated_linear(torch.zeros(0, 64).bfloat16(), weight, None, [32], 32).shape == (0, 32)
+
+
 def test_gradient_through_a_frozen_linear():
     packed = random_packed(64, 128, 64)
     x = torch.randn(5, 128).bfloat16().requires_grad_()

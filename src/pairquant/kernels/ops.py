@@ -60,6 +60,8 @@ def rotate_op(x: Tensor, coefficients: Tensor, partners: Tensor, scales: Tensor)
     """x [..., C] → [T, ..., C] (the other tensors: see `RotationWeights`)."""
     rotation = RotationWeights(coefficients, partners, scales, group_size=128)
     rows = _rows(x, rotation.channels, scales.device)
+    if rows.shape[0] == 0:
+        return x.new_empty(rotation.transforms, *x.shape)
     out = _givens()(rows, rotation) if x.is_cuda else _rotate_plain(rows, rotation)
     return out.view(rotation.transforms, *x.shape)
 
@@ -118,6 +120,8 @@ def rotated_linear(
     weight: `KernelWeights.tensors()` on a GPU (x float16, bfloat16 or float32), `CpuWeights.tensors()` on a CPU (x
     bfloat16). bias: [sum of out_features] or None. Differentiable in x (the weight is frozen).
     """
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], sum(out_features))
     if len(weight) > CPU_TENSORS:
         weights = KernelWeights.of_tensors(weight, out_features, group_size)
         rows = _rows(x, weights.rotation.channels, weights.words.device)
@@ -196,8 +200,6 @@ def _givens():
 def _linear_by_triton(x: Tensor, weights: KernelWeights, bias: Tensor | None) -> Tensor:
     from .launch import linear
 
-    if x.shape[0] == 0:
-        return x.new_empty(0, sum(weights.out_features))
     choice: table.Choice = table.DENSE
     if x.dtype != torch.float32:  # the products are for 16 bits; float32 is decoded and multiplied exactly
         choice = table.choose(device_class(x.device), sum(weights.out_features), x.shape[1], x.shape[0])
