@@ -209,7 +209,7 @@ def narrow_kernel(
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
     if DEPENDENT:
-        if ahead > 0:  # while the rotation is under way, start to read what does not depend on it
+        if (ahead > 0) & (start < stop):  # while the rotation is under way, read what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
             _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         tl_cuda.gdc_wait()
