@@ -33,7 +33,13 @@ DOORS = {
     "rich": {"cli.py"},
     "safetensors": {"checkpoint/headers.py", "checkpoint/read.py", "checkpoint/write.py"},
     "huggingface_hub": {"checkpoint/read.py"},
-    "triton": {"kernels/triton_linear.py", "kernels/triton_rotate.py", "kernels/ops.py", "kernels/tune.py"},
+    "triton": {
+        "kernels/triton_decode.py",
+        "kernels/triton_linear.py",
+        "kernels/triton_rotate.py",
+        "kernels/ops.py",
+        "kernels/tune.py",
+    },
     "vllm": set(),
     "pickle": set(),
 }

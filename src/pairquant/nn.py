@@ -67,7 +67,7 @@ class RotatedLinear(nn.Module):
         if self._merged.weights is not None or (x.is_cuda and self.prepare()):
             return self._merged.forward(self, x)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        if x.device.type == "cpu" and self._runs_int4(x.dtype):
+        if x.device.type == "cpu" and cpu.available(self.layout, x.dtype):
             if self._int4 is None:
                 with torch.no_grad():
                     self._int4 = cpu.CpuWeights.build(self.packed).tensors()
@@ -99,9 +99,6 @@ class RotatedLinear(nn.Module):
     def extra_repr(self) -> str:
         s = self.layout
         return f"{s.in_features} → {s.out_features}, {s.bits} bits, group {s.group_size}, {s.rotations} rotations"
-
-    def _runs_int4(self, dtype: torch.dtype) -> bool:
-        return cpu.available(self.layout, dtype)
 
     def _stored(self) -> dict[str, Tensor]:
         """Stored name → tensor."""

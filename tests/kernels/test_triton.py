@@ -197,7 +197,8 @@ def test_gradients_of_the_rotation(channels, group, tokens, generator):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_gpu():
     packed = random_packed(64, 128, 64)
-    weights = launch.with_matrix(KernelWeights.build([packed]).to("cuda:1"))
+    there = type(packed)(packed.layout, **{name: t.to("cuda:1") for name, t in packed.tensors().items()})
+    weights = launch.with_matrix(KernelWeights.build([there]))
     x = torch.randn(3, 128, dtype=torch.half, device="cuda:1")
     want = exact([packed], x.cpu())
     assert error(launch.linear(x, weights, None, NARROW[0]).cpu(), want) < 1e-3

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import KernelError
 from ..layout import KernelLayout
 from .table import Dense, Narrow, Wide
-from .triton_linear import decode_kernel, narrow_kernel, wide_kernel
+from .triton_decode import decode_kernel
+from .triton_linear import narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
 from .weights import KernelWeights, RotationWeights
 

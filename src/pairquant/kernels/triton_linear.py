@@ -1,11 +1,12 @@
-"""y = x_rot · Ŵᵀ on packed 4-bit weights, and the weight itself decoded, for NVIDIA GPUs.
+"""y = x_rot · Ŵᵀ on packed 4-bit weights, for NVIDIA GPUs.
 
 Both products compute the transpose, Ŵ (rows of N, dequantized in registers, straight into the operand layout of the
 tensor cores: see layout.KernelLayout) times x_rotᵀ:
 
 narrow_kernel   up to 16 tokens: each warp takes its own part of K, warps and programs are summed at the end
 wide_kernel     up to some hundred tokens: one warp group product per 128 channels
-decode_kernel   the dense weight in the original basis, for more tokens than that
+
+For more tokens than that the weight is decoded (`triton_decode`).
 
 Half of a weight's cost is the unpacking: 0.6 integer instructions per weight as written here in assembly, about 3 as
 the compiler would do it, which no memory bandwidth could hide (an H100 needs 15 us per instruction and weight for one
@@ -98,7 +99,7 @@ def _two_weights(
 
 
 @triton.jit
-def _unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
 
     grid: words of scale and zero point, [...] broadcast against the words.
@@ -107,7 +108,7 @@ def _unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.co
     scale = grid
     rest = grid & 0
     if SCALED:
-        value = _scale_value(grid)
+        value = scale_value(grid)
         rounded = value.to(dtype)
         scale = _pattern(rounded)
         if dtype == tl.bfloat16:  # eleven bits of a float16 scale do not fit into bfloat16's eight: in two parts
@@ -128,12 +129,12 @@ def _pattern(value):
 
 
 @triton.jit
-def _scale_value(grid):
+def scale_value(grid):
     return _low_half(grid, tl.float16).to(tl.float32)
 
 
 @triton.jit
-def _segment(row, start1, start2, size0, size1, size2):
+def segment(row, start1, start2, size0, size1, size2):
     """Which of up to three merged linears a padded row belongs to: (index, first padded row, size, first column)."""
     tile = row // 128
     index = (tile >= start1).to(tl.int32) + (tile >= start2).to(tl.int32)
@@ -213,7 +214,7 @@ def narrow_kernel(
             first_fragment = tile * (BN // 16) * k_blocks + start
             _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         tl_cuda.gdc_wait()
-    index, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
+    index, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
     x_start = 0 if SHARED else index * tokens * (k_blocks * 128)
     x_row = x_start + m * (k_blocks * 128)
     real_token = m < tokens
@@ -246,11 +247,11 @@ def narrow_kernel(
         words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
         words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
         # One group per block: its scale multiplies the whole product, which is exact and cheaper than each weight.
-        weight = _unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
+        weight = unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
         weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
         weight = tl.reshape(weight, (WARPS, BN, 128))
         if GROUPS == 1:
-            acc += dot(weight, x, NATIVE) * _scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
+            acc += dot(weight, x, NATIVE) * scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
         else:
             acc += dot(weight, x, NATIVE)
     if DEPENDENT:
@@ -327,7 +328,7 @@ def wide_kernel(
         row_tile = tile // token_tiles
         m = (tile - row_tile * token_tiles) * BM + tl.arange(0, BM)
         n = row_tile * BN + tl.arange(0, BN)
-        index, first, size, column = _segment(row_tile * BN, start1, start2, size0, size1, size2)
+        index, first, size, column = segment(row_tile * BN, start1, start2, size0, size1, size2)
         fragment = (row_tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
         words_at = words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :]
         x_row = m * (k_blocks * 128)
@@ -342,7 +343,7 @@ def wide_kernel(
             x = tl.load(x_at + kb * 128, mask=real_token[None, :], other=0.0)
             words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
             words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-            weight = _unpack(words, grid[:, :, None, None], True, dtype, NATIVE)
+            weight = unpack(words, grid[:, :, None, None], True, dtype, NATIVE)
             weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
             weight = tl.reshape(weight, (BN, 128))
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
@@ -375,65 +376,3 @@ def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS
         y += tl.load(bias_ptr + column + row, mask=real, other=0.0).to(tl.float32)[:, None]
     at = m.to(tl.int64)[None, :] * columns + (column + row)[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & (m < tokens)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_tile", "last_tile", "k_blocks", "row_tiles", "runs", *SIZES[4:]])
-def decode_kernel(
-    words_ptr,
-    grid_ptr,
-    matrix_ptr,  # float16 [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`; float32 for a float32 weight
-    out_ptr,  # [rows, C]: the rows of tiles first_tile … last_tile - 1, those of padding left out
-    first_tile,
-    last_tile,
-    k_blocks,
-    row_tiles,
-    runs,  # C / 32
-    start1,
-    start2,
-    size0,
-    size1,
-    size2,
-    BN: tl.constexpr,
-    TILES: tl.constexpr,  # of BN rows, per program; of one linear unless SHARED
-    GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    STAGES: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k], for one block of 128 channels.
-
-    R mixes no groups, so the scale can wait until after the product, which is exact in q - z.
-    """
-    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
-    channels = runs * 32
-    kb = tl.program_id(0)
-    begin = first_tile * (128 // BN) + tl.program_id(1) * TILES
-    end = tl.minimum(begin + TILES, last_tile * (128 // BN))
-    index, _, _, _ = _segment(begin * BN, start1, start2, size0, size1, size2)
-    k = tl.arange(0, 128)
-    c = kb * 128 + k
-    matrix_at = matrix_ptr + k[None, :] * (k_blocks * 128) + (kb * 128 + k)[:, None]  # [k, c]
-    if not SHARED:
-        matrix_at += index * 128 * (k_blocks * 128)
-    matrix = tl.load(matrix_at)
-    _, first, _, column = _segment(first_tile * 128, start1, start2, size0, size1, size2)
-    out_row = column + first_tile * 128 - first  # of the tiles before, padding left out
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        n = tile * BN + tl.arange(0, BN)
-        fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
-        words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
-        grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * (row_tiles * 128) + n[:, None])
-        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
-        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-        weight = _unpack(words, grid[:, :, None, None], False, tl.float16, NATIVE)
-        weight = tl.reshape(tl.permute(weight, (0, 1, 2, 4, 5, 3, 6)), (BN, 128))  # c t h i1 i0 → c h i1 t i0
-        if dtype == tl.float32:
-            y = tl.dot(weight.to(tl.float32), matrix, input_precision="ieee")
-        else:
-            y = dot(weight, matrix, NATIVE)
-        y = tl.reshape(tl.reshape(y, (BN, GROUPS, 128 // GROUPS)) * _scale_value(grid)[:, :, None], (BN, 128))
-        _, first, size, column = _segment(tile * BN, start1, start2, size0, size1, size2)
-        row = n - first
-        at = (column - out_row + row).to(tl.int64)[:, None] * channels + c[None, :]
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(row < size)[:, None] & (c < channels)[None, :])

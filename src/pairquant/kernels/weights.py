@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -124,13 +124,6 @@ class KernelWeights:
         words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
         rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
         return cls(words, grid, arrivals, rotation, tuple(out_features))
-
-    def to(self, device: torch.device | str) -> KernelWeights:
-        rotation = replace(
-            self.rotation, **{n: getattr(self.rotation, n).to(device) for n in ("coefficients", "partners", "scales")}
-        )
-        moved = {name: getattr(self, name).to(device) for name in ("words", "grid", "arrivals")}
-        return replace(self, rotation=rotation, **moved)
 
 
 #: Rows repacked at a time; bounds the temporaries to about a gigabyte for 16384 input channels.

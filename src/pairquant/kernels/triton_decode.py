@@ -1,0 +1,84 @@
+"""The dense weight in the original basis, decoded and un-rotated, for many tokens on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_linear import scale_value, segment, unpack
+from .triton_rotate import dot
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_tile",
+        "last_tile",
+        "k_blocks",
+        "row_tiles",
+        "runs",
+        "start1",
+        "start2",
+        "size0",
+        "size1",
+        "size2",
+    ]
+)
+def decode_kernel(
+    words_ptr,
+    grid_ptr,
+    matrix_ptr,  # float16 [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`; float32 for a float32 weight
+    out_ptr,  # [rows, C]: the rows of tiles first_tile … last_tile - 1, those of padding left out
+    first_tile,
+    last_tile,
+    k_blocks,
+    row_tiles,
+    runs,  # C / 32
+    start1,
+    start2,
+    size0,
+    size1,
+    size2,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,  # of BN rows, per program; of one linear unless SHARED
+    GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k], for one block of 128 channels.
+
+    R mixes no groups, so the scale can wait until after the product, which is exact in q - z.
+    """
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    channels = runs * 32
+    kb = tl.program_id(0)
+    begin = first_tile * (128 // BN) + tl.program_id(1) * TILES
+    end = tl.minimum(begin + TILES, last_tile * (128 // BN))
+    index, _, _, _ = segment(begin * BN, start1, start2, size0, size1, size2)
+    k = tl.arange(0, 128)
+    c = kb * 128 + k
+    matrix_at = matrix_ptr + k[None, :] * (k_blocks * 128) + (kb * 128 + k)[:, None]  # [k, c]
+    if not SHARED:
+        matrix_at += index * 128 * (k_blocks * 128)
+    matrix = tl.load(matrix_at)
+    _, first, _, column = segment(first_tile * 128, start1, start2, size0, size1, size2)
+    out_row = column + first_tile * 128 - first  # of the tiles before, padding left out
+    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        n = tile * BN + tl.arange(0, BN)
+        fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
+        words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
+        grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * (row_tiles * 128) + n[:, None])
+        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+        weight = unpack(words, grid[:, :, None, None], False, tl.float16, NATIVE)
+        weight = tl.reshape(tl.permute(weight, (0, 1, 2, 4, 5, 3, 6)), (BN, 128))  # c t h i1 i0 → c h i1 t i0
+        if dtype == tl.float32:
+            y = tl.dot(weight.to(tl.float32), matrix, input_precision="ieee")
+        else:
+            y = dot(weight, matrix, NATIVE)
+        y = tl.reshape(tl.reshape(y, (BN, GROUPS, 128 // GROUPS)) * scale_value(grid)[:, :, None], (BN, 128))
+        _, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
+        row = n - first
+        at = (column - out_row + row).to(tl.int64)[:, None] * channels + c[None, :]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(row < size)[:, None] & (c < channels)[None, :])
