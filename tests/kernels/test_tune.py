@@ -10,7 +10,7 @@ from pairquant.kernels import table, tune
 from pairquant.verbs import launched_shapes
 from pairquant.verbs import tune as tune_verb
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("tokens", table.TOKENS)
@@ -39,7 +39,7 @@ def test_the_fastest_wins_and_what_fails_is_left_out(monkeypatch):
         return -len(tried)  # later is faster
 
     monkeypatch.setattr(tune.launch, "linear", linear)
-    found = tune.tune_shape((128, 64), 128, 64, CPU, timer)
+    found = tune.tune_shape((128, 64), 128, 64, DEVICE, timer)
     assert set(found) == set(table.TOKENS)
     for tokens in table.TOKENS:
         assert found[tokens] == [c for t, c in tried if t == tokens and c.rows != 64][-1]
@@ -50,8 +50,8 @@ def test_nothing_that_runs_is_an_error(monkeypatch):
         raise RuntimeError("out of resource")
 
     monkeypatch.setattr(tune.launch, "linear", linear)
-    with pytest.raises(ResourceError, match="no tile for 1 tokens runs on cpu: out of resource"):
-        tune.tune_shape((64,), 128, 64, CPU, lambda call: call())
+    with pytest.raises(ResourceError, match=f"no tile for 1 tokens runs on {DEVICE}: out of resource"):
+        tune.tune_shape((64,), 128, 64, DEVICE, lambda call: call())
 
 
 def test_siblings_are_launched_together():

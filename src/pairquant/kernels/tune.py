@@ -19,7 +19,7 @@ Timer = Callable[[Callable[[], object]], float]
 def candidates(tokens: int) -> list[Choice]:
     """Tiles worth trying for up to this many tokens; those that won somewhere on an H100, and their neighbours."""
     if tokens <= 8:
-        tiles = [(32, 2, 3), (32, 2, 4), (32, 4, 4), (16, 4, 5), (16, 8, 4), (64, 2, 4)]
+        tiles = [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 4, 5), (16, 4, 5), (16, 8, 4), (64, 2, 4)]
         return [
             Narrow(rows, warps, split, stages, overlap)
             for rows, warps, stages in tiles
@@ -29,7 +29,7 @@ def candidates(tokens: int) -> list[Choice]:
     width = max(16, min(128, tokens))
     wide: list[Choice] = [
         Wide(rows, width, warps, stages, waves)
-        for rows, warps in ((64, 4), (128, 8))
+        for rows, warps in ((64, 4), (128, 4), (128, 8))
         for stages in (2, 3, 4)
         for waves in (1, 2, 3, 4)
     ]
