@@ -1,6 +1,6 @@
 """Decoding an 8B-shaped LLaMA through Transformers: tokens per second and peak memory, one NVIDIA GPU.
 
-    python benchmarks/bench_generate.py [--output benchmarks/results/generate-h100.json]
+    python benchmarks/bench_generate.py [--output benchmarks/results/generate.json]
 
 Random weights, config only. Static cache, batch 1, 256 tokens of prompt and 512 new ones, greedy; one decoding step is
 captured as a CUDA graph and replayed, the same way for every model: fp16; ours; ours without rotations (K = 0), which is
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step before it is captured")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generate-h100.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generate.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     CONFIG.num_hidden_layers = options.layers

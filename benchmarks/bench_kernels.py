@@ -1,6 +1,6 @@
 """Rotated 4-bit linears against fp16 and against AWQ's kernel, on one NVIDIA GPU.
 
-    python benchmarks/bench_kernels.py [--peers .peers] [--output benchmarks/results/kernels-h100.json]
+    python benchmarks/bench_kernels.py [--peers .peers] [--output benchmarks/results/kernels.json]
 
 For the linears of one decoder block of three models, rotation included, microseconds per call: CUDA graphs of at least
 48 calls over as many copies of the weights as exceed twice the L2 cache, median of several replays. AWQ-Marlin merges
@@ -138,7 +138,7 @@ def bench_rotation(peers: Any) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder of the peers' sources (see peers.py)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels-h100.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     peers = None

@@ -16,7 +16,7 @@ def main() -> None:
     plt.rcParams |= {"font.size": 11, "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
     (ROOT / "docs/images").mkdir(exist_ok=True)
     quality()
-    kernels = json.loads((ROOT / "benchmarks/results/kernels-h100.json").read_text())
+    kernels = json.loads((ROOT / "benchmarks/results/kernels-h200.json").read_text())
     blocks(kernels["blocks"])
     rotations(kernels["rotate"])
 

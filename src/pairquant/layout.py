@@ -167,7 +167,7 @@ def _first_outside(local: Tensor, g: int) -> int:
     return int(local[(local < 0) | (local >= g)][0])
 
 
-#: Rows to which the kernels pad each linear: no tile of as many rows, or of a divisor, holds rows of two linears.
+#: Rows to which the kernels pad each linear: the largest row tile, so that no tile holds rows of two linears.
 KERNEL_ROWS = 128
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from . import __version__
 from .checkpoint.read import ModelFiles
 from .checkpoint.write import require_free, require_space, write_checkpoint
 from .config import CheckpointConfig, QuantConfig, matches
@@ -194,7 +194,7 @@ def _checkpoint_config(
 
 def _provenance(config: QuantConfig, calibration: Calibration | None, files: ModelFiles) -> dict[str, Any]:
     provenance = {
-        "tool": f"pairquant {version('pairquant')}",
+        "tool": f"pairquant {__version__}",
         "source": files.name,
         "preset": config.preset,
         "seed": config.seed,

@@ -16,10 +16,10 @@ from pairquant.kernels.weights import KernelWeights, RotationWeights
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 NARROW = [Narrow(16, 2, 1, 3), Narrow(32, 2, 2, 3), Narrow(64, 1, 4, 2)]
-WIDE = [Wide(64, 16, 4, 3, 1), Wide(64, 32, 4, 2, 2), Wide(128, 64, 8, 2, 1), Wide(256, 32, 8, 2, 1)]
+WIDE = [Wide(64, 16, 4, 3, 1), Wide(64, 32, 4, 2, 2), Wide(128, 64, 8, 2, 1)]
 if GPU:
     NARROW += [Narrow(16, 4, 1, 5, True, 8), Narrow(32, 4, 1, 4, True, 8), Narrow(32, 2, 8, 4)]
-    WIDE += [Wide(128, 128, 8, 3, 1), Wide(256, 128, 8, 2, 1), Wide(128, 256, 8, 3, 1), Wide(64, 128, 4, 3, 2)]
+    WIDE += [Wide(128, 128, 8, 3, 1), Wide(128, 256, 8, 3, 1), Wide(64, 128, 4, 3, 2)]
 #: (out_features of each linear, in_features, group size, rotations)
 SHAPES = [((128,), 256, 128, 8), ((64, 40, 24), 192, 64, 3), ((200,), 160, 32, 0), ((8, 136), 384, 128, 1)]
 NARROW_TOKENS, WIDE_TOKENS = [1, 5], [18]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..layout import KERNEL_ROWS, KernelLayout
+from ..layout import KernelLayout
 from .table import Dense, Narrow, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
@@ -189,8 +189,6 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narro
 def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
     """The product alone; x_rot as `rotate_for` returns it."""
     layout = weights.layout
-    if any(start % choice.rows for start in (*layout.starts, layout.padded_rows)):
-        choice = replace(choice, rows=KERNEL_ROWS)  # a tile must not hold rows of two linears
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
