@@ -16,8 +16,8 @@ FOREIGN = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8,
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("preset", "fats", "fast, quick, gptq, rtn; did you mean 'fast'?"),
-        ("preset", None, "fast, quick, gptq, rtn"),
+        ("preset", "fats", "fast, best, paper, quick, gptq, rtn; did you mean 'fast'?"),
+        ("preset", None, "fast, best, paper, quick, gptq, rtn"),
         ("pair_selection", "magnitute", "random, magnitude; did you mean 'magnitude'?"),
         ("bits", 5, "2, 3, 4, 8"),
         ("bits", "int4", "2, 3, 4, 8"),

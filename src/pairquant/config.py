@@ -28,11 +28,77 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise ConfigError(f"{name} is {value!r}, allowed: whole numbers from {low} to {high}")
 
 
+def _between(name: str, value: Any, low: float, high: float) -> None:
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}, allowed: {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Block-wise training in two stages, the paper's recipe (section 4; method, "Fitting, paper recipe").
+
+    Minimises `loss` between the quantized block on the quantized model's activations and the original block on the
+    original's. Stage 1 trains angles and channel scales at `transform_rate` for `epochs`; stage 2 trains weights at
+    `weight_rate`, quantizer scales and zero points at `quantizer_rate`, for `weight_epochs`.
+    AdamW with `beta1`, `beta2`, `eps`, `weight_decay`; `batch` samples a step; cosine decay to `final_rate` times the
+    rate within each stage. The best epoch on `validation_samples` held-out windows is kept (0: the last epoch).
+    """
+
+    epochs: int = 10
+    transform_rate: float = 0.05
+    weight_epochs: int = 10
+    weight_rate: float = 1e-5
+    quantizer_rate: float = 1e-6
+    batch: int = 16
+    loss: Literal["smooth_l1", "mse"] = "smooth_l1"
+    final_rate: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-10
+    weight_decay: float = 0.01
+    validation_samples: int = 64
+
+    def __post_init__(self) -> None:
+        _choice("loss", self.loss, ("smooth_l1", "mse"))
+        for name in ("epochs", "weight_epochs", "validation_samples"):
+            _whole(name, getattr(self, name), 0, 1_000_000)
+        _whole("batch", self.batch, 1, 1_000_000)
+        for name in ("transform_rate", "weight_rate", "quantizer_rate", "final_rate", "weight_decay", "eps"):
+            _between(name, getattr(self, name), 0, 1000)
+        for name in ("beta1", "beta2"):
+            _between(name, getattr(self, name), 0, 0.9999999)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A short block-wise training after rounding, the codes being fixed: group scales, channel scales, angles, norms.
+
+    epochs, batch, rates (relative steps of the logarithm for scales, radians for angles, absolute for norm weights),
+    cosine decay to `final_rate` times the rate. The best epoch on the calibration windows is kept.
+    """
+
+    epochs: int = 4
+    batch: int = 8
+    scale_rate: float = 1e-4
+    transform_rate: float = 1e-4
+    norm_rate: float = 1e-4
+    final_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        _whole("epochs", self.epochs, 0, 1_000_000)
+        _whole("batch", self.batch, 1, 1_000_000)
+        for name in ("scale_rate", "transform_rate", "norm_rate", "final_rate"):
+            _between(name, getattr(self, name), 0, 1000)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
 
     transform: fit channel scales and rotations at all; without, the checkpoint has K = 0.
+    channel_scales: fit channel scales beside the rotations.
+    training: find transforms and weights by block-wise training instead of the quadratic proxy.
+    refit: train the scales of the rounded block a little more.
     steps, learning_rate, final_rate: AdamW on the quadratic proxy, cosine decay to `final_rate` times the rate.
     rounding: "nearest" or "gptq".
     damping: share of the Hessian's mean diagonal added before GPTQ.
@@ -43,6 +109,9 @@ class Recipe:
     """
 
     transform: bool = True
+    channel_scales: bool = True
+    training: Training | None = None
+    refit: Refit | None = None
     steps: int = 150
     learning_rate: float = 0.05
     final_rate: float = 0.05
@@ -62,14 +131,16 @@ class Recipe:
         if not self.shrinks or not all(0 < shrink <= 1 for shrink in self.shrinks):
             raise ConfigError(f"shrinks is {self.shrinks!r}, allowed: at least one factor above 0, up to 1")
         for name, low, high in (("drift", 0, 1), ("damping", 0, 1), ("final_rate", 0, 1), ("learning_rate", 0, 1000)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: {low} to {high}")
+            _between(name, getattr(self, name), low, high)
 
 
-#: The presets, by name. "quick" is "fast" with a sixth of the steps and one stream of text, for trying things out; "gptq" and "rtn" (round to
-#: nearest) transform nothing: the baselines.
+#: The presets, by name. "best" is "fast" and a refit of what is continuous; "paper" the original's recipe; "quick" is
+#: "fast" with a sixth of the steps and one stream of text, for trying things out; "gptq" and "rtn" (round to nearest)
+#: transform nothing: the baselines.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(),
+    "best": Recipe(refit=Refit()),
+    "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
     "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
     "gptq": Recipe(transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
     "rtn": Recipe(transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
@@ -88,6 +159,7 @@ class QuantConfig:
     rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
     share_rotations: one transform for all linears that read the same input.
     samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
+    validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
     ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
     """
 
@@ -101,6 +173,7 @@ class QuantConfig:
     samples: int = 128
     seq_len: int = 2048
     calibration: tuple[str, ...] = ("default",)
+    validation: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ("lm_head",)
     seed: int = 0
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
@@ -117,7 +190,7 @@ class QuantConfig:
         _whole("samples", self.samples, 1, 1_000_000)
         _whole("seq_len", self.seq_len, 2, 1_000_000)
         _whole("seed", self.seed, 0, 2**63 - 1)
-        for name in ("calibration", "ignore"):
+        for name in ("calibration", "validation", "ignore"):
             if not _strings(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: a list or tuple of strings")
             object.__setattr__(self, name, tuple(getattr(self, name)))
