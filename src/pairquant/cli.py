@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, chat, inspect. Each verb is one call into the package, and printing."""
+"""The command line: quantize, presets, eval, chat, inspect, tune. Each verb is one call into the package, and printing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main() -> None:
         problems.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        problems.print("\nstopped; nothing incomplete was left behind")
+        problems.print("\nstopped; the same command continues a quantization that has finished blocks")
         sys.exit(130)
 
 
@@ -54,7 +54,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    preset: Annotated[str, typer.Option(help="fast, quick (fewer steps), or the baselines gptq and rtn.")] = "fast",
+    preset: Annotated[
+        str, typer.Option(help="fast, best, paper, quick, or the baselines gptq and rtn; see `pairquant presets`.")
+    ] = "fast",
     bits: Annotated[int, typer.Option(help="Bits per code: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Weights per scale: 128, 64, 32, or auto.")] = "128",
     rotations: Annotated[int, typer.Option(help="Rotations K, 0 to 16.")] = 8,
@@ -69,12 +71,31 @@ def quantize(
         list[str] | None, typer.Option(help="Leave these modules: a path, its end, or re:…; repeat for more.")
     ] = None,
     device: Device = "auto",
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text that chooses the best epoch of block-wise training. Default: windows of --calibration."
+        ),
+    ] = None,
+    pair_selection: Annotated[str, typer.Option(help="random, or magnitude: the most different first.")] = "random",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change the preset: NAME=VALUE, see `pairquant presets`; repeat for more."),
+    ] = None,
+    compute: Annotated[str, typer.Option(help="Forward passes in auto, float32 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of pairs and calibration windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing a stopped run.")] = False,
+    log_to: Annotated[str | None, typer.Option(help="Also log to tensorboard or wandb.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Quantize MODEL into a checkpoint that Transformers, and every ParoQuant reader, loads."""
-    from .config import QuantConfig
+    """Quantize MODEL into a checkpoint that Transformers, and every ParoQuant reader, loads.
+
+    The same command continues a run that was stopped. `torchrun --nproc-per-node N -m pairquant quantize …` spreads it
+    over N GPUs.
+    """
+    from .config import QuantConfig, recipe_with
+    from .loggers import logger
 
     config = QuantConfig(
         preset=preset,
@@ -84,6 +105,10 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         calibration=tuple(calibration or ("default",)),
+        validation=tuple(validation or ()),
+        pair_selection=pair_selection,
+        compute=compute,
+        recipe=recipe_with(preset, setting or []),
         share_rotations=share_rotations,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         seed=seed,
@@ -91,16 +116,20 @@ def quantize(
     _quiet_libraries()
     from .pipeline import quantize as run
 
-    with _BlockProgress() as progress:
+    with logger(log_to, output) as log, _BlockProgress(leads := os.environ.get("RANK", "0") == "0") as progress:
         summary = run(
             model,
             output,
             config,
             device=device,
             overwrite=overwrite,
+            fresh=fresh,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            log_to=log,
         )
+    if not leads:
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers")
     table.add_row("size", f"{_size(summary.size_before)} → {_size(summary.size_after)}")
@@ -108,6 +137,24 @@ def quantize(
     table.add_row("written to", str(summary.output))
     console.print(table)
     console.print(f"\nNext: [bold]pairquant eval {summary.output} --reference {model}[/]", soft_wrap=True)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+) -> None:
+    """What each preset does, setting by setting: the names that `quantize --set` takes."""
+    from .config import PRESETS, flat, preset_named
+
+    chosen = {name: preset_named(name)} if name else PRESETS
+    columns = {title: flat(recipe) for title, recipe in chosen.items()}
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("setting")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for key in dict.fromkeys(key for values in columns.values() for key in values):
+        table.add_row(key, *(_plain(values[key]) if key in values else "" for values in columns.values()))
+    console.print(table)
 
 
 @app.command(name="eval")
@@ -248,8 +295,8 @@ def tune(model: Model, device: Device = "auto") -> None:
 class _BlockProgress:
     """Prints one line per finished block, and a bar with the time left below them."""
 
-    def __init__(self) -> None:
-        self.bars = _bars()
+    def __init__(self, visible: bool = True) -> None:
+        self.bars = _bars(visible)
         self.blocks = 0
         self.columns: list[str] = []
 
@@ -269,9 +316,17 @@ class _BlockProgress:
     def stage(self, text: str) -> None:
         self.bars.update(self.task, description=text)
 
-    def plan(self, blocks: int, linears: int) -> None:
+    def plan(self, blocks: int, linears: int, finished: int, memory: Any) -> None:
         self.blocks = blocks
-        self.bars.console.print(f"{linears} linear layers in {blocks} blocks")
+        self.bars.console.print(
+            f"{linears} linear layers in {blocks} blocks; predicted peak {_size(memory.device)} of "
+            f"{_size(memory.available)} memory free on {memory.on}"
+        )
+        if finished:
+            self.bars.console.print(f"continuing after block {finished}, which an earlier run finished")
+
+    def notice(self, text: str) -> None:
+        self.bars.console.print(f"[yellow]{escape(text)}[/]")
 
     def block(self, result: Any) -> None:
         errors = {_short(path): error for path, error in result.errors.items()}
@@ -285,7 +340,7 @@ class _BlockProgress:
         self.bars.update(self.task, completed=result.index + 1)
 
 
-def _bars() -> Progress:
+def _bars(visible: bool = True) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -293,7 +348,7 @@ def _bars() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
+        console=console if visible else Console(quiet=True),
         transient=True,
     )
 

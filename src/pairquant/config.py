@@ -6,6 +6,7 @@ Nothing in here imports torch's heavier friends, so that bad options are refused
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -146,6 +147,51 @@ PRESETS: dict[str, Recipe] = {
     "rtn": Recipe(transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
 }
 
+
+def preset_named(name: str) -> Recipe:
+    """The preset; raises `ConfigError` naming those there are."""
+    _choice("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its name, nested ones dotted: {"steps": 150, "training.epochs": 10, …}."""
+    found: dict[str, Any] = {}
+    for name, value in vars(recipe).items():
+        if isinstance(value, (Training, Refit)):
+            found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
+    """The preset with some settings changed, each "name=value" with a Python literal or a word as value.
+
+    Raises `ConfigError` for names that the preset does not have, and values that are not allowed.
+    """
+    recipe = preset_named(preset)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        known = flat(recipe)
+        if not equals or name not in known:
+            raise ConfigError(
+                f"setting {setting!r} of preset {preset!r} is none of: {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        wanted = type(known[name])
+        if known[name] is not None and type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ConfigError(f"setting {name} is {text!r}, allowed: a value such as {known[name]!r}")
+        outer, _, inner = name.rpartition(".")
+        recipe = replace(
+            recipe, **({outer: replace(getattr(recipe, outer), **{inner: value})} if outer else {name: value})
+        )
+    return recipe
+
+
 PAIR_SELECTIONS = ("random", "magnitude")
 
 
@@ -160,6 +206,7 @@ class QuantConfig:
     share_rotations: one transform for all linears that read the same input.
     samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
     validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
+    compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, float32 elsewhere.
     ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
     """
 
@@ -176,6 +223,7 @@ class QuantConfig:
     validation: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ("lm_head",)
     seed: int = 0
+    compute: str = "auto"
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -184,6 +232,7 @@ class QuantConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: True, False")
         _choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
+        _choice("compute", self.compute, ("auto", "float32", "bfloat16"))
         _choice("bits", self.bits, SUPPORTED_BITS)
         _choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         _whole("rotations", self.rotations, 0, MAX_ROTATIONS)

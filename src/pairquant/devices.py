@@ -1,6 +1,9 @@
-"""Choosing a device by name."""
+"""Choosing a device by name, and making it the current one."""
 
 from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -17,3 +20,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
     return torch.device(name)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Make a GPU the current one, as launching a kernel on it needs; nothing to do on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

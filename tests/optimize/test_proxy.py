@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 from pairquant.config import QuantConfig, Recipe
 from pairquant.core.linear import Transform, decode, encode
+from pairquant.core.quantizer import fake_quantize
+from pairquant.core.rotation import rotate_dense
 from pairquant.core.rounding import proxy_error
-from pairquant.optimize.proxy import Problem, QuadraticError, fit_transforms, select_for
+from pairquant.optimize.proxy import Problem, fit_transforms, loss_and_gradients, select_for
 
 N, C = 32, 128
 # Spelled out, so that these tests hold whatever the presets become.
@@ -42,17 +43,19 @@ def equal(one: Transform, other: Transform) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("theta", "pairs", "inverse_scales"))
 
 
-def test_quadratic_error_is_the_squared_error_of_the_output(generator):
-    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
-    w, other = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
-    found = QuadraticError.apply(other, w, x.T @ x)
-    torch.testing.assert_close(found, (x @ (w - other).T).square().sum())
-
-
-def test_gradient_of_the_quadratic_error(generator):
-    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
-    w, other = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
-    assert gradcheck(lambda approximation: QuadraticError.apply(approximation, w, x.T @ x), other.requires_grad_())
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_loss_and_gradients_equal_those_of_autograd(symmetric, generator):
+    problem, config = draw_problem(generator), replace(FULL, symmetric=symmetric)
+    into, out_of = (torch.randn(2, 64, 64, generator=generator, requires_grad=True) for _ in range(2))
+    rounded = fake_quantize(rotate_dense(problem.weight, into), config.bits, 64, symmetric)
+    error = problem.weight - rotate_dense(rounded, out_of)
+    expected = ((error @ problem.hessian) * error).sum()
+    expected.backward()
+    with torch.no_grad():
+        loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach(), config)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad_into, into.grad, rtol=1e-3, atol=1e-3 * float(into.grad.abs().max()))
+    torch.testing.assert_close(grad_out_of, out_of.grad, rtol=1e-3, atol=1e-3 * float(out_of.grad.abs().max()))
 
 
 @pytest.mark.parametrize("pair_selection", ["random", "magnitude"])

@@ -71,7 +71,7 @@ class StoredTensors:
         """Stored name (`qweight`, …) → dtype and shape, for one linear."""
         return {name: self.fields[f"{path}.{name}"] for name in TENSOR_NAMES if f"{path}.{name}" in self.fields}
 
-    def load(self, name: str) -> Tensor:
-        """One tensor, onto the CPU."""
-        with safe_open(self.files[name], framework="pt") as tensors:
+    def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor, onto the device."""
+        with safe_open(self.files[name], framework="pt", device=str(device)) as tensors:
             return tensors.get_tensor(name)

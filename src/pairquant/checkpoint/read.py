@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +15,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
 
 from ..config import QUANT_METHOD, CheckpointConfig
 from ..errors import CheckpointError, SourceError, did_you_mean
@@ -80,12 +81,16 @@ class ModelFiles:
             raise SourceError(f"{self.name!r} has no tokenizer (none of {', '.join(VOCABULARIES)}): copy it there.")
         return self._load(AutoTokenizer, "tokenizer")
 
-    def skeleton(self) -> nn.Module:
-        """The model without weights (meta device): shapes and names, in a moment."""
-        from transformers import AutoModelForCausalLM
+    def skeleton(self) -> Any:
+        """The model in evaluation mode with its buffers, but without weights (meta device), in a moment."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        with torch.device("meta"):
-            return self._build(lambda: AutoModelForCausalLM.from_config(self.config, **self._remote), "architecture")
+        with init_empty_weights(include_buffers=False):
+            model = self._build(lambda: AutoModelForCausalLM.from_config(self.config, **self._remote), "architecture")
+        if not self.gguf and (self.directory / "generation_config.json").is_file():
+            model.generation_config = self._load(GenerationConfig, "generation configuration")
+        return model.eval()
 
     def model(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
         """The model in evaluation mode. GGUF weights are dequantized; "auto" then means float16."""
@@ -102,6 +107,18 @@ class ModelFiles:
         """Size of the weight files."""
         files = [self.directory / self.gguf] if self.gguf else self.directory.glob("*.safetensors")
         return sum(file.stat().st_size for file in files)
+
+    def describe(self, directory: Path, skeleton: Any, tokenizer: Any, dtype: torch.dtype, quantization: dict) -> None:
+        """Save all of a checkpoint but its weights: configuration, generation defaults, tokenizer, custom code."""
+        config = copy.deepcopy(skeleton.config)
+        config.architectures, config.dtype, config.quantization_config = [type(skeleton).__name__], dtype, quantization
+        config.save_pretrained(directory)
+        if skeleton.can_generate():
+            skeleton.generation_config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        if self.trust_remote_code:
+            for code in self.directory.glob("*.py"):
+                shutil.copy(code, directory)
 
     @property
     def _remote(self) -> dict[str, bool]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..errors import ConfigError, ResourceError
+from ..layout import Field
+from .files import sync, write_error, write_json, write_tensors
 from .read import REPORT_FILE
+
+#: Largest file of weights, and so the most that writing holds in memory.
+SHARD_BYTES = 2_000_000_000
+UNTOUCHED = "Nothing was left behind, and what was there before is untouched."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its dtype and shape, and how to get it."""
+
+    field: Field
+    load: Callable[[], Tensor]
 
 
 def require_free(output: Path, overwrite: bool) -> None:
@@ -38,28 +51,65 @@ def require_space(output: Path, needed_bytes: int) -> None:
         )
 
 
-def write_checkpoint(output: Path, model, tokenizer, report: dict[str, Any], overwrite: bool = False) -> None:
-    """Save a quantized model with its tokenizer and report.
+def write_checkpoint(
+    output: Path,
+    entries: Mapping[str, Entry],
+    describe: Callable[[Path], None],
+    report: dict[str, Any],
+    overwrite: bool = False,
+    consolation: str = UNTOUCHED,
+) -> None:
+    """Write weights in shards, what `describe` saves (configuration, tokenizer), and the report.
 
     Raises `ConfigError` if the output exists, `ResourceError` if the disk fills; either leaves everything as it was.
     """
     require_free(output, overwrite)
-    with _staging(output) as staging:
-        try:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            (staging / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        with _staging(output) as staging:
+            _write_shards(staging, entries)
+            describe(staging)
+            write_json(staging / REPORT_FILE, report)
             for file in staging.iterdir():
-                _sync(file)
-        except (OSError, SafetensorError) as error:
-            raise _write_error(output, error) from error
-        _replace(staging, output)
+                sync(file)
+            _replace(staging, output)
+    except (OSError, SafetensorError) as error:
+        raise write_error(output, error, consolation) from error
+
+
+def _write_shards(directory: Path, entries: Mapping[str, Entry]) -> None:
+    """`model.safetensors`, or several with an index, under the names that Transformers looks for."""
+    shards = _shards(entries)
+    if len(shards) == 1:
+        write_tensors(directory / "model.safetensors", {name: entries[name].load() for name in shards[0]})
+        return
+    homes: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(directory / file, {name: entries[name].load() for name in names})
+        homes |= dict.fromkeys(names, file)
+    total = sum(entry.field.nbytes for entry in entries.values())
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": homes})
+
+
+def _shards(entries: Mapping[str, Entry]) -> list[list[str]]:
+    """Names in order, cut where a file would grow beyond `SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.field.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.field.nbytes
+    return shards
 
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A fresh directory beside the output, removed if it is still there in the end."""
+    """A fresh directory beside the output, removed if it is still there in the end; so are those of killed runs."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f".{output.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         yield staging
@@ -76,27 +126,9 @@ def _replace(staging: Path, output: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
         output.rename(retired)
     staging.rename(output)
-    _sync(output.parent)
+    sync(output.parent)
     if retired:
         shutil.rmtree(retired)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_error(output: Path, error: Exception) -> ResourceError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        word in str(error) for word in ("No space left", "File too large", "quota")
-    )
-    cause = "the disk is full" if full else str(error)
-    return ResourceError(
-        f"writing {str(output)!r} failed: {cause}. Nothing was left behind, and what was there before is untouched."
-    )
 
 
 def _existing_parent(path: Path) -> Path:

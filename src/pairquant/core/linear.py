@@ -19,7 +19,7 @@ from . import rounding
 from .packing import pack, unpack
 from .quantizer import dequantize
 from .rotation import rotate, rotate_dense, rotation_matrix
-from .rounding import stored
+from .rounding import SOLVERS, Solvers, stored
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def encode(
     recipe: Recipe,
     symmetric: bool = False,
     bias: Tensor | None = None,
+    solvers: Solvers = SOLVERS,
 ) -> PackedLinear:
     """Transform, round and pack one linear.
 
-    weight: [N, C]; hessian: XᵀX of its inputs [C, C], needed for GPTQ and for weighing a range search.
+    weight: [N, C]; hessian: XᵀX of its inputs [C, C], needed for GPTQ and for weighing a range search; solvers: the
+    inner loops of GPTQ and refinement.
     """
     w_rot = transform.weight_in(weight.float())
     h_rot = transform.hessian_in(hessian.float()) if hessian is not None else None
@@ -84,9 +86,9 @@ def encode(
     elif h_rot is None:
         raise ConfigError("rounding is 'gptq', which needs a Hessian; pass one, or choose 'nearest'")
     else:
-        codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation)
+        codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation, solvers)
         if recipe.sweeps:
-            grid, codes = rounding.refine(w_rot, h_rot, grid, codes, recipe.sweeps, recipe.refit_scales)
+            grid, codes = rounding.refine(w_rot, h_rot, grid, codes, recipe.sweeps, recipe.refit_scales, solvers)
     return PackedLinear(
         layout=layout,
         qweight=pack(codes.T.contiguous(), layout.bits),

@@ -12,6 +12,7 @@ Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], grid scale and zer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,51 @@ def search_range(
     return best
 
 
-def gptq(w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: bool) -> Tensor:
+def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Rounds B columns in turn, each one's error compensated on those after it: codes uint8 and errors, both [B, N].
+
+    todo: the columns as the rows of [B, N], changed in place; factor: upper triangular [B, B], of `inverse_factor`;
+    scale, zero: [B, N]; top: the largest code.
+    """
+    codes, errors = torch.empty_like(todo, dtype=torch.uint8), torch.empty_like(todo)
+    for i in range(len(todo)):
+        code = (todo[i] / scale[i]).round_().add_(zero[i]).clamp_(0, top)
+        codes[i] = code
+        error = (todo[i] - (code - zero[i]) * scale[i]) / factor[i, i]
+        todo[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        errors[i] = error
+    return codes, errors
+
+
+def descend(
+    k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
+) -> None:
+    """Rounds the g columns of one group anew, in turn, each given all the others (see `refine`).
+
+    k = q - z and m = Mᵀ: [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its diagonal,
+    positive, [g]; scale, and lowest and highest, the bounds of k: [N].
+    """
+    for i in range(len(k)):
+        best = (k[i] + m[i] / (curvature[i] * scale)).round_().clamp_(lowest, highest)
+        m.addr_(local[i], (best - k[i]) * scale, alpha=-1)
+        k[i] = best
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """The loops that go column by column: `compensate` and `descend`, or what does the same faster."""
+
+    compensate: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] = compensate
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = descend
+
+
+#: In plain PyTorch, for any device.
+SOLVERS = Solvers()
+
+
+def gptq(
+    w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: bool, solvers: Solvers = SOLVERS
+) -> Tensor:
     """Codes by error compensation, on a grid fixed beforehand.
 
     by_activation: treat the columns with the largest diagonal of H first, while many others can still compensate.
@@ -93,18 +138,21 @@ def gptq(w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: 
     top = 2**grid.bits - 1
     for start in range(0, len(todo), BLOCK):
         end = min(start + BLOCK, len(todo))
-        errors = torch.empty_like(todo[start:end])
-        for i in range(start, end):
-            code = (todo[i] / scale[i]).round_().add_(zero[i]).clamp_(0, top)
-            codes[i] = code
-            error = (todo[i] - (code - zero[i]) * scale[i]) / factor[i, i]
-            todo[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-            errors[i - start] = error
+        block = slice(start, end)
+        codes[block], errors = solvers.compensate(todo[block], factor[block, block], scale[block], zero[block], top)
         todo[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return codes[order.argsort()].T.contiguous()
 
 
-def refine(w: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, sweeps: int, refit_scales: bool = True):
+def refine(
+    w: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    codes: Tensor,
+    sweeps: int,
+    refit_scales: bool = True,
+    solvers: Solvers = SOLVERS,
+) -> tuple[Grid, Tensor]:
     """Coordinate descent on tr(E H Eᵀ): returns the new (grid, codes). The error never grows, but for fp16 scales.
 
     With M = E H, moving column i of Ŵ by d changes the error by d² H_ii - 2 d M_i: the best grid point is the one
@@ -123,10 +171,7 @@ def refine(w: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, sweeps: int, r
             highest = lowest + 2**grid.bits - 1
             k, m, local = steps[columns], slope[columns].clone(), hessian[columns, columns]
             before = k * s
-            for i in range(g):
-                best = (k[i] + m[i] / (curvature[columns][i] * s)).round_().clamp_(lowest, highest)
-                m.addr_(local[i], (best - k[i]) * s, alpha=-1)
-                k[i] = best
+            solvers.descend(k, m, local, curvature[columns], s, lowest, highest)
             if refit_scales:
                 gain = (k * m).sum(0) / (k * (local @ k)).sum(0).clamp(min=1e-12)
                 scale[group] = stored((s + gain).clamp(min=MIN_SCALE))
@@ -137,21 +182,35 @@ def refine(w: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, sweeps: int, r
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with (H + d·mean(diag H)·I)⁻¹ = Uᵀ U, float64; the damping grows tenfold until it factors."""
-    hessian = hessian.double()
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    level = hessian.diagonal().mean().clamp(min=1e-12)
+    return _damped(hessian, damping, _upper_of_inverse)
+
+
+def damped_cholesky(hessian: Tensor, damping: float) -> Tensor:
+    """Lower triangular L with H + d·mean(diag H)·I = L Lᵀ, float64; the damping grows tenfold until it factors."""
+    return _damped(hessian, damping, torch.linalg.cholesky_ex)
+
+
+def _damped(hessian: Tensor, damping: float, factorize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    level = hessian.diagonal().double().mean().clamp(min=1e-12)
     damping = max(damping, 1e-8)
     for attempt in range(8):
-        lower, failed = torch.linalg.cholesky_ex(hessian + eye * (level * damping * 10**attempt))
-        if failed:
-            continue
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        damped = hessian.double()
+        damped = damped.clone() if damped is hessian else damped
+        damped.diagonal().add_(level * damping * 10**attempt)
+        factor, failed = factorize(damped)
         if not failed and factor.isfinite().all():
             return factor
     raise CalibrationError(
         f"a {len(hessian)} × {len(hessian)} Hessian is not positive definite even with damping {damping * 1e7:g}: "
         "the calibration activations are degenerate. Use more or other calibration text."
     )
+
+
+def _upper_of_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return lower, failed
+    return torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
 
 
 def proxy_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -5,13 +5,13 @@ Tensors must be checked already (`ops`): 16-bit or float32 x of two dimensions w
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..devices import current
 from ..errors import KernelError
 from ..layout import KernelLayout
 from .table import Dense, Narrow, Wide
@@ -40,10 +40,6 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Launch options of a kernel that may start before the one before it has ended."""
     on = wanted and _features(device)["DEPENDENT"]
@@ -53,7 +49,7 @@ def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
 def rotate(x: Tensor, rotation: RotationWeights) -> Tensor:
     """x [M, C] → [T, M, C] in x's dtype."""
     out = torch.empty(rotation.transforms, *x.shape, dtype=x.dtype, device=x.device)
-    with _on(x.device):
+    with current(x.device):
         if x.shape[0] >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and x.shape[1] % 128 == 0:
             matrix = rotation_blocks(rotation, x.shape[1], torch.float16, mma_order=False)
             _dense_rotate(x, rotation, matrix, out, overlap=False)
@@ -66,7 +62,7 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
     """x [M, C] → [T, M, 128 KB] in the order that the kernel of `choice` reads, zeros beyond C."""
     rotation, width = weights.rotation, weights.layout.k_blocks * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
-    with _on(x.device):
+    with current(x.device):
         if isinstance(choice, Wide) and rotation.matrix is not None:
             _dense_rotate(x, rotation, rotation.matrix, out, overlap=_overlaps(choice, rotation.transforms))
         else:
@@ -125,7 +121,7 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
 
 def with_matrix(weights: KernelWeights) -> KernelWeights:
     """The same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
-    with _on(weights.words.device):
+    with current(weights.words.device):
         matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
     return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
 
@@ -160,7 +156,7 @@ def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple
     grad_x = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     grad_coefficients = grad_x.new_empty(programs, *rotation.coefficients.shape)
     grad_scales = grad_x.new_empty(programs, transforms, channels)
-    with _on(y.device):
+    with current(y.device):
         givens_backward_kernel[(blocks, programs, transforms)](
             y,
             grad,
@@ -211,7 +207,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "num_warps": choice.warps,
         **_dependent(device, _overlaps(choice, transforms)),
     }
-    with _on(device):
+    with current(device):
         if isinstance(choice, Narrow):
             split = choice.split
             partial = out if split == 1 else _scratch(device, split, tokens, layout.padded_rows)
@@ -266,7 +262,7 @@ def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
     kind = torch.float32 if dtype == torch.float32 else torch.float16
     if kind == torch.float16 and weights.rotation.matrix is not None:
         return weights.rotation.matrix
-    with _on(weights.words.device):
+    with current(weights.words.device):
         return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
 
 
@@ -276,7 +272,7 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
     shared = len(matrix) == 1
     rows = 64 if matrix.dtype == torch.float32 else DECODE_ROWS
     tiles = 128 // rows * (DECODE_TILES if shared else 1)
-    with _on(out.device):
+    with current(out.device):
         decode_kernel[(layout.k_blocks, _cdiv((last - first) * 128 // rows, tiles))](
             weights.words,
             weights.grid,

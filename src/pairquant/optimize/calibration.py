@@ -19,7 +19,14 @@ class Calibration:
 
     tokens: Tensor
     sources: tuple[str, ...]
-    digest: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def first(self, samples: int) -> Calibration:
+        """The first windows only."""
+        return Calibration(self.tokens[:samples].contiguous(), self.sources)
 
 
 def calibrate(tokenizer, sources: Iterable[str], samples: int, seq_len: int, seed: int) -> Calibration:
@@ -42,7 +49,7 @@ def calibrate(tokenizer, sources: Iterable[str], samples: int, seq_len: int, see
         for w, share in zip(windows.values(), shares, strict=True)
     ]
     tokens = torch.cat(chosen)[torch.randperm(samples, generator=generator)].contiguous()
-    return Calibration(tokens, tuple(names), hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+    return Calibration(tokens, tuple(names))
 
 
 def _even_shares(available: list[int], wanted: int) -> list[int]:

@@ -6,9 +6,10 @@ linear weights; linears that are handed the very same tensor in one forward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,44 @@ class Block:
 
 @dataclass
 class Call:
-    """What a block receives besides hidden states (masks, position embeddings), for one micro-batch shape."""
+    """What a block receives besides hidden states (masks, position embeddings), for micro-batches of `batch` windows.
+
+    Windows are all whole, so what one of them needs is what every other needs.
+    """
 
     args: tuple
     kwargs: dict
+    batch: int
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """hidden: [B, T, H] → [B, T, H]."""
-        output = block(hidden, *self.args, **self.kwargs)
+        """hidden: [B, T, H] → [B, T, H], for B up to `batch`."""
+        args, kwargs = self.args, self.kwargs
+        if hidden.shape[0] < self.batch:
+            args, kwargs = self._first(args, hidden.shape[0]), self._first(kwargs, hidden.shape[0])
+        output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Call:
+        """The same with all tensors on `device`, floating ones in `dtype`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+        return Call(_map_tensors(self.args, move), _map_tensors(self.kwargs, move), self.batch)
+
+    def _first(self, value: Any, count: int) -> Any:
+        return _map_tensors(value, lambda x: x[:count] if x.dim() and x.shape[0] == self.batch else x)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
 
 
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
@@ -77,8 +107,8 @@ def first_inputs_and_calls(
 ) -> tuple[list[Tensor], list[Call]]:
     """Hidden states that enter the first block, one [B, T, H] per micro-batch, and each block's `Call`.
 
-    tokens: int64 [samples, T]; micro_batch must divide samples, so that one `Call` serves all. The blocks
-    themselves are skipped: what they are called with does not depend on their outputs.
+    tokens: int64 [samples, T]. The blocks themselves are skipped: what they are called with does not depend on their
+    outputs; their weights may be absent.
     """
     hidden: list[Tensor] = []
     calls: dict[int, Call] = {}
@@ -87,7 +117,7 @@ def first_inputs_and_calls(
         def forward(states: Tensor, *args, **kwargs):
             if index == 0:
                 hidden.append(states.detach())
-            calls.setdefault(index, Call(args, kwargs))
+            calls.setdefault(index, Call(args, kwargs, states.shape[0]))
             if last:
                 raise _Stop
             return states
@@ -165,11 +195,16 @@ class MomentSum:
                 Moments(readers, _zeros(x), _zeros(x) if originals else None)
                 for readers, x in zip(inputs.readers, inputs.tensors, strict=True)
             ]
-        for i, (moments, x) in enumerate(zip(self.moments, inputs.tensors, strict=True)):
-            x = x.float()
-            moments.hessian.addmm_(x.T, x)
-            if originals is not None and moments.cross is not None:
-                moments.cross.addmm_(originals.tensors[i].float().T, x)
+        # All products first: running out of memory then leaves the sums as they were.
+        products = [second_moment(x, x) for x in inputs.tensors]
+        crossed = (
+            [second_moment(x, y) for x, y in zip(originals.tensors, inputs.tensors, strict=True)] if originals else []
+        )
+        for moments, product in zip(self.moments, products, strict=True):
+            moments.hessian += product
+        for moments, product in zip(self.moments, crossed):  # noqa: B905  (empty without originals)
+            if moments.cross is not None:
+                moments.cross += product
 
     def checked(self, linears: dict[str, nn.Linear]) -> list[Moments]:
         """The sums; refuses linears that never ran, ran twice, or saw values that are not finite."""
@@ -184,6 +219,16 @@ class MomentSum:
                     "Check the source model, or load it in a wider dtype."
                 )
         return self.moments
+
+
+def second_moment(x: Tensor, y: Tensor) -> Tensor:
+    """XᵀY of [tokens, C] activations, float32 [C, C], summed in float32.
+
+    16-bit inputs go to CUDA's tensor cores as they are, where their products are exact; never through TF32.
+    """
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x.T, y, out_dtype=torch.float32)
+    return x.float().T @ y.float()
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -1,192 +1,354 @@
 """The walk over the decoder blocks: each is fitted on what the quantized blocks before it hand over.
 
 Per block: one pass of the calibration text collects the second moments of every distinct input; the transforms are
-fitted, the weights rounded, packed, and replaced by their decoded values; a second pass carries the text on.
+fitted, the weights rounded, packed, and replaced by their decoded values; a second pass carries the text on. Recipes
+with block-wise training do it in place of the proxy, or after it. Blocks that an earlier run finished are taken as
+they are.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config import QuantConfig
 from ..core.linear import Transform, decode, encode
-from ..core.rounding import proxy_error
+from ..core.rounding import damped_cholesky, proxy_error
 from ..errors import ConfigError
+from ..kernels.fit import solvers
 from ..layout import PackedLinear
-from .capture import Block, Call, Moments, MomentSum, find_blocks, first_inputs_and_calls, recorded_inputs
+from .blockwise import BlockData, refit_block, train_block
+from .capture import Block, Moments, MomentSum, find_blocks
 from .proxy import Problem, fit_transforms
+from .ranks import Ranks
+from .streams import Streams
 
-#: Tokens per forward pass through one block.
-MICRO_BATCH_TOKENS = 8192
 #: Share of the mean diagonal of H added before solving for the drift correction.
 DRIFT_DAMPING = 0.01
 #: Most that a drift correction may change a layer's output, as a relative squared error.
 MAX_DRIFT = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockResult:
     """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
 
-    shared: groups of linears with one transform.
+    shared: groups of linears with one transform; parameters: other parameters of the block that were trained, by path;
+    history: what block-wise training reported.
     """
 
     index: int
     path: str
-    packed: dict[str, PackedLinear]
-    errors: dict[str, float]
-    shared: list[tuple[str, ...]]
-    seconds: float
+    packed: dict[str, PackedLinear] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    shared: list[tuple[str, ...]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-@torch.no_grad()
+class Home(Protocol):
+    """Where blocks are when they are not worked on."""
+
+    def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None: ...
+    def leave(self, block: Block) -> None: ...
+
+
+class Finished(Protocol):
+    """What an earlier run left: results of the first `count` blocks, and perhaps the streams entering a later one."""
+
+    @property
+    def count(self) -> int: ...
+    def result(self, index: int) -> BlockResult: ...
+    def snapshot(self) -> tuple[int, dict[str, Tensor]] | None: ...
+
+
+class InPlace:
+    """The model holds all its weights; a block goes to the device and comes back."""
+
+    def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None:
+        first = next(block.module.parameters())
+        self.stored_as = first.device, first.dtype
+        block.module.to(device, dtype)
+
+    def leave(self, block: Block) -> None:
+        block.module.to(*self.stored_as)
+
+
+class Nothing:
+    """No earlier run."""
+
+    count = 0
+
+    def result(self, index: int) -> BlockResult:
+        raise IndexError(index)
+
+    def snapshot(self) -> None:
+        return None
+
+
+@dataclass
+class Walk:
+    """What a walk works with. tokens, validation: int64 [windows, T], this rank's share; None where not needed.
+
+    store: where the hidden states are kept between blocks, if not on the device.
+    kept: called after each block with its index and the streams that enter the next one.
+    """
+
+    model: nn.Module
+    config: QuantConfig
+    device: torch.device
+    tokens: Tensor | None = None
+    validation: Tensor | None = None
+    home: Home = field(default_factory=InPlace)
+    finished: Finished = field(default_factory=Nothing)
+    ranks: Ranks = field(default_factory=Ranks)
+    store: torch.device | None = None
+    notice: Callable[[str], None] = lambda text: None
+    kept: Callable[[int, Streams], None] = lambda index, streams: None
+
+    def __post_init__(self) -> None:
+        self.blocks = find_blocks(self.model, self.config.ignore)
+        self.dtype = compute_dtype(self.model, self.config, self.device)
+
+    @torch.no_grad()
+    def run(self) -> Iterator[BlockResult]:
+        """Quantize block after block: after each yield the block holds its decoded weights."""
+        streams = self._start(self.tokens) if needs_text(self.config) else None
+        held_out = self._start(self.validation) if self.validation is not None and len(self.validation) else None
+        first = self._restore(streams) if held_out is None else 0
+        for index, block in enumerate(self.blocks):
+            if index < self.finished.count:
+                result = self.finished.result(index)
+                if streams is not None and index >= first:
+                    with self._entered(block):
+                        self._repeat(block, index, result, [s for s in (streams, held_out) if s])
+                continue
+            with self._entered(block):
+                yield self._quantize(index, block, streams, held_out)
+                if streams is not None and index + 1 < len(self.blocks):
+                    for stream in filter(None, (streams, held_out)):
+                        stream.advance(block, index)
+                    self.kept(index, streams)
+
+    def _start(self, tokens: Tensor | None) -> Streams:
+        if tokens is None:
+            raise ConfigError(f"preset {self.config.preset!r} needs calibration tokens, none were given")
+        keep = compares(self.config)
+        store = self.store or self.device
+        return Streams.start(self.model, self.blocks, tokens, keep, self.device, store, self.dtype, self.notice)
+
+    def _restore(self, streams: Streams | None) -> int:
+        """The first block that the streams have yet to enter."""
+        stored = self.finished.snapshot() if streams is not None and self.finished.count else None
+        if stored is None or streams is None:
+            return 0
+        streams.restore(stored[1])
+        return stored[0]
+
+    @contextmanager
+    def _entered(self, block: Block) -> Iterator[None]:
+        self.home.enter(block, self.device, self.dtype)
+        yield
+        self.home.leave(block)
+
+    def _repeat(self, block: Block, index: int, result: BlockResult, streams: list[Streams]) -> None:
+        """Carry the streams through a block that is finished already, as if it had been worked on now."""
+        for stream in streams:
+            stream.advance_original(block, index)
+        for path, packed in result.packed.items():
+            install(block.linears[path], packed, self.device)
+        for path, value in result.parameters.items():
+            parameter = block.module.get_parameter(path.removeprefix(f"{block.path}."))
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        for stream in streams:
+            stream.advance(block, index)
+
+    def _quantize(self, index: int, block: Block, streams: Streams | None, held_out: Streams | None) -> BlockResult:
+        start = time.perf_counter()
+        result = BlockResult(index, block.path)
+        before = _other_parameters(block)
+        moments = self._moments(index, block, streams)
+        groups = _groups(moments, self.config.share_rotations)
+        result.shared = [group for group in groups if len(group) > 1]
+        recipe = self.config.recipe
+        weights = {path: block.linears[path].weight.detach().float() for group in groups for path in group}
+        if recipe.training is None:
+            self._fit_and_round(block, moments, groups, result)
+        if streams is not None and (recipe.training or recipe.refit):
+            if held_out is not None:
+                held_out.advance_original(block, index)
+            data = _block_data(streams, held_out)
+            if recipe.training:
+                seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
+                call = streams.calls[index]
+                result.packed = train_block(block, call, data, self.config, groups, seeds, result.history.append)
+            else:
+                result.packed = refit_block(
+                    block, streams.calls[index], data, result.packed, groups, self.config, result.history.append
+                )
+            hessians = {path: m.hessian for m in moments for path in m.readers}
+            result.errors = {
+                path: proxy_error(weights[path], decode(packed), hessians[path])
+                for path, packed in result.packed.items()
+            }
+        result.packed = {path: _on_cpu(packed) for path, packed in result.packed.items()}
+        after = _other_parameters(block)
+        result.parameters = {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])}
+        result.seconds = time.perf_counter() - start
+        return result
+
+    def _moments(self, index: int, block: Block, streams: Streams | None) -> list[Moments]:
+        if streams is None:
+            eye = {c: torch.eye(c, device=self.device) for c in {m.in_features for m in block.linears.values()}}
+            return [Moments([path], eye[linear.in_features]) for path, linear in block.linears.items()]
+        total = streams.moments(block, index)
+        _add_over_ranks(total, self.ranks)
+        return total.checked(block.linears)
+
+    def _fit_and_round(
+        self, block: Block, moments: list[Moments], groups: list[tuple[str, ...]], result: BlockResult
+    ) -> None:
+        """Fit, round and replace all linears of the block; this rank does those it owns."""
+        costs = [
+            float(sum(block.linears[p].weight.numel() for p in g) * block.linears[g[0]].in_features) for g in groups
+        ]
+        owner_of = dict(zip(groups, self.ranks.owners(costs), strict=True))
+        mine = [group for group in groups if owner_of[group] == self.ranks.rank]
+        targets = {}
+        for m in moments:
+            wanted = [path for group in mine for path in group if path in m.readers]
+            targets.update(_targets([(path, block.linears[path]) for path in wanted], m, self.config.recipe.drift))
+            m.cross = None
+        hessians = {path: m.hessian for m in moments for path in m.readers}
+        problems = [
+            Problem(_stacked([targets[p] for p in group]), hessians[group[0]], _seed(self.config.seed, group[0]))
+            for group in mine
+        ]
+        transforms = dict(zip(mine, fit_transforms(problems, self.config), strict=True))
+        del problems
+        done = {}
+        for group in mine:
+            for path in group:
+                done[path] = self._round(block.linears[path], targets.pop(path), transforms[group], hessians[path])
+        for group in groups:
+            for path in group:
+                linear = block.linears[path]
+                layout = self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+                packed, error = done.get(path, (None, 0.0))
+                packed, error = self.ranks.hand_out(packed, error, layout, owner_of[group], self.device)
+                install(linear, packed, self.device)
+                result.packed[path], result.errors[path] = packed, error
+
+    def _round(
+        self, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor
+    ) -> tuple[PackedLinear, float]:
+        """One linear's packed form, and its relative error."""
+        config = self.config
+        layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+        packed = encode(
+            target, transform, hessian, layout, config.recipe, config.symmetric, linear.bias,
+            solvers=solvers(self.device),
+        )  # fmt: skip
+        return packed, proxy_error(linear.weight.float(), decode(packed), hessian)
+
+
 def quantize_blocks(
     model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
 ) -> Iterator[BlockResult]:
-    """Quantize block after block, in place: after each yield the block holds its decoded weights.
-
-    model: a causal language model, on the CPU or on `device`; tokens: int64 [samples, T], not needed by recipes
-    that round to nearest without a transform.
-    """
-    blocks = find_blocks(model, config.ignore)
-    streams = None
-    if needs_text(config):
-        if tokens is None:
-            raise ConfigError(f"preset {config.preset!r} needs calibration tokens, none were given")
-        micro_batch = _micro_batch(*tokens.shape)
-        streams = _Streams.start(model, blocks, tokens, micro_batch, config.recipe.drift > 0, device)
-    for index, block in enumerate(blocks):
-        stored_as = next(block.module.parameters()).device, next(block.module.parameters()).dtype
-        block.module.to(device, torch.float32)
-        yield _quantize_block(index, block, streams, config, device)
-        if streams is not None and index + 1 < len(blocks):
-            streams.advance(block, index)
-        block.module.to(*stored_as)
-
-
-def _quantize_block(index: int, block: Block, streams: _Streams | None, config: QuantConfig, device) -> BlockResult:
-    start = time.perf_counter()
-    result = BlockResult(index, block.path, {}, {}, [], 0.0)
-    if streams is None:
-        eye = {c: torch.eye(c, device=device) for c in {linear.in_features for linear in block.linears.values()}}
-        moments = [Moments([path], eye[linear.in_features]) for path, linear in block.linears.items()]
-    else:
-        moments = streams.moments(block, index)
-    _round_inputs(block, moments, config, result)
-    return replace(result, seconds=time.perf_counter() - start)
+    """Quantize a model in memory, in place. tokens: int64 [samples, T], not needed by `needs_text`-less recipes."""
+    yield from Walk(model, config, device, tokens).run()
 
 
 def needs_text(config: QuantConfig) -> bool:
     """Whether the recipe looks at activations at all."""
-    return config.recipe.transform or config.recipe.rounding != "nearest"
+    recipe = config.recipe
+    return recipe.transform or recipe.rounding != "nearest" or recipe.training is not None or recipe.refit is not None
 
 
-def _round_inputs(block: Block, moments: list[Moments], config: QuantConfig, result: BlockResult) -> None:
-    """Fit, round and replace all linears that read these inputs; adds them to `result`."""
-    weights = {path: _target(block.linears[path], m, config.recipe.drift) for m in moments for path in m.readers}
-    hessians = {path: m.hessian for m in moments for path in m.readers}
-    groups = [tuple(m.readers) for m in moments] if config.share_rotations else [(path,) for path in weights]
-    problems = [
-        Problem(torch.cat([weights[p] for p in group]), hessians[group[0]], _seed(config.seed, group[0]))
-        for group in groups
-    ]
-    with torch.enable_grad():
-        transforms = fit_transforms(problems, config)
-    for group, transform in zip(groups, transforms, strict=True):
-        if len(group) > 1:
-            result.shared.append(group)
-        for path in group:
-            packed, error = _round_linear(block.linears[path], weights[path], transform, hessians[path], config)
-            result.packed[path], result.errors[path] = packed, error
+def compares(config: QuantConfig) -> bool:
+    """Whether the recipe looks at the original model's activations as well."""
+    return config.recipe.drift > 0 or config.recipe.training is not None or config.recipe.refit is not None
 
 
-def _round_linear(
-    linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor, config: QuantConfig
-) -> tuple[PackedLinear, float]:
-    """Round one linear and put its decoded weight in place: the packed form, on the CPU, and its relative error."""
-    layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-    packed = encode(target, transform, hessian, layout, config.recipe, config.symmetric, linear.bias)
-    decoded = decode(packed)
-    error = proxy_error(linear.weight.float(), decoded, hessian)
-    linear.weight.data = decoded.to(linear.weight.dtype)
-    return PackedLinear(layout, **{name: tensor.cpu() for name, tensor in packed.tensors().items()}), error
+def install(linear: nn.Linear, packed: PackedLinear, device: torch.device) -> None:
+    """Give the linear the weight that its packed form stands for."""
+    on_device = PackedLinear(packed.layout, **{name: t.to(device) for name, t in packed.tensors().items()})
+    linear.weight.data = decode(on_device).to(linear.weight.dtype)
 
 
-def _target(linear: nn.Linear, moments: Moments, drift: float) -> Tensor:
-    """The weight to approximate: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+def compute_dtype(model: nn.Module, config: QuantConfig, device: torch.device) -> torch.dtype:
+    """Of the forward passes: bfloat16 where the model is and the device multiplies it fast, else float32."""
+    if config.compute != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute]
+    stored = {linear.weight.dtype for block in find_blocks(model, config.ignore) for linear in block.linears.values()}
+    return torch.bfloat16 if device.type == "cuda" and stored == {torch.bfloat16} else torch.float32
+
+
+def _targets(linears: list[tuple[str, nn.Linear]], moments: Moments, drift: float) -> dict[str, Tensor]:
+    """The weight to approximate, by path: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
 
     W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
     that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
     (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
     """
-    weight = linear.weight.detach().float()
-    if not drift or moments.cross is None:
-        return weight
-    hessian = moments.hessian.double()
-    damped = hessian + torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean() * DRIFT_DAMPING
-    solved = torch.linalg.solve(damped, (moments.cross.double() - hessian).T).T
-    change = drift * (weight.double() @ solved).float()
-    size = proxy_error(weight, weight + change, moments.hessian)
-    return weight + change * min(1.0, (MAX_DRIFT / max(size, 1e-30)) ** 0.5)
+    weights = {path: linear.weight.detach().float() for path, linear in linears}
+    if not drift or moments.cross is None or not linears:
+        return weights
+    difference = (moments.cross - moments.hessian).double()
+    factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
+    for path, weight in weights.items():
+        change = drift * torch.cholesky_solve((weight.double() @ difference).T, factor).T.float()
+        size = proxy_error(weight, weight + change, moments.hessian)
+        weights[path] = weight + change * min(1.0, (MAX_DRIFT / max(size, 1e-30)) ** 0.5)
+    return weights
+
+
+def _groups(moments: list[Moments], shared: bool) -> list[tuple[str, ...]]:
+    """The linears of each transform."""
+    return [tuple(m.readers) for m in moments] if shared else [(path,) for m in moments for path in m.readers]
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
+    for moments in total.moments:
+        ranks.add(moments.hessian)
+        if moments.cross is not None:
+            ranks.add(moments.cross)
+
+
+def _block_data(streams: Streams, held_out: Streams | None) -> BlockData:
+    """After `moments` the original stream holds the block's outputs; the quantized one still enters it."""
+    assert streams.original is not None, "block-wise training compares with the original stream"
+    validation = (held_out.quantized, held_out.original or []) if held_out else ([], [])
+    return BlockData(streams.quantized, streams.original, *validation)
+
+
+def _other_parameters(block: Block) -> dict[str, Tensor]:
+    """Every parameter that is not a quantized linear's, by full path."""
+    linears = set(map(id, block.linears.values()))
+    return {
+        f"{block.path}.{path}.{name}" if path else f"{block.path}.{name}": parameter.detach().clone()
+        for path, module in block.module.named_modules()
+        if id(module) not in linears
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _on_cpu(packed: PackedLinear) -> PackedLinear:
+    return PackedLinear(packed.layout, **{name: tensor.cpu() for name, tensor in packed.tensors().items()})
 
 
 def _seed(seed: int, path: str) -> int:
     """A seed of its own for every transform, the same whatever was quantized before."""
     return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63
-
-
-def _micro_batch(samples: int, seq_len: int) -> int:
-    """The largest divisor of `samples` that keeps a pass within `MICRO_BATCH_TOKENS`."""
-    limit = max(1, MICRO_BATCH_TOKENS // seq_len)
-    return max(n for n in range(1, min(limit, samples) + 1) if samples % n == 0)
-
-
-@dataclass
-class _Streams:
-    """Hidden states entering the current block: in the quantized model, and where drift asks for it the original."""
-
-    calls: list[Call]
-    quantized: list[Tensor]
-    original: list[Tensor] | None
-
-    @classmethod
-    def start(cls, model, blocks, tokens, micro_batch, keep_original, device) -> _Streams:
-        home = next(model.parameters()).device
-        hidden, calls = first_inputs_and_calls(model, blocks, tokens.to(home), micro_batch)
-        calls = [Call(_ready(c.args, device), _ready(c.kwargs, device)) for c in calls]
-        hidden = [h.to(device, torch.float32) for h in hidden]
-        return cls(calls, hidden, list(hidden) if keep_original else None)
-
-    def moments(self, block: Block, index: int) -> list[Moments]:
-        """Run the original block on the stream(s); the original stream moves on to the next block."""
-        total = MomentSum()
-        for i, hidden in enumerate(self.quantized):
-            reference = None
-            if self.original is not None:
-                with recorded_inputs(block.linears) as reference:
-                    self.original[i] = self.calls[index].run(block.module, self.original[i])
-            with recorded_inputs(block.linears) as inputs:
-                self.calls[index].run(block.module, hidden)
-            total.add(inputs, reference)
-        return total.checked(block.linears)
-
-    def advance(self, block: Block, index: int) -> None:
-        """Carry the quantized stream through the block, which now holds its decoded weights."""
-        self.quantized = [self.calls[index].run(block.module, hidden) for hidden in self.quantized]
-
-
-def _ready(value, device: torch.device):
-    """Tensors anywhere inside `value`, on the device, floating ones in float32."""
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
-    if isinstance(value, dict):
-        return {key: _ready(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_ready(item, device) for item in value)
-    return value

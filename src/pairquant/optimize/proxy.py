@@ -11,7 +11,10 @@ problems of a block are fitted together: their angles lie side by side, and one 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,8 +22,8 @@ from torch import Tensor
 from ..config import QuantConfig
 from ..core.linear import Transform
 from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pairs
-from ..core.quantizer import fake_quantize
-from ..core.rotation import givens_positions, rotate_dense, rotation_matrix
+from ..core.rotation import givens_positions, rotation_matrix
+from ..kernels.fit import fake_quantize
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,74 @@ class Problem:
     def channels(self) -> int:
         return self.weight.shape[1]
 
+    def weighted(self, error: Tensor) -> Tensor:
+        """E H, float32 [N, C]: the product that costs nearly all of the fitting's time.
 
-class QuadraticError(torch.autograd.Function):
-    """tr(E H Eᵀ) with E = W - Ŵ. Its gradient, -2 E H, is the product that its value needs anyway."""
+        On CUDA its operands are rounded to bfloat16, and their products summed in float32: what is fitted then differs
+        by less than two seeds do (docs/decisions.md).
+        """
+        if not error.is_cuda:
+            return error @ self.hessian
+        return torch.mm(error.bfloat16(), self.operand, out_dtype=torch.float32)
 
-    @staticmethod
-    def forward(ctx, approximation: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
-        error = weight - approximation
-        weighted = error @ hessian
-        ctx.save_for_backward(weighted)
-        return (weighted * error).sum()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (weighted,) = ctx.saved_tensors
-        return weighted * (-2 * grad), None, None
+    @cached_property
+    def operand(self) -> Tensor:
+        """H as `weighted` multiplies by it on CUDA."""
+        return self.hessian.bfloat16()
 
 
+def loss_and_gradients(
+    problem: Problem, into: Tensor, out_of: Tensor, config: QuantConfig, slopes: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """tr(E H Eᵀ) with Ŵ = Q(W · into) · out_of, and its gradients with respect to the two, all [G, g, g] matrices.
+
+    Written out instead of recorded: the gradient 2 E H is the product that the value needs anyway, and nothing of the
+    weight's size outlives the call.
+    """
+    g = into.shape[-1]
+    weight = _by_group(problem.weight, g)
+    rotated = torch.bmm(weight, into)  # [G, N, g]
+    with torch.enable_grad():
+        leaf = rotated.requires_grad_(slopes)
+        rounded = fake_quantize(leaf.view(-1, g), config.bits, g, config.symmetric).view_as(leaf)
+    error = torch.empty_like(problem.weight)
+    torch.sub(weight, torch.bmm(rounded.detach(), out_of), out=_by_group(error, g))
+    weighted = problem.weighted(error)
+    loss = torch.dot(weighted.view(-1), error.view(-1))
+    if not slopes:
+        return loss, None, None
+    slope = _by_group(weighted.mul_(-2), g)
+    grad_out_of = torch.bmm(rounded.detach().mT, slope)
+    (grad_rotated,) = torch.autograd.grad(rounded, leaf, torch.bmm(slope, out_of.mT))
+    return loss, torch.bmm(weight.mT, grad_rotated), grad_out_of
+
+
+def _by_group(w: Tensor, g: int) -> Tensor:
+    """[N, C] → [G, N, g], a view."""
+    return w.view(w.shape[0], -1, g).transpose(0, 1)
+
+
+@contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """TF32 for the small rotations of a fit's steps on CUDA; rounding itself always uses full float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@torch.no_grad()
 def fit_transforms(problems: list[Problem], config: QuantConfig) -> list[Transform]:
     """The best transform found for each problem, with fp16-rounded values, on the problems' device."""
-    if not config.recipe.transform:
+    if not config.recipe.transform or not problems:
         return [Transform.identity(p.channels, int(config.group_size), device=p.weight.device) for p in problems]
-    search = _Search(problems, config)
-    for step in range(config.recipe.steps):
-        search.step(step)
-    search.keep_best(search.losses())
+    with _fast_products(problems[0].weight.device):
+        search = _Search(problems, config)
+        for step in range(config.recipe.steps):
+            search.step(step)
+        search.keep_best(search.evaluate(slopes=False))
     return search.transforms()
 
 
@@ -85,30 +131,38 @@ class _Search:
         self.pairs = torch.cat([s.pairs for s in selections], dim=1).to(device)
         self.free = torch.cat([s.free for s in selections], dim=1).to(device)
         self.positions = givens_positions(self.pairs, self.group_size)
-        self.norms = [((p.weight @ p.hessian) * p.weight).sum().clamp(min=1e-30) for p in problems]
+        self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum().clamp(min=1e-30) for p in problems])
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
         self.log_scale = torch.zeros(sum(self.sizes), device=device, requires_grad=True)
         self.best_theta, self.best_log_scale = self.theta.detach().clone(), self.log_scale.detach().clone()
         self.best_loss = torch.full((len(problems),), torch.inf, device=device)
         sizes = torch.tensor(self.sizes, device=device)
         self.problem_of_channel = torch.arange(len(problems), device=device).repeat_interleave(sizes)
+        trained = [self.theta, self.log_scale] if config.recipe.channel_scales else [self.theta]
         self.optimizer = torch.optim.AdamW(
-            [self.theta, self.log_scale], lr=config.recipe.learning_rate, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0
+            trained, lr=config.recipe.learning_rate, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0
         )
 
-    def losses(self) -> Tensor:
-        """Relative proxy error of each problem."""
-        g, a = self.group_size, self.log_scale.exp().view(-1, self.group_size)
-        matrices = rotation_matrix(self.theta * self.free, self.pairs, g, self.positions)
-        # With the scale folded into the small matrices, nothing of the weight's size is multiplied by it.
+    def evaluate(self, slopes: bool) -> Tensor:
+        """Relative proxy error of each problem [P]; `slopes`: also the gradients of theta and log_scale."""
+        g = self.group_size
+        with torch.enable_grad():
+            a = self.log_scale.exp().view(-1, g)
+            matrices = rotation_matrix(self.theta * self.free, self.pairs, g, self.positions)
+            # With the scale folded into the small matrices, nothing of the weight's size is multiplied by it.
+            into, out_of = matrices * a[:, :, None], matrices.mT / a[:, None, :]
         counts = [c // g for c in self.sizes]
-        into = (matrices * a[:, :, None]).split(counts)
-        out_of = (matrices.mT / a[:, None, :]).split(counts)
-        losses = []
-        for problem, forth, back, norm in zip(self.problems, into, out_of, self.norms, strict=True):
-            rotated = rotate_dense(problem.weight, forth)
-            rounded = fake_quantize(rotated, self.config.bits, g, self.config.symmetric)
-            losses.append(QuadraticError.apply(rotate_dense(rounded, back), problem.weight, problem.hessian) / norm)
+        losses, grads_into, grads_out_of = [], [], []
+        for problem, norm, forth, back in zip(
+            self.problems, self.norms, into.detach().split(counts), out_of.detach().split(counts), strict=True
+        ):
+            loss, grad_into, grad_out_of = loss_and_gradients(problem, forth, back, self.config, slopes)
+            losses.append(loss / norm)
+            if grad_into is not None and grad_out_of is not None:
+                grads_into.append(grad_into / norm)
+                grads_out_of.append(grad_out_of / norm)
+        if slopes:
+            torch.autograd.backward((into, out_of), (torch.cat(grads_into), torch.cat(grads_out_of)))
         return torch.stack(losses)
 
     def step(self, step: int) -> None:
@@ -117,13 +171,10 @@ class _Search:
         self.optimizer.param_groups[0]["lr"] = recipe.learning_rate * (
             recipe.final_rate + (1 - recipe.final_rate) * cosine
         )
-        losses = self.losses()
-        self.keep_best(losses.detach())
         self.optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
+        self.keep_best(self.evaluate(slopes=True))
         self.optimizer.step()
 
-    @torch.no_grad()
     def keep_best(self, losses: Tensor) -> None:
         better = losses < self.best_loss
         by_channel = better[self.problem_of_channel]

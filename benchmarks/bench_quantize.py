@@ -1,0 +1,134 @@
+"""How long quantizing takes, and in how much memory: blocks of real shapes with random weights, one device.
+
+    python benchmarks/bench_quantize.py [--shape llama-3-8b] [--blocks 3] [--presets fast] [--output …]
+
+Writes a bfloat16 model of `--blocks` blocks to a temporary directory, quantizes it as a user would, and extrapolates the
+time of a block (the median but the first, which compiles) to the whole model. Memory: PyTorch's peak on the GPU, and the
+process's peak resident set above what it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from recipes import config_from
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import pairquant
+from pairquant.pipeline import Silent
+
+#: Name → hidden size, MLP size, key/value share of the heads, blocks of the whole model.
+SHAPES = {
+    "llama-3-8b": (4096, 14336, 4, 32),
+    "hidden-1024": (1024, 3584, 4, 32),
+    "hidden-2048": (2048, 7168, 4, 32),
+    "hidden-4096": (4096, 14336, 4, 32),
+    "hidden-8192": (8192, 28672, 8, 80),
+}
+
+
+class Timer(Silent):
+    """Collects what each block took."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.notices: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.ends.append(time.perf_counter())
+
+    def block(self, result) -> None:
+        self.ends.append(time.perf_counter())
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def plan(self, blocks, linears, finished, memory) -> None:
+        self.predicted = memory.device
+
+
+def write_model(directory: Path, shape: str, blocks: int, tokens: int) -> None:
+    hidden, mlp, share, _ = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=32768, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks,
+        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128 // share, max_position_embeddings=8192,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(directory)
+    words = {f"w{i}": i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(directory)
+    drawn = torch.randint(config.vocab_size, (tokens,)).tolist()
+    (directory / "words.txt").write_text(" ".join(f"w{i}" for i in drawn))
+
+
+def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int, seq_len: int) -> dict:
+    text = (str(directory / "words.txt"),)
+    config = config_from(preset, samples=samples, seq_len=seq_len, calibration=text)
+    timer, before = Timer(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        pairquant.quantize(directory, Path(out) / "q", config, progress=timer)
+    seconds = time.perf_counter() - start
+    ends = timer.ends[-blocks - 2 : -1]
+    per_block = [b - a for a, b in itertools.pairwise(ends)]
+    typical = statistics.median(per_block[1:] or per_block)
+    return {
+        "seconds": round(seconds, 1),
+        "per_block": [round(s, 2) for s in per_block],
+        "whole_model_minutes": round((seconds + (whole - blocks) * typical) / 60, 2),
+        "gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None,
+        "predicted_gb": round(timer.predicted / 1e9, 2),
+        "host_peak_gb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6, 2),
+        "notices": timer.notices,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["llama-3-8b"], choices=SHAPES)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--presets", nargs="+", default=["fast"], help="preset[:option=value,…]")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quantize.json"))
+    options = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    results = {
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tokens": [options.samples, options.seq_len],
+        "runs": {},
+    }
+    for shape in options.shape:
+        with tempfile.TemporaryDirectory() as directory:
+            write_model(Path(directory), shape, options.blocks, 2 * options.samples * options.seq_len + 200_000)
+            for preset in options.presets:
+                run = measure(
+                    Path(directory), options.blocks, SHAPES[shape][3], preset, options.samples, options.seq_len
+                )
+                results["runs"][f"{shape} {preset}"] = run
+                print(shape, preset, run, flush=True)
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a run has finished, kept on disk block by block, so that the same command goes on where it was stopped.
+
+A hidden directory beside the output: `journal.json` says what the run is; each finished block is `block-N.safetensors`
+and then `block-N.json`, which holds its checksum: a block without the second is not finished. `streams-N.safetensors`
+holds the hidden states that enter block N, where storing them is quicker than computing them again. Every file is
+whole or absent, and durable before the next is begun.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
+from .files import PARTIAL, checksum, durable, write_error, write_json, write_tensors
+from .headers import StoredTensors
+
+IDENTITY, LOG = "journal.json", "log.jsonl"
+KEPT = "Finished blocks are kept: run the same command again to continue."
+#: Streams are stored if that takes at most this share of a block's time.
+SNAPSHOT_SHARE = 0.05
+
+
+class Journal:
+    """Open for one run. entries: block → the content of its json file; layout: linear path → its layout."""
+
+    def __init__(self, directory: Path, layout: Callable[[str], LinearLayout]):
+        self.directory, self.layout = directory, layout
+        self.entries: list[dict[str, Any]] = []
+        self._lock: Any = None
+        self._bytes_per_second: float | None = None
+
+    @staticmethod
+    def beside(output: Path) -> Path:
+        """The journal's directory for this output."""
+        return output.absolute().with_name(f".{output.name}.journal")
+
+    @classmethod
+    def open(
+        cls, directory: Path, identity: Mapping[str, Any], layout: Callable[[str], LinearLayout], writes: bool = True
+    ) -> Journal:
+        """Start a journal, or continue the one that is there.
+
+        identity: all that decides the result. Raises `ConfigError` naming what differs from the run that was begun,
+        or if that run is still at work; `CheckpointError` if a file is damaged.
+        """
+        journal = cls(directory, layout)
+        if not writes:
+            journal._read_entries()
+            return journal
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            journal._take_lock()
+            for left in directory.glob(f"*{PARTIAL}"):
+                left.unlink()
+            if (directory / IDENTITY).exists():
+                journal._compare(json.loads(json.dumps(identity)))
+                journal._read_entries()
+            else:
+                write_json(directory / IDENTITY, identity)
+        except OSError as error:
+            raise write_error(directory, error, "Choose another --output.") from error
+        return journal
+
+    @property
+    def count(self) -> int:
+        """How many blocks are finished."""
+        return len(self.entries)
+
+    def append(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Finish the next block. tensors: what its checkpoint holds, by full name; entry: JSON-ready."""
+        file = self._file(self.count)
+        try:
+            write_tensors(file, tensors)
+            complete = {**entry, "sha256": checksum(file)}
+            write_json(file.with_suffix(".json"), complete)
+        except (OSError, SafetensorError) as error:
+            raise write_error(file, error, KEPT) from error
+        self.entries.append(complete)
+
+    def stored(self, index: int) -> StoredTensors:
+        """One finished block's tensors."""
+        return StoredTensors.of_files([self._file(index)])
+
+    def packed(self, index: int) -> tuple[dict[str, PackedLinear], dict[str, Tensor]]:
+        """One finished block: its linears by path, and what else was trained in it."""
+        stored = self.stored(index)
+        linears = {
+            path: PackedLinear.from_tensors(
+                path,
+                self.layout(path),
+                {name: stored.load(f"{path}.{name}") for name in TENSOR_NAMES if f"{path}.{name}" in stored.fields},
+            )
+            for path in stored.linears()
+        }
+        taken = {f"{path}.{name}" for path in linears for name in TENSOR_NAMES}
+        return linears, {name: stored.load(name) for name in stored.fields if name not in taken}
+
+    def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:
+        """Store the streams that enter block `index`, unless that would take more than its share of a block's time."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._bytes_per_second and size / self._bytes_per_second > SNAPSHOT_SHARE * block_seconds:
+            return
+        start = time.perf_counter()
+        try:
+            write_tensors(self.directory / f"streams-{index:05}.safetensors", {n: t.cpu() for n, t in tensors.items()})
+        except (OSError, SafetensorError) as error:
+            raise write_error(self.directory, error, KEPT) from error
+        self._bytes_per_second = size / max(time.perf_counter() - start, 1e-9)
+        for older in self.directory.glob("streams-*.safetensors"):
+            if older.name < f"streams-{index:05}":
+                older.unlink()
+
+    def streams(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The latest streams that a finished block handed on, and the block that they enter."""
+        for file in sorted(self.directory.glob("streams-*.safetensors"), reverse=True):
+            index = int(file.stem.rpartition("-")[2])
+            if index <= self.count:
+                stored = StoredTensors.of_files([file])
+                return index, {name: stored.load(name) for name in stored.fields}
+        return None
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """A line of the machine-readable log, which ends up beside the weights."""
+        try:
+            with (self.directory / LOG).open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+        except OSError as error:
+            raise write_error(self.directory / LOG, error, KEPT) from error
+
+    def remove(self) -> None:
+        """Forget the run."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let other runs have it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _file(self, index: int) -> Path:
+        return self.directory / f"block-{index:05}.safetensors"
+
+    def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs of the same output are not told apart
+            return
+        self._lock = (self.directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise ConfigError(
+                f"another run is writing to this output (journal {self.directory}). Wait for it."
+            ) from None
+
+    def _compare(self, identity: Mapping[str, Any]) -> None:
+        begun = self._json(self.directory / IDENTITY)
+        differences = [f"  {name}: {old} then, {new} now" for name, (old, new) in _differences(begun, identity).items()]
+        if differences:
+            self.close()
+            raise ConfigError(
+                "a run with other arguments was begun for this output:\n" + "\n".join(differences) + "\n"
+                "Run the same command as then to continue it, or add --fresh to start over."
+            )
+
+    def _read_entries(self) -> None:
+        while (file := self._file(self.count).with_suffix(".json")).exists():
+            entry = self._json(file)
+            tensors = file.with_suffix(".safetensors")
+            if not tensors.exists() or checksum(tensors) != entry.get("sha256"):
+                self.close()
+                raise CheckpointError(
+                    f"{tensors} is damaged (its checksum is not that of {file.name}). Delete {file.name} to do this block "
+                    "and those after it again, or start over with --fresh."
+                )
+            self.entries.append(entry)
+        for later in self.directory.glob("block-*.json"):
+            if later > file:
+                later.unlink()
+
+    def _json(self, file: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(file.read_text())
+        except (ValueError, OSError) as error:
+            content = error
+        if not isinstance(content, dict):
+            self.close()
+            raise CheckpointError(
+                f"{file} is damaged ({content}). Delete it to do without it, or start over with --fresh."
+            )
+        return content
+
+
+def _differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name → (old, new) of everything that is not equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in dict.fromkeys((*old, *new)):
+            found |= _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+def copy_log(journal: Journal, directory: Path) -> None:
+    """The log, beside the weights."""
+    log = journal.directory / LOG
+    if log.exists():
+        durable(directory / "pairquant.jsonl", lambda staged: shutil.copyfile(log, staged))

@@ -1,0 +1,171 @@
+"""The plain model's weights on disk, handed to the model block by block: host and GPU never hold all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SourceError
+from ..layout import Field
+from .files import write_tensors
+from .headers import StoredTensors
+from .read import ModelFiles
+
+#: Bytes read at each of `SAMPLES` places of a file to tell one model from another.
+SAMPLE_BYTES, SAMPLES = 1 << 16, 16
+#: Largest file of a copy that is written where the source cannot be streamed.
+SPILL_BYTES = 2_000_000_000
+
+
+class SourceWeights:
+    """Weights under the model's own parameter names.
+
+    stored: where each lies; `enter` and `leave` make this the home of a walk's blocks (`optimize.layerwise.Home`).
+    """
+
+    def __init__(self, stored: StoredTensors):
+        self.stored = stored
+        self.files = sorted(set(stored.files.values()))
+        self._seen = {file: _state(file) for file in self.files}
+
+    @classmethod
+    def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
+        """The source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
+
+        spilled: that copy has been made already.
+        """
+        stored = None if files.gguf else _streamable(files.directory, skeleton)
+        if stored is None:
+            if not spilled:
+                _spill(files.model(), spill)
+            stored = StoredTensors.of_directory(spill)
+        return cls(stored)
+
+    def digest(self) -> str:
+        """Tells this source from another or from a changed one, without reading all of it."""
+        total = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            total.update(f"{file.name} {size}".encode())
+            with file.open("rb") as content:
+                for place in range(SAMPLES):
+                    content.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+                    total.update(content.read(SAMPLE_BYTES))
+        return total.hexdigest()
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor. Raises `SourceError` if its file has changed since this object was made."""
+        file = self.stored.files[name]
+        if _state(file) != self._seen[file]:
+            raise SourceError(
+                f"{file} changed while it was being quantized. Finished blocks are kept; "
+                "put the file back to continue, or start over with --fresh."
+            )
+        return self.stored.load(name, device)
+
+    def fill(
+        self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Give every parameter and stored buffer below `module` its value; other buffers move to the device."""
+        for path, owner in module.named_modules():
+            for name, old in _tensors(owner):
+                full = ".".join(part for part in (prefix, path, name) if part)
+                if full in self.stored.fields:
+                    value = self.load(full, device)
+                    _put(owner, name, value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+                elif not old.is_meta:
+                    _put(owner, name, old.to(device))
+
+    def fill_all_but(self, model: Any, blocks: Iterable[Any]) -> None:
+        """Everything outside the blocks and the output embedding, on the CPU: what precedes the first block."""
+        spared = {id(m) for block in blocks for m in block.module.modules()}
+        spared.add(id(model.get_output_embeddings()))
+        for path, module in model.named_modules():
+            if id(module) not in spared:
+                for name, _ in _tensors(module):
+                    full = f"{path}.{name}" if path else name
+                    if full in self.stored.fields:
+                        _put(module, name, self.load(full))
+
+    def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """The block's weights, on the device."""
+        self.fill(block.module, block.path, device, dtype)
+
+    def leave(self, block: Any) -> None:
+        """Forget the block's weights."""
+        for module in block.module.modules():
+            for name, old in module.named_parameters(recurse=False):
+                _put(module, name, old.data.to("meta"))
+
+    def not_finite(self, names: Iterable[str]) -> tuple[str, int] | None:
+        """The first of these tensors with NaN or infinity in it, and how many."""
+        for name in names:
+            value = self.load(name)
+            if not value.isfinite().all():
+                return name, int((~value.isfinite()).sum())
+        return None
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The module's own parameters and buffers."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer, which may be of another device and dtype."""
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[name] = value
+
+
+def _streamable(directory: Path, skeleton: Any) -> StoredTensors | None:
+    """The directory's tensors, if they are the model's parameters under the same names and shapes."""
+    if not any(directory.glob("*.safetensors")):
+        return None
+    stored = StoredTensors.of_directory(directory)
+    output = skeleton.get_output_embeddings()
+    tied = {id(p) for p in output.parameters()} if output is not None else set()
+    for name, parameter in skeleton.named_parameters():
+        field = stored.fields.get(name)
+        if field is None and id(parameter) in tied:
+            continue
+        if field is None or field.shape != tuple(parameter.shape):
+            return None
+    return stored
+
+
+def _spill(model: nn.Module, directory: Path) -> None:
+    """The model's state in safetensors files, tied tensors once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shard: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    count = 0
+    for name, tensor in [*model.state_dict().items(), ("", None)]:
+        if tensor is None or sum(t.nbytes for t in shard.values()) + tensor.nbytes > SPILL_BYTES:
+            if shard:
+                write_tensors(directory / f"model-{count:05}.safetensors", shard)
+            shard, count = {}, count + 1
+        if tensor is not None and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            shard[name] = tensor
+
+
+def _state(file: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read any more: {error.strerror}.") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def plain_fields(stored: StoredTensors, linears: Iterable[str]) -> dict[str, Field]:
+    """What a checkpoint keeps of the source: all but the weights and biases of these linears."""
+    replaced = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
+    return {name: field for name, field in stored.fields.items() if name not in replaced}

@@ -1,0 +1,214 @@
+"""Fitting and rounding weights: fake quantization with its gradient, and the loops of `core.rounding` that go column
+by column.
+
+Those loops are one chain of dependent steps, so latency decides. One warp keeps all columns of ROWS rows in registers:
+with eight rows, four lanes share a row's columns. A column is found by a sum in which the others count as zero, over a
+quarter of the columns in each lane and then by two shuffles. What a step reads is fetched a step ahead, by each lane
+its part; it reaches all lanes through shared memory, which nothing in the chain waits for.
+
+Rounding and division give exactly what PyTorch gives; the product of a scale that fp16 stores and a step is exact, so
+that fusing it into an addition changes nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def clamp(x, low, high):
+    """As torch.clamp: NaN stays NaN."""
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_even(x):
+    """As torch.round up to 2²¹, half to even; what is larger comes back as 2²¹, far beyond any code.
+
+    1.5 · 2²³ plus a number below 2²² lies where float32 holds the integers and nothing between them.
+    """
+    return (clamp(x, -2097152.0, 2097152.0) + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def compensate_step(factor_ptr, scale_ptr, zero_ptr, j, columns, rows, n, column, stride):
+    """What column j needs: its line of the factor [B], the diagonal of it, its scales and zero points [ROWS]."""
+    real = n < rows
+    line = tl.load(factor_ptr + j * stride + column, mask=column < columns, other=0.0)
+    pivot = tl.load(factor_ptr + j * (stride + 1))
+    at = j * rows.to(tl.int64) + n
+    return line, pivot, tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
+
+
+@triton.jit(do_not_specialize=["top", "columns", "rows", "stride"])
+def compensate_kernel(
+    todo_ptr,  # float32 [columns, N]
+    factor_ptr,  # float32 [columns, columns], unit stride in the columns; below the diagonal anything
+    scale_ptr,  # float32 [columns, N]
+    zero_ptr,  # float32 [columns, N]
+    codes_ptr,  # uint8 [columns, N], written
+    errors_ptr,  # float32 [columns, N], written
+    top,  # the largest code
+    columns,
+    rows,  # N
+    stride,  # of the factor's rows
+    B: tl.constexpr,  # at least `columns`
+    ROWS: tl.constexpr,
+):
+    column = tl.arange(0, B)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (column < columns)[:, None] & (n < rows)[None, :]
+    todo = tl.load(todo_ptr + column.to(tl.int64)[:, None] * rows + n[None, :], mask=inside, other=0.0)
+    highest = top.to(tl.float32)
+    line, pivot, scale, zero = compensate_step(factor_ptr, scale_ptr, zero_ptr, 0, columns, rows, n, column, stride)
+    for j in range(columns):
+        spread = line[:, None]  # so early that it has come through shared memory before it is needed
+        next_line, next_pivot, next_scale, next_zero = compensate_step(
+            factor_ptr, scale_ptr, zero_ptr, tl.minimum(j + 1, columns - 1), columns, rows, n, column, stride
+        )
+        w = tl.sum(tl.where(column[:, None] == j, todo, 0.0), axis=0)
+        code = clamp(round_even(tl.math.div_rn(w, scale)) + zero, 0.0, highest)
+        error = tl.math.div_rn(w - (code - zero) * scale, pivot)
+        todo -= spread * error[None, :]  # columns up to j are spoilt; nobody reads them again
+        at = j * rows.to(tl.int64) + n
+        tl.store(codes_ptr + at, code.to(tl.uint8), mask=n < rows)
+        tl.store(errors_ptr + at, error, mask=n < rows)
+        line, pivot, scale, zero = next_line, next_pivot, next_scale, next_zero
+
+
+@triton.jit
+def descend_step(k_ptr, local_ptr, curvature_ptr, j, columns, rows, n, column, k_stride, k_row_stride, stride):
+    """What column j needs: its line of the Hessian [G], its curvature, its steps [ROWS]."""
+    line = tl.load(local_ptr + j * stride + column, mask=column < columns, other=0.0)
+    curvature = tl.load(curvature_ptr + j)
+    at = j * k_stride.to(tl.int64) + n * k_row_stride.to(tl.int64)
+    return line, curvature, tl.load(k_ptr + at, mask=n < rows, other=0.0)
+
+
+@triton.jit(do_not_specialize=["columns", "rows", "k_stride", "k_row_stride", "m_stride", "stride"])
+def descend_kernel(
+    k_ptr,  # float32 [columns, N], any strides; changed
+    m_ptr,  # float32 [columns, N], unit stride in N; changed
+    local_ptr,  # float32 [columns, columns], unit stride in the columns
+    curvature_ptr,  # float32 [columns], positive
+    scale_ptr,  # float32 [N]
+    lowest_ptr,  # float32 [N], the bounds of k
+    highest_ptr,  # float32 [N]
+    columns,
+    rows,  # N
+    k_stride,
+    k_row_stride,
+    m_stride,
+    stride,  # of the Hessian's rows
+    G: tl.constexpr,  # at least `columns`
+    ROWS: tl.constexpr,
+):
+    column = tl.arange(0, G)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = n < rows
+    inside = (column < columns)[:, None] & real[None, :]
+    m_at = m_ptr + column.to(tl.int64)[:, None] * m_stride + n[None, :]
+    m = tl.load(m_at, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + n, mask=real, other=1.0)
+    lowest = tl.load(lowest_ptr + n, mask=real, other=0.0)
+    highest = tl.load(highest_ptr + n, mask=real, other=0.0)
+    line, curvature, k = descend_step(
+        k_ptr, local_ptr, curvature_ptr, 0, columns, rows, n, column, k_stride, k_row_stride, stride
+    )
+    for j in range(columns):
+        spread = line[:, None]  # so early that it has come through shared memory before it is needed
+        next_line, next_curvature, next_k = descend_step(
+            k_ptr,
+            local_ptr,
+            curvature_ptr,
+            tl.minimum(j + 1, columns - 1),
+            columns,
+            rows,
+            n,
+            column,
+            k_stride,
+            k_row_stride,
+            stride,
+        )
+        slope = tl.sum(tl.where(column[:, None] == j, m, 0.0), axis=0)
+        best = clamp(round_even(k + tl.math.div_rn(slope, curvature * scale)), lowest, highest)
+        m -= spread * ((best - k) * scale)[None, :]
+        tl.store(k_ptr + j * k_stride.to(tl.int64) + n * k_row_stride.to(tl.int64), best, mask=real)
+        line, curvature, k = next_line, next_curvature, next_k
+    tl.store(m_at, m, mask=inside)
+
+
+@triton.jit
+def spanning(w, TOP: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_SCALE: tl.constexpr):
+    """Range, scale and zero point of groups w [T, g]: four [T] (`group_range`, `affine_parameters` of core)."""
+    low = tl.minimum(tl.min(w, axis=1), 0.0)
+    high = tl.maximum(tl.max(w, axis=1), 0.0)
+    if SYMMETRIC:
+        half: tl.constexpr = (TOP + 1) // 2
+        reach: tl.constexpr = half - 1 if half > 1 else 1
+        scale = tl.maximum(tl.math.div_rn(tl.maximum(-low, high), reach * 1.0), MIN_SCALE)
+        zero = tl.full(scale.shape, half, tl.float32)
+    else:
+        scale = tl.maximum(tl.math.div_rn(high - low, TOP * 1.0), MIN_SCALE)
+        zero = clamp(-round_even(tl.math.div_rn(low, scale)), 0.0, TOP * 1.0)
+    return low, high, scale, zero
+
+
+@triton.jit(do_not_specialize=["groups"])
+def fake_quantize_kernel(
+    w_ptr,  # float32 [groups, g]
+    out_ptr,  # float32 [groups, g], written
+    groups,
+    G: tl.constexpr,  # group size
+    TILE: tl.constexpr,  # groups per program
+    TOP: tl.constexpr,  # the largest code
+    SYMMETRIC: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = group[:, None] * G + tl.arange(0, G)[None, :]
+    inside = (group < groups)[:, None]
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+    _, _, scale, zero = spanning(w, TOP, SYMMETRIC, MIN_SCALE)
+    zero = zero[:, None]
+    steps = clamp(round_even(tl.math.div_rn(w, scale[:, None])) + zero, 0.0, TOP * 1.0) - zero
+    tl.store(out_ptr + at, steps * scale[:, None], mask=inside)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def fake_quantize_backward_kernel(
+    w_ptr,  # float32 [groups, g]
+    grad_ptr,  # float32 [groups, g]
+    grad_w_ptr,  # float32 [groups, g], written
+    groups,
+    G: tl.constexpr,
+    TILE: tl.constexpr,
+    TOP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = group[:, None] * G + tl.arange(0, G)[None, :]
+    inside = (group < groups)[:, None]
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    low, high, scale, zero = spanning(w, TOP, SYMMETRIC, MIN_SCALE)
+    ratio = tl.math.div_rn(w, scale[:, None])
+    steps = clamp(round_even(ratio) + zero[:, None], 0.0, TOP * 1.0) - zero[:, None]
+    slope = tl.where(scale > MIN_SCALE, tl.sum(grad * (steps - ratio), axis=1), 0.0)
+    if SYMMETRIC:
+        half: tl.constexpr = (TOP + 1) // 2
+        reach: tl.constexpr = half - 1 if half > 1 else 1
+        pull = shared(slope / reach, tl.abs(w) == tl.maximum(-low, high)[:, None])
+        grad += tl.where(w < 0, -pull, pull)
+    else:
+        grad += shared(slope / TOP, w == high[:, None]) - shared(slope / TOP, w == low[:, None])
+    tl.store(grad_w_ptr + at, grad, mask=inside)
+
+
+@triton.jit
+def shared(amount, at_extreme):
+    """amount [T], in equal parts to the elements [T, g] that are marked; zero elsewhere."""
+    count = tl.sum(at_extreme.to(tl.float32), axis=1)
+    return tl.where(at_extreme, (amount / tl.maximum(count, 1.0))[:, None], 0.0)

@@ -1,0 +1,219 @@
+"""Block-wise training: the quantized block, on what the quantized model hands it, is to answer as the original does.
+
+`train_block` is the paper's recipe (section 4): transforms first, then weights and quantizers. `refit_block` trains
+what is continuous in a block that has been rounded by any other means. Both end with the block's linears holding
+their decoded weights.
+
+A stage never touches the block: its weights are computed from what is trained (see `trained_linear`) and handed to
+the block's forward pass for its duration. They are computed once a step; gradients gather on them over the step's
+micro-batches, then go back to what is trained, so that no graph is longer than one micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..config import QuantConfig, Refit, Training
+from ..core.linear import decode
+from ..errors import ConfigError
+from ..layout import PackedLinear
+from .capture import Block, Call
+from .trained_linear import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
+
+Report = Callable[[dict], None]
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class BlockData:
+    """What a block is trained on, as lists of micro-batches: floating [B, T, H], all of one B, on any device.
+
+    inputs: hidden states that enter the block in the quantized model; targets: the original block's outputs on the
+    original model's hidden states; validation_*: the same for held-out windows, may be empty.
+    """
+
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    validation_inputs: list[Tensor]
+    validation_targets: list[Tensor]
+
+    @property
+    def held_out(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and targets that choose the best epoch: those for validation, or for want of them all others."""
+        if self.validation_inputs:
+            return self.validation_inputs, self.validation_targets
+        return self.inputs, self.targets
+
+    def micro_batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the samples with these numbers: int64 [B] → two [B, T, H]."""
+        size = len(self.inputs[0])
+        places = [divmod(sample, size) for sample in samples.tolist()]
+        inputs, targets = (torch.stack([states[i][row] for i, row in places]) for states in (self.inputs, self.targets))
+        return inputs, targets
+
+
+def _silent(_: dict) -> None:
+    pass
+
+
+@torch.no_grad()
+def train_block(
+    block: Block,
+    call: Call,
+    data: BlockData,
+    config: QuantConfig,
+    groups: Groups,
+    seeds: dict[str, int],
+    report: Report = _silent,
+) -> dict[str, PackedLinear]:
+    """Both stages of `config.recipe.training`: the packed linears by path, on the CPU.
+
+    groups: the linears (full paths) that share one transform, singletons included; seeds: for pair selection, by the
+    first path of each group. report: called with stage, epoch, loss (mean over the epoch's steps; None before
+    training) and validation (what chooses the epoch, see `BlockData.held_out`).
+    """
+    training = config.recipe.training or Training()
+    block.module.requires_grad_(False).eval()
+    transforms = Transforms.untrained(block, groups, seeds, config)
+    first = TransformStage(block, groups, transforms, config, training)
+    fit(first, 1, block, call, data, training, config.seed, report)
+    second = WeightStage(block, groups, transforms.build(), config, training)
+    fit(second, 2, block, call, data, replace(training, epochs=training.weight_epochs), config.seed, report)
+    return _decoded_in_place(block, second.packed())
+
+
+@torch.no_grad()
+def refit_block(
+    block: Block,
+    call: Call,
+    data: BlockData,
+    packed: dict[str, PackedLinear],
+    groups: Groups,
+    config: QuantConfig,
+    report: Report = _silent,
+    kept_as: torch.dtype = torch.float32,
+) -> dict[str, PackedLinear]:
+    """Train scales, angles and norms by `config.recipe.refit`: new packed linears with the same codes, on the CPU.
+
+    The norm weights stay in the block, with values that `kept_as`, the dtype of the checkpoint, can hold.
+    """
+    refit = config.recipe.refit or Refit()
+    block.module.requires_grad_(False).eval()
+    device = next(block.module.parameters()).device
+    stage = RefitStage(block, groups, {p: _moved(x, device) for p, x in packed.items()}, config, refit, kept_as)
+    optimizer = Training(epochs=refit.epochs, batch=refit.batch, final_rate=refit.final_rate, weight_decay=0.0)
+    fit(stage, 3, block, call, data, optimizer, config.seed, report)
+    for name, norm in stage.norms.items():
+        parameter = block.module.get_parameter(name.removeprefix(f"{block.path}."))
+        parameter.copy_(stage.as_kept(norm))
+    return _decoded_in_place(block, stage.packed())
+
+
+def fit(
+    stage: Stage, number: int, block: Block, call: Call, data: BlockData, how: Training, seed: int, report: Report
+) -> None:
+    """Train `stage.trained` for `how.epochs` and leave the values of the best epoch, the start counting as epoch 0."""
+    if not how.epochs or not stage.trained:
+        return
+    per_step = _micro_batches_per_step(how.batch, len(data.inputs[0]))
+    objective = _Objective(block, call, how.loss)
+    tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
+    optimizer = torch.optim.AdamW(
+        [{"params": [tensor], "lr": rate} for tensor, rate in stage.trained],
+        betas=(how.beta1, how.beta2),
+        eps=how.eps,
+        weight_decay=how.weight_decay,
+        fused=True,
+    )
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _cosine(how.final_rate, how.epochs * math.ceil(len(data.inputs) / per_step))
+    )
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same order on every device
+    best, kept = objective.mean(stage.weights(), *data.held_out), [tensor.detach().clone() for tensor in tensors]
+    report({"stage": number, "epoch": 0, "loss": None, "validation": best})
+    for epoch in range(1, how.epochs + 1):
+        order = torch.randperm(len(data.inputs) * len(data.inputs[0]), generator=generator)
+        losses = []
+        for chosen in order.view(len(data.inputs), -1).split(per_step):
+            losses.append(_gradients(stage, objective, data, chosen))
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+        measured = objective.mean(stage.weights(), *data.held_out)
+        if measured < best:
+            best, kept = measured, [tensor.detach().clone() for tensor in tensors]
+        loss = torch.cat(losses).mean().item()
+        report({"stage": number, "epoch": epoch, "loss": loss, "validation": measured})
+    for tensor, value in zip(tensors, kept, strict=True):
+        tensor.requires_grad_(False).copy_(value)
+
+
+@torch.enable_grad()
+def _gradients(stage: Stage, objective: _Objective, data: BlockData, chosen: Tensor) -> Tensor:
+    """Gradients of one step's mean loss on what is trained; returns the losses of the micro-batches `chosen` [n, B]."""
+    weights = stage.weights()
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    losses = []
+    for samples in chosen:
+        loss = objective.of(leaves, *data.micro_batch(samples))
+        (loss / len(chosen)).backward()
+        losses.append(loss.detach())
+    used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    torch.autograd.backward([weights[name] for name in used], [leaves[name].grad for name in used])
+    return torch.stack(losses)
+
+
+class _Objective(nn.Module):
+    """The mean loss, over elements, of a block that computes with other weights than its own."""
+
+    def __init__(self, block: Block, call: Call, loss: str):
+        super().__init__()
+        self.block, self.path, self.call = block.module, block.path, call
+        self.loss = F.smooth_l1_loss if loss == "smooth_l1" else F.mse_loss
+        self.device = next(block.module.parameters()).device
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs, targets: [B, T, H] → float32 scalar. bfloat16 on CUDA within the block only: weights are float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            outputs = self.call.run(self.block, inputs.to(self.device, torch.float32))
+        return self.loss(outputs.float(), targets.to(self.device, torch.float32))
+
+    def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
+        named = {f"block{name.removeprefix(self.path)}": weight for name, weight in weights.items()}
+        return functional_call(self, named, (inputs, targets))
+
+    def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
+        """Over micro-batches of one size; no gradients."""
+        losses = [self.of(weights, hidden, target) for hidden, target in zip(inputs, targets, strict=True)]
+        return torch.stack(losses).mean().item()
+
+
+def _micro_batches_per_step(batch: int, size: int) -> int:
+    if batch < size:
+        raise ConfigError(
+            f"batch is {batch}, but micro-batches hold {size} samples: raise batch, or use longer windows"
+        )
+    return math.ceil(batch / size)
+
+
+def _cosine(final: float, steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate before each step: from 1 to `final` along half a cosine."""
+    return lambda step: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _decoded_in_place(block: Block, packed: dict[str, PackedLinear]) -> dict[str, PackedLinear]:
+    """Give each linear its decoded weight; the packed linears, on the CPU."""
+    for path, linear in block.linears.items():
+        linear.weight.data = decode(packed[path]).to(linear.weight.dtype)
+    return {path: _moved(item, torch.device("cpu")) for path, item in packed.items()}
+
+
+def _moved(packed: PackedLinear, device: torch.device) -> PackedLinear:
+    return PackedLinear(packed.layout, **{name: tensor.to(device) for name, tensor in packed.tensors().items()})

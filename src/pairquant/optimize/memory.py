@@ -1,0 +1,82 @@
+"""How much memory a walk will take, from shapes alone, before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QuantConfig
+from .capture import Block
+from .layerwise import compares, compute_dtype
+from .streams import MICRO_BATCH_TOKENS
+
+#: What kernels' workspaces, fragmentation and the allocator's rounding add.
+MARGIN = 1.15
+#: Matrices of a linear's size that fitting holds at once beside its target (float32), and of its H (float64).
+FITTING_COPIES, FACTOR_COPIES = 6, 4
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes. device: at the peak of the largest block; streams: hidden states, part of `device` unless on the host.
+
+    store: where the streams are kept between blocks; available: free memory of the device `on`.
+    """
+
+    device: int
+    streams: int
+    available: int
+    store: torch.device
+    on: torch.device
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "store": str(self.store), "on": str(self.on)}
+
+
+def demand(
+    model: nn.Module,
+    blocks: list[Block],
+    config: QuantConfig,
+    tokens: Tensor | None,
+    validation: Tensor | None,
+    device: torch.device,
+) -> Demand:
+    """Predict the peak; streams that the device has no room for are kept on the host."""
+    itemsize = compute_dtype(model, config, device).itemsize
+    hidden = max(m.in_features for m in blocks[0].linears.values()) if blocks[0].linears else 0
+    hidden = getattr(getattr(model, "config", None), "hidden_size", hidden)
+    windows = sum(t.numel() for t in (tokens, validation) if t is not None)
+    streams = windows * hidden * itemsize * (2 if compares(config) else 1)
+    work = max(_block_bytes(block, config, tokens, itemsize) for block in blocks)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
+    fits = work * MARGIN + streams < available
+    store = device if fits else torch.device("cpu")
+    return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device)
+
+
+def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int) -> int:
+    sizes = [(m.out_features, m.in_features) for m in block.linears.values()]
+    if not sizes:
+        return 0
+    weights = sum(math.prod(size) for size in sizes)
+    inputs: dict[tuple[str, int], int] = {}
+    for path, linear in block.linears.items():
+        inputs[path.rpartition(".")[0], linear.in_features] = linear.in_features**2 * 4
+    moments = sum(inputs.values()) * (2 if config.recipe.drift else 1)
+    largest = max(math.prod(size) for size in sizes)
+    fitting = largest * 4 * FITTING_COPIES
+    factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
+    batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
+    activations = batch * (sum(sum(size) for size in sizes)) * itemsize * 2
+    trained = weights * 4 * 6 if config.recipe.training else 0
+    return weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _host_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,118 @@
+"""The calibration text on its way through the model: hidden states entering the current block.
+
+Two streams where the recipe compares: that of the model quantized so far, and that of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Block, Call, MomentSum, first_inputs_and_calls, recorded_inputs
+
+#: Tokens per forward pass through one block, until memory asks for fewer.
+MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass
+class Streams:
+    """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
+
+    device: where blocks run; calls: what each block is called with; notice: told once when memory made the micro-batches smaller.
+    """
+
+    calls: list[Call]
+    quantized: list[Tensor]
+    original: list[Tensor] | None
+    device: torch.device
+    store: torch.device
+    notice: Callable[[str], None]
+    halvings: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        blocks: list[Block],
+        tokens: Tensor,
+        keep_original: bool,
+        device: torch.device,
+        store: torch.device,
+        dtype: torch.dtype,
+        notice: Callable[[str], None],
+    ) -> Streams:
+        """tokens: int64 [samples, T]. What precedes the blocks runs where its weights are."""
+        home = next(p.device for p in model.parameters() if not p.is_meta)
+        micro_batch = min(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]), len(tokens))
+        hidden, calls = first_inputs_and_calls(model, blocks, tokens.to(home), micro_batch)
+        hidden = [h.to(store, dtype) for h in hidden]
+        calls = [call.to(device, dtype) for call in calls]
+        return cls(calls, hidden, list(hidden) if keep_original else None, device, store, notice)
+
+    def moments(self, block: Block, index: int) -> MomentSum:
+        """Run the original block on the stream(s); the original stream moves on to the next block."""
+        total = MomentSum()
+        for i, hidden in enumerate(self.quantized):
+
+            def once(hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
+                reference = output = None
+                if original is not None:
+                    with recorded_inputs(block.linears) as reference:
+                        output = self.calls[index].run(block.module, original)
+                with recorded_inputs(block.linears) as inputs:
+                    self.calls[index].run(block.module, hidden)
+                total.add(inputs, reference)
+                return output
+
+            if self.original is None:
+                self._within_memory(once, hidden)
+            else:
+                self.original[i] = self._within_memory(once, hidden, self.original[i])
+        return total
+
+    def advance(self, block: Block, index: int) -> None:
+        """Carry the quantized stream through the block, which now holds its decoded weights."""
+        self._advance(self.quantized, block, index)
+
+    def advance_original(self, block: Block, index: int) -> None:
+        """Carry the original stream through the block, which still holds its own weights."""
+        if self.original is not None:
+            self._advance(self.original, block, index)
+
+    def _advance(self, stream: list[Tensor], block: Block, index: int) -> None:
+        for i, hidden in enumerate(stream):
+            stream[i] = self._within_memory(lambda h: self.calls[index].run(block.module, h), hidden)
+
+    def _within_memory(self, work: Callable[..., Tensor | None], *batches: Tensor):
+        """`work` on micro-batches of at most what memory has allowed so far; halved, for good, when it runs out."""
+        size = max(1, self.calls[0].batch >> self.halvings)
+        outputs: list[Any] = []
+        for start in range(0, len(batches[0]), size):
+            parts = [batch[start : start + size].to(self.device) for batch in batches]
+            try:
+                output = work(*parts)
+                outputs.append(output if output is None else output.to(self.store))
+                continue
+            except torch.OutOfMemoryError:
+                if len(parts[0]) == 1:
+                    raise
+            torch.cuda.empty_cache()
+            self.halvings += 1
+            self.notice(f"out of memory: going on with micro-batches of {max(1, size // 2)} windows instead of {size}")
+            outputs.append(self._within_memory(work, *parts))
+        return torch.cat(outputs) if outputs[0] is not None and len(outputs) > 1 else outputs[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both streams, to be stored."""
+        streams = {"quantized": self.quantized, "original": self.original or []}
+        return {f"{name}.{i}": tensor for name, stream in streams.items() for i, tensor in enumerate(stream)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `tensors` returned."""
+        for name, stream in (("quantized", self.quantized), ("original", self.original or [])):
+            for i in range(len(stream)):
+                stream[i] = tensors[f"{name}.{i}"].to(self.store)
