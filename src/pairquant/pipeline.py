@@ -204,8 +204,10 @@ class Job:
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in asdict_shallow(result).items() if k not in ("packed", "parameters")}
         tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors().items()}
+        for name, value in result.parameters.items():
+            tensors[name] = value.to(self.source.stored.fields[name].dtype)
         if self.ranks.leads:
-            self.journal.append({**tensors, **result.parameters}, entry)
+            self.journal.append(tensors, entry)
         self._log({"event": "block", **entry, **_gpu_memory(self.device)})
         self._last_seconds = result.seconds
 

@@ -191,3 +191,14 @@ def test_all_zeros_give_a_usable_transform(part, generator):
     (transform,) = fit_transforms([problem], FEW_STEPS)
     packed = encode(problem.weight, transform, None, FEW_STEPS.layout(C, N), FEW_STEPS.recipe)
     packed.check_values("linear")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+def test_a_replayed_step_finds_what_single_steps_find(generator, monkeypatch):
+    problem = draw_problem(generator, rows=256, channels=512)
+    problem = Problem(problem.weight.cuda(), problem.hessian.cuda(), 0)
+    replayed = fit_transforms([problem], FULL)[0]
+    monkeypatch.setattr("pairquant.optimize.proxy.GRAPH_WEIGHTS", 0)
+    single = fit_transforms([problem], FULL)[0]
+    assert rounding_error(problem, replayed, FULL) == pytest.approx(rounding_error(problem, single, FULL), rel=0.02)
+    torch.testing.assert_close(replayed.theta, single.theta, rtol=0.05, atol=0.05)

@@ -93,6 +93,10 @@ class SourceWeights:
                     if full in self.stored.fields:
                         _put(module, name, self.load(full))
 
+    def dtype(self, block: Any) -> torch.dtype:
+        """That of the block's parameters in the checkpoint."""
+        return next(self.stored.fields[f"{block.path}.{name}"].dtype for name, _ in block.module.named_parameters())
+
     def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
         """The block's weights, on the device."""
         self.fill(block.module, block.path, device, dtype)

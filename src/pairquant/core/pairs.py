@@ -27,10 +27,15 @@ class PairSelection:
     free: Tensor
 
 
-def random_rank(num_groups: int, group_size: int, generator: torch.Generator) -> Tensor:
-    """An independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal."""
+def random_rank(
+    num_groups: int, group_size: int, generator: torch.Generator, device: torch.device | None = None
+) -> Tensor:
+    """An independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal.
+
+    The numbers are drawn on the CPU, so that the order is the same whatever device it is for.
+    """
     num_pairs = group_size * (group_size - 1) // 2
-    order = torch.rand(num_groups, num_pairs, generator=generator).argsort(-1)
+    order = torch.rand(num_groups, num_pairs, generator=generator).to(device).argsort(dim=-1, stable=True)
     return _symmetric(order.argsort(-1), group_size)
 
 
@@ -39,19 +44,19 @@ def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
 
     magnitude: [C], any measure of a channel's size, such as the mean absolute weight. Returns float32 [G, g, g].
     """
-    by_group = magnitude.detach().cpu().double().view(-1, group_size)
-    i, j = torch.triu_indices(group_size, group_size, offset=1)
+    by_group = magnitude.detach().double().view(-1, group_size)
+    i, j = torch.triu_indices(group_size, group_size, offset=1, device=magnitude.device)
     difference = (by_group[:, i] - by_group[:, j]).abs()
     order = difference.argsort(dim=-1, descending=True, stable=True)
     return _symmetric(order.argsort(-1), group_size)
 
 
 def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
-    """K independent rotations for each group, greedy in the order given by `rank` [G, g, g]."""
+    """K independent rotations for each group, greedy in the order given by `rank` [G, g, g], on its device."""
     num_groups, g, _ = rank.shape
     rank = rank.clone()
-    pairs = torch.empty(rotations, num_groups, g // 2, 2, dtype=torch.int16)
-    free = torch.empty(rotations, num_groups, g // 2, dtype=torch.bool)
+    pairs = torch.empty(rotations, num_groups, g // 2, 2, dtype=torch.int16, device=rank.device)
+    free = torch.empty(rotations, num_groups, g // 2, dtype=torch.bool, device=rank.device)
     for k in range(rotations):
         partner = _first_matching(rank)
         pairs[k], free[k] = _as_pairs(partner)
@@ -61,8 +66,8 @@ def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
 
 def _symmetric(position: Tensor, g: int) -> Tensor:
     """Positions of the pairs (i < j) in upper-triangle order [G, g(g-1)/2] → symmetric matrices [G, g, g]."""
-    rank = torch.full((position.shape[0], g, g), torch.inf)
-    i, j = torch.triu_indices(g, g, offset=1)
+    rank = torch.full((position.shape[0], g, g), torch.inf, device=position.device)
+    i, j = torch.triu_indices(g, g, offset=1, device=position.device)
     rank[:, i, j] = rank[:, j, i] = position.float()
     return rank
 
@@ -71,8 +76,8 @@ def _first_matching(rank: Tensor) -> Tensor:
     """The lexicographically first matching of each group: partner of each channel [G, g], or -1 when left alone."""
     num_groups, g, _ = rank.shape
     remaining = rank.clone()
-    partner = torch.full((num_groups, g), -1)
-    channel = torch.arange(g)
+    partner = torch.full((num_groups, g), -1, device=rank.device)
+    channel = torch.arange(g, device=rank.device)
     while True:
         earliest, candidate = remaining.min(-1)
         mutual = candidate.gather(1, candidate) == channel
@@ -86,7 +91,7 @@ def _first_matching(rank: Tensor) -> Tensor:
 def _as_pairs(partner: Tensor) -> tuple[Tensor, Tensor]:
     """Partners [G, g] → pairs [G, g/2, 2] with those left alone paired last, and a mask of the genuine ones."""
     num_groups, g = partner.shape
-    channel = torch.arange(g).expand(num_groups, g)
+    channel = torch.arange(g, device=partner.device).expand(num_groups, g)
     lonely = partner < 0
     # Sort channels so that a pair's two members are neighbours: by the pair's lower channel, the lonely ones last.
     lower = torch.where(lonely, g + channel, torch.minimum(channel, partner))

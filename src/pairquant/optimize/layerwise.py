@@ -57,6 +57,7 @@ class BlockResult:
 class Home(Protocol):
     """Where blocks are when they are not worked on."""
 
+    def dtype(self, block: Block) -> torch.dtype: ...
     def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None: ...
     def leave(self, block: Block) -> None: ...
 
@@ -73,13 +74,20 @@ class Finished(Protocol):
 class InPlace:
     """The model holds all its weights; a block goes to the device and comes back."""
 
+    stored_as: tuple[torch.device, torch.dtype] | None = None
+
+    def dtype(self, block: Block) -> torch.dtype:
+        return self.stored_as[1] if self.stored_as else next(block.module.parameters()).dtype
+
     def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None:
         first = next(block.module.parameters())
         self.stored_as = first.device, first.dtype
         block.module.to(device, dtype)
 
     def leave(self, block: Block) -> None:
+        assert self.stored_as is not None, "a block leaves that never entered"
         block.module.to(*self.stored_as)
+        self.stored_as = None
 
 
 class Nothing:
@@ -185,15 +193,16 @@ class Walk:
         if streams is not None and (recipe.training or recipe.refit):
             if held_out is not None:
                 held_out.advance_original(block, index)
-            data = _block_data(streams, held_out)
+            data = _block_data(streams, held_out, self.config)
             if recipe.training:
                 seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
                 call = streams.calls[index]
                 result.packed = train_block(block, call, data, self.config, groups, seeds, result.history.append)
             else:
                 result.packed = refit_block(
-                    block, streams.calls[index], data, result.packed, groups, self.config, result.history.append
-                )
+                    block, streams.calls[index], data, result.packed, groups, self.config, result.history.append,
+                    self.home.dtype(block),
+                )  # fmt: skip
             hessians = {path: m.hessian for m in moments for path in m.readers}
             result.errors = {
                 path: proxy_error(weights[path], decode(packed), hessians[path])
@@ -327,11 +336,24 @@ def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
             ranks.add(moments.cross)
 
 
-def _block_data(streams: Streams, held_out: Streams | None) -> BlockData:
+def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig) -> BlockData:
     """After `moments` the original stream holds the block's outputs; the quantized one still enters it."""
+    how = config.recipe.training or config.recipe.refit
     assert streams.original is not None, "block-wise training compares with the original stream"
-    validation = (held_out.quantized, held_out.original or []) if held_out else ([], [])
-    return BlockData(streams.quantized, streams.original, *validation)
+    assert how is not None, "asked for by the recipe"
+    lists = [streams.quantized, streams.original]
+    lists += [held_out.quantized, held_out.original or []] if held_out else [[], []]
+    return BlockData(*(_even(stream, how.batch) for stream in lists))
+
+
+def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
+    """The stream in micro-batches of one size, of at most `limit` windows."""
+    sizes = {len(hidden) for hidden in stream}
+    if not sizes or (len(sizes) == 1 and max(sizes) <= limit):
+        return stream
+    windows = sum(len(hidden) for hidden in stream)
+    size = max(n for n in range(1, min(limit, max(sizes)) + 1) if windows % n == 0)
+    return list(torch.cat(stream).split(size))
 
 
 def _other_parameters(block: Block) -> dict[str, Tensor]:

@@ -25,6 +25,9 @@ from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pair
 from ..core.rotation import givens_positions, rotation_matrix
 from ..kernels.fit import fake_quantize
 
+#: Blocks of up to so many weights are fitted by replaying one captured step, after so many ordinary ones.
+GRAPH_WEIGHTS, GRAPH_WARM_UP = 32_000_000, 3
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -103,8 +106,7 @@ def fit_transforms(problems: list[Problem], config: QuantConfig) -> list[Transfo
         return [Transform.identity(p.channels, int(config.group_size), device=p.weight.device) for p in problems]
     with _fast_products(problems[0].weight.device):
         search = _Search(problems, config)
-        for step in range(config.recipe.steps):
-            search.step(step)
+        search.run()
         search.keep_best(search.evaluate(slopes=False))
     return search.transforms()
 
@@ -115,7 +117,8 @@ def select_for(problem: Problem, config: QuantConfig) -> PairSelection:
     if config.pair_selection == "magnitude":
         rank = magnitude_rank(problem.weight.abs().mean(0), g)
     else:
-        rank = random_rank(problem.channels // g, g, torch.Generator().manual_seed(problem.seed))
+        generator = torch.Generator().manual_seed(problem.seed)
+        rank = random_rank(problem.channels // g, g, generator, problem.weight.device)
     return select_pairs(rank, config.rotations)
 
 
@@ -128,8 +131,8 @@ class _Search:
         self.group_size = int(config.group_size)
         self.sizes = [p.channels for p in problems]
         selections = [select_for(p, config) for p in problems]
-        self.pairs = torch.cat([s.pairs for s in selections], dim=1).to(device)
-        self.free = torch.cat([s.free for s in selections], dim=1).to(device)
+        self.pairs = torch.cat([s.pairs for s in selections], dim=1)
+        self.free = torch.cat([s.free for s in selections], dim=1)
         self.positions = givens_positions(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum().clamp(min=1e-30) for p in problems])
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
@@ -139,8 +142,9 @@ class _Search:
         sizes = torch.tensor(self.sizes, device=device)
         self.problem_of_channel = torch.arange(len(problems), device=device).repeat_interleave(sizes)
         trained = [self.theta, self.log_scale] if config.recipe.channel_scales else [self.theta]
+        self.rate = torch.tensor(config.recipe.learning_rate, device=device)
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.recipe.learning_rate, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0
+            trained, lr=self.rate, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, capturable=device.type == "cuda"
         )
 
     def evaluate(self, slopes: bool) -> Tensor:
@@ -165,22 +169,54 @@ class _Search:
             torch.autograd.backward((into, out_of), (torch.cat(grads_into), torch.cat(grads_out_of)))
         return torch.stack(losses)
 
-    def step(self, step: int) -> None:
-        recipe = self.config.recipe
-        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        self.optimizer.param_groups[0]["lr"] = recipe.learning_rate * (
-            recipe.final_rate + (1 - recipe.final_rate) * cosine
-        )
+    def run(self) -> None:
+        """All steps. On CUDA, small blocks replay one captured step: launching it anew would take longer than it does."""
+        steps = range(self.config.recipe.steps)
+        small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS
+        if self.theta.is_cuda and small and len(steps) > 2 * GRAPH_WARM_UP:
+            self._replay(steps)
+        else:
+            for step in steps:
+                self.step(step)
+
+    def _replay(self, steps: range) -> None:
+        ahead = torch.cuda.Stream(self.theta.device)
+        ahead.wait_stream(torch.cuda.current_stream(self.theta.device))
+        with torch.cuda.stream(ahead):
+            for step in steps[:GRAPH_WARM_UP]:
+                self.step(step)
+        torch.cuda.current_stream(self.theta.device).wait_stream(ahead)
         self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.work()
+        for step in steps[GRAPH_WARM_UP:]:
+            self.set_rate(step)
+            graph.replay()
+
+    def step(self, step: int) -> None:
+        self.set_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.work()
+
+    def work(self) -> None:
         self.keep_best(self.evaluate(slopes=True))
         self.optimizer.step()
+
+    def set_rate(self, step: int) -> None:
+        recipe = self.config.recipe
+        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        self.rate.fill_(recipe.learning_rate * (recipe.final_rate + (1 - recipe.final_rate) * cosine))
 
     def keep_best(self, losses: Tensor) -> None:
         better = losses < self.best_loss
         by_channel = better[self.problem_of_channel]
-        self.best_loss = torch.where(better, losses, self.best_loss)
-        self.best_theta = torch.where(by_channel[::2], self.theta, self.best_theta)
-        self.best_log_scale = torch.where(by_channel, self.log_scale, self.best_log_scale)
+        for best, now, where in (
+            (self.best_loss, losses, better),
+            (self.best_theta, self.theta, by_channel[::2]),
+            (self.best_log_scale, self.log_scale, by_channel),
+        ):
+            best.copy_(torch.where(where, now, best))
 
     def transforms(self) -> list[Transform]:
         theta = (self.best_theta * self.free).split([c // 2 for c in self.sizes], dim=1)
