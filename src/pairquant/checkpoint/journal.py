@@ -77,9 +77,10 @@ class Journal:
 
     def append(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Finish the next block. tensors: what its checkpoint holds, by full name; entry: JSON-ready."""
-        file = self._file(self.count)
+        file, start = self._file(self.count), time.perf_counter()
         try:
             write_tensors(file, tensors)
+            self._bytes_per_second = file.stat().st_size / max(time.perf_counter() - start, 1e-9)
             complete = {**entry, "sha256": checksum(file)}
             write_json(file.with_suffix(".json"), complete)
         except (OSError, SafetensorError) as error:
@@ -105,16 +106,17 @@ class Journal:
         return linears, {name: stored.load(name) for name in stored.fields if name not in taken}
 
     def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:
-        """Store the streams that enter block `index`, unless that would take more than its share of a block's time."""
+        """Store the streams that enter block `index`, unless that would take more than its share of a block's time.
+
+        How long it would take is known from writing the block itself.
+        """
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes_per_second and size / self._bytes_per_second > SNAPSHOT_SHARE * block_seconds:
             return
-        start = time.perf_counter()
         try:
             write_tensors(self.directory / f"streams-{index:05}.safetensors", {n: t.cpu() for n, t in tensors.items()})
         except (OSError, SafetensorError) as error:
             raise write_error(self.directory, error, KEPT) from error
-        self._bytes_per_second = size / max(time.perf_counter() - start, 1e-9)
         for older in self.directory.glob("streams-*.safetensors"):
             if older.name < f"streams-{index:05}":
                 older.unlink()

@@ -204,10 +204,9 @@ class Walk:
                     self.home.dtype(block),
                 )  # fmt: skip
             hessians = {path: m.hessian for m in moments for path in m.readers}
-            result.errors = {
-                path: proxy_error(weights[path], decode(packed), hessians[path])
-                for path, packed in result.packed.items()
-            }
+            for path, weight in weights.items():
+                decoded = block.linears[path].weight.float()
+                result.errors[path] = proxy_error(weight, decoded, hessians[path])
         result.packed = {path: _on_cpu(packed) for path, packed in result.packed.items()}
         after = _other_parameters(block)
         result.parameters = {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])}
