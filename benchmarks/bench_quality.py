@@ -23,7 +23,7 @@ from recipes import config_from
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.devices import resolve_device
-from pairquant.evaluate.quality import measure
+from pairquant.evaluation.quality import measure
 from pairquant.layout import bits_per_weight
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.layerwise import Walk, needs_text

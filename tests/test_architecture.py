@@ -17,7 +17,7 @@ FLOORS = {
     "nn": 3,
     "optimize": 4,
     "checkpoint": 4,
-    "evaluate": 5,
+    "evaluation": 5,
     "integrations": 5,
     "pipeline": 6,
     "loggers": 6,

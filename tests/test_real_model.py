@@ -8,7 +8,7 @@ import torch
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.config import PRESETS, QuantConfig
-from pairquant.evaluate.quality import measure
+from pairquant.evaluation.quality import measure
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.layerwise import quantize_blocks
 from pairquant.text import BUNDLED_TEST, documents, token_windows

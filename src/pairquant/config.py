@@ -42,7 +42,7 @@ class Training:
     original's. Stage 1 trains angles and channel scales at `transform_rate` for `epochs`; stage 2 trains weights at
     `weight_rate`, quantizer scales and zero points at `quantizer_rate`, for `weight_epochs`.
     AdamW with `beta1`, `beta2`, `eps`, `weight_decay`; `batch` samples a step; cosine decay to `final_rate` times the
-    rate within each stage. The best epoch on `validation_samples` held-out windows is kept (0: the last epoch).
+    rate within each stage. The best epoch on `validation_samples` held-out windows is kept (0: on those trained on).
     """
 
     epochs: int = 10
@@ -75,14 +75,14 @@ class Refit:
     """A short block-wise training after rounding, the codes being fixed: group scales, channel scales, angles, norms.
 
     epochs, batch, rates (relative steps of the logarithm for scales, radians for angles, absolute for norm weights),
-    cosine decay to `final_rate` times the rate. The best epoch on the calibration windows is kept.
+    cosine decay to `final_rate` times the rate. The best epoch on the training windows is kept.
     """
 
-    epochs: int = 4
+    epochs: int = 6
     batch: int = 8
-    scale_rate: float = 1e-4
-    transform_rate: float = 1e-4
-    norm_rate: float = 1e-4
+    scale_rate: float = 1e-3
+    transform_rate: float = 1e-3
+    norm_rate: float = 1e-3
     final_rate: float = 0.05
 
     def __post_init__(self) -> None:

@@ -122,7 +122,7 @@ class Job:
             self.progress.stage("source weights")
             self.source = self._source(spill)
             self._require_finite()
-            self.journal = self._journal(directory, calibration, validation)
+            self._open_journal(calibration, validation)
             self._walk(calibration, validation)
             self.progress.stage("writing")
             report = self._report(calibration)
@@ -143,6 +143,13 @@ class Job:
             return None, None
         self.progress.stage("calibration text")
         held_out = config.recipe.training.validation_samples if config.recipe.training else 0
+        if (config.recipe.training or config.recipe.refit) and (
+            config.samples % self.ranks.size or held_out % self.ranks.size
+        ):
+            raise ConfigError(
+                f"{config.samples} samples and {held_out} validation samples do not share out evenly to {self.ranks.size} "
+                f"processes, as block-wise training needs: choose multiples of {self.ranks.size}"
+            )
         inside = 0 if config.validation else held_out
         calibration = calibrate(
             self.tokenizer, config.calibration, config.samples + inside, config.seq_len, config.seed
@@ -161,7 +168,7 @@ class Job:
         self.ranks.wait()
         return SourceWeights.open(self.files, self.skeleton, spill, spilled=True)
 
-    def _journal(self, directory: Path, calibration: Calibration | None, validation: Tensor | None) -> Journal:
+    def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         identity = {
             "source": self.source.digest(),
             "config": self.config.to_dict(),
@@ -172,11 +179,10 @@ class Job:
             "versions": {"pairquant": f"{__version__}+{_code_digest()}", "torch": torch.__version__},
         }
         if self.ranks.leads:
-            journal = Journal.open(directory, identity, self._layout)
-            self.ranks.wait()
-            return journal
+            self.journal.begin(identity)
         self.ranks.wait()
-        return Journal.open(directory, identity, self._layout, writes=False)
+        if not self.ranks.leads:
+            self.journal.read()
 
     def _layout(self, path: str) -> LinearLayout:
         linear = self.skeleton.get_submodule(path)
@@ -202,7 +208,7 @@ class Job:
             self.progress.block(result)
 
     def _keep(self, result: BlockResult) -> None:
-        entry = {k: v for k, v in asdict_shallow(result).items() if k not in ("packed", "parameters")}
+        entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
         tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors().items()}
         for name, value in result.parameters.items():
             tensors[name] = value.to(self.source.stored.fields[name].dtype)
@@ -287,15 +293,17 @@ class Job:
     @contextmanager
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
         """The journal outlives an error if a block is finished, and nothing if none is; success removes it."""
-        if fresh and self.ranks.leads:
-            Journal(directory, self._layout).remove()
-        self.ranks.wait()
-        self.journal = Journal(directory, self._layout)
         existed = directory.exists()
+        self.journal = Journal(directory, self._layout)
+        if self.ranks.leads:
+            self.journal.lock()
+            if fresh:
+                self.journal.clear()
+        self.ranks.wait()
         try:
             yield directory / "source"
         except BaseException:
-            if self.ranks.leads and not existed and not self.journal.count:
+            if self.ranks.leads and (fresh or not existed) and not self.journal.count:
                 self.journal.remove()
             self.journal.close()
             raise
@@ -317,10 +325,6 @@ class _Finished:
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()
-
-
-def asdict_shallow(result: BlockResult) -> dict[str, Any]:
-    return dict(vars(result))
 
 
 def _gpu_memory(device: torch.device) -> dict[str, int]:

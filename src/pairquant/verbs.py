@@ -18,7 +18,7 @@ from .core.linear import decode, forward, rotated_weight, transform_of
 from .core.packing import unpack
 from .devices import resolve_device
 from .errors import ConfigError, PairQuantError, ResourceError, TextError
-from .evaluate.quality import measure
+from .evaluation.quality import measure
 from .layout import PackedLinear
 from .nn import SIBLINGS
 from .text import BUNDLED_TEST, documents, token_windows

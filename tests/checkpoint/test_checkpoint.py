@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import pairquant
 from pairquant import verbs
+from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
-from pairquant.checkpoint.write import require_space, write_checkpoint
+from pairquant.checkpoint.write import Entry, require_space, write_checkpoint
 from pairquant.errors import CheckpointError, ConfigError, ResourceError, SourceError
+from pairquant.layout import Field
 
 QUICK = pairquant.QuantConfig(
     preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
@@ -184,7 +186,7 @@ except pairquant.PairQuantError as error:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a Unix feature")
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_disk_that_fills_while_writing_leaves_everything_as_it_was(pristine, tmp_path, existing):
+def test_a_disk_that_fills_while_writing_leaves_the_output_as_it_was_and_the_work_done(pristine, tmp_path, existing):
     target = tmp_path / "out"
     if existing:
         shutil.copytree(pristine / "checkpoint", target)
@@ -197,7 +199,11 @@ def test_a_disk_that_fills_while_writing_leaves_everything_as_it_was(pristine, t
     assert "the disk is full" in done.stderr
     after = {f.name: f.read_bytes() for f in target.iterdir()} if existing else None
     assert before == after
-    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
+    assert {path.name for path in tmp_path.iterdir()} == {".out.journal", *(["out"] if existing else [])}
+    assert "run the same command again" in done.stderr
+    config = pairquant.QuantConfig(preset="rtn", group_size=32)
+    pairquant.quantize(pristine / "source", target, config, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 KILL_WHILE_WRITING = """
@@ -220,14 +226,37 @@ def test_a_process_killed_while_writing_leaves_the_old_output_whole(pristine, tm
 
 
 def test_an_interrupted_write_removes_its_staging_directory(tmp_path):
-    class Interrupted:
-        def save_pretrained(self, directory):
-            (directory / "half.safetensors").write_bytes(b"half")
-            raise KeyboardInterrupt
+    def interrupted(directory):
+        (directory / "half.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path / "out", Interrupted(), None, {})
+        write_checkpoint(tmp_path / "out", {}, interrupted, {})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_writers_left_is_put_right(tmp_path):
+    """Killed between the two renames of an overwritten output, and before the first."""
+    (tmp_path / ".out.retired").mkdir()
+    (tmp_path / ".out.retired" / "config.json").write_text("{}")
+    (tmp_path / ".out.abc.partial").mkdir()
+    write_checkpoint(tmp_path / "out", {}, lambda directory: None, {}, overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_large_checkpoints_are_cut_into_shards_that_load_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("pairquant.checkpoint.write.SHARD_BYTES", 300)
+    values = {f"t{i}": torch.arange(20 + i, dtype=torch.float32) for i in range(9)}
+    entries = {
+        name: Entry(Field(value.dtype, tuple(value.shape)), lambda value=value: value) for name, value in values.items()
+    }
+    write_checkpoint(tmp_path / "out", entries, lambda directory: None, {})
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = StoredTensors.of_directory(tmp_path / "out")
+    assert len(set(index["weight_map"].values())) == 4
+    assert {name: stored.files[name].name for name in stored.fields} == index["weight_map"]
+    assert all(torch.equal(stored.load(name), value) for name, value in values.items())
 
 
 class TestSources:

@@ -8,7 +8,7 @@ from models import FAMILIES, tiny_model
 
 from pairquant.config import PRESETS, QuantConfig, Recipe
 from pairquant.core.linear import decode
-from pairquant.evaluate.quality import measure
+from pairquant.evaluation.quality import measure
 from pairquant.optimize.layerwise import quantize_blocks
 
 CPU = torch.device("cpu")

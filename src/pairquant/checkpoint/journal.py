@@ -30,7 +30,7 @@ SNAPSHOT_SHARE = 0.05
 
 
 class Journal:
-    """Open for one run. entries: block → the content of its json file; layout: linear path → its layout."""
+    """One output's. entries: finished blocks, each the content of its json file; layout: linear path → its layout."""
 
     def __init__(self, directory: Path, layout: Callable[[str], LinearLayout]):
         self.directory, self.layout = directory, layout
@@ -43,32 +43,55 @@ class Journal:
         """The journal's directory for this output."""
         return output.absolute().with_name(f".{output.name}.journal")
 
-    @classmethod
-    def open(
-        cls, directory: Path, identity: Mapping[str, Any], layout: Callable[[str], LinearLayout], writes: bool = True
-    ) -> Journal:
-        """Start a journal, or continue the one that is there.
-
-        identity: all that decides the result. Raises `ConfigError` naming what differs from the run that was begun,
-        or if that run is still at work; `CheckpointError` if a file is damaged.
-        """
-        journal = cls(directory, layout)
-        if not writes:
-            journal._read_entries()
-            return journal
+    def lock(self) -> None:
+        """Keep other runs out. Raises `ConfigError` if one is at work here, `ResourceError` if nothing can be written."""
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            journal._take_lock()
-            for left in directory.glob(f"*{PARTIAL}"):
-                left.unlink()
-            if (directory / IDENTITY).exists():
-                journal._compare(json.loads(json.dumps(identity)))
-                journal._read_entries()
-            else:
-                write_json(directory / IDENTITY, identity)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / "lock").open("w")
         except OSError as error:
-            raise write_error(directory, error, "Choose another --output.") from error
-        return journal
+            raise write_error(self.directory, error, "Choose another --output.") from error
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs of the same output are not told apart
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise ConfigError(
+                f"another run is writing to this output (journal {self.directory}): wait for it"
+            ) from None
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Start the run that `identity`, all that decides the result, stands for; or continue it.
+
+        Raises `ConfigError` naming what differs from the run that was begun, `CheckpointError` if a file is damaged.
+        """
+        for left in self.directory.glob(f"*{PARTIAL}"):
+            left.unlink()
+        if (self.directory / IDENTITY).exists():
+            self._compare(json.loads(json.dumps(identity)))
+            self.read()
+            return
+        try:
+            write_json(self.directory / IDENTITY, identity)
+        except OSError as error:
+            raise write_error(self.directory, error, "Choose another --output.") from error
+
+    def read(self) -> None:
+        """The finished blocks, each checked; raises `CheckpointError` for a damaged one."""
+        while (file := self._file(self.count).with_suffix(".json")).exists():
+            entry = self._json(file)
+            tensors = file.with_suffix(".safetensors")
+            if not tensors.exists() or checksum(tensors) != entry.get("sha256"):
+                raise CheckpointError(
+                    f"{tensors} is damaged (its checksum is not that of {file.name}). Delete {file.name} to do this block "
+                    "and those after it again, or start over with --fresh."
+                )
+            self.entries.append(entry)
+        for later in self.directory.glob("block-*.json"):
+            if later > file:
+                later.unlink()
 
     @property
     def count(self) -> int:
@@ -138,6 +161,12 @@ class Journal:
         except OSError as error:
             raise write_error(self.directory / LOG, error, KEPT) from error
 
+    def clear(self) -> None:
+        """Forget what is finished."""
+        for left in self.directory.iterdir():
+            if left.name != "lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
     def remove(self) -> None:
         """Forget the run."""
         self.close()
@@ -152,44 +181,14 @@ class Journal:
     def _file(self, index: int) -> Path:
         return self.directory / f"block-{index:05}.safetensors"
 
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs of the same output are not told apart
-            return
-        self._lock = (self.directory / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise ConfigError(
-                f"another run is writing to this output (journal {self.directory}). Wait for it."
-            ) from None
-
     def _compare(self, identity: Mapping[str, Any]) -> None:
         begun = self._json(self.directory / IDENTITY)
         differences = [f"  {name}: {old} then, {new} now" for name, (old, new) in _differences(begun, identity).items()]
         if differences:
-            self.close()
             raise ConfigError(
                 "a run with other arguments was begun for this output:\n" + "\n".join(differences) + "\n"
                 "Run the same command as then to continue it, or add --fresh to start over."
             )
-
-    def _read_entries(self) -> None:
-        while (file := self._file(self.count).with_suffix(".json")).exists():
-            entry = self._json(file)
-            tensors = file.with_suffix(".safetensors")
-            if not tensors.exists() or checksum(tensors) != entry.get("sha256"):
-                self.close()
-                raise CheckpointError(
-                    f"{tensors} is damaged (its checksum is not that of {file.name}). Delete {file.name} to do this block "
-                    "and those after it again, or start over with --fresh."
-                )
-            self.entries.append(entry)
-        for later in self.directory.glob("block-*.json"):
-            if later > file:
-                later.unlink()
 
     def _json(self, file: Path) -> dict[str, Any]:
         try:
@@ -197,7 +196,6 @@ class Journal:
         except (ValueError, OSError) as error:
             content = error
         if not isinstance(content, dict):
-            self.close()
             raise CheckpointError(
                 f"{file} is damaged ({content}). Delete it to do without it, or start over with --fresh."
             )

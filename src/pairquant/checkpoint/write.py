@@ -106,10 +106,15 @@ def _shards(entries: Mapping[str, Entry]) -> list[list[str]]:
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A fresh directory beside the output, removed if it is still there in the end; so are those of killed runs."""
+    """A fresh directory beside the output, removed if it is still there in the end; so is what killed runs left."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f".{output.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
+    if (retired := _retired(output)).exists():
+        if output.exists():
+            shutil.rmtree(retired)
+        else:
+            retired.rename(output)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         yield staging
@@ -122,13 +127,18 @@ def _replace(staging: Path, output: Path) -> None:
     staging.chmod(0o755)
     retired = None
     if output.exists():
-        retired = output.with_name(f".{output.name}.retired")
+        retired = _retired(output)
         shutil.rmtree(retired, ignore_errors=True)
         output.rename(retired)
     staging.rename(output)
     sync(output.parent)
     if retired:
         shutil.rmtree(retired)
+
+
+def _retired(output: Path) -> Path:
+    """Where an output that is being overwritten waits for its successor."""
+    return output.with_name(f".{output.name}.retired")
 
 
 def _existing_parent(path: Path) -> Path:

@@ -25,9 +25,11 @@ from ..core.linear import decode
 from ..errors import ConfigError
 from ..layout import PackedLinear
 from .capture import Block, Call
+from .ranks import Ranks
 from .trained_linear import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
 
 Report = Callable[[dict], None]
+ALONE = Ranks()
 Weights = dict[str, Tensor]
 
 
@@ -72,6 +74,7 @@ def train_block(
     groups: Groups,
     seeds: dict[str, int],
     report: Report = _silent,
+    ranks: Ranks = ALONE,
 ) -> dict[str, PackedLinear]:
     """Both stages of `config.recipe.training`: the packed linears by path, on the CPU.
 
@@ -83,9 +86,9 @@ def train_block(
     block.module.requires_grad_(False).eval()
     transforms = Transforms.untrained(block, groups, seeds, config)
     first = TransformStage(block, groups, transforms, config, training)
-    fit(first, 1, block, call, data, training, config.seed, report)
+    fit(first, 1, block, call, data, training, config.seed, report, ranks)
     second = WeightStage(block, groups, transforms.build(), config, training)
-    fit(second, 2, block, call, data, replace(training, epochs=training.weight_epochs), config.seed, report)
+    fit(second, 2, block, call, data, replace(training, epochs=training.weight_epochs), config.seed, report, ranks)
     return _decoded_in_place(block, second.packed())
 
 
@@ -99,6 +102,7 @@ def refit_block(
     config: QuantConfig,
     report: Report = _silent,
     kept_as: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> dict[str, PackedLinear]:
     """Train scales, angles and norms by `config.recipe.refit`: new packed linears with the same codes, on the CPU.
 
@@ -109,7 +113,7 @@ def refit_block(
     device = next(block.module.parameters()).device
     stage = RefitStage(block, groups, {p: _moved(x, device) for p, x in packed.items()}, config, refit, kept_as)
     optimizer = Training(epochs=refit.epochs, batch=refit.batch, final_rate=refit.final_rate, weight_decay=0.0)
-    fit(stage, 3, block, call, data, optimizer, config.seed, report)
+    fit(stage, 3, block, call, data, optimizer, config.seed, report, ranks)
     for name, norm in stage.norms.items():
         parameter = block.module.get_parameter(name.removeprefix(f"{block.path}."))
         parameter.copy_(stage.as_kept(norm))
@@ -117,12 +121,23 @@ def refit_block(
 
 
 def fit(
-    stage: Stage, number: int, block: Block, call: Call, data: BlockData, how: Training, seed: int, report: Report
+    stage: Stage,
+    number: int,
+    block: Block,
+    call: Call,
+    data: BlockData,
+    how: Training,
+    seed: int,
+    report: Report,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Train `stage.trained` for `how.epochs` and leave the values of the best epoch, the start counting as epoch 0."""
+    """Train `stage.trained` for `how.epochs` and leave the values of the best epoch, the start counting as epoch 0.
+
+    Several ranks hold equally many windows each; gradients and losses are averaged over them.
+    """
     if not how.epochs or not stage.trained:
         return
-    per_step = _micro_batches_per_step(how.batch, len(data.inputs[0]))
+    per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
     objective = _Objective(block, call, how.loss)
     tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
     optimizer = torch.optim.AdamW(
@@ -136,17 +151,19 @@ def fit(
         optimizer, _cosine(how.final_rate, how.epochs * math.ceil(len(data.inputs) / per_step))
     )
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same order on every device
-    best, kept = objective.mean(stage.weights(), *data.held_out), [tensor.detach().clone() for tensor in tensors]
+    best = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
+    kept = [tensor.detach().clone() for tensor in tensors]
     report({"stage": number, "epoch": 0, "loss": None, "validation": best})
     for epoch in range(1, how.epochs + 1):
         order = torch.randperm(len(data.inputs) * len(data.inputs[0]), generator=generator)
         losses = []
         for chosen in order.view(len(data.inputs), -1).split(per_step):
             losses.append(_gradients(stage, objective, data, chosen))
+            ranks.average([tensor.grad for tensor in tensors])
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
-        measured = objective.mean(stage.weights(), *data.held_out)
+        measured = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
         if measured < best:
             best, kept = measured, [tensor.detach().clone() for tensor in tensors]
         loss = torch.cat(losses).mean().item()

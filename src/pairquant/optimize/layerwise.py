@@ -193,15 +193,17 @@ class Walk:
         if streams is not None and (recipe.training or recipe.refit):
             if held_out is not None:
                 held_out.advance_original(block, index)
-            data = _block_data(streams, held_out, self.config)
+            data = _block_data(streams, held_out, self.config, self.ranks)
             if recipe.training:
                 seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
                 call = streams.calls[index]
-                result.packed = train_block(block, call, data, self.config, groups, seeds, result.history.append)
+                result.packed = train_block(
+                    block, call, data, self.config, groups, seeds, result.history.append, self.ranks
+                )
             else:
                 result.packed = refit_block(
                     block, streams.calls[index], data, result.packed, groups, self.config, result.history.append,
-                    self.home.dtype(block),
+                    self.home.dtype(block), self.ranks,
                 )  # fmt: skip
             hessians = {path: m.hessian for m in moments for path in m.readers}
             for path, weight in weights.items():
@@ -335,14 +337,14 @@ def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
             ranks.add(moments.cross)
 
 
-def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig) -> BlockData:
+def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig, ranks: Ranks) -> BlockData:
     """After `moments` the original stream holds the block's outputs; the quantized one still enters it."""
     how = config.recipe.training or config.recipe.refit
     assert streams.original is not None, "block-wise training compares with the original stream"
     assert how is not None, "asked for by the recipe"
     lists = [streams.quantized, streams.original]
     lists += [held_out.quantized, held_out.original or []] if held_out else [[], []]
-    return BlockData(*(_even(stream, how.batch) for stream in lists))
+    return BlockData(*(_even(stream, max(1, how.batch // ranks.size)) for stream in lists))
 
 
 def _even(stream: list[Tensor], limit: int) -> list[Tensor]:

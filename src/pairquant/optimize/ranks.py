@@ -48,12 +48,20 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def agree(self, text: str) -> str:
-        """Rank 0's text, everywhere."""
-        texts = [text]
-        if self.size > 1:
-            dist.broadcast_object_list(texts, 0)
-        return texts[0]
+    def average(self, tensors: Sequence[Tensor | None]) -> None:
+        """Mean over all ranks, in place."""
+        for tensor in tensors:
+            if self.size > 1 and tensor is not None:
+                dist.all_reduce(tensor)
+                tensor /= self.size
+
+    def mean(self, value: float, device: torch.device) -> float:
+        """Mean over all ranks."""
+        if self.size == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=device)
+        self.average([total])
+        return total.item()
 
     def hand_out(
         self, packed: PackedLinear | None, error: float, layout: LinearLayout, owner: int, device: torch.device

@@ -7,7 +7,7 @@ import torch
 from models import tiny_model
 from torch import nn
 
-from pairquant.evaluate.quality import measure
+from pairquant.evaluation.quality import measure
 
 
 class Fixed(nn.Module):
