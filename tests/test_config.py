@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pairquant.config import PRESETS, CheckpointConfig, QuantConfig, Recipe, matches
+from pairquant.config import PRESETS, CheckpointConfig, QuantConfig, Recipe, Training, flat, matches, recipe_with
 from pairquant.errors import CheckpointError, ConfigError
 from pairquant.layout import LinearLayout
 
@@ -249,3 +249,34 @@ def test_ignore_patterns(path, pattern, expected):
 def test_one_matching_pattern_is_enough():
     assert matches("lm_head", ["visual", "lm_head"])
     assert not matches("lm_head", [])
+
+
+def test_settings_change_a_preset():
+    recipe = recipe_with("paper", ["training.epochs=3", "shrinks=(1.0,0.9)", "rounding=gptq", "training.weight_rate=1"])
+    assert recipe.training == Training(epochs=3, weight_rate=1)
+    assert (recipe.shrinks, recipe.rounding) == ((1.0, 0.9), "gptq")
+    assert recipe_with("fast", []) == PRESETS["fast"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "message"),
+    [
+        ("fast", "stepz=3", "did you mean 'steps'"),
+        ("fast", "steps", "did you mean|is none of"),
+        ("fast", "training.epochs=3", "is none of: transform"),
+        ("fast", "training=3", "is none of: transform"),
+        ("fast", "steps=many", "steps is 'many', allowed: a value such as 150"),
+        ("paper", "training.loss=l1", "loss is 'l1', allowed: smooth_l1, mse"),
+        ("paper", "training.epochs=-1", "epochs is -1"),
+        ("papre", "steps=3", "did you mean 'paper'"),
+    ],
+)
+def test_settings_that_are_not_there_or_not_allowed_are_refused(preset, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_with(preset, [setting])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_setting_that_is_listed_can_be_set(preset):
+    for name, value in flat(PRESETS[preset]).items():
+        assert recipe_with(preset, [f"{name}={value}"]) == PRESETS[preset]

@@ -91,8 +91,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a checkpoint that Transformers, and every ParoQuant reader, loads.
 
-    The same command continues a run that was stopped. `torchrun --nproc-per-node N -m pairquant quantize …` spreads it
-    over N GPUs.
+    The same command continues a run that was stopped.
+
+    torchrun --nproc-per-node N -m pairquant quantize … spreads it over N GPUs.
     """
     from .config import QuantConfig, recipe_with
     from .loggers import logger
@@ -149,7 +150,7 @@ def presets(
     chosen = {name: preset_named(name)} if name else PRESETS
     columns = {title: flat(recipe) for title, recipe in chosen.items()}
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("setting")
+    table.add_column("setting", no_wrap=True)
     for title in columns:
         table.add_column(title, justify="right")
     for key in dict.fromkeys(key for values in columns.values() for key in values):
@@ -439,4 +440,4 @@ def _percent(value: float | None) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -160,7 +160,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     for name, value in vars(recipe).items():
         if isinstance(value, (Training, Refit)):
             found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
-        else:
+        elif value is not None:
             found[name] = value
     return found
 
@@ -183,7 +183,7 @@ def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
         except (ValueError, SyntaxError):
             value = text
         wanted = type(known[name])
-        if known[name] is not None and type(value) is not wanted and not (wanted is float and type(value) is int):
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ConfigError(f"setting {name} is {text!r}, allowed: a value such as {known[name]!r}")
         outer, _, inner = name.rpartition(".")
         recipe = replace(

@@ -1,7 +1,7 @@
 """Where text comes from, and how it becomes windows of tokens: for calibration and for evaluation alike.
 
-A source is a bundled file ("default/…", see `BUNDLED`), a local `.txt`, `.jsonl` or `.parquet` file, or the name of a
-data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end to end and cut into windows.
+A source is a bundled file ("default/…", see `BUNDLED`), a local `.txt`, `.jsonl` or `.parquet` file, a short name (see
+`SHORT_NAMES`), or the name of a data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end to end and cut into windows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from .errors import TextError, did_you_mean
 BUNDLED = ("gsm8k-train.jsonl", "grimm.txt")
 #: Text to evaluate on when none is named: GSM8K test problems (MIT), never calibrated on.
 BUNDLED_TEST = "default/gsm8k-test.jsonl"
+#: The data sets that papers calibrate and evaluate on, as `name:config:split`.
+SHORT_NAMES = {
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train",
+    "wikitext2-test": "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    "c4": "allenai/c4:en:train",
+    "c4-test": "allenai/c4:en:validation",
+    "redpajama": "togethercomputer/RedPajama-Data-1T-Sample::train",
+    "pileval": "mit-han-lab/pile-val-backup::validation",
+}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 #: Documents read from a data set at the most; more text does not help (docs/decisions.md) and tokenizing takes time.
 MAX_DOCUMENTS = 20_000
@@ -46,7 +55,7 @@ def documents(name: str) -> Iterator[str]:
         nearby = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         raise TextError(f"text file {name!r} does not exist{did_you_mean(name, nearby)}")
     else:
-        yield from _data_set_documents(name)
+        yield from _data_set_documents(SHORT_NAMES.get(name, name))
 
 
 def token_windows(tokenizer, texts: Iterable[str], seq_len: int) -> Tensor:
@@ -99,7 +108,7 @@ def _text_of(row: object, where: str) -> str:
 
 def _data_set_documents(name: str) -> Iterator[str]:
     repository, *rest = name.split(":")
-    config = rest[0] if rest else None
+    config = rest[0] or None if rest else None
     split = rest[1] if len(rest) > 1 else "train"
     yield from _rows(name, repository, config, split=split, streaming=True)
 
@@ -114,10 +123,12 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str]:
     except TextError:
         raise
     except Exception as error:  # `datasets` raises a dozen unrelated types for "not there" and "not readable"
-        hint = did_you_mean(name, ["default", *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)])
+        hint = did_you_mean(
+            name, ["default", *SHORT_NAMES, *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)]
+        )
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(
             f"text source {name!r} is neither a local file nor a data set that can be loaded{hint}\n"
             f"  {type(error).__name__}: {reason}\n"
-            f"  Allowed: 'default', a {', '.join(SUFFIXES)} file, or a data set as name[:config[:split]]."
+            f"  Allowed: 'default', {', '.join(SHORT_NAMES)}, a {', '.join(SUFFIXES)} file, or a data set as name[:config[:split]]."
         ) from error

@@ -7,6 +7,7 @@ import torch
 
 from pairquant.errors import TextError
 from pairquant.optimize.calibration import calibrate
+from pairquant.text import SHORT_NAMES
 
 SEQ_LEN = 10
 
@@ -99,6 +100,21 @@ def test_a_data_set_is_named_with_configuration_and_split(tmp_path, tiny_tokeniz
     write_jsonl(folder / "validation.jsonl", "b", 100)
     drawn = calibrate(tiny_tokenizer, [f"{folder}:default:validation"], samples=4, seq_len=SEQ_LEN, seed=0)
     assert shares_of(drawn.tokens) == {"b": 4}
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_short_names_reach_their_data_sets(name, tmp_path, tiny_tokenizer, monkeypatch):
+    """Against a local copy of each, as `datasets` lays one out."""
+    repository, config, split = SHORT_NAMES[name].split(":")
+    copy = tmp_path / repository
+    copy.mkdir(parents=True)
+    (copy / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"a{n} a{n}"}) + "\n" for n in range(8)))
+    if config:
+        files = f"configs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {split}.jsonl\n"
+        (copy / "README.md").write_text(f"---\n{files}---\n")
+    monkeypatch.chdir(tmp_path)
+    found = calibrate(tiny_tokenizer, [name], samples=4, seq_len=4, seed=0)
+    assert sorted(found.tokens.flatten().tolist()) == sorted([*range(8)] * 2)  # packed, none dropped
 
 
 def test_the_default_source_is_the_bundled_texts(tiny_tokenizer):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
+from ..errors import CheckpointError, SourceError
 from ..layout import Field
 from .files import write_tensors
 from .headers import StoredTensors
@@ -38,9 +38,12 @@ class SourceWeights:
     def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
         """The source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
 
-        spilled: that copy has been made already.
+        spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read.
         """
-        stored = None if files.gguf else _streamable(files.directory, skeleton)
+        try:
+            stored = None if files.gguf else _streamable(files.directory, skeleton)
+        except CheckpointError as error:
+            raise SourceError(f"the weights of {files.name!r} cannot be loaded: {error}") from error
         if stored is None:
             if not spilled:
                 _spill(files.model(), spill)

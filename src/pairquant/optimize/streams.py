@@ -89,21 +89,27 @@ class Streams:
 
     def _within_memory(self, work: Callable[..., Tensor | None], *batches: Tensor):
         """`work` on micro-batches of at most what memory has allowed so far; halved, for good, when it runs out."""
-        size = max(1, self.calls[0].batch >> self.halvings)
         outputs: list[Any] = []
-        for start in range(0, len(batches[0]), size):
+        start = 0
+        while start < len(batches[0]):
+            size = max(1, self.calls[0].batch >> self.halvings)
             parts = [batch[start : start + size].to(self.device) for batch in batches]
+            output, fits = None, True
             try:
                 output = work(*parts)
-                outputs.append(output if output is None else output.to(self.store))
-                continue
             except torch.OutOfMemoryError:
+                fits = False
                 if len(parts[0]) == 1:
                     raise
-            torch.cuda.empty_cache()
+            if fits:
+                outputs.append(output if output is None else output.to(self.store))
+                start += size
+                continue
+            # Outside the handler: the failed pass no longer holds its tensors.
             self.halvings += 1
             self.notice(f"out of memory: going on with micro-batches of {max(1, size // 2)} windows instead of {size}")
-            outputs.append(self._within_memory(work, *parts))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         return torch.cat(outputs) if outputs[0] is not None and len(outputs) > 1 else outputs[0]
 
     def tensors(self) -> dict[str, Tensor]:
