@@ -19,6 +19,7 @@ def main() -> None:
     kernels = json.loads((ROOT / "benchmarks/results/kernels-h200.json").read_text())
     blocks(kernels["blocks"])
     rotations(kernels["rotate"])
+    transforms(json.loads((ROOT / "benchmarks/results/transforms-cpu.json").read_text()))
 
 
 def blocks(results: dict) -> None:
@@ -58,6 +59,20 @@ def rotations(rows: list[dict]) -> None:
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(ROOT / "docs/images/rotation.svg", metadata={"Date": None})
+
+
+def transforms(results: dict) -> None:
+    """Loss against step for several transforms of one layer."""
+    figure, axis = plt.subplots(figsize=(7.4, 3.6), facecolor="white")
+    shades = ["#e0a030", "#8d99ae", "#d1495b", "#e68f9b", "#9bb8a0", "#3f7d5a", "#b8b8b8"]
+    for color, (name, losses) in zip(shades, results["curves"].items(), strict=True):
+        losses = losses if len(losses) > 1 else losses * results["steps"]
+        bold = name == "8 rotations and scales"
+        axis.plot([1e3 * loss for loss in losses], color=color, label=name, linewidth=2.4 if bold else 1.4)
+    axis.set(title=results["linear"], xlabel="step", ylabel="relative error of the output, ‰", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs/images/transforms.svg", metadata={"Date": None})
 
 
 def quality() -> None:

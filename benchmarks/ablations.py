@@ -1,0 +1,68 @@
+"""The paper's ablations (its tables 5 and 6, and more) on one model, as tables: each row a recipe of bench_quality.py.
+
+    python benchmarks/ablations.py MODEL [--table transform …] [--out benchmarks/results/ablations.jsonl]
+
+A row that the output file has already is not run again; a GPU is advisable (20 to 60 s a row on an H200).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+#: Table → row label → recipe. Stage 2 trains weights and quantizers after the transform.
+STAGES = {"off": "training.weight_epochs=0", "on": "training.weight_epochs=10"}
+TRANSFORMS = {
+    "none": "transform=False",
+    "scales": "rotations=0",
+    "8 rotations": "channel_scales=False",
+    "both": "rotations=8",
+}
+TABLES = {
+    "transform": {
+        f"{name}, stage 2 {stage}": f"paper:{option},{change}"
+        for name, option in TRANSFORMS.items()
+        for stage, change in STAGES.items()
+    },
+    "rotations": {f"K = {k}": f"{preset}:rotations={k}" for preset in ("fast", "paper") for k in (0, 1, 2, 4, 8, 16)},
+    "samples": {f"{n} windows": f"{preset}:samples={n}" for preset in ("fast", "paper") for n in (32, 128, 256)},
+    "pairs": {name: f"fast:pair_selection={name}" for name in ("random", "magnitude")},
+    "shared": {"one transform each": "fast:share_rotations=False", "shared": "fast:share_rotations=True"},
+    "presets": {name: f"{name}:rotations=8" for name in ("quick", "fast", "best", "paper")},
+}
+
+
+def finished(out: Path) -> dict[str, dict]:
+    lines = out.read_text().splitlines() if out.exists() else []
+    return {row["recipe"]: row for row in map(json.loads, lines)}
+
+
+def table(name: str, rows: dict[str, dict]) -> str:
+    lines = [f"| {name} | recipe | WikiText2 perplexity | KL | GSM8K KL | s |", "| --- | --- | --- | --- | --- | --- |"]
+    for label, recipe in TABLES[name].items():
+        if row := rows.get(recipe):
+            wiki, gsm = row["wikitext2-test"], row["gsm8k-test"]
+            numbers = f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f} | {gsm['kl']:.4f} | {row['seconds']:.0f}"
+            lines.append(f"| {label} | `{recipe}` | {numbers} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablations.jsonl"))
+    options = parser.parse_args()
+    wanted = [recipe for name in options.table for recipe in TABLES[name].values()]
+    missing = [recipe for recipe in dict.fromkeys(wanted) if recipe not in finished(options.out)]
+    if missing:
+        script = Path(__file__).with_name("bench_quality.py")
+        subprocess.run([sys.executable, script, options.model, *missing, "--out", options.out], check=True)
+    print("\n\n".join(table(name, finished(options.out)) for name in options.table))
+
+
+if __name__ == "__main__":
+    main()
