@@ -54,7 +54,9 @@ def scaled(matrix: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def givens(problem: Problem, selection: str, scale: bool, rotations: int = 8) -> tuple[list[Tensor], Build]:
-    chosen = select_for(problem, QuantConfig(group_size=G, rotations=rotations, pair_selection=selection))
+    chosen = select_for(
+        problem.weight, problem.seed, QuantConfig(group_size=G, rotations=rotations, pair_selection=selection)
+    )
     theta = torch.zeros(chosen.free.shape, requires_grad=True)
     log_scale = torch.zeros(problem.channels, requires_grad=True)
     positions = givens_positions(chosen.pairs, G)

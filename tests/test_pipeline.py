@@ -6,6 +6,7 @@ from models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant
+from pairquant.devices import resolve_device
 from pairquant.errors import ConfigError, PairQuantError, ResourceError, SourceError, TextError
 
 BASE = {
@@ -121,3 +122,21 @@ def test_a_bfloat16_source_stays_bfloat16_where_it_is_not_quantized(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert model.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
+
+
+def test_the_source_is_never_overwritten(source):
+    before = sorted(path.name for path in source.iterdir())
+    with pytest.raises(ConfigError, match="is the source itself"):
+        pairquant.quantize(source, source / ".." / source.name, pairquant.QuantConfig(**BASE), overwrite=True)
+    assert sorted(path.name for path in source.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "device"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_each_process_has_a_gpu_of_its_own(name, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device(name) == torch.device(device)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    if name != "cuda:0":
+        with pytest.raises(ConfigError, match="process 2 has no GPU of its own: there are 2"):
+            resolve_device(name)

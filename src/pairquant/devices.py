@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,14 +12,22 @@ from .errors import ConfigError, did_you_mean
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:0", …; raises `ConfigError`."""
+    """ "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:0", …; raises `ConfigError`.
+
+    Among several processes (torchrun), "auto" and "cuda" are a GPU of each one's own.
+    """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus]
     if name not in allowed:
         absent = " (no CUDA device was found)" if name.startswith("cuda") and not gpus else ""
         raise ConfigError(f"device is {name!r}{absent}, allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}")
-    if name == "auto":
-        return torch.device("cuda:0" if gpus else "cpu")
+    if name == "auto" and not gpus:
+        return torch.device("cpu")
+    if name in ("auto", "cuda"):
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        if own >= len(gpus):
+            raise ConfigError(f"process {own} has no GPU of its own: there are {len(gpus)}. Lower --nproc-per-node.")
+        return torch.device(gpus[own])
     return torch.device(name)
 
 

@@ -89,6 +89,8 @@ def quantize(
     target = resolve_device(device)
     files = ModelFiles.find(str(model), trust_remote_code)
     files.require_plain()
+    if not files.gguf and output.resolve() == files.directory.resolve():
+        raise ConfigError(f"output {str(output)!r} is the source itself. Choose another --output.")
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
     config, blocks = _plan(skeleton, config)
     require_space(output, _needed_bytes(files, blocks, config))
@@ -214,6 +216,8 @@ class Job:
             tensors[name] = value.to(self.source.stored.fields[name].dtype)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
+        else:
+            self.journal.entries.append(entry)
         self._log({"event": "block", **entry, **_gpu_memory(self.device)})
         self._last_seconds = result.seconds
 

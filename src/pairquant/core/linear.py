@@ -89,11 +89,18 @@ def encode(
         codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation, solvers)
         if recipe.sweeps:
             grid, codes = rounding.refine(w_rot, h_rot, grid, codes, recipe.sweeps, recipe.refit_scales, solvers)
+    return assemble(layout, transform, codes, grid.scale, grid.zero, bias)
+
+
+def assemble(
+    layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
+) -> PackedLinear:
+    """Codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
     return PackedLinear(
         layout=layout,
         qweight=pack(codes.T.contiguous(), layout.bits),
-        qzeros=pack(grid.zero.T.to(torch.uint8).contiguous(), layout.bits),
-        scales=grid.scale.T.half().contiguous(),
+        qzeros=pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
+        scales=scale.T.half().contiguous(),
         theta=transform.theta.half().contiguous(),
         pairs=transform.pairs.to(torch.int16).contiguous(),
         channel_scales=transform.inverse_scales.half()[None],

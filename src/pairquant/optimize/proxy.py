@@ -111,14 +111,13 @@ def fit_transforms(problems: list[Problem], config: QuantConfig) -> list[Transfo
     return search.transforms()
 
 
-def select_for(problem: Problem, config: QuantConfig) -> PairSelection:
-    """The pairs of one problem, by the configured method, from the problem's own seed."""
+def select_for(weight: Tensor, seed: int, config: QuantConfig) -> PairSelection:
+    """The pairs of the transform of a weight [N, C], by the configured method, from a seed of its own."""
     g = int(config.group_size)
     if config.pair_selection == "magnitude":
-        rank = magnitude_rank(problem.weight.abs().mean(0), g)
+        rank = magnitude_rank(weight.abs().mean(0), g)
     else:
-        generator = torch.Generator().manual_seed(problem.seed)
-        rank = random_rank(problem.channels // g, g, generator, problem.weight.device)
+        rank = random_rank(weight.shape[1] // g, g, torch.Generator().manual_seed(seed), weight.device)
     return select_pairs(rank, config.rotations)
 
 
@@ -130,7 +129,7 @@ class _Search:
         self.problems, self.config = problems, config
         self.group_size = int(config.group_size)
         self.sizes = [p.channels for p in problems]
-        selections = [select_for(p, config) for p in problems]
+        selections = [select_for(p.weight, p.seed, config) for p in problems]
         self.pairs = torch.cat([s.pairs for s in selections], dim=1)
         self.free = torch.cat([s.free for s in selections], dim=1)
         self.positions = givens_positions(self.pairs, self.group_size)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantConfig, Refit, Training
-from ..core.linear import Transform
-from ..core.packing import pack, unpack
+from ..core.linear import Transform, assemble
+from ..core.packing import unpack
 from ..core.quantizer import MIN_SCALE, fake_quantize, group_range, quantize
 from ..core.rotation import givens_positions, rotate_dense, rotation_matrix
 from ..core.rounding import Grid, stored
-from ..layout import LinearLayout, PackedLinear
+from ..layout import PackedLinear
 from .capture import Block
-from .proxy import Problem, select_for
+from .proxy import select_for
 
 Groups = list[tuple[str, ...]]
 
@@ -62,8 +62,7 @@ class Transforms:
         pairs, free = [], []
         for group in groups:
             weight = torch.cat([block.linears[path].weight.detach().float() for path in group])
-            no_hessian = weight.new_empty(0, 0)  # pairs are selected by seed and weight alone
-            selection = select_for(Problem(weight, no_hessian, seeds[group[0]]), config)
+            selection = select_for(weight, seeds[group[0]], config)
             pairs.append(selection.pairs.to(weight.device))
             free.append(selection.free.to(weight.device))
         theta = [torch.zeros(f.shape, device=f.device) for f in free]
@@ -188,22 +187,6 @@ class WeightStage:
             codes = quantize(self.rotated[path], scale, zero, layout.bits)
             result[path] = assemble(layout, transform, codes, scale, zero, linear.bias)
         return result
-
-
-def assemble(
-    layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
-) -> PackedLinear:
-    """Codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
-    return PackedLinear(
-        layout=layout,
-        qweight=pack(codes.T.contiguous(), layout.bits),
-        qzeros=pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
-        scales=scale.T.half().contiguous(),
-        theta=transform.theta.half().contiguous(),
-        pairs=transform.pairs.to(torch.int16).contiguous(),
-        channel_scales=transform.inverse_scales.half()[None],
-        bias=bias.half() if bias is not None else None,
-    )
 
 
 class RefitStage:
