@@ -337,7 +337,8 @@ class _BlockProgress:
             self.bars.console.print(f"[dim]relative error of each layer's output, %\nblock{heading}     time[/]")
             self.bars.reset(self.task, total=self.blocks, completed=result.index, description="quantizing")
         cells = "".join(f"{100 * error:{self.width(name)}.3f}" for name, error in errors.items())
-        self.bars.console.print(f"{result.index + 1:5}{cells} {result.seconds:6.1f} s", soft_wrap=True)
+        memory = f"  {_size(result.gpu_peak)}" if result.gpu_peak else ""
+        self.bars.console.print(f"{result.index + 1:5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
         self.bars.update(self.task, completed=result.index + 1)
 
 

@@ -218,7 +218,7 @@ class Job:
             self.journal.append(tensors, entry)
         else:
             self.journal.entries.append(entry)
-        self._log({"event": "block", **entry, **_gpu_memory(self.device)})
+        self._log({"event": "block", **entry})
         self._last_seconds = result.seconds
 
     def _keep_streams(self, index: int, streams: Streams) -> None:
@@ -329,10 +329,6 @@ class _Finished:
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()
-
-
-def _gpu_memory(device: torch.device) -> dict[str, int]:
-    return {"gpu_peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def _code_digest() -> str:

@@ -41,7 +41,7 @@ class BlockResult:
     """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
 
     shared: groups of linears with one transform; parameters: other parameters of the block that were trained, by path;
-    history: what block-wise training reported.
+    history: what block-wise training reported; gpu_peak: most GPU memory allocated so far, bytes.
     """
 
     index: int
@@ -52,6 +52,7 @@ class BlockResult:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    gpu_peak: int = 0
 
 
 class Home(Protocol):
@@ -213,6 +214,8 @@ class Walk:
         after = _other_parameters(block)
         result.parameters = {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])}
         result.seconds = time.perf_counter() - start
+        if self.device.type == "cuda":
+            result.gpu_peak = torch.cuda.max_memory_allocated(self.device)
         return result
 
     def _moments(self, index: int, block: Block, streams: Streams | None) -> list[Moments]:

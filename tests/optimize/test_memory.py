@@ -1,0 +1,49 @@
+"""Memory is predicted before the work begins, and streams that the GPU has no room for stay on the host."""
+
+import pytest
+import torch
+from models import tiny_model
+
+from pairquant.config import PRESETS, QuantConfig
+from pairquant.optimize.capture import find_blocks
+from pairquant.optimize.memory import demand
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """(preset, windows, free bytes) → the demand on a GPU of which nothing but its free memory is asked."""
+    model = tiny_model(dtype=torch.bfloat16)
+    blocks = find_blocks(model)
+
+    def predict(preset="fast", windows=4, free=10**12):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        config = QuantConfig(preset=preset, group_size=64)
+        tokens = torch.zeros(windows, 4096, dtype=torch.int64)
+        return demand(model, blocks, config, tokens, None, CUDA)
+
+    return predict
+
+
+def test_streams_cost_what_their_elements_do(predicted):
+    few, many = predicted(windows=4), predicted(windows=8)
+    assert many.streams - few.streams == 4 * 4096 * 128 * 2 * 2  # windows, tokens, hidden, bfloat16, two streams
+    assert many.device - few.device == many.streams - few.streams
+
+
+def test_one_stream_suffices_without_comparison(predicted):
+    assert predicted("quick").streams * 2 == predicted("fast").streams
+
+
+def test_streams_without_room_stay_on_the_host(predicted):
+    ample = predicted(windows=64)
+    assert ample.store == CUDA
+    scarce = predicted(windows=64, free=ample.device - ample.streams // 2)
+    assert scarce.store == torch.device("cpu")
+    assert scarce.device == ample.device - ample.streams
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_prediction(predicted, preset):
+    assert predicted(preset).device > 0
