@@ -25,7 +25,7 @@ from .checkpoint.read import ModelFiles
 from .checkpoint.source import SourceWeights, plain_fields
 from .checkpoint.write import Entry, require_free, require_space, write_checkpoint
 from .config import CheckpointConfig, QuantConfig, matches
-from .devices import resolve_device
+from .devices import current, resolve_device
 from .errors import ConfigError, ResourceError, SourceError, did_you_mean
 from .layout import SUPPORTED_GROUP_SIZES, LinearLayout, bits_per_weight
 from .optimize.calibration import Calibration, calibrate
@@ -94,7 +94,7 @@ def quantize(
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
     config, blocks = _plan(skeleton, config)
     require_space(output, _needed_bytes(files, blocks, config))
-    with joined(target) as ranks, _out_of_memory_explained(config):
+    with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
         job = Job(files, tokenizer, skeleton, blocks, config, output, target, ranks, progress or Silent(), log_to)

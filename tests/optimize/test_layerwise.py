@@ -1,15 +1,16 @@
 """The walk: every family is fitted, better than by rounding, and the same way twice."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from models import FAMILIES, tiny_model
 
-from pairquant.config import PRESETS, QuantConfig, Recipe
+from pairquant.config import PRESETS, QuantConfig, Recipe, Refit, Training
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
-from pairquant.optimize.layerwise import quantize_blocks
+from pairquant.optimize.layerwise import Walk, quantize_blocks
 
 CPU = torch.device("cpu")
 SHORT = Recipe(steps=20)
@@ -74,8 +75,6 @@ def test_low_precision_models_are_fitted_in_float32_and_keep_their_dtype(tokens)
 
 
 def test_drift_corrects_what_earlier_layers_lost(tokens):
-    from dataclasses import replace
-
     original = tiny_model(seed=3)
     losses = {}
     for drift in (0.0, 0.25):
@@ -83,3 +82,35 @@ def test_drift_corrects_what_earlier_layers_lost(tokens):
         run(model, tokens, recipe=replace(SHORT, drift=drift))
         losses[drift] = measure(model, tokens, original).kl
     assert losses[0.25] < losses[0.0]
+
+
+BLOCKWISE = {
+    "refit": replace(SHORT, refit=Refit(epochs=1, batch=4)),
+    "training": Recipe(training=Training(epochs=1, weight_epochs=1, batch=4)),
+}
+
+
+@pytest.mark.parametrize("recipe", BLOCKWISE)
+def test_a_block_that_is_left_as_it_is_only_carries_the_text_on(recipe, tokens):
+    model = tiny_model()
+    before = copy.deepcopy(model.model.layers[0].state_dict())
+    config = QuantConfig(group_size=32, ignore=("lm_head", r"re:.*layers\.0\..*"), recipe=BLOCKWISE[recipe])
+    first, second = Walk(model, config, CPU, tokens, tokens[:4]).run()
+    assert not first.packed
+    assert not first.parameters
+    assert len(second.packed) == 7
+    assert all(torch.equal(value, before[name]) for name, value in model.model.layers[0].state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", BLOCKWISE)
+def test_more_windows_to_validate_than_to_train_on(recipe, tokens):
+    config = QuantConfig(group_size=32, recipe=BLOCKWISE[recipe])
+    results = list(Walk(tiny_model(), config, CPU, tokens[:2], tokens[2:]).run())
+    assert all(result.history for result in results)
+
+
+@pytest.mark.parametrize("recipe", BLOCKWISE)
+def test_block_wise_training_in_bfloat16(recipe, tokens):
+    config = QuantConfig(group_size=32, compute="bfloat16", recipe=BLOCKWISE[recipe])
+    results = list(Walk(tiny_model(dtype=torch.bfloat16), config, CPU, tokens).run())
+    assert all(0 < error < 0.5 for result in results for error in result.errors.values())

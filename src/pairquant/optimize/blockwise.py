@@ -194,11 +194,13 @@ class _Objective(nn.Module):
         super().__init__()
         self.block, self.path, self.call = block.module, block.path, call
         self.loss = F.smooth_l1_loss if loss == "smooth_l1" else F.mse_loss
-        self.device = next(block.module.parameters()).device
+        first = next(block.module.parameters())
+        self.device = first.device
+        self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs, targets: [B, T, H] → float32 scalar. bfloat16 on CUDA within the block only: weights are float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """inputs, targets: [B, T, H] → float32 scalar. bfloat16 within the block only: what is trained is float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             outputs = self.call.run(self.block, inputs.to(self.device, torch.float32))
         return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 

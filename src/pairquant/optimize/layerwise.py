@@ -185,15 +185,15 @@ class Walk:
         result = BlockResult(index, block.path)
         before = _other_parameters(block)
         moments = self._moments(index, block, streams)
+        if held_out is not None:
+            held_out.advance_original(block, index)
         groups = _groups(moments, self.config.share_rotations)
         result.shared = [group for group in groups if len(group) > 1]
         recipe = self.config.recipe
         weights = {path: block.linears[path].weight.detach().float() for group in groups for path in group}
         if recipe.training is None:
             self._fit_and_round(block, moments, groups, result)
-        if streams is not None and (recipe.training or recipe.refit):
-            if held_out is not None:
-                held_out.advance_original(block, index)
+        if streams is not None and groups and (recipe.training or recipe.refit):
             data = _block_data(streams, held_out, self.config, self.ranks)
             if recipe.training:
                 seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
@@ -347,7 +347,8 @@ def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig,
     assert how is not None, "asked for by the recipe"
     lists = [streams.quantized, streams.original]
     lists += [held_out.quantized, held_out.original or []] if held_out else [[], []]
-    return BlockData(*(_even(stream, max(1, how.batch // ranks.size)) for stream in lists))
+    limit = min(max(1, how.batch // ranks.size), streams.calls[0].batch)
+    return BlockData(*(_even(stream, limit) for stream in lists))
 
 
 def _even(stream: list[Tensor], limit: int) -> list[Tensor]:

@@ -187,7 +187,7 @@ class _Search:
         torch.cuda.current_stream(self.theta.device).wait_stream(ahead)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=ahead):  # one of this device: the default one is the first device's
             self.work()
         for step in steps[GRAPH_WARM_UP:]:
             self.set_rate(step)
