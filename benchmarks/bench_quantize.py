@@ -1,6 +1,7 @@
 """How long quantizing takes, and in how much memory: blocks of real shapes with random weights, one device.
 
     python benchmarks/bench_quantize.py [--shape llama-3-8b] [--blocks 3] [--presets fast] [--output …]
+    torchrun --nproc-per-node 2 benchmarks/bench_quantize.py …      # the same over several GPUs
 
 Writes a bfloat16 model of `--blocks` blocks to a temporary directory, quantizes it as a user would, and extrapolates the
 time of a block (the median but the first, which compiles) to the whole model. Memory: PyTorch's peak on the GPU, and the
@@ -12,10 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +40,10 @@ SHAPES = {
     "hidden-4096": (4096, 14336, 4, 32),
     "hidden-8192": (8192, 28672, 8, 80),
 }
+
+
+#: Under torchrun the first process writes the model and reports.
+LEADS = os.environ.get("RANK", "0") == "0"
 
 
 class Timer(Silent):
@@ -77,6 +86,27 @@ def write_model(directory: Path, shape: str, blocks: int, tokens: int) -> None:
     (directory / "words.txt").write_text(" ".join(f"w{i}" for i in drawn))
 
 
+@contextmanager
+def model_on_disk(shape: str, blocks: int, tokens: int) -> Iterator[Path]:
+    """A directory with the model, written by the first process for all; gone afterwards."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))
+    directory = Path(tempfile.gettempdir()) / f"bench-quantize-{launch}-{os.environ.get('MASTER_PORT', '')}-{shape}"
+    complete = directory / "complete"
+    if LEADS:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        write_model(directory, shape, blocks, tokens)
+        torch.cuda.empty_cache()
+        complete.touch()
+    while not complete.exists():
+        time.sleep(0.1)
+    try:
+        yield directory
+    finally:
+        if LEADS:
+            shutil.rmtree(directory)
+
+
 def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int, seq_len: int) -> dict:
     text = (str(directory / "words.txt"),)
     config = config_from(preset, samples=samples, seq_len=seq_len, calibration=text)
@@ -84,8 +114,7 @@ def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int,
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as out:
-        pairquant.quantize(directory, Path(out) / "q", config, progress=timer)
+    pairquant.quantize(directory, directory / "q", config, progress=timer, overwrite=True)
     seconds = time.perf_counter() - start
     ends = timer.ends[-blocks - 2 : -1]
     per_block = [b - a for a, b in itertools.pairwise(ends)]
@@ -115,15 +144,16 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if gpu else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens": [options.samples, options.seq_len],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "runs": {},
     }
     for shape in options.shape:
-        with tempfile.TemporaryDirectory() as directory:
-            write_model(Path(directory), shape, options.blocks, 2 * options.samples * options.seq_len + 200_000)
+        tokens = 2 * options.samples * options.seq_len + 200_000
+        with model_on_disk(shape, options.blocks, tokens) as directory:
             for preset in options.presets:
-                run = measure(
-                    Path(directory), options.blocks, SHAPES[shape][3], preset, options.samples, options.seq_len
-                )
+                run = measure(directory, options.blocks, SHAPES[shape][3], preset, options.samples, options.seq_len)
+                if not LEADS:
+                    continue
                 results["runs"][f"{shape} {preset}"] = run
                 print(shape, preset, run, flush=True)
                 options.output.parent.mkdir(parents=True, exist_ok=True)

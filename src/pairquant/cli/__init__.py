@@ -1,0 +1,33 @@
+"""The command line. Each verb is one call into the package, and printing; each has its file here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .. import __version__
+from ..errors import PairQuantError
+from . import quantize, evaluate, chat, inspect, tune  # isort: skip  # noqa: F401  # in the order of the help
+from .app import app, console, problems
+
+
+def main() -> None:
+    """Entry point: mendable errors are printed without a traceback."""
+    try:
+        app()
+    except PairQuantError as error:
+        problems.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        problems.print("\nstopped; the same command continues a quantization that has finished blocks")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"pairquant {__version__}")
+        raise typer.Exit
