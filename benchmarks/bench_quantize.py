@@ -107,7 +107,8 @@ def model_on_disk(shape: str, blocks: int, tokens: int) -> Iterator[Path]:
             shutil.rmtree(directory)
 
 
-def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int, seq_len: int) -> dict:
+def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int, seq_len: int) -> dict | None:
+    """A row of results; None in all processes but the first."""
     text = (str(directory / "words.txt"),)
     config = config_from(preset, samples=samples, seq_len=seq_len, calibration=text)
     timer, before = Timer(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,6 +116,8 @@ def measure(directory: Path, blocks: int, whole: int, preset: str, samples: int,
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     pairquant.quantize(directory, directory / "q", config, progress=timer, overwrite=True)
+    if not LEADS:
+        return None
     seconds = time.perf_counter() - start
     ends = timer.ends[-blocks - 2 : -1]
     per_block = [b - a for a, b in itertools.pairwise(ends)]
@@ -152,7 +155,7 @@ def main() -> None:
         with model_on_disk(shape, options.blocks, tokens) as directory:
             for preset in options.presets:
                 run = measure(directory, options.blocks, SHAPES[shape][3], preset, options.samples, options.seq_len)
-                if not LEADS:
+                if run is None:
                     continue
                 results["runs"][f"{shape} {preset}"] = run
                 print(shape, preset, run, flush=True)
