@@ -28,10 +28,11 @@ TABLES = {
         for stage, change in STAGES.items()
     },
     "rotations": {f"K = {k}": f"{preset}:rotations={k}" for preset in ("fast", "paper") for k in (0, 1, 2, 4, 8, 16)},
-    "samples": {f"{n} windows": f"{preset}:samples={n}" for preset in ("fast", "paper") for n in (32, 128, 256)},
+    "samples": {f"{n} windows": f"{preset}:samples={n}" for preset in ("fast", "paper") for n in (32, 128, 512)},
     "pairs": {name: f"fast:pair_selection={name}" for name in ("random", "magnitude")},
     "shared": {"one transform each": "fast:share_rotations=False", "shared": "fast:share_rotations=True"},
     "presets": {name: f"{name}:rotations=8" for name in ("quick", "fast", "best", "paper")},
+    "text": {f"{preset}, {n} windows": f"{preset}:samples={n}" for preset in ("best", "paper") for n in (64, 256)},
 }
 
 

@@ -17,12 +17,13 @@ from pairquant.checkpoint.headers import StoredTensors
 from pairquant.optimize.ranks import Ranks
 
 
-@given(costs=st.lists(st.floats(0, 1e6), max_size=40), size=st.integers(1, 8))
-def test_every_piece_has_one_owner_and_no_rank_is_burdened_by_more_than_one_piece(costs, size):
-    owners = Ranks(0, size).owners(costs)
-    assert len(owners) == len(costs)
-    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
-    assert max(loads) - min(loads) <= max(costs, default=0) + 1e-3
+@given(units=st.integers(1, 300), unit=st.sampled_from((4, 8, 32)), size=st.integers(1, 8))
+def test_every_row_has_one_rank_and_shares_differ_by_one_unit_at_most(units, unit, size):
+    shares = [Ranks(rank, size).rows(units * unit, unit) for rank in range(size)]
+    assert [0, *(share.stop for share in shares)] == [*(share.start for share in shares), units * unit]
+    sizes = [share.stop - share.start for share in shares]
+    assert all(count % unit == 0 for count in sizes)
+    assert max(sizes) - min(sizes) <= unit
 
 
 @given(windows=st.integers(1, 30), size=st.integers(1, 8))

@@ -43,6 +43,18 @@ def equal(one: Transform, other: Transform) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("theta", "pairs", "inverse_scales"))
 
 
+def test_losses_and_gradients_of_parts_of_the_rows_add_up(generator):
+    problem = draw_problem(generator)
+    into, out_of = (torch.randn(2, 64, 64, generator=generator) for _ in range(2))
+    whole = loss_and_gradients(problem, into, out_of, FULL)
+    parts = [
+        loss_and_gradients(replace(problem, weight=problem.weight[rows]), into, out_of, FULL)
+        for rows in (slice(0, 8), slice(8, 8), slice(8, N))
+    ]
+    for value, *shares in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(shares), value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_loss_and_gradients_equal_those_of_autograd(symmetric, generator):
     problem, config = draw_problem(generator), replace(FULL, symmetric=symmetric)

@@ -215,8 +215,18 @@ def _upper_of_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def proxy_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> float:
     """tr(E H Eᵀ) / tr(W H Wᵀ), the relative squared error of the layer's output over the calibration text."""
+    return ratio(proxy_terms(w, approximation, hessian))
+
+
+def proxy_terms(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H Eᵀ) and tr(W H Wᵀ), whose `ratio` is `proxy_error`: sums over the rows of w, [2]."""
     error = w - approximation
-    return (((error @ hessian) * error).sum() / ((w @ hessian) * w).sum().clamp(min=1e-30)).item()
+    return torch.stack((((error @ hessian) * error).sum(), ((w @ hessian) * w).sum()))
+
+
+def ratio(terms: Tensor) -> float:
+    """The first of two numbers over the second, which may be zero."""
+    return (terms[0] / terms[1].clamp(min=1e-30)).item()
 
 
 def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:

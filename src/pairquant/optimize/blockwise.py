@@ -25,11 +25,10 @@ from ..core.linear import decode
 from ..errors import ConfigError
 from ..layout import PackedLinear
 from .capture import Block, Call
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .trained_linear import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
 
 Report = Callable[[dict], None]
-ALONE = Ranks()
 Weights = dict[str, Tensor]
 
 

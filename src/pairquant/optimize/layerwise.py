@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..config import QuantConfig
 from ..core.linear import Transform, decode, encode
-from ..core.rounding import damped_cholesky, proxy_error
+from ..core.rounding import damped_cholesky, proxy_error, proxy_terms, ratio
 from ..errors import ConfigError
 from ..kernels.fit import solvers
-from ..layout import PackedLinear
+from ..layout import PackedLinear, columns_per_block
 from .blockwise import BlockData, refit_block, train_block
 from .capture import Block, Moments, MomentSum, find_blocks
 from .proxy import Problem, fit_transforms
@@ -229,48 +229,47 @@ class Walk:
     def _fit_and_round(
         self, block: Block, moments: list[Moments], groups: list[tuple[str, ...]], result: BlockResult
     ) -> None:
-        """Fit, round and replace all linears of the block; this rank does those it owns."""
-        costs = [
-            float(sum(block.linears[p].weight.numel() for p in g) * block.linears[g[0]].in_features) for g in groups
-        ]
-        owner_of = dict(zip(groups, self.ranks.owners(costs), strict=True))
-        mine = [group for group in groups if owner_of[group] == self.ranks.rank]
+        """Fit, round and replace all linears of the block; this rank works on its rows of each."""
         targets = {}
         for m in moments:
-            wanted = [path for group in mine for path in group if path in m.readers]
-            targets.update(_targets([(path, block.linears[path]) for path in wanted], m, self.config.recipe.drift))
+            weights = {path: self._rows(block.linears[path], "weight").float() for path in m.readers}
+            targets.update(_targets(weights, m, self.config.recipe.drift, self.ranks))
             m.cross = None
         hessians = {path: m.hessian for m in moments for path in m.readers}
         problems = [
             Problem(_stacked([targets[p] for p in group]), hessians[group[0]], _seed(self.config.seed, group[0]))
-            for group in mine
+            for group in groups
         ]
-        transforms = dict(zip(mine, fit_transforms(problems, self.config), strict=True))
+        transforms = fit_transforms(problems, self.config, self.ranks)
         del problems
-        done = {}
-        for group in mine:
-            for path in group:
-                done[path] = self._round(block.linears[path], targets.pop(path), transforms[group], hessians[path])
-        for group in groups:
+        for group, transform in zip(groups, transforms, strict=True):
             for path in group:
                 linear = block.linears[path]
-                layout = self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-                packed, error = done.get(path, (None, 0.0))
-                packed, error = self.ranks.hand_out(packed, error, layout, owner_of[group], self.device)
+                packed, error = self._round(linear, targets.pop(path), transform, hessians[path])
                 install(linear, packed, self.device)
                 result.packed[path], result.errors[path] = packed, error
 
     def _round(
         self, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor
     ) -> tuple[PackedLinear, float]:
-        """One linear's packed form, and its relative error."""
+        """One linear's packed form, and its relative error. target: this rank's rows, as the others."""
         config = self.config
         layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-        packed = encode(
-            target, transform, hessian, layout, config.recipe, config.symmetric, linear.bias,
-            solvers=solvers(self.device),
-        )  # fmt: skip
-        return packed, proxy_error(linear.weight.float(), decode(packed), hessian)
+        part, terms = None, torch.zeros(2, device=self.device)
+        if len(target):
+            part = encode(
+                target, transform, hessian, replace(layout, out_features=len(target)), config.recipe, config.symmetric,
+                self._rows(linear, "bias"), solvers=solvers(self.device),
+            )  # fmt: skip
+            terms = proxy_terms(self._rows(linear, "weight").float(), decode(part), hessian)
+        self.ranks.add(terms)
+        return self.ranks.whole(part, layout, self.device), ratio(terms)
+
+    def _rows(self, linear: nn.Linear, name: str) -> Any:
+        """This rank's rows of a linear's weight or bias; None where there is no bias."""
+        rows = self.ranks.rows(linear.out_features, columns_per_block(self.config.bits))
+        parameter = getattr(linear, name)
+        return None if parameter is None else parameter.detach()[rows]
 
 
 def quantize_blocks(
@@ -305,23 +304,26 @@ def compute_dtype(model: nn.Module, config: QuantConfig, device: torch.device) -
     return torch.bfloat16 if device.type == "cuda" and stored == {torch.bfloat16} else torch.float32
 
 
-def _targets(linears: list[tuple[str, nn.Linear]], moments: Moments, drift: float) -> dict[str, Tensor]:
-    """The weight to approximate, by path: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+def _targets(weights: dict[str, Tensor], moments: Moments, drift: float, ranks: Ranks) -> dict[str, Tensor]:
+    """What to approximate, of the weights that read one input: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+
+    weights: by path, this rank's rows.
 
     W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
     that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
     (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
     """
-    weights = {path: linear.weight.detach().float() for path, linear in linears}
-    if not drift or moments.cross is None or not linears:
+    if not drift or moments.cross is None:
         return weights
+    targets = {}
     difference = (moments.cross - moments.hessian).double()
     factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
     for path, weight in weights.items():
         change = drift * torch.cholesky_solve((weight.double() @ difference).T, factor).T.float()
-        size = proxy_error(weight, weight + change, moments.hessian)
-        weights[path] = weight + change * min(1.0, (MAX_DRIFT / max(size, 1e-30)) ** 0.5)
-    return weights
+        terms = proxy_terms(weight, weight + change, moments.hessian)
+        ranks.add(terms)
+        targets[path] = weight + change * min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)
+    return targets
 
 
 def _groups(moments: list[Moments], shared: bool) -> list[tuple[str, ...]]:

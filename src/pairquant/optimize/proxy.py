@@ -24,6 +24,7 @@ from ..core.linear import Transform
 from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pairs
 from ..core.rotation import givens_positions, rotation_matrix
 from ..kernels.fit import fake_quantize
+from .ranks import ALONE, Ranks
 
 #: Blocks of up to so many weights are fitted by replaying one captured step, after so many ordinary ones.
 GRAPH_WEIGHTS, GRAPH_WARM_UP = 32_000_000, 3
@@ -31,7 +32,9 @@ GRAPH_WEIGHTS, GRAPH_WARM_UP = 32_000_000, 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One transform to find. weight: float32 [N, C], the rows of all linears that will share it; hessian: [C, C]."""
+    """One transform to find. weight: float32 [N, C], the rows of all linears that will share it, or this rank's part of
+    them; hessian: [C, C].
+    """
 
     weight: Tensor
     hessian: Tensor
@@ -66,6 +69,9 @@ def loss_and_gradients(
     weight's size outlives the call.
     """
     g = into.shape[-1]
+    if not len(problem.weight):  # a rank without rows
+        zero = torch.zeros_like(into)
+        return zero.sum(), zero if slopes else None, zero if slopes else None
     weight = _by_group(problem.weight, g)
     rotated = torch.bmm(weight, into)  # [G, N, g]
     with torch.enable_grad():
@@ -100,22 +106,30 @@ def _fast_products(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fit_transforms(problems: list[Problem], config: QuantConfig) -> list[Transform]:
-    """The best transform found for each problem, with fp16-rounded values, on the problems' device."""
+def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = ALONE) -> list[Transform]:
+    """The best transform found for each problem, with fp16-rounded values, on the problems' device.
+
+    Several ranks have the same problems, each with rows of its own, and get the same transforms.
+    """
     if not config.recipe.transform or not problems:
         return [Transform.identity(p.channels, int(config.group_size), device=p.weight.device) for p in problems]
     with _fast_products(problems[0].weight.device):
-        search = _Search(problems, config)
+        search = _Search(problems, config, ranks)
         search.run()
         search.keep_best(search.evaluate(slopes=False))
     return search.transforms()
 
 
-def select_for(weight: Tensor, seed: int, config: QuantConfig) -> PairSelection:
-    """The pairs of the transform of a weight [N, C], by the configured method, from a seed of its own."""
+def select_for(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks = ALONE) -> PairSelection:
+    """The pairs of the transform of a weight [N, C], by the configured method, from a seed of its own.
+
+    Several ranks pass rows of their own, and select the same pairs.
+    """
     g = int(config.group_size)
     if config.pair_selection == "magnitude":
-        rank = magnitude_rank(weight.abs().mean(0), g)
+        magnitudes = weight.abs().sum(0)
+        ranks.add(magnitudes)
+        rank = magnitude_rank(magnitudes, g)
     else:
         rank = random_rank(weight.shape[1] // g, g, torch.Generator().manual_seed(seed), weight.device)
     return select_pairs(rank, config.rotations)
@@ -124,16 +138,18 @@ def select_for(weight: Tensor, seed: int, config: QuantConfig) -> PairSelection:
 class _Search:
     """All problems' parameters, concatenated: theta [K, ΣC/2] from zero, log_scale (log a) [ΣC] from zero."""
 
-    def __init__(self, problems: list[Problem], config: QuantConfig):
+    def __init__(self, problems: list[Problem], config: QuantConfig, ranks: Ranks):
         device = problems[0].weight.device
-        self.problems, self.config = problems, config
+        self.problems, self.config, self.ranks = problems, config, ranks
         self.group_size = int(config.group_size)
         self.sizes = [p.channels for p in problems]
-        selections = [select_for(p.weight, p.seed, config) for p in problems]
+        selections = [select_for(p.weight, p.seed, config, ranks) for p in problems]
         self.pairs = torch.cat([s.pairs for s in selections], dim=1)
         self.free = torch.cat([s.free for s in selections], dim=1)
         self.positions = givens_positions(self.pairs, self.group_size)
-        self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum().clamp(min=1e-30) for p in problems])
+        self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
+        ranks.add(self.norms)
+        self.norms.clamp_(min=1e-30)
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
         self.log_scale = torch.zeros(sum(self.sizes), device=device, requires_grad=True)
         self.best_theta, self.best_log_scale = self.theta.detach().clone(), self.log_scale.detach().clone()
@@ -166,12 +182,17 @@ class _Search:
                 grads_out_of.append(grad_out_of / norm)
         if slopes:
             torch.autograd.backward((into, out_of), (torch.cat(grads_into), torch.cat(grads_out_of)))
-        return torch.stack(losses)
+            for tensor in (self.theta, self.log_scale):
+                if tensor.grad is not None:  # K = 0 has no angles
+                    self.ranks.add(tensor.grad)
+        relative = torch.stack(losses)
+        self.ranks.add(relative)
+        return relative
 
     def run(self) -> None:
         """All steps. On CUDA, small blocks replay one captured step: launching it anew would take longer than it does."""
         steps = range(self.config.recipe.steps)
-        small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS
+        small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS and self.ranks.size == 1
         if self.theta.is_cuda and small and len(steps) > 2 * GRAPH_WARM_UP:
             self._replay(steps)
         else:
@@ -218,6 +239,7 @@ class _Search:
             best.copy_(torch.where(where, now, best))
 
     def transforms(self) -> list[Transform]:
+        self.ranks.same([self.best_theta, self.best_log_scale])
         theta = (self.best_theta * self.free).split([c // 2 for c in self.sizes], dim=1)
         pairs, inverse_scales = self.pairs.split(self.sizes, dim=1), self.best_log_scale.neg().exp().split(self.sizes)
         return [Transform.build(t, p, s, self.group_size) for t, p, s in zip(theta, pairs, inverse_scales, strict=True)]

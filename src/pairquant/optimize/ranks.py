@@ -1,8 +1,8 @@
-"""Several processes at one model (torchrun): calibration windows and linears are spread over them.
+"""Several processes at one model (torchrun): calibration windows and the rows of every linear are spread over them.
 
-Every rank sees its own windows; second moments are summed over all; each transform is fitted, and its linears rounded,
-by one rank, which hands the packed result to the others. A single process is the case of one rank, without
-`torch.distributed`.
+Every rank sees its own windows; second moments are summed over all. Every rank has its own rows of each weight: the
+proxy is a sum over rows, so gradients of a transform are summed, and rounding goes row by row. The packed parts then go
+to everyone. A single process is the case of one rank, without `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout import LinearLayout, PackedLinear
+from ..layout import LinearLayout, PackedLinear, columns_per_block
+
+#: Stored tensors whose last dimension counts output features; the others belong to the transform.
+BY_ROW = ("qweight", "qzeros", "scales", "bias")
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,10 @@ class Ranks:
         """This rank's share of the calibration windows [samples, T]: every `size`-th."""
         return tokens[self.rank :: self.size]
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Which rank does each piece of work: the dearest first, to the rank that has least so far."""
-        load, owners = [0.0] * self.size, [0] * len(costs)
-        for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            owners[piece] = min(range(self.size), key=load.__getitem__)
-            load[owners[piece]] += costs[piece]
-        return owners
+    def rows(self, count: int, unit: int, rank: int | None = None) -> slice:
+        """The share of this (or another) rank of `count` rows, in whole units; may be empty when there are few."""
+        rank, units = self.rank if rank is None else rank, count // unit
+        return slice(units * rank // self.size * unit, units * (rank + 1) // self.size * unit)
 
     def add(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
@@ -63,28 +63,48 @@ class Ranks:
         self.average([total])
         return total.item()
 
-    def hand_out(
-        self, packed: PackedLinear | None, error: float, layout: LinearLayout, owner: int, device: torch.device
-    ) -> tuple[PackedLinear, float]:
-        """The owner's linear and its error, everywhere; the others pass None."""
+    def same(self, tensors: Sequence[Tensor]) -> None:
+        """The first rank's values everywhere, in place."""
+        for tensor in tensors:
+            self._broadcast(tensor, 0)
+
+    def whole(self, part: PackedLinear | None, layout: LinearLayout, device: torch.device) -> PackedLinear:
+        """A linear of this layout from every rank's `rows` of it, everywhere; None from a rank that has no rows."""
         if self.size == 1:
-            assert packed is not None, "a single rank owns everything"
-            return packed, error
-        tensors = packed.tensors() if packed is not None else {}
+            assert part is not None, "a single rank has all rows"
+            return part
+        parts: list[dict[str, Tensor]] = []
+        for rank in range(self.size):
+            rows = self.rows(layout.out_features, columns_per_block(layout.bits), rank)
+            if count := rows.stop - rows.start:
+                own = part.tensors() if part is not None and rank == self.rank else {}
+                parts.append(self._received(own, replace(layout, out_features=count), rank, device))
+        joined = {name: torch.cat([tensors[name] for tensors in parts], -1) for name in parts[0] if name in BY_ROW}
+        return PackedLinear(layout, **{**parts[0], **joined})
+
+    def _received(
+        self, own: dict[str, Tensor], layout: LinearLayout, source: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """The tensors that `source` has, by name; `own` there, {} elsewhere."""
         received = {}
         for name, field in layout.fields().items():
-            tensor = tensors[name].to(device) if tensors else torch.empty(field.shape, dtype=field.dtype, device=device)
-            if tensor.numel():
-                dist.broadcast(tensor.view(torch.uint8), owner)  # as bytes: NCCL knows no 16-bit integers
-            received[name] = tensor
-        value = torch.tensor([error], dtype=torch.float64, device=device)
-        dist.broadcast(value, owner)
-        return PackedLinear(layout, **received), value.item()
+            empty = torch.empty(field.shape, dtype=field.dtype, device=device)
+            received[name] = own[name].to(device).contiguous() if own else empty
+            self._broadcast(received[name], source)
+        return received
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        if self.size > 1 and tensor.numel():
+            dist.broadcast(tensor.view(torch.uint8), source)  # as bytes: NCCL knows no 16-bit integers
 
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+#: One process.
+ALONE = Ranks()
 
 
 @contextmanager
