@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -281,8 +282,6 @@ class CheckpointConfig:
     provenance: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("modules_to_not_convert", "shared_rotations"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
         for name, allowed in (("bits", SUPPORTED_BITS), ("group_size", SUPPORTED_GROUP_SIZES)):
             if type(getattr(self, name)) is not int or getattr(self, name) not in allowed:
                 raise _bad_entry(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
@@ -297,6 +296,8 @@ class CheckpointConfig:
             raise _bad_entry("shared_rotations", shared, "a list of lists of module paths")
         if not (self.provenance is None or isinstance(self.provenance, dict)):
             raise _bad_entry("provenance", self.provenance, "an object")
+        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        object.__setattr__(self, "shared_rotations", tuple(map(tuple, shared)))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: the four entries that the original writes, and the others where they say something.
@@ -327,7 +328,7 @@ class CheckpointConfig:
         """Read the JSON object; raises `CheckpointError` naming the entry. Unknown entries are ignored."""
         if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
             method = entries.get("quant_method") if isinstance(entries, dict) else entries
-            raise CheckpointError(f"config.json: quant_method is {method!r}, must be {QUANT_METHOD!r}.")
+            raise CheckpointError(f"config.json: quant_method is {reprlib.repr(method)}, must be {QUANT_METHOD!r}.")
         for key in ("bits", "group_size", "krot"):
             if key not in entries:
                 raise CheckpointError(f"config.json: quantization_config has no {key!r}. The checkpoint is damaged.")
@@ -361,12 +362,8 @@ def _regular_expression(pattern: str) -> None:
 
 
 def _bad_entry(name: str, value: Any, allowed: str) -> CheckpointError:
-    return CheckpointError(f"config.json: quantization_config.{name} is {value!r}, must be {allowed}.")
+    return CheckpointError(f"config.json: quantization_config.{name} is {reprlib.repr(value)}, must be {allowed}.")
 
 
 def _strings(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

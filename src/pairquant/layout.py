@@ -130,7 +130,7 @@ class PackedLinear:
         """Values that a shape cannot vouch for: finite floats, usable scales, disjoint pairs in range."""
         for name in ("scales", "theta", "channel_scales", "bias"):
             tensor = getattr(self, name)
-            if tensor is not None and not torch.isfinite(tensor).all():
+            if tensor is not None and not finite(tensor):
                 raise _damaged(f"{path}.{name}", "has values that are not finite")
         if not (self.channel_scales != 0).all():
             raise _damaged(f"{path}.channel_scales", "has zeros, which no weight can be divided by")
@@ -142,9 +142,16 @@ class PackedLinear:
             raise _damaged(
                 f"{path}.pairs", f"has channel {_first_outside(local, g)}, outside 0 to {g - 1} (group size {g})"
             )
-        everyone = torch.arange(g, dtype=local.dtype, device=local.device)
-        if not torch.equal(local.sort(dim=-1).values, everyone.expand_as(local)):
+        used = torch.zeros(local.shape, dtype=torch.bool, device=local.device)
+        if not used.scatter_(-1, local.long(), True).all():
             raise _damaged(f"{path}.pairs", "uses a channel twice in one rotation; pairs must be disjoint")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it: neither in its extremes, which takes 1/45 of `isfinite`'s time."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) -> None:
@@ -157,6 +164,9 @@ def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) ->
             raise _damaged(f"{path}.{name}", f"is {_short(have.dtype)}, must be {_short(want.dtype)}")
         if have.shape != want.shape:
             raise _damaged(f"{path}.{name}", f"has shape {list(have.shape)}, must be {list(want.shape)}")
+    for name in found:
+        if name in TENSOR_NAMES and name not in layout.fields():
+            raise _damaged(f"{path}.{name}", "is one too many: the layer has none")
 
 
 def _damaged(tensor: str, fault: str) -> CheckpointError:

@@ -104,6 +104,7 @@ def inspect(model: str | Path) -> Inspection:
         packed = checkpoint.packed(path)
         error = recorded.get(path, {}).get("error")
         linears[path] = {"error": error, "bytes": packed.layout.stored_bits() // 8}
+    checkpoint.check_plain()
     return Inspection(checkpoint, linears, files.size_bytes())
 
 

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ResourceError
+from ..errors import CheckpointError, ResourceError
 
 PARTIAL = ".partial"
+#: Largest JSON file that is read: as large as safetensors lets a header be.
+JSON_BYTES = 100_000_000
 
 
 def durable(path: Path, write: Callable[[Path], Any]) -> None:
@@ -41,6 +43,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_json(path: Path, content: Any) -> None:
     """Durable, with indentation of one."""
     durable(path, lambda staged: staged.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object; raises `CheckpointError` for a file that is something else, nested too deeply, or larger than 100 MB."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
+        if len(content) > JSON_BYTES:
+            raise ValueError(f"it is larger than {JSON_BYTES:,} bytes")
+        entries = json.loads(content.decode())
+        if not isinstance(entries, dict):
+            raise ValueError(f"it holds {type(entries).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download it or quantize the model again.") from error
+    return entries
 
 
 def checksum(path: Path) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..layout import TENSOR_NAMES, Field
+from .files import read_json
 
 #: safetensors' names of the dtypes that a checkpoint may hold.
 DTYPES = {
@@ -26,6 +29,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: The names under which Transformers looks for weights.
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+#: Tensors that belong to a packed linear and to nothing else.
+PACKED_NAMES = frozenset(TENSOR_NAMES) - {"bias"}
+REMEDY = "The checkpoint is damaged: download or quantize it again."
 
 
 @dataclass(frozen=True)
@@ -36,36 +44,71 @@ class StoredTensors:
     files: dict[str, Path]
 
     @classmethod
-    def of_files(cls, files: Iterable[str | Path]) -> StoredTensors:
-        """Read the headers; raises `CheckpointError` naming a file that is missing, truncated or no safetensors."""
+    def of_files(cls, files: Iterable[str | Path], home: str | Path | None = None) -> StoredTensors:
+        """Read the headers; raises `CheckpointError` naming a file that is missing, truncated or no safetensors.
+
+        home: the directory that they must be in, if it is known; they may be links.
+        """
         fields: dict[str, Field] = {}
         homes: dict[str, Path] = {}
         for file in map(Path, files):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                        header = tensors.get_slice(name)
-                        dtype = DTYPES.get(header.get_dtype())
-                        if dtype is None:
-                            raise CheckpointError(f"tensor {name} in {file} has unknown dtype {header.get_dtype()}.")
-                        fields[name], homes[name] = Field(dtype, tuple(header.get_shape())), file
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} cannot be read: {error}. It is missing, truncated or damaged: download or quantize it again."
-                ) from error
+            if home is not None and (Path(home) not in file.parents or ".." in file.relative_to(home).parts):
+                raise CheckpointError(f"weights {str(file)!r} are not in the model's directory {str(home)!r}. {REMEDY}")
+            for name, field in _header(file).items():
+                if name in fields:
+                    raise CheckpointError(f"tensor {name} is both in {homes[name]} and in {file}. Remove one of them.")
+                fields[name], homes[name] = field, file
         return cls(fields, homes)
 
     @classmethod
     def of_directory(cls, directory: Path) -> StoredTensors:
-        """All `*.safetensors` files of a directory."""
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory} holds no .safetensors file.")
-        return cls.of_files(files)
+        """The weights that Transformers would load: `model.safetensors`, else the shards that the index names.
+
+        Without either, all `*.safetensors` files.
+        """
+        index = directory / INDEX_FILE
+        if (directory / SINGLE_FILE).exists() or not index.exists():
+            single = directory / SINGLE_FILE
+            files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+            if not files:
+                raise CheckpointError(f"{directory} holds no .safetensors file.")
+            return cls.of_files(files)
+        homes = _weight_map(index)
+        stored = cls.of_files(directory / name for name in sorted(set(homes.values())))
+        for tensor, home in homes.items():
+            if stored.files.get(tensor) != directory / home:
+                raise CheckpointError(f"{index} places tensor {tensor} in {home}, which does not hold it. {REMEDY}")
+        return stored
 
     def linears(self) -> list[str]:
         """Paths of the quantized linears: those with a `.qweight`."""
         return [name.removesuffix(".qweight") for name in self.fields if name.endswith(".qweight")]
+
+    def require_whole_linears(self) -> None:
+        """Raises `CheckpointError` for a packed tensor without the others, and for a linear both packed and plain."""
+        for name in self.fields:
+            path, _, stored = name.rpartition(".")
+            packed = f"{path}.qweight" in self.fields
+            if stored in PACKED_NAMES and not packed:
+                raise CheckpointError(f"tensor {path}.qweight is missing, but there is {name}. {REMEDY}")
+            if stored == "weight" and packed:
+                raise CheckpointError(f"{path} is stored twice, plain ({name}) and packed. {REMEDY}")
+
+    def require_fit(self, expected: Mapping[str, Field]) -> None:
+        """Raises `CheckpointError` for a tensor that does not fit the model's of the same name.
+
+        Its sizes may come in another order: Transformers turns some. Without this, it would allocate what a damaged
+        config.json asks for before it compares.
+        """
+        for name in self.fields.keys() & expected.keys():
+            have, want = self.fields[name], expected[name]
+            if sorted(have.shape) != sorted(want.shape):
+                raise CheckpointError(
+                    f"tensor {name} has shape {list(have.shape)}, the model's has {list(want.shape)}. "
+                    "config.json and weights do not belong together."
+                )
+            if have.dtype.is_floating_point != want.dtype.is_floating_point:
+                raise CheckpointError(f"tensor {name} is {have.dtype}, the model's is {want.dtype}. {REMEDY}")
 
     def fields_of(self, path: str) -> dict[str, Field]:
         """Stored name (`qweight`, …) → dtype and shape, for one linear."""
@@ -75,3 +118,41 @@ class StoredTensors:
         """One tensor, onto the device."""
         with safe_open(self.files[name], framework="pt", device=str(device)) as tensors:
             return tensors.get_tensor(name)
+
+
+def _header(file: Path) -> dict[str, Field]:
+    """Tensor name → dtype and shape. Files of another name are refused unopened: they may be pickles."""
+    if file.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{file} is no .safetensors file. Weights of other formats, such as pickles, are not read."
+        )
+    if not file.is_file():
+        raise CheckpointError(f"{file} cannot be read: there is no such file. {REMEDY}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            return {name: _field(file, name, tensors.get_slice(name)) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} cannot be read: {error}. It is truncated or damaged. {REMEDY}") from error
+
+
+def _field(file: Path, name: str, header: Any) -> Field:
+    dtype = DTYPES.get(header.get_dtype())
+    if dtype is None:
+        raise CheckpointError(f"tensor {name} in {file} has unknown dtype {header.get_dtype()}.")
+    return Field(dtype, tuple(header.get_shape()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file name, of an index of shards; a shard lies beside its index, never elsewhere."""
+    homes = read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not homes:
+        raise CheckpointError(f"{index} has no weight_map of tensors to files. {REMEDY}")
+    for tensor, home in homes.items():
+        if not isinstance(home, str) or home in ("", ".", "..") or set(home) & set("/\\\0"):
+            raise CheckpointError(
+                f"{index} places tensor {tensor} in {reprlib.repr(home)}, must be a file beside the index. {REMEDY}"
+            )
+    return homes

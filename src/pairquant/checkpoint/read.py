@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import reprlib
 import shutil
 import struct
 from dataclasses import dataclass
@@ -13,20 +13,27 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
 from ..config import QUANT_METHOD, CheckpointConfig
 from ..errors import CheckpointError, SourceError, did_you_mean
-from ..layout import LinearLayout, PackedLinear, bits_per_weight
-from .headers import StoredTensors
+from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight, finite
+from .files import read_json
+from .headers import REMEDY, StoredTensors
 
 #: Files worth downloading: weights as safetensors only, never pickles.
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "tokenizer*")
+#: What Transformers raises for files that make no sense: it checks little, and so fails anywhere.
+BUILD_ERRORS = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError,
+    RuntimeError, struct.error, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 #: A tokenizer has one of these.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 #: Written beside the weights: recipe, errors and sizes of every linear.
 REPORT_FILE = "pairquant.json"
+WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
 
 
 @dataclass(frozen=True)
@@ -62,15 +69,14 @@ class ModelFiles:
         return self._load(AutoConfig, "configuration")
 
     @property
-    def quantization(self) -> dict[str, Any] | None:
-        """`quantization_config` of config.json; None for plain models and GGUF files."""
-        entries = None if self.gguf else getattr(self.config, "quantization_config", None)
-        return entries if entries is None or isinstance(entries, dict) else entries.to_dict()
+    def quantization(self) -> Any:
+        """`quantization_config` of config.json, which may hold anything; None for plain models and GGUF files."""
+        return None if self.gguf else read_json(self.directory / "config.json").get("quantization_config")
 
     def require_plain(self) -> None:
         """Refuse a source that is quantized already: its rounding errors would be fitted as if they were weights."""
-        if self.quantization is not None:
-            method = self.quantization.get("quant_method", "an unknown method")
+        if (entries := self.quantization) is not None:
+            method = entries.get("quant_method", "an unknown method") if isinstance(entries, dict) else entries
             raise SourceError(f"{self.name!r} is quantized already ({method}). Quantize the original model instead.")
 
     def tokenizer(self):
@@ -132,7 +138,7 @@ class ModelFiles:
     def _build(self, build, what: str):
         try:
             return build()
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, SafetensorError) as error:
+        except BUILD_ERRORS as error:
             if isinstance(error, (CheckpointError, SourceError)):
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -151,17 +157,16 @@ class Checkpoint:
     @classmethod
     def open(cls, files: ModelFiles) -> Checkpoint:
         """Raises `CheckpointError` when the model is not one of ours, or damaged."""
-        if files.quantization is None or files.quantization.get("quant_method") != QUANT_METHOD:
+        entries = files.quantization
+        if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(
                 f"{files.name!r} is not quantized with pairwise rotations (no quant_method 'paroquant')"
             )
-        report = files.directory / REPORT_FILE
-        return cls(
-            files.directory,
-            CheckpointConfig.from_dict(files.quantization),
-            StoredTensors.of_directory(files.directory),
-            json.loads(report.read_text()) if report.is_file() else {},
-        )
+        config, stored = CheckpointConfig.from_dict(entries), StoredTensors.of_directory(files.directory)
+        stored.require_whole_linears()
+        if not stored.linears():
+            raise CheckpointError(f"{files.name!r} holds no quantized linear, but its config.json says so. {REMEDY}")
+        return cls(files.directory, config, stored, _report(files.directory / REPORT_FILE))
 
     def layout(self, path: str) -> LinearLayout:
         """Of one linear, from the shapes of its tensors."""
@@ -169,15 +174,25 @@ class Checkpoint:
         if "qweight" not in fields:
             raise CheckpointError(f"no quantized linear {path!r}{did_you_mean(path, self.stored.linears())}")
         shape = fields["qweight"].shape
-        if len(shape) != 2:
-            raise CheckpointError(f"tensor {path}.qweight has shape {list(shape)}, must have 2 dimensions.")
-        return self.config.layout(shape[0], shape[1] * 32 // self.config.bits, "bias" in fields)
+        if len(shape) != 2 or 0 in shape:
+            raise CheckpointError(f"tensor {path}.qweight has shape {list(shape)}, must have 2 dimensions. {REMEDY}")
+        layout = self.config.layout(shape[0], shape[1] * 32 // self.config.bits, "bias" in fields)
+        if faults := layout.misfits():
+            raise CheckpointError(f"{path}: {'; '.join(faults)}. {REMEDY}")
+        return layout
 
     def packed(self, path: str) -> PackedLinear:
         """One linear, checked."""
         layout = self.layout(path)
         tensors = {name: self.stored.load(f"{path}.{name}") for name in self.stored.fields_of(path)}
         return PackedLinear.from_tensors(path, layout, tensors)
+
+    def check_plain(self) -> None:
+        """Raises `CheckpointError` naming a tensor outside the quantized linears that has NaN or infinity in it."""
+        packed = {f"{path}.{name}" for path in self.stored.linears() for name in TENSOR_NAMES}
+        for name, field in self.stored.fields.items():
+            if name not in packed and field.dtype.is_floating_point and not finite(self.stored.load(name)):
+                raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""
@@ -194,6 +209,23 @@ def _download(name: str) -> Path:
         raise SourceError(
             f"model {name!r} is no local directory, and cannot be fetched from the hub{_nearby(Path(name), '*')}\n  {reason[0]}"
         ) from error
+
+
+def _report(file: Path) -> dict[str, Any]:
+    """pairquant.json, if there is one; `linears`, where it has them, are objects with an `error` that is a number."""
+    if not file.is_file():
+        return {}
+    report = read_json(file)
+    linears = report.get("linears", {})
+    if not isinstance(linears, dict) or not all(_recorded(entry) for entry in linears.values()):
+        raise CheckpointError(f"{file}: linears has an entry that is no record of a linear. {WITHOUT_REPORT}")
+    if not isinstance(report.get("seconds", 0), (int, float)):
+        raise CheckpointError(f"{file}: seconds is {reprlib.repr(report['seconds'])}, no number. {WITHOUT_REPORT}")
+    return report
+
+
+def _recorded(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("error"), (int, float, type(None)))
 
 
 def _nearby(path: Path, pattern: str) -> str:
