@@ -6,19 +6,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.headers import StoredTensors
+from ..checkpoint.headers import REMEDY, StoredTensors
 from ..config import QUANT_METHOD, CheckpointConfig, matches
 from ..core.linear import decode
 from ..errors import CheckpointError
-from ..layout import check_fields
+from ..layout import Field, check_fields, finite
 from ..nn import RotatedLinear, link_siblings, prepare, replace_module, rotated_linears
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +31,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ParoQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, as Transformers wants to hold it; `checkpoint` is ours."""
 
-    def __init__(self, **entries: Any):
+    def __init__(self, /, **entries: Any):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum knows no outsiders
         self.checkpoint = CheckpointConfig.from_dict({**entries, "quant_method": QUANT_METHOD})
 
@@ -56,7 +59,7 @@ class ParoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config.checkpoint
-        stored = StoredTensors.of_files(checkpoint_files) if checkpoint_files else None
+        stored = _stored(model, checkpoint_files) if checkpoint_files else None
         quantized = stored.linears() if stored else _by_config(model, config)
         linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         for path in quantized:
@@ -71,9 +74,13 @@ class ParoQuantizer(HfQuantizer):
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
             replace_module(model, path, RotatedLinear(layout, device=linear.weight.device))
+        if stored and _is_what_was_saved(model):
+            stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if _is_what_was_saved(model):
+            _require_complete(model)
         for path, linear in rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
@@ -95,6 +102,39 @@ class ParoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
+    """What the files hold; a local model's must lie in its directory, whatever its index says."""
+    home = model.config.name_or_path
+    stored = StoredTensors.of_files(checkpoint_files, home if os.path.isdir(home) else None)
+    stored.require_whole_linears()
+    return stored
+
+
+def _is_what_was_saved(model: Any) -> bool:
+    """False for another class on top of the saved blocks: its head is new, and meant to be."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a checkpoint of the model holds."""
+    return ((name, t) for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
+
+
+def _require_complete(model: Any) -> None:
+    """Raises `CheckpointError` for tensors that are not finite, and for missing ones: Transformers warns, and makes them up.
+
+    It marks what it has loaded; offloaded tensors are elsewhere.
+    """
+    present = {name: t for name, t in _tensors(model) if not t.is_meta}
+    loaded = {name for name, t in present.items() if getattr(t, "_is_hf_initialized", False)}
+    dispensable = model._keys_to_ignore_on_load_missing or ()
+    for name, tensor in present.items():
+        if loaded and name not in loaded and not any(re.search(pattern, name) for pattern in dispensable):
+            raise CheckpointError(f"tensor {name} is missing. {REMEDY}")
+        if not finite(tensor):
+            raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
 
 
 def _by_config(model: Any, config: CheckpointConfig) -> list[str]:
