@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
+from .engine_options import Dtype, EngineName
 
 
 @app.command()
@@ -14,39 +16,38 @@ def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    engine: EngineName = "auto",
     device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to MODEL; the answer appears as it is generated."""
     quiet_libraries()
-    from transformers import TextStreamer
-
     from ..checkpoint.read import ModelFiles
     from ..devices import resolve_device
-    from ..verbs import load
+    from ..engines import choice
+    from ..engines.engine import EngineOptions, Turn
 
-    target = resolve_device(device)
+    options = EngineOptions(device, dtype)
+    resolve_device(device)
     files = ModelFiles.find(model, trust_remote_code)
-    tokenizer = files.tokenizer()
-    network = load(files, target)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    history: list[dict[str, str]] = []
+    chosen = choice.choose(engine, files, prefer_vllm=choice.gpu_wanted(device))
+    choice.check_model(files)
+    talker = choice.start(chosen, files, options)
+    history: list[Turn] = []
     if prompt is None:
         console.print("[dim]An empty line or Ctrl-D ends the chat.[/]")
     while question := prompt if prompt is not None else _ask():
         history.append({"role": "user", "content": question})
-        inputs = _chat_inputs(tokenizer, history).to(target)
-        tokens = network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, do_sample=False)
-        answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = ""
+        with closing(talker.stream(history, max_new_tokens)) as pieces:
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+                answer += piece
+        typer.echo()
         history.append({"role": "assistant", "content": answer})
         if prompt is not None:
             break
-
-
-def _chat_inputs(tokenizer, history: list[dict[str, str]]):
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return tokenizer("\n".join(turn["content"] for turn in history), return_tensors="pt")
 
 
 def _ask() -> str:

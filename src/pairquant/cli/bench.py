@@ -1,0 +1,99 @@
+"""`pairquant bench`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .app import Device, Model, Trust, app, console, quiet_libraries
+from .display import duration, size
+from .engine_options import Dtype, EngineName
+
+
+@app.command()
+def bench(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The original model, measured in the same way.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat for more. Default: 1.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs after a warm-up; medians are shown.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile. Default: only vLLM on a GPU.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    engine: EngineName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Speed and memory of MODEL, beside the original's."""
+    quiet_libraries()
+    from ..benchmark import bench as run
+    from ..evaluation.speed import Workload
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    with console.status("looking at the model") as status:
+        results = run(
+            model,
+            reference,
+            Workload(tuple(batch or (1,)), prompt_tokens, new_tokens, repeats, seed),
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            trust_remote_code=trust_remote_code,
+            on_stage=lambda stage: status.update(escape(stage)),
+        )
+    console.print(_table(results))
+    console.print(f"[dim]{escape(_conditions(results))}[/]", soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _table(results: dict[str, Any]) -> Table:
+    """A row for each number, a column for each model, and the ratio."""
+    entries = [entry for entry in (results["model"], results["reference"]) if entry]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for entry in entries:
+        table.add_column(escape(Path(entry["name"]).name), justify="right", no_wrap=True)
+    if results["ratios"]:
+        entries.append(results["ratios"])
+        table.add_column("ratio", justify="right")
+    for name, show, values in _lines(entries):
+        *shown, ratio = values if results["ratios"] else (*values, None)
+        cells = ["–" if value is None else show(value) for value in shown]
+        table.add_row(name, *cells, *(["–" if ratio is None else f"{ratio:.2f}"] if results["ratios"] else []))
+    return table
+
+
+def _lines(entries: list[dict[str, Any]]) -> Iterator[tuple[str, Callable[[float], str], list[float | None]]]:
+    """Name, how to show it, and each entry's value."""
+    sizes = {"size on disk": "size_bytes", "peak memory": "peak_memory_bytes"}
+    for name, key in sizes.items():
+        yield name, size, [entry[key] for entry in entries]
+    yield "loaded in", duration, [entry["load_s"] for entry in entries]
+    speeds = {"prefill, tokens/s": "prefill_tokens_per_s", "decode, tokens/s": "decode_tokens_per_s"}
+    for rows in zip(*(entry["rows"] for entry in entries), strict=True):
+        batch = f"batch {rows[0]['batch']}: "
+        for name, key in speeds.items():
+            yield batch + name, "{:,.1f}".format, [row[key] for row in rows]
+        yield batch + "first token", lambda s: f"{1000 * s:,.0f} ms", [row["first_token_s"] for row in rows]
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    work, entry = results["workload"], results["model"]
+    versions = results["versions"]
+    return (
+        f"{work['prompt_tokens']} + {work['new_tokens']} tokens, median of {work['repeats']}; {results['engine']} "
+        f"{versions[results['engine']]}, {entry['dtype']}{', compiled' if entry['compiled'] else ''}; {results['device']}"
+    )

@@ -1,0 +1,1 @@
+"""What runs a model: Transformers or vLLM, behind one protocol."""

@@ -1,0 +1,62 @@
+"""Choosing an engine by name, and starting it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from ..checkpoint.read import Checkpoint, ModelFiles
+from ..config import QUANT_METHOD
+from ..errors import ConfigError, did_you_mean
+from ..layout import check_fields
+from .engine import Engine, EngineOptions
+
+#: Name → module here and class in it.
+ENGINES = {"transformers": ("transformers", "TransformersEngine"), "vllm": ("vllm", "VllmEngine")}
+
+
+def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
+    """The engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
+
+    Raises `ConfigError` for an unknown name, and for vLLM where it is missing.
+    """
+    allowed = ("auto", *ENGINES)
+    if name not in allowed:
+        raise ConfigError(f"engine is {name!r}, allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}")
+    installed = find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise ConfigError("engine is 'vllm', which is not installed. Run: pip install 'pairquant[vllm]'")
+    if name == "auto":
+        return "vllm" if prefer_vllm and installed and not files.gguf else "transformers"
+    return name
+
+
+def gpu_wanted(device: str) -> bool:
+    """Whether "auto" or "cuda…" will be an NVIDIA GPU: there vLLM is the faster engine."""
+    return device != "cpu" and torch.cuda.is_available() and torch.version.cuda is not None
+
+
+def check_model(files: ModelFiles) -> None:
+    """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
+
+    Looks at the configuration, the tokenizer, and for our checkpoints at every header; no weights are read.
+    """
+    files.tokenizer()
+    if files.quantization is None or files.quantization.get("quant_method") != QUANT_METHOD:
+        return
+    checkpoint = Checkpoint.open(files)
+    for path in checkpoint.stored.linears():
+        check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
+
+
+def engine_class(name: str) -> type[Engine]:
+    """Imports the engine's library, and nothing else of it is imported before."""
+    module, attribute = ENGINES[name]
+    return getattr(import_module(f".{module}", __package__), attribute)
+
+
+def start(name: str, files: ModelFiles, options: EngineOptions) -> Engine:
+    """Load a model that `check_model` has passed; `name` comes from `choose`."""
+    return engine_class(name)(files, options)

@@ -1,0 +1,160 @@
+"""vLLM as an engine, in this process: its scheduler is stepped from here, so that every token's arrival is known."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.read import ModelFiles
+from ..devices import resolve_device
+from ..errors import ConfigError, PairQuantError
+from ..evaluation.speed import Generation
+from .engine import EngineOptions, Turn, chat_tokens, context_of
+
+# Read when vLLM is imported, or when it starts. Without OMP_NUM_THREADS it would lower PyTorch to one thread.
+for variable, value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": str(torch.get_num_threads()),
+}.items():
+    os.environ.setdefault(variable, value)
+
+import vllm  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.outputs import RequestOutput  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+#: Tokens that the cache holds for a conversation, if the model allows so many.
+CONVERSATION = 16384
+#: The cache comes in blocks of at most this many tokens.
+BLOCK = 128
+
+
+class VllmEngine:
+    """On the device that the installed vLLM was built for."""
+
+    name = "vllm"
+    version = vllm.__version__
+
+    def __init__(self, files: ModelFiles, options: EngineOptions):
+        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device."""
+        self.device = self.place(options.device)
+        if files.gguf:
+            raise ConfigError(f"{files.name!r} is a GGUF file, which vLLM does not run. Use --engine transformers.")
+        self.compiled = self.device.type == "cuda" if options.compile is None else options.compile
+        self.context = context_of(files.config)
+        self.vocabulary = files.config.get_text_config().vocab_size
+        dtype = options.dtype_on(self.device)
+        longest = options.sequence_tokens or min(self.context or CONVERSATION, CONVERSATION)
+        try:
+            self.llm = LLM(
+                str(files.directory),
+                dtype=dtype,  # type: ignore[arg-type]
+                enforce_eager=not self.compiled,
+                max_model_len=-1,  # as long as the cache allows
+                kv_cache_memory_bytes=cache_bytes(
+                    files.config, options.sequences, longest, 4 if dtype == "float32" else 2
+                ),
+                trust_remote_code=files.trust_remote_code,
+                disable_log_stats=True,
+            )
+        except ValueError as error:
+            if isinstance(error, PairQuantError):
+                raise
+            raise ConfigError(f"vLLM {vllm.__version__} cannot run {files.name!r}: {_reason(error)}") from error
+        self.tokenizer = self.llm.get_tokenizer()
+        self.dtype = str(self.llm.model_config.dtype).removeprefix("torch.")
+        self._requests = itertools.count()
+
+    @staticmethod
+    def place(device: str) -> torch.device:
+        """Raises `ConfigError` when this vLLM was built for another kind of device."""
+        built_for = current_platform.device_type
+        chosen = torch.device(built_for) if device == "auto" else resolve_device(device)
+        if chosen.type != built_for:
+            raise ConfigError(
+                f"device is {device!r}, allowed: {built_for}, which the installed vLLM was built for. "
+                "Leave out --device, or use --engine transformers."
+            )
+        return chosen
+
+    def stream(self, conversation: Sequence[Turn], max_new_tokens: int) -> Generator[str, None, None]:
+        """The greedy answer, piece by piece; closing the iterator aborts the request.
+
+        Raises `ConfigError` when the conversation is too long for the model or the cache.
+        """
+        tokens = chat_tokens(self.tokenizer, conversation)
+        if len(tokens) >= (longest := self.llm.model_config.max_model_len):
+            raise ConfigError(
+                f"the conversation has {len(tokens)} tokens, allowed: less than {longest}. Begin a new one."
+            )
+        for pieces in self._steps([tokens], SamplingParams(temperature=0, max_tokens=max_new_tokens)):
+            yield from (piece.text for piece in pieces if piece.text)
+
+    def generate(self, prompts: Tensor, new_tokens: int) -> Generation:
+        """Exactly new_tokens for each prompt of int64 [B, T], greedy, nothing of the prompts cached beforehand."""
+        self.llm.reset_prefix_cache()
+        rows: list[list[int]] = [[] for _ in prompts]
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        first, early = None, 0
+        for pieces in self._steps(prompts.tolist(), sampling):
+            for piece in pieces:
+                rows[piece.row].extend(piece.tokens)
+            if first is None and all(rows):
+                first, early = time.perf_counter(), sum(map(len, rows))
+        end = time.perf_counter()
+        assert first is not None, "vLLM finished without a token for every prompt"
+        return Generation(torch.tensor(rows), first - start, sum(map(len, rows)) - early, end - first)
+
+    def _steps(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> Iterator[list[_Piece]]:
+        """What each step of the scheduler brings; requests that are not done when the iterator is closed are aborted."""
+        sampling.output_kind = RequestOutputKind.DELTA
+        engine = self.llm.llm_engine
+        rows = {str(next(self._requests)): row for row in range(len(prompts))}
+        try:
+            for name, row in rows.items():
+                engine.add_request(name, {"prompt_token_ids": prompts[row]}, sampling)
+            while engine.has_unfinished_requests():
+                yield [
+                    _Piece(rows[o.request_id], o.outputs[0].text, o.outputs[0].token_ids)
+                    for o in engine.step()
+                    if isinstance(o, RequestOutput)
+                ]
+        finally:
+            engine.abort_request(list(rows))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one step added to the prompt of one row."""
+
+    row: int
+    text: str
+    tokens: Sequence[int]
+
+
+def cache_bytes(config: Any, sequences: int, sequence_tokens: int, item_bytes: int) -> int:
+    """Memory for the keys and values of so many sequences of so many tokens, in whole blocks.
+
+    config: Transformers'. Models that keep less (sliding windows, latent attention) get more than they need.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    blocks = sequences * -(-sequence_tokens // BLOCK) + 1  # vLLM keeps one for itself
+    return blocks * BLOCK * text.num_hidden_layers * heads * head_dim * 2 * item_bytes
+
+
+def _reason(error: ValueError) -> str:
+    """The last line of vLLM's message: pydantic puts headings before and links after."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    return lines[-1] if lines else type(error).__name__
