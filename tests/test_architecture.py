@@ -32,6 +32,7 @@ FLOORS = {
 #: Library → the only files, or folders, that may import it.
 DOORS = {
     "transformers": {"checkpoint/read.py", "integrations/transformers.py", "engines/", "cli/"},
+    "peft": {"integrations/peft.py"},
     "datasets": {"text.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},

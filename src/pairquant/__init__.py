@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .integrations.discovery import register_with_transformers
+from .integrations.discovery import register
 
 if TYPE_CHECKING:
     from .config import PRESETS as PRESETS
@@ -31,7 +31,7 @@ _HOME = {
 __all__ = [*_HOME]
 __version__ = "0.1.0"
 
-register_with_transformers()
+register()
 
 
 def __getattr__(name: str):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.linear import decode
 from .kernels import cpu, ops
 from .kernels.weights import MAX_SEGMENTS, KernelWeights
-from .layout import LinearLayout, PackedLinear
+from .layout import TENSOR_NAMES, LinearLayout, PackedLinear
 
 #: Names of layers that read the same input and are called with it one after the other: run in one launch.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,17 +30,23 @@ class RotatedLinear(nn.Module):
     - PyTorch's int4 product with a folded rotation, on CPUs in bfloat16 at 4 bits;
     - a dense weight, decoded once and kept, everywhere else.
 
+    What is kept is made on the first forward. Compiled before that, a model is compiled twice: with the making, then
+    without.
+
     The buffers keep their dtypes through `.to(dtype)`, `.half()` and the like, so that saving gives back the bits that
-    were loaded.
+    were loaded; `dtype`, what the layer computes in, follows.
     """
 
     qweight: Tensor
     scales: Tensor
+    theta: Tensor
     bias: Tensor | None
 
-    def __init__(self, layout: LinearLayout, device: torch.device | str | None = None):
+    def __init__(
+        self, layout: LinearLayout, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
-        self.layout = layout
+        self.layout, self.dtype = layout, dtype
         self.in_features, self.out_features = layout.in_features, layout.out_features
         for name, stored in layout.fields().items():
             self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
@@ -68,10 +74,9 @@ class RotatedLinear(nn.Module):
             return self._merged.forward(self, x)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         if x.device.type == "cpu" and cpu.available(self.layout, x.dtype):
-            if self._int4 is None:
-                with torch.no_grad():
-                    self._int4 = cpu.CpuWeights.build(self.packed).tensors()
-            return torch.ops.pairquant.rotated_linear(x, self._int4, bias, [self.out_features], self.layout.group_size)
+            return torch.ops.pairquant.rotated_linear(
+                x, self._int4_weights(), bias, [self.out_features], self.layout.group_size
+            )
         return F.linear(x, self.dense_weight(x.dtype), bias)
 
     def prepare(self) -> bool:
@@ -80,7 +85,7 @@ class RotatedLinear(nn.Module):
         Done on the first forward otherwise; call it before that is captured in a graph or compiled.
         """
         if self._merged.weights is None:
-            if self.layout.bits != 4 or not self.theta.is_cuda:
+            if self.layout.bits != 4 or not self._merged.gathered("cuda"):
                 return False
             if reason := ops.triton_missing():
                 warnings.warn(f"4-bit layers run as dense layers: {reason}.", stacklevel=2)
@@ -92,9 +97,45 @@ class RotatedLinear(nn.Module):
         """The decoded weight in the original basis, [N, C], kept for the next call."""
         dense = self._dense
         if dense is None or dense.dtype != dtype or dense.device != self.theta.device:
-            with torch.no_grad():
-                self._dense = dense = decode(self.packed).to(dtype)
+            with _plain_tensors():
+                dense = self._decoded().to(dtype)
+            self._dense = None if _offloaded(self) else dense
         return dense
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain, frozen layer with the decoded weight."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self._decoded().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return dense
+
+    def leave_siblings(self) -> None:
+        """Merge with no other layer any more; those it was merged with stay together."""
+        merged = self._merged
+        merged.dissolve()
+        self._merged = Merged([self])
+        rest = Merged([member for member in merged.members if member is not self])
+        for member in rest.members:
+            member._merged = rest
+
+    def _int4_weights(self) -> list[Tensor]:
+        """`CpuWeights.tensors()`, kept for the next call."""
+        int4 = self._int4
+        if int4 is None:
+            with _plain_tensors():
+                int4 = torch.ops.pairquant.cpu_weights(self._operands(), self.layout.group_size)
+            self._int4 = None if _offloaded(self) else int4
+        return int4
+
+    def _decoded(self) -> Tensor:
+        """Float32 [N, C]."""
+        return torch.ops.pairquant.decode(self._operands(), self.layout.bits, self.layout.group_size)
+
+    def _operands(self) -> list[Tensor]:
+        """The stored tensors but the bias, in the order that the operators take them."""
+        stored = self._stored()
+        return [stored[name] for name in TENSOR_NAMES if name != "bias"]
 
     def extra_repr(self) -> str:
         s = self.layout
@@ -114,6 +155,7 @@ class RotatedLinear(nn.Module):
         """Follow `fn` to another device, never to another dtype: a bfloat16 scale would lose stored bits."""
         self._restore()
         stored = dict(self._buffers)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.theta.device)).dtype
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
@@ -134,8 +176,8 @@ class RotatedLinear(nn.Module):
 class Merged:
     """Layers that read the same input: the first one called computes for all, the others take their share.
 
-    What was computed is handed out only for the very same tensor, unchanged since, and is dropped as soon as every
-    layer has had its part; any other input is computed anew.
+    What was computed is handed out only for the very same tensor, unchanged since, in the same gradient mode, and is
+    dropped as soon as every layer has had its part; any other input is computed anew.
     """
 
     def __init__(self, members: Sequence[RotatedLinear]):
@@ -144,7 +186,7 @@ class Merged:
         self.tensors: list[Tensor] = []
         self.bias: Tensor | None = None
         self.x: Tensor | None = None
-        self.version = 0
+        self.state: tuple[int, bool, bool] | None = None
         self.waiting: list[Tensor | None] = []
         self._drop()
 
@@ -152,8 +194,8 @@ class Merged:
         if len(self.members) == 1:
             return self._linear(x)
         index = next(i for i, other in enumerate(self.members) if other is member)
-        if self.x is not x or self.waiting[index] is None or self.version != _version(x):
-            self.x, self.version = x, _version(x)
+        if self.x is not x or self.waiting[index] is None or self.state != _state(x):
+            self.x, self.state = x, _state(x)
             self.waiting = list(self._linear(x).split(self.sizes, dim=-1))
         y, self.waiting[index] = self.waiting[index], None
         assert y is not None, "a layer's share was handed out twice"
@@ -161,11 +203,16 @@ class Merged:
             self._drop()
         return y
 
+    def gathered(self, device_type: str) -> bool:
+        """Whether all stored tensors are on one device of this type, to stay."""
+        devices = {tensor.device for member in self.members for tensor in member.buffers()}
+        return len(devices) == 1 and devices.pop().type == device_type and not any(map(_offloaded, self.members))
+
     def build(self) -> None:
         """Repack all members; they give up the stored tensors that this replaces."""
         from .kernels.launch import with_matrix
 
-        with torch.no_grad():
+        with _plain_tensors():
             self.weights = with_matrix(KernelWeights.build([member.packed for member in self.members]))
             self.tensors = self.weights.tensors()
             self.sizes = list(self.weights.out_features)
@@ -173,8 +220,8 @@ class Merged:
                 parts = [m.bias if m.bias is not None else m.scales.new_zeros(m.out_features) for m in self.members]
                 self.bias = torch.cat(parts)
         for member in self.members:
-            for name in REPACKED:
-                member._buffers[name] = None
+            for name in REPACKED:  # empty, but on the right device, by which PEFT places its adapters
+                member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
         """The tensors that `member` gave up."""
@@ -200,9 +247,24 @@ class Merged:
         self.waiting = [None] * len(self.members)
 
 
-def _version(x: Tensor) -> int:
-    """Counts changes in place; those of inference mode and inside a compiled graph cannot be counted."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _state(x: Tensor) -> tuple[int, bool, bool]:
+    """What must not have changed since: the values, counted by changes in place, and whether gradients are recorded.
+
+    Changes of inference mode and inside a compiled graph cannot be counted.
+    """
+    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return version, x.requires_grad, torch.is_grad_enabled()
+
+
+def _plain_tensors() -> AbstractContextManager:
+    """No gradients, and tensors that may be saved for gradients later, also when made in inference mode."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
+def _offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate brings the stored tensors for each forward and takes them away after it."""
+    hook = getattr(layer, "_hf_hook", None)
+    return getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False)
 
 
 def link_siblings(model: nn.Module) -> None:

@@ -48,5 +48,5 @@ def _stored_order(codes: Tensor, bits: int) -> Tensor:
 
 def _natural_order(columns: Tensor, bits: int) -> Tensor:
     if bits == 4:
-        columns = columns[..., torch.tensor(AWQ_ORDER).argsort().tolist()]
+        columns = columns[..., [AWQ_ORDER.index(column) for column in range(8)]]
     return columns.reshape(columns.shape[0], -1)

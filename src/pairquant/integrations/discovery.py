@@ -1,7 +1,7 @@
-"""Register with Transformers when, and only when, Transformers is used.
+"""Register with Transformers and PEFT when, and only when, they are used.
 
-Importing `transformers.quantizers` takes seconds; `import pairquant` must not. If it is loaded already we register at
-once, otherwise an import hook, Python's own mechanism, registers right after it loads.
+Importing them takes seconds; `import pairquant` must not. If one is loaded already we register at once, otherwise an
+import hook, Python's own mechanism, registers right after it loads.
 """
 
 from __future__ import annotations
@@ -11,34 +11,43 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
-TARGET = "transformers.quantizers.auto"
-REGISTRATION = "pairquant.integrations.transformers"
+#: Their module → ours, which registers when it is imported.
+REGISTRATIONS = {
+    "transformers.quantizers.auto": "pairquant.integrations.transformers",
+    "peft": "pairquant.integrations.peft",
+}
 
 
-def register_with_transformers() -> None:
+def register() -> None:
     """Idempotent."""
-    if TARGET in sys.modules:
-        importlib.import_module(REGISTRATION)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    for target, registration in REGISTRATIONS.items():
+        if target in sys.modules:
+            importlib.import_module(registration)
+        elif not any(isinstance(finder, _AfterImport) and finder.target == target for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(target))
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds `TARGET` like anybody else, and gives it a loader that imports `REGISTRATION` afterwards."""
+    """Finds `target` like anybody else, and gives it a loader that imports our registration afterwards.
+
+    It stays until then: libraries ask for the spec of PEFT just to see whether it is there.
+    """
+
+    def __init__(self, target: str):
+        self.target = target
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != TARGET:
+        if fullname != self.target:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader):
-        self.loader = loader
+    def __init__(self, loader: Loader, finder: _AfterImport):
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
@@ -46,4 +55,6 @@ class _Loader(Loader):
     def exec_module(self, module) -> None:
         self.loader.exec_module(module)
         module.__spec__.loader = module.__loader__ = self.loader
-        importlib.import_module(REGISTRATION)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        importlib.import_module(REGISTRATIONS[self.finder.target])

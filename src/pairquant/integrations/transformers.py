@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.headers import REMEDY, StoredTensors
 from ..config import QUANT_METHOD, CheckpointConfig, matches
-from ..core.linear import decode
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..layout import Field, check_fields, finite
 from ..nn import RotatedLinear, link_siblings, prepare, replace_module, rotated_linears
 
@@ -73,35 +73,61 @@ class ParoQuantizer(HfQuantizer):
                 if faults := layout.misfits():
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
-            replace_module(model, path, RotatedLinear(layout, device=linear.weight.device))
+            replace_module(model, path, RotatedLinear(layout, linear.weight.device, linear.weight.dtype))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        if _is_what_was_saved(model):
-            _require_complete(model)
         for path, linear in rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
+        if _is_what_was_saved(model):
+            _require_complete(model)
         link_siblings(model)
         return prepare(model)
 
     def _dequantize(self, model, dtype=None):
+        """In the model's dtype, unless another than that of its configuration is asked for: then all of it is cast."""
+        if offloaded := [path for path, linear in rotated_linears(model) if linear.qweight.is_meta]:
+            raise ConfigError(
+                f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
+                "Load the model without offload_buffers, or use `pairquant export`."
+            )
+        if dtype not in (None, model.config.dtype, str(model.config.dtype).removeprefix("torch.")):
+            model = model.to(dtype)
         for path, rotated in list(rotated_linears(model)):
-            dense = nn.Linear(rotated.in_features, rotated.out_features, rotated.layout.bias, device="meta")
-            dense.weight = nn.Parameter(decode(rotated.packed).to(dtype or torch.float32), requires_grad=False)
-            if rotated.bias is not None:
-                dense.bias = nn.Parameter(rotated.bias.to(dense.weight.dtype), requires_grad=False)
-            replace_module(model, path, dense)
+            replace_module(model, path, rotated.to_linear(model.dtype))
         return model
+
+    def get_state_dict_and_metadata(self, model):
+        """Asked for before the configuration is saved: it names the layers that became plain since loading.
+
+        PEFT's `merge_and_unload` makes such.
+        """
+        if not any(rotated_linears(model)):
+            self.remove_quantization_config(model)
+            return None, {}
+        plain = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        checkpoint = self.quantization_config.checkpoint
+        self.quantization_config.checkpoint = replace(
+            checkpoint,
+            modules_to_not_convert=(*checkpoint.modules_to_not_convert, *sorted(_unlisted(model, plain, checkpoint))),
+            shared_rotations=tuple(group for group in checkpoint.shared_rotations if plain.isdisjoint(group)),
+        )
+        return None, {}
 
     def is_serializable(self, **kwargs) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside the quantized layers are; what is quantized stays as it is."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
@@ -123,18 +149,26 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _require_complete(model: Any) -> None:
-    """Raises `CheckpointError` for tensors that are not finite, and for missing ones: Transformers warns, and makes them up.
+    """Raises `CheckpointError` for missing tensors, which Transformers makes up with a warning, and plain ones not finite.
 
-    It marks what it has loaded; offloaded tensors are elsewhere.
+    It marks what it has loaded; offloaded tensors are elsewhere; packed ones have been checked.
     """
+    packed = {f"{path}.{name}" for path, linear in rotated_linears(model) for name in linear.layout.fields()}
     present = {name: t for name, t in _tensors(model) if not t.is_meta}
     loaded = {name for name, t in present.items() if getattr(t, "_is_hf_initialized", False)}
     dispensable = model._keys_to_ignore_on_load_missing or ()
     for name, tensor in present.items():
         if loaded and name not in loaded and not any(re.search(pattern, name) for pattern in dispensable):
             raise CheckpointError(f"tensor {name} is missing. {REMEDY}")
-        if not finite(tensor):
+        if name not in packed and not finite(tensor):
             raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
+
+
+def _unlisted(model: Any, plain: set[str], config: CheckpointConfig) -> set[str]:
+    """Plain linears that no entry names, but for the output embedding, which need not be named."""
+    output = model.get_output_embeddings()
+    spared = {path for path in plain if model.get_submodule(path) is output}
+    return {path for path in plain - spared if not matches(path, config.modules_to_not_convert)}
 
 
 def _by_config(model: Any, config: CheckpointConfig) -> list[str]:

@@ -1,6 +1,8 @@
 """The operators `pairquant::rotate` and `pairquant::rotated_linear`: opaque to torch.compile, safe in CUDA graphs.
 
-Each checks its inputs, then runs the implementation for their device: Triton on NVIDIA GPUs, `cpu` on CPUs.
+Each checks its inputs, then runs the implementation for their device: Triton on NVIDIA GPUs, `cpu` on CPUs. And those
+that make what a layer keeps from what is stored, so that a graph in which that happens does not show how: traced, the
+making took ten times as long to compile as the model.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..core.linear import decode
 from ..errors import KernelError
+from ..layout import LinearLayout, PackedLinear
 from . import cpu, table
 from .weights import KernelWeights, RotationWeights
 
@@ -174,6 +178,39 @@ def _backward_of_linear(ctx, grad):
 
 
 rotated_linear.register_autograd(_backward_of_linear, setup_context=_save_for_linear)
+
+
+@torch.library.custom_op("pairquant::decode", mutates_args=())
+def decode_op(stored: list[Tensor], bits: int, group_size: int) -> Tensor:
+    """The dense weight, float32 [N, C]. stored: the first six tensors of a `PackedLinear`, in their order."""
+    return decode(_packed(stored, bits, group_size))
+
+
+@decode_op.register_fake
+def _(stored, bits, group_size):
+    qweight, _, scales = stored[:3]
+    return scales.new_empty(scales.shape[1], qweight.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
+def cpu_weights(stored: list[Tensor], group_size: int) -> list[Tensor]:
+    """`CpuWeights.tensors()` of a 4-bit linear (stored: see `decode_op`)."""
+    return cpu.CpuWeights.build(_packed(stored, 4, group_size)).tensors()
+
+
+@cpu_weights.register_fake
+def _(stored, group_size):
+    (channels, _), (groups, rows) = stored[0].shape, stored[2].shape
+    return [
+        stored[0].new_empty(rows, channels // 2, dtype=torch.uint8),
+        stored[0].new_empty(groups, rows, 2, dtype=torch.bfloat16),
+        stored[0].new_empty(groups, group_size, group_size, dtype=torch.float32),
+    ]
+
+
+def _packed(stored: list[Tensor], bits: int, group_size: int) -> PackedLinear:
+    qweight, _, scales, theta, *_ = stored
+    return PackedLinear(LinearLayout(qweight.shape[0], scales.shape[1], bits, group_size, theta.shape[0]), *stored)
 
 
 def _rows(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
