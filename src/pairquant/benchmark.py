@@ -51,7 +51,7 @@ def bench(
     for files in found:
         choice.check_model(files)
         workload.check_context(context_of(files.config))
-    measured = [_in_own_process(Job(name, trust_remote_code, chosen, options, workload), tell) for name in names]
+    measured = [in_own_process(Job(name, trust_remote_code, chosen, options, workload), tell) for name in names]
     environments = [entry.pop("environment") for entry in measured]
     return {
         "model": measured[0],
@@ -117,7 +117,7 @@ def measure_model(job: Job) -> Iterator[str | dict[str, Any]]:
     }
 
 
-def _in_own_process(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+def in_own_process(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     """`measure_model` elsewhere: peak memory belongs to a process, and engines do not give all of it back."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)

@@ -73,6 +73,8 @@ def _table(results: dict[str, Any]) -> Table:
         *shown, ratio = values if results["ratios"] else (*values, None)
         cells = ["–" if value is None else show(value) for value in shown]
         table.add_row(name, *cells, *(["–" if ratio is None else f"{ratio:.2f}"] if results["ratios"] else []))
+    if any(entry.get("compiled") for entry in entries):  # Transformers may compile one and not the other
+        table.add_row("compiled", *("yes" if entry["compiled"] else "no" for entry in entries if "compiled" in entry))
     return table
 
 
@@ -95,5 +97,5 @@ def _conditions(results: dict[str, Any]) -> str:
     versions = results["versions"]
     return (
         f"{work['prompt_tokens']} + {work['new_tokens']} tokens, median of {work['repeats']}; {results['engine']} "
-        f"{versions[results['engine']]}, {entry['dtype']}{', compiled' if entry['compiled'] else ''}; {results['device']}"
+        f"{versions[results['engine']]}, {entry['dtype']}; {results['device']}"
     )

@@ -34,7 +34,7 @@ def serve(
     options = server.ServerOptions(host, port, dtype, max_model_len, tensor_parallel, extra or ())
     files = ModelFiles.find(model, trust_remote_code)
     chosen = choice.choose(engine, files, prefer_vllm=True)
-    choice.check_model(files)
+    tokenizer = choice.check_model(files)
     command = server.command(chosen, files, options)
     server.check_address(host, port)
     problems.print(
@@ -42,6 +42,8 @@ def serve(
         "Ctrl-C ends it",
         soft_wrap=True,
     )
+    if not tokenizer.chat_template:
+        problems.print("the tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not")
     sys.stdout.flush()
     sys.stderr.flush()
     command.replace_process()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -38,17 +39,17 @@ def gpu_wanted(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available() and torch.version.cuda is not None
 
 
-def check_model(files: ModelFiles) -> None:
+def check_model(files: ModelFiles) -> Any:
     """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
 
-    Looks at the configuration, the tokenizer, and for our checkpoints at every header; no weights are read.
+    Looks at the configuration, the tokenizer, and for our checkpoints at every header; no weights are read. Returns the
+    tokenizer.
     """
-    files.tokenizer()
-    if files.quantization is None or files.quantization.get("quant_method") != QUANT_METHOD:
-        return
-    checkpoint = Checkpoint.open(files)
-    for path in checkpoint.stored.linears():
-        check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
+    if files.quantization is not None and files.quantization.get("quant_method") == QUANT_METHOD:
+        checkpoint = Checkpoint.open(files)
+        for path in checkpoint.stored.linears():
+            check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
+    return files.tokenizer()
 
 
 def engine_class(name: str) -> type[Engine]:

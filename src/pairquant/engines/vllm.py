@@ -65,6 +65,7 @@ class VllmEngine:
                 ),
                 trust_remote_code=files.trust_remote_code,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
         except ValueError as error:
             if isinstance(error, PairQuantError):

@@ -1,0 +1,78 @@
+"""Transformers' `generate` behind the engine protocol, on a quantized model."""
+
+import threading
+
+import pytest
+import torch
+from models import TEXT, save_tiny
+
+import pairquant
+from pairquant.checkpoint.read import ModelFiles
+from pairquant.engines.engine import EngineOptions
+from pairquant.engines.transformers import TransformersEngine
+
+CONVERSATION = [{"role": "user", "content": "once upon a time"}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("engine")
+    config = pairquant.QuantConfig(
+        preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
+    )
+    pairquant.quantize(save_tiny(root / "source"), root / "q4", config, device="cpu")
+    return TransformersEngine(ModelFiles.find(str(root / "q4")), EngineOptions("cpu", "float32"))
+
+
+def test_the_streamed_answer_is_the_greedy_one(engine):
+    prompt = engine.tokenizer("once upon a time", return_tensors="pt").input_ids
+    expected = engine.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert "".join(engine.stream(CONVERSATION, 12)) == engine.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_closing_the_stream_ends_the_generation(engine):
+    engine.model.generation_config.eos_token_id, eos = None, engine.model.generation_config.eos_token_id
+    try:
+        pieces = engine.stream(CONVERSATION, 100)
+        while not next(pieces):
+            continue
+        pieces.close()
+    finally:
+        engine.model.generation_config.eos_token_id = eos
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+def test_an_error_while_generating_reaches_the_reader(engine, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        list(engine.stream(CONVERSATION, 4))
+
+
+def test_generation_goes_on_past_the_end_of_text(engine):
+    prompts = torch.randint(3, 259, (3, 10), generator=torch.Generator().manual_seed(1))
+    free = engine.generate(prompts, 6)
+    assert free.tokens.shape == (3, 6)
+    assert free.decoded == 3 * 5
+    assert free.first_token_s > 0
+    assert free.decode_s > 0
+    config = engine.model.generation_config
+    config.eos_token_id, eos = int(free.tokens[0, 0]), config.eos_token_id
+    try:
+        assert engine.generate(prompts, 6).tokens.shape == (3, 6)
+    finally:
+        config.eos_token_id = eos
+
+
+def test_each_sequence_of_a_batch_continues_its_own_prompt(engine):
+    prompts = torch.randint(3, 259, (2, 10), generator=torch.Generator().manual_seed(2))
+    together = engine.generate(prompts, 5).tokens
+    for row in range(2):
+        assert torch.equal(engine.generate(prompts[row : row + 1], 5).tokens[0], together[row])
+
+
+def test_what_was_loaded_is_told(engine):
+    assert (engine.name, engine.dtype, engine.device.type) == ("transformers", "float32", "cpu")
+    assert (engine.vocabulary, engine.context) == (288, 128)
