@@ -32,13 +32,13 @@ SPARE_BYTES = 4 << 30
 def work(count: int, seed: int, journal: Path) -> None:
     """Examine `count` mutations; a line before each says what is coming, a line after it what came."""
     import torch
+    from examination import Bench, quiet
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
-    from mutations import MUTATIONS, Bench, quiet
+    from mutations import MUTATIONS
 
     torch.set_num_threads(1)
-    quiet()
-    with tempfile.TemporaryDirectory() as root, journal.open("a") as lines:
+    with quiet(), tempfile.TemporaryDirectory() as root, journal.open("a") as lines:
         bench = Bench(Path(root))
         limit = status("VmSize") + SPARE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -64,7 +64,6 @@ def work(count: int, seed: int, journal: Path) -> None:
                 note(**vars(outcome))
             except AssertionError as failure:
                 note(failure=str(failure)[:500])
-                bench.clear()
 
         examine()
         note(rss_before=before, rss_peak=status("VmHWM"))

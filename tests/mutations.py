@@ -1,28 +1,14 @@
-"""Checkpoints with one thing wrong, and what becomes of them in the hands of both readers.
-
-`MUTATIONS` is a hypothesis strategy of `Mutation`s of a tiny checkpoint; `Bench.examine` writes one of them to disk, reads
-it with `pairquant.inspect` and with `AutoModelForCausalLM.from_pretrained`, and raises `AssertionError` unless each reader
-
-- gives what the undamaged checkpoint gives ("same"), or finite logits where the values themselves were changed ("finite"), or
-- refuses with an error of ours, or, where Transformers is at fault before it asks us (`foreign`), an ordinary exception,
-
-in bounded time, without opening a pickle or running code that lies beside the weights.
+"""A tiny checkpoint, and `MUTATIONS` of it, a hypothesis strategy: each has one thing wrong and says what readers must make
+of that. `examination.Bench` tries them on both readers.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import pickle
-import shutil
-import signal
 import struct
-import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +19,13 @@ from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as bytes_of_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
-from transformers.utils import logging as transformers_logging
 
-import pairquant
 from pairquant.config import CheckpointConfig
 from pairquant.core.linear import decode
-from pairquant.errors import PairQuantError
 from pairquant.layout import TENSOR_NAMES, PackedLinear
 
 WEIGHTS, INDEX, REPORT = "model.safetensors", "model.safetensors.index.json", "pairquant.json"
 GROUP, ROTATIONS = 32, 2
-TOKENS = torch.tensor([[5, 9, 44, 17, 3]])
-#: Seconds after which a reader is taken to hang.
-PATIENCE = 30
 
 
 class Draft:
@@ -593,48 +573,63 @@ def weights_file(draw) -> Mutation:
     return Mutation("files, weights", how, change, outcome, outcome, foreign=how not in ("link",))
 
 
+OUTSIDE = ("../outside.safetensors", "/etc/hostname", "../../x", ".", "..", "x/../../outside.safetensors")
+
+
 @st.composite
-def index(draw) -> Mutation:
-    """The index of shards: places outside the directory, files that are not there, nonsense."""
+def index_home(draw) -> Mutation:
+    """Shards elsewhere: nowhere, in place of a pickle, or outside the directory, where an undamaged file lies."""
+    name, every = draw(st.sampled_from(sorted(PLAIN_TENSORS))), draw(st.booleans())
+    home = draw(
+        st.sampled_from([*OUTSIDE, "model-00003-of-00003.safetensors", "canary.bin", "a\0b.safetensors", ""]) | JUNK
+    )
+
+    def change(draft: Draft) -> None:
+        content = draft.json(INDEX)
+        draft.files["canary.bin"] = PICKLE
+        names = content["weight_map"] if every else [name]
+        content["weight_map"] |= dict.fromkeys(names, home)
+        draft.put_json(content, INDEX)
+
+    what = f"{'every tensor' if every else name} in {home!r}"
+    return Mutation(
+        "index of shards, elsewhere", what, change, "refused", "refused", foreign=home not in OUTSIDE[:1], sharded=True
+    )
+
+
+@st.composite
+def index_damaged(draw) -> Mutation:
+    """An index that says too little, or nonsense. Transformers reads it first; it loads all of a shard that is named."""
     name = draw(st.sampled_from(sorted(PLAIN_TENSORS)))
     how = draw(
         st.sampled_from(
-            ["home", "every home", "entry missing", "weight_map", "bytes", "text", "shard missing", "metadata"]
+            ["entry missing", "entry exchanged", "weight_map", "bytes", "text", "shard missing", "metadata"]
         )
     )
-    home = draw(
-        st.sampled_from(
-            ["../outside.safetensors", "/etc/hostname", "../../x", ".", "", "model-00003-of-00003.safetensors", "canary.bin",
-             "a\0b.safetensors", "x/../model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors",
-             "outside.safetensors"]
-        ) | JUNK
-    )  # fmt: skip
-    shown = {"home": home, "every home": home, "weight_map": home}.get(how, "")
+    value = draw(JUNK)
     damage = noise(draw, undamaged(True).files[INDEX])[1] if how == "bytes" else draw(RAW).encode()
 
     def change(draft: Draft) -> None:
         content = draft.json(INDEX)
-        draft.files |= {"canary.bin": PICKLE, "outside.safetensors": b"no weights"}
-        if how == "home":
-            content["weight_map"][name] = home
-        elif how == "every home":
-            content["weight_map"] = dict.fromkeys(content["weight_map"], home)
-        elif how == "entry missing":
-            del content["weight_map"][name]
+        homes = content["weight_map"]
+        if how == "entry missing":
+            del homes[name]
+        elif how == "entry exchanged":
+            homes[name] = next(home for home in homes.values() if home != homes[name])
         elif how == "weight_map":
-            content["weight_map"] = home
+            content["weight_map"] = value
         elif how == "metadata":
             del content["metadata"]
         elif how == "shard missing":
-            del draft.files[content["weight_map"][name]]
+            del draft.files[homes[name]]
+        draft.put_json(content, INDEX)
         if how in ("bytes", "text"):
             draft.files[INDEX] = damage
-        else:
-            draft.put_json(content, INDEX)
 
-    return Mutation(
-        "index of shards", f"{how} {name} {shown!r}", change, "either", "either", foreign=how not in ("entry missing", "shard missing"), sharded=True
-    )  # fmt: skip
+    inspect = {"entry missing": "same", "metadata": "same", "bytes": "either"}.get(how, "refused")
+    transformers = {"entry missing": "same", "entry exchanged": "same", "shard missing": "refused"}.get(how, "either")
+    foreign = how in ("weight_map", "bytes", "text", "metadata")
+    return Mutation("index of shards, damaged", f"{how}, {name}", change, inspect, transformers, foreign, sharded=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -869,155 +864,8 @@ KINDS = (
     config_bytes, config_whole, config_duplicate, quantization_entry, quantization_raw, quantization_missing,
     quantization_foreign, quantization_whole, model_entry, foreign_code, other_json,
     header_length, header_bytes, header_whole, header_entry, header_duplicate, header_metadata, file_length,
-    pickles_beside, weights_file, index,
+    pickles_beside, weights_file, index_home, index_damaged,
     forbidden_value, allowed_value, wrong_shape, wrong_dtype, missing_tensors, extra_tensor, renamed_tensor,
     plain_or_packed, plain_value,
 )  # fmt: skip
 MUTATIONS: st.SearchStrategy[Mutation] = st.sampled_from(KINDS).flatmap(lambda kind: kind())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The readers
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a reader made of it: "same", "finite", "refused" (by us) or "foreign" (an ordinary error of Transformers)."""
-
-    inspect: str
-    transformers: str
-    error: str = ""
-
-
-@dataclass
-class Bench:
-    """Where mutated checkpoints are written, one after the other, and read."""
-
-    root: Path
-    opened: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        os.environ["CANARY"] = str(self.root / "canary")
-        sys.addaudithook(self._watch)
-        for sharded in (False, True):
-            assert self._transformers(Mutation("", "", lambda d: None, "same", "same", sharded=sharded)) == ("same", "")
-
-    def clear(self) -> None:
-        """Forget what an examination that failed has left."""
-        self.opened.clear()
-        (self.root / "canary").unlink(missing_ok=True)
-
-    def examine(self, mutation: Mutation) -> Outcome:
-        """Raises `AssertionError` unless both readers do as they must."""
-        inspected, seen = self._inspect(mutation), self._transformers(mutation)
-        assert self.opened == [], f"pickles were opened: {self.opened}"
-        assert not (self.root / "canary").exists(), "foreign code was run"
-        return Outcome(inspected[0], seen[0], seen[1] or inspected[1])
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """Of the undamaged checkpoint."""
-        with self._written(Mutation("", "", lambda d: None, "same", "same")) as directory:
-            return AutoModelForCausalLM.from_pretrained(directory)(TOKENS).logits
-
-    def _inspect(self, mutation: Mutation) -> tuple[str, str]:
-        with self._written(mutation) as directory, within(PATIENCE):
-            try:
-                found = pairquant.inspect(directory)
-                found.checkpoint.bits_per_weight()
-                tensors = {p: found.checkpoint.packed(p).tensors() for p in found.linears}
-            except PairQuantError as error:
-                return self._judge("inspect", mutation.inspect, "refused", error)
-            except Exception as error:
-                raise AssertionError(f"inspect: {type(error).__name__}, none of our errors: {error}") from error
-            same = tensors.keys() == set(PACKED_PATHS) and all(
-                _same(tensor, PLAIN_TENSORS.get(f"{path}.{name}"))
-                for path, t in tensors.items()
-                for name, tensor in t.items()
-            )
-            return self._judge("inspect", mutation.inspect, "same" if same else "finite")
-
-    def _transformers(self, mutation: Mutation) -> tuple[str, str]:
-        expected = self.logits
-        with self._written(mutation) as directory, within(PATIENCE), torch.inference_mode():
-            try:
-                model = AutoModelForCausalLM.from_pretrained(directory)
-            except PairQuantError as error:
-                return self._judge("Transformers", mutation.transformers, "refused", error)
-            except Exception as error:
-                assert mutation.foreign, f"{type(error).__name__}, none of our errors: {error}"
-                return "foreign", f"{type(error).__name__}: {str(error)[:200]}"
-            if getattr(model, "hf_quantizer", None) is None:
-                assert mutation.foreign, "Transformers loaded the checkpoint as a plain model"
-                return "foreign", "loaded as a plain model"
-            try:
-                logits = model(TOKENS).logits
-            except Exception as error:
-                assert mutation.foreign, f"forward: {type(error).__name__}: {error}"
-                return "foreign", f"forward: {type(error).__name__}: {str(error)[:200]}"
-            if logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-4):
-                return self._judge("Transformers", mutation.transformers, "same")
-            if mutation.foreign and not logits.isfinite().all():
-                return "foreign", "logits are not finite"
-            assert logits.isfinite().all(), "logits are not finite"
-            return self._judge("Transformers", mutation.transformers, "finite")
-
-    @staticmethod
-    def _judge(reader: str, wanted: str, outcome: str, error: Exception | None = None) -> tuple[str, str]:
-        allowed = {
-            "same": {"same"},
-            "refused": {"refused"},
-            "loads": {"same", "finite"},
-            "either": {"refused", "same", "finite"},
-        }[wanted]
-        assert outcome in allowed, f"{reader}: must be {wanted!r}, was {outcome!r} ({error})"
-        return outcome, f"{type(error).__name__}: {error}" if error else ""
-
-    @contextmanager
-    def _written(self, mutation: Mutation):
-        directory = self.root / "checkpoint"
-        draft = undamaged(mutation.sharded)
-        mutation.change(draft)
-        try:
-            yield draft.write(directory)
-        finally:
-            shutil.rmtree(directory)
-
-    def _watch(self, event: str, arguments: tuple) -> None:
-        if event == "open" and isinstance(arguments[0], str) and arguments[1] and "r" in str(arguments[1]):
-            path = Path(arguments[0])
-            if path.parent == self.root / "checkpoint" and path.suffix in (".bin", ".pt", ".pth", ".pkl"):
-                self.opened.append(path.name)
-
-
-def _same(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and torch.equal(tensor, other)
-
-
-class _HangError(BaseException):
-    """Not to be mistaken for an error of a reader."""
-
-
-@contextmanager
-def within(seconds: int):
-    """Raises `AssertionError` if the body takes longer."""
-
-    def stop(*_: Any) -> None:
-        raise _HangError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    except _HangError as error:
-        raise AssertionError(f"no answer within {seconds} s") from error
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def quiet() -> None:
-    """No warnings of Transformers: there are thousands of refusals to come."""
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)

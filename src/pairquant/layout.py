@@ -138,7 +138,8 @@ class PackedLinear:
         local = self.pairs.reshape(-1, g)
         if local.numel() == 0:
             return
-        if local.min() < 0 or local.max() >= g:
+        low, high = torch.aminmax(local)
+        if low < 0 or high >= g:
             raise _damaged(
                 f"{path}.pairs", f"has channel {_first_outside(local, g)}, outside 0 to {g - 1} (group size {g})"
             )

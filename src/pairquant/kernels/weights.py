@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.packing import pack, unpack
 from ..core.rotation import channel_form
-from ..layout import KernelLayout, LinearLayout, PackedLinear
+from ..layout import KERNEL_ROWS, KernelLayout, LinearLayout, PackedLinear
 
 MAX_SEGMENTS = 3
 
@@ -104,10 +104,10 @@ class KernelWeights:
         """qweight, qzeros and scales of one linear, bit for bit as they were loaded."""
         start = self.layout.starts[index]
         rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
-        codes = _codes(self.words[rows])[: layout.out_features, : layout.in_features]
+        qweight = _stored_words(self.words[rows])[: layout.in_features, : layout.out_features // 8]
         grid = self.grid[: layout.num_groups, start : start + layout.out_features]
         return {
-            "qweight": pack(codes.T.contiguous(), 4),
+            "qweight": qweight.contiguous(),
             "qzeros": pack((grid >> 16).to(torch.uint8), 4),
             "scales": grid.to(torch.int16).view(torch.float16),
         }
@@ -126,42 +126,46 @@ class KernelWeights:
         return cls(words, grid, arrivals, rotation, tuple(out_features))
 
 
-#: Rows repacked at a time; bounds the temporaries to about a gigabyte for 16384 input channels.
-ROWS_AT_A_TIME = 4096
+#: Rows repacked at a time; bounds the temporaries to about half a gigabyte for 16384 input channels.
+ROWS_AT_A_TIME = 16384
 
 
 def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
     """Stored tensors → (words, grid) of one linear, rows padded."""
     s = linear.layout
     layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
-    per_row = s.out_features // 8
-    words = []
-    for start in range(0, layout.padded_rows, ROWS_AT_A_TIME):
-        columns = linear.qweight[:, start // 8 : min(start + ROWS_AT_A_TIME, s.out_features) // 8]
-        rows = min(ROWS_AT_A_TIME, layout.padded_rows - start)
-        codes = torch.zeros(rows, layout.k_blocks * 128, dtype=torch.uint8, device=columns.device)
-        codes[: columns.shape[1] * 8, : s.in_features] = unpack(columns.contiguous(), 4).T
-        words.append(_fragments(codes))
-    zeros = unpack(linear.qzeros[:, :per_row], 4).to(torch.int32)
+    words = [_fragments(part) for part in linear.qweight.split(ROWS_AT_A_TIME // 8, dim=1)]
+    zeros = unpack(linear.qzeros, 4).to(torch.int32)
     scales = linear.scales.view(torch.int16).to(torch.int32) & 0xFFFF
     grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
     grid[: s.num_groups, : s.out_features] = scales | (zeros << 16)
     return torch.cat(words), grid
 
 
-def _fragments(codes: Tensor) -> Tensor:
-    """uint8 [rows, 128 KB] → int32 [rows / 16, KB, 2, 8, 4, 4] (the algebra: see `KernelLayout`)."""
-    rh_r = codes.view(-1, 2, 8, codes.shape[1] // 128, 4, 2, 4, 2, 2)  # [.., rh, r, KB, c, h, t, i1, i0]
-    nibbles = rh_r.permute(0, 3, 1, 2, 6, 4, 8, 5, 7).flatten(-3)  # [.., KB, rh, r, t, c, nibble i0 h i1]
-    words = torch.zeros(nibbles.shape[:-1], dtype=torch.int32, device=codes.device)
-    for nibble in range(8):
-        words |= nibbles[..., nibble].to(torch.int32) << (4 * nibble)
-    return words
+def _fragments(qweight: Tensor) -> Tensor:
+    """int32 [C, N / 8] → int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] (see `KernelLayout`), padded with zero codes.
+
+    Never unpacked: byte (b1, b0) of a stored word holds rows 4 b0 + 2 e + b1 of its eight, for e = 0, 1 (AWQ's order);
+    byte (i0, h) of a kernel's word holds channels 2 i1 + i0, for i1 = 0, 1. So nibbles change places between two bytes,
+    then bytes are put in order.
+    """
+    channels, words = qweight.shape
+    padded = torch.nn.functional.pad(qweight, (0, -words % (KERNEL_ROWS // 8), 0, -channels % 128))
+    stored = padded.view(torch.uint8).view(-1, 4, 2, 4, 2, 2, padded.shape[1] // 2, 2, 2, 2)  # KB c h t i1 i0 R rh b1 b0
+    first, second = _exchanged(*stored.unbind(4))
+    placed = torch.stack((first, second), dim=-1)  # KB c h t i0 R rh b1 b0 e
+    ordered = placed.permute(5, 0, 6, 8, 9, 7, 3, 1, 4, 2)  # R KB rh b0 e b1 t c i0 h
+    return ordered.flatten(-2).view(torch.int32).view(padded.shape[1] // 2, -1, 2, 8, 4, 4)
 
 
-def _codes(words: Tensor) -> Tensor:
-    """The inverse of `_fragments`."""
-    nibbles = torch.stack([(words >> (4 * nibble)) & 15 for nibble in range(8)], dim=-1).to(torch.uint8)
-    by_bit = nibbles.unflatten(-1, (2, 2, 2))  # [R, KB, rh, r, t, c, i0, h, i1]
-    codes = by_bit.permute(0, 2, 3, 1, 5, 7, 4, 8, 6)  # [R, rh, r, KB, c, h, t, i1, i0]
-    return codes.reshape(words.shape[0] * 16, words.shape[1] * 128)
+def _stored_words(words: Tensor) -> Tensor:
+    """The inverse of `_fragments`, padding included: int32 [128 KB, NP / 8]."""
+    ordered = words.view(torch.uint8).view(*words.shape[:3], 2, 2, 2, 4, 4, 2, 2)  # R KB rh b0 e b1 t c i0 h
+    placed = ordered.permute(1, 7, 9, 6, 8, 0, 2, 5, 3, 4)  # KB c h t i0 R rh b1 b0 e
+    stored = torch.stack(_exchanged(*placed.unbind(-1)), dim=4)
+    return stored.flatten(-2).view(torch.int32).view(words.shape[1] * 128, words.shape[0] * 2)
+
+
+def _exchanged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The high nibbles of the first for the low nibbles of the second; uint8, its own inverse."""
+    return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
