@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pairquant.errors import CheckpointError
-from pairquant.layout import AWQ_ORDER, TENSOR_NAMES, LinearLayout, PackedLinear, columns_per_block
+from pairquant.layout import AWQ_ORDER, TENSOR_NAMES, LinearLayout, PackedLinear, columns_per_block, finite
 
 PATH = "model.layers.0.mlp.up_proj"
 LAYOUT = LinearLayout(in_features=128, out_features=64, bits=4, group_size=64, rotations=2, bias=True)
@@ -132,6 +132,21 @@ def test_a_channel_in_two_pairs_of_one_rotation_is_refused(tensors):
 def test_a_zero_channel_scale_is_refused(tensors):
     tensors["channel_scales"][0, 5] = 0
     _refused(tensors, "channel_scales", "zero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 9_999])
+def test_one_value_that_is_not_finite_is_found(dtype, value, place):
+    tensor = torch.randn(10_000).to(dtype)
+    assert finite(tensor)
+    tensor[place] = value
+    assert not finite(tensor)
+
+
+def test_nothing_and_whole_numbers_are_finite():
+    assert finite(torch.empty(0))
+    assert finite(torch.arange(3))
 
 
 def _refused(tensors, name, *parts):

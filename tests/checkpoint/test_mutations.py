@@ -14,7 +14,7 @@ def bench(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_each_mutation_loads_right_or_is_refused_by_name(bench, kind):
-    @settings(max_examples=12, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck))
     @given(kind())
     def examine(mutation):
         bench.examine(mutation)
