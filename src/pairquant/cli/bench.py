@@ -61,20 +61,19 @@ def bench(
 
 def _table(results: dict[str, Any]) -> Table:
     """A row for each number, a column for each model, and the ratio."""
-    entries = [entry for entry in (results["model"], results["reference"]) if entry]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for entry in entries:
+    models = [entry for entry in (results["model"], results["reference"]) if entry]
+    table = Table("", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for entry in models:
         table.add_column(escape(Path(entry["name"]).name), justify="right", no_wrap=True)
     if results["ratios"]:
-        entries.append(results["ratios"])
         table.add_column("ratio", justify="right")
-    for name, show, values in _lines(entries):
-        *shown, ratio = values if results["ratios"] else (*values, None)
-        cells = ["–" if value is None else show(value) for value in shown]
-        table.add_row(name, *cells, *(["–" if ratio is None else f"{ratio:.2f}"] if results["ratios"] else []))
-    if any(entry.get("compiled") for entry in entries):  # Transformers may compile one and not the other
-        table.add_row("compiled", *("yes" if entry["compiled"] else "no" for entry in entries if "compiled" in entry))
+    for name, show, values in _lines([*models, results["ratios"]] if results["ratios"] else models):
+        shows = [show] * len(models) + ["{:.2f}".format]
+        table.add_row(
+            name, *("–" if value is None else as_text(value) for as_text, value in zip(shows, values, strict=False))
+        )
+    if any(entry["compiled"] for entry in models):  # Transformers may compile one and not the other
+        table.add_row("compiled", *("yes" if entry["compiled"] else "no" for entry in models))
     return table
 
 
