@@ -20,6 +20,7 @@ FLOORS = {
     "checkpoint": 4,
     "evaluation": 5,
     "integrations": 5,
+    "hub": 5,
     "engines": 6,
     "pipeline": 7,
     "loggers": 7,
@@ -45,7 +46,7 @@ DOORS = {
     },
     "accelerate": {"checkpoint/read.py"},
     "wandb": {"loggers.py"},
-    "huggingface_hub": {"checkpoint/read.py"},
+    "huggingface_hub": {"checkpoint/read.py", "hub/"},
     "triton": {
         "kernels/triton_decode.py",
         "kernels/triton_fit.py",

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from .integrations.discovery import register
 
 if TYPE_CHECKING:
+    from .checkpoint.export import export as export
     from .config import PRESETS as PRESETS
     from .config import QuantConfig as QuantConfig
     from .config import Recipe as Recipe
     from .errors import PairQuantError as PairQuantError
+    from .hub.upload import push as push
     from .pipeline import quantize as quantize
     from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
@@ -27,6 +29,8 @@ _HOME = {
     "quantize": "pipeline",
     "evaluate": "verbs",
     "inspect": "verbs",
+    "export": "checkpoint.export",
+    "push": "hub.upload",
 }
 __all__ = [*_HOME]
 __version__ = "0.1.0"

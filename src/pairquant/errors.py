@@ -38,6 +38,10 @@ class KernelError(PairQuantError, ValueError):
     """Tensors that a kernel cannot take: wrong shape, dtype or device."""
 
 
+class HubError(PairQuantError, RuntimeError):
+    """The hub cannot be reached, or refuses: no token, one that may only read, no such owner."""
+
+
 class ResourceError(PairQuantError, RuntimeError):
     """The machine ran out of memory or disk."""
 

@@ -51,6 +51,10 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing a stopped run.")] = False,
     log_to: Annotated[str | None, typer.Option(help="Also log to tensorboard or wandb.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to the Hugging Face hub as NAME or OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize MODEL into a checkpoint that Transformers, and every ParoQuant reader, loads.
@@ -81,7 +85,12 @@ def quantize(
     quiet_libraries()
     from ..pipeline import quantize as run
 
-    with logger(log_to, output) as log, _BlockProgress(leads := os.environ.get("RANK", "0") == "0") as progress:
+    leads = os.environ.get("RANK", "0") == "0"
+    if push_to_hub and leads:
+        from ..hub.upload import require_writable
+
+        push_to_hub = require_writable(push_to_hub, private)
+    with logger(log_to, output) as log, _BlockProgress(leads) as progress:
         summary = run(
             model,
             output,
@@ -101,7 +110,22 @@ def quantize(
     table.add_row("time", duration(summary.seconds))
     table.add_row("written to", str(summary.output))
     console.print(table)
+    if push_to_hub:
+        _push(summary.output, push_to_hub, private)
     console.print(f"\nNext: [bold]pairquant eval {summary.output} --reference {model}[/]", soft_wrap=True)
+
+
+def _push(output: Path, name: str, private: bool) -> None:
+    from ..errors import HubError
+    from ..hub.upload import push
+
+    try:
+        with console.status(f"uploading {output}"):
+            address = push(output, name, private=private)
+    except HubError as error:
+        again = f"pairquant push {output} {name}{' --private' if private else ''}"
+        raise HubError(f"{error} The checkpoint stands; to try again: {again}") from error
+    console.print(f"{output} is at {address}", soft_wrap=True)
 
 
 @app.command()

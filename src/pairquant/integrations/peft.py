@@ -1,7 +1,8 @@
 """PEFT: LoRA on top of quantized layers.
 
-`get_peft_model(model, LoraConfig(target_modules=["q_proj", …]))` then puts a `RotatedLora` around every `RotatedLinear`
-it names, by the mapping of layer types that PEFT keeps in each `LoraConfig` for such layers.
+`get_peft_model(model, LoraConfig(target_modules=["q_proj", …]))` then puts a `RotatedLoraLinear` around every `RotatedLinear`
+it names, by the mapping of layer types that PEFT keeps in each `LoraConfig` for such layers. Only what
+`target_modules="all-linear"` means is no such setting: there PEFT's own search is extended.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import functools
 from typing import Any
 
 import torch
+from peft.tuners import tuners_utils
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..errors import ConfigError, did_you_mean
-from ..nn import RotatedLinear
+from ..nn import RotatedLinear, rotated_linears
 
 #: Ways to begin an adapter that leave the layer's own weight alone.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class RotatedLora(LoraLinear):
+class RotatedLoraLinear(LoraLinear):
     """Low-rank adapters beside a frozen `RotatedLinear`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
@@ -89,9 +92,25 @@ def _know_rotated_linear(initialise):
     @functools.wraps(initialise)
     def with_our_layers(self) -> None:
         initialise(self)
-        self._register_custom_module({RotatedLinear: RotatedLora})
+        self._register_custom_module({RotatedLinear: RotatedLoraLinear})
+
+    return with_our_layers
+
+
+def _count_as_linear(include):
+    """PEFT's search for "all-linear", which sees plain linears alone: those of the model that are ours are added."""
+
+    @functools.wraps(include)
+    def with_our_layers(config: Any, model: nn.Module) -> Any:
+        asked = getattr(config, "target_modules", None)
+        config = include(config, model)
+        if isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            adapted = {module.base_layer for module in model.modules() if isinstance(module, RotatedLoraLinear)}
+            config.target_modules |= {path for path, layer in rotated_linears(model) if layer not in adapted}
+        return config
 
     return with_our_layers
 
 
 LoraConfig.__post_init__ = _know_rotated_linear(LoraConfig.__post_init__)  # type: ignore[method-assign]
+tuners_utils._maybe_include_all_linear_layers = _count_as_linear(tuners_utils._maybe_include_all_linear_layers)

@@ -1,0 +1,133 @@
+"""A packed checkpoint as a plain one, for engines that know nothing of rotations: every weight decoded, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.linear import decode
+from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..layout import TENSOR_NAMES, Field
+from .files import read_json
+from .read import REPORT_FILE, Checkpoint, ModelFiles
+from .write import Entry, require_free, require_space, write_checkpoint
+
+#: What a plain checkpoint can be stored in.
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: Files that speak of the packed weights, or are written anew.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", REPORT_FILE, "pairquant.jsonl", "README.md")
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    to: str = "bf16",
+    *,
+    overwrite: bool = False,
+    on_tensors: Callable[[int], Callable[[], None]] | None = None,
+) -> Path:
+    """Write the plain model that the packed checkpoint `model` stands for to `output`, in the dtype `to`.
+
+    Decoded are the quantized linears; other floating tensors are cast, all else is kept: tokenizer, generation
+    defaults, custom code. At most one shard is in memory. `on_tensors(count)` is told what is coming and returns what
+    to call after each tensor. Raises `ConfigError` for unknown formats and existing outputs, `CheckpointError` for
+    damaged checkpoints and values that the format cannot hold.
+    """
+    dtype, output = _dtype(to), Path(output)
+    require_free(output, overwrite)
+    files = ModelFiles.find(str(model))
+    checkpoint = Checkpoint.open(files)
+    if output.resolve() == files.directory.resolve():
+        raise ConfigError(f"output {str(output)!r} is the model itself. Choose another --output.")
+    entries = _entries(checkpoint, dtype)
+    require_space(output, sum(entry.field.nbytes for entry in entries.values()))
+    if on_tensors is not None:
+        entries = _told(entries, on_tensors(len(entries)))
+    report = {"exported": {"from": files.name, "to": to}, "provenance": checkpoint.config.provenance}
+    write_checkpoint(output, entries, lambda directory: _describe(checkpoint, directory, dtype), report, overwrite)
+    return output
+
+
+def _dtype(to: str) -> torch.dtype:
+    if to in FORMATS:
+        return FORMATS[to]
+    reason = ""
+    if "awq" in to.lower() or "gptq" in to.lower():
+        reason = (
+            ". AWQ and GPTQ have no rotations, and without its rotation a weight is on no 4-bit grid: storing it there "
+            "would round it a second time. Export bf16, which their tools can quantize anew"
+        )
+    raise ConfigError(f"format is {to!r}, allowed: {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}{reason}")
+
+
+def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Entry]:
+    """Every tensor of the plain model, in the order of the packed ones."""
+    stored = checkpoint.stored
+    quantized = set(stored.linears())
+    entries: dict[str, Entry] = {}
+    for name, field in stored.fields.items():
+        path, _, part = name.rpartition(".")
+        if path in quantized and part == "qweight":
+            layout = checkpoint.layout(path)
+            weight = Field(dtype, (layout.out_features, layout.in_features))
+            entries[f"{path}.weight"] = Entry(weight, partial(_decoded, checkpoint, path, dtype))
+        elif path not in quantized or part not in TENSOR_NAMES or part == "bias":
+            kept = dtype if field.dtype.is_floating_point else field.dtype
+            entries[name] = Entry(Field(kept, field.shape), partial(_kept, checkpoint, name, kept))
+    return entries
+
+
+def _decoded(checkpoint: Checkpoint, path: str, dtype: torch.dtype) -> Tensor:
+    return _cast(f"{path}.weight", decode(checkpoint.packed(path)), dtype)
+
+
+def _kept(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    return _cast(name, checkpoint.stored.load(name), dtype)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype)
+    if dtype.is_floating_point and not torch.isfinite(cast).all():
+        raise CheckpointError(
+            f"tensor {name} has values up to {value.abs().max():.3g}, more than {dtype} holds. Choose --to bf16 or fp32."
+        )
+    return cast
+
+
+def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entry]:
+    def telling(entry: Entry) -> Entry:
+        def load() -> Tensor:
+            value = entry.load()
+            tell()
+            return value
+
+        return Entry(entry.field, load)
+
+    return {name: telling(entry) for name, entry in entries.items()}
+
+
+def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
+    """config.json without the quantization, and every file that does not speak of packed weights."""
+    config = read_json(checkpoint.directory / "config.json")
+    del config["quantization_config"]
+    _state_dtype(config, str(dtype).removeprefix("torch."))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in checkpoint.directory.iterdir():
+        if file.is_file() and not file.name.startswith(".") and not any(map(file.match, REPLACED)):
+            shutil.copy(file, directory)
+
+
+def _state_dtype(config: dict[str, Any], dtype: str) -> None:
+    """In the configuration and those within it (of models with several parts), under the name used since Transformers 5."""
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    for inner in config.values():
+        if isinstance(inner, dict) and ("dtype" in inner or "torch_dtype" in inner):
+            _state_dtype(inner, dtype)
