@@ -19,7 +19,7 @@ def place(row, channel):
 
 
 @pytest.mark.parametrize(("rows", "channels", "group"), SIZES)
-@pytest.mark.parametrize("rows_at_a_time", [128, 16384])
+@pytest.mark.parametrize("rows_at_a_time", [128, 4096])
 def test_codes_are_where_the_layout_says_and_come_back(monkeypatch, rows, channels, group, rows_at_a_time):
     monkeypatch.setattr(repacking, "ROWS_AT_A_TIME", rows_at_a_time)
     packed = random_packed(rows, channels, group)

@@ -126,8 +126,8 @@ class KernelWeights:
         return cls(words, grid, arrivals, rotation, tuple(out_features))
 
 
-#: Rows repacked at a time; bounds the temporaries to about half a gigabyte for 16384 input channels.
-ROWS_AT_A_TIME = 16384
+#: Rows repacked at a time; bounds the temporaries to about 150 MB for 16384 input channels.
+ROWS_AT_A_TIME = 4096
 
 
 def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
