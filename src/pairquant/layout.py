@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ def bits_per_weight(layouts: Iterable[LinearLayout]) -> float:
 
 #: Names of the stored tensors, bias last and optional.
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "theta", "pairs", "channel_scales", "bias")
+#: Those of them that make up the transform; the others' last dimension counts output features.
+TRANSFORM = ("theta", "pairs", "channel_scales")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,18 @@ class PackedLinear:
         packed = cls(layout, **{name: tensors[name] for name in layout.fields()})
         packed.check_values(path)
         return packed
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
+        """One linear with the output features of all, which must have the first one's transform."""
+        tensors = [part.tensors() for part in parts]
+        rows = {name: torch.cat([t[name] for t in tensors], -1) for name in tensors[0] if name not in TRANSFORM}
+        layout = replace(parts[0].layout, out_features=sum(part.layout.out_features for part in parts))
+        return cls(layout, **{**tensors[0], **rows})
+
+    def shares_transform_with(self, other: PackedLinear) -> bool:
+        """Whether both turn their input in the same way."""
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TRANSFORM)
 
     def tensors(self) -> dict[str, Tensor]:
         """Stored name → tensor."""

@@ -46,8 +46,9 @@ class Transform:
     def identity(cls, channels: int, group_size: int, rotations: int = 0, device=None) -> Transform:
         """No scaling, all angles zero."""
         pairs = torch.arange(group_size, dtype=torch.int16, device=device).repeat(rotations, channels // group_size)
-        theta = torch.zeros(rotations, channels // 2, device=device)
-        return cls.build(theta, pairs.view(rotations, channels), torch.ones(channels, device=device), group_size)
+        theta = torch.zeros(rotations, channels // 2, device=device, dtype=torch.float32)
+        scales = torch.ones(channels, device=device, dtype=torch.float32)
+        return cls.build(theta, pairs.view(rotations, channels), scales, group_size)
 
     def weight_in(self, w: Tensor) -> Tensor:
         """(W · diag(a)) R, for w [N, C]."""

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from ..layout import LinearLayout, PackedLinear, columns_per_block
 
-#: Stored tensors whose last dimension counts output features; the others belong to the transform.
-BY_ROW = ("qweight", "qzeros", "scales", "bias")
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -73,25 +70,24 @@ class Ranks:
         if self.size == 1:
             assert part is not None, "a single rank has all rows"
             return part
-        parts: list[dict[str, Tensor]] = []
+        parts = []
         for rank in range(self.size):
             rows = self.rows(layout.out_features, columns_per_block(layout.bits), rank)
             if count := rows.stop - rows.start:
                 own = part.tensors() if part is not None and rank == self.rank else {}
                 parts.append(self._received(own, replace(layout, out_features=count), rank, device))
-        joined = {name: torch.cat([tensors[name] for tensors in parts], -1) for name in parts[0] if name in BY_ROW}
-        return PackedLinear(layout, **{**parts[0], **joined})
+        return PackedLinear.joined(parts)
 
     def _received(
         self, own: dict[str, Tensor], layout: LinearLayout, source: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        """The tensors that `source` has, by name; `own` there, {} elsewhere."""
+    ) -> PackedLinear:
+        """The linear that `source` has; `own`: its tensors by name there, {} elsewhere."""
         received = {}
         for name, field in layout.fields().items():
             empty = torch.empty(field.shape, dtype=field.dtype, device=device)
             received[name] = own[name].to(device).contiguous() if own else empty
             self._broadcast(received[name], source)
-        return received
+        return PackedLinear(layout, **received)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         if self.size > 1 and tensor.numel():

@@ -1,0 +1,105 @@
+"""The `quantization_config` of a checkpoint, as vLLM wants to hold it: which layers are ours.
+
+A layer is quantized if the checkpoint holds its `qweight`, whatever else config.json says. Paths are known to us as the
+checkpoint names them, to vLLM as its model does; the model's own mapper translates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...config import QUANT_METHOD, CheckpointConfig, matches
+from ...errors import CheckpointError
+from .compat import LinearBase, QuantizationConfig, UnquantizedLinearMethod, tensor_names
+
+if TYPE_CHECKING:
+    from .linear import PairQuantLinearMethod
+
+PACKED = ".qweight"
+
+
+class PairQuantConfig(QuantizationConfig):
+    """checkpoint: our view of the JSON object; quantized: paths of the packed linears, in vLLM's names once the model
+    has told its mapper; None where no file could be read (then all linears but `modules_to_not_convert` are).
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig):
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.quantized: frozenset[str] | None = None
+
+    @classmethod
+    def get_name(cls) -> Any:  # vLLM's list of names knows no outsiders
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
+        """From the JSON object; raises `CheckpointError` naming the entry that is wrong."""
+        return cls(CheckpointConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Look which linears the checkpoint holds packed."""
+        names = tensor_names(model_name, revision)
+        if names:
+            self.quantized = frozenset(name.removesuffix(PACKED) for name in names if name.endswith(PACKED))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Translate the paths to those of vLLM's model."""
+        if self.quantized is not None:
+            names = hf_to_vllm_mapper.apply_list([path + PACKED for path in self.quantized])
+            self.quantized = frozenset(name.removesuffix(PACKED) for name in names)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> PairQuantLinearMethod | Any:
+        """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
+        if not isinstance(layer, LinearBase):
+            self._require_plain(layer, prefix)
+            return None
+        if not self._holds(prefix):
+            return UnquantizedLinearMethod()
+        from .linear import PairQuantLinearMethod
+
+        return PairQuantLinearMethod(self.checkpoint, prefix)
+
+    def _holds(self, prefix: str) -> bool:
+        """Whether the layer, or everything that vLLM merges in it, is packed."""
+        members = self._members(prefix)
+        packed = [path for path in members if self._is_packed(path)]
+        if packed and len(packed) < len(members) and not self._is_packed(prefix):
+            raise CheckpointError(
+                f"vLLM runs {', '.join(members)} as one layer, but only {', '.join(packed)} is quantized. Quantize all of "
+                "them or none (--ignore), or run the checkpoint with Transformers."
+            )
+        return bool(packed)
+
+    def _members(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that vLLM merges into the layer at `prefix`, or the layer itself."""
+        parent, dot, name = prefix.rpartition(".")
+        return [parent + dot + member for member in self.packed_modules_mapping.get(name, [name])]
+
+    def _is_packed(self, path: str) -> bool:
+        if self.quantized is None:
+            return not matches(path, (*self.checkpoint.modules_to_not_convert, "lm_head"))
+        return path in self.quantized
+
+    def _require_plain(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Packed weights in a layer that is no linear would be taken for something else."""
+        inside = [path for path in self.quantized or () if path == prefix or path.startswith(f"{prefix}.experts.")]
+        if inside:
+            raise CheckpointError(
+                f"{inside[0]} is quantized, but vLLM runs it within a {type(layer).__name__}, for which there is no kernel "
+                "yet. Run the checkpoint with Transformers, or export it: `pairquant export MODEL --to bf16`."
+            )

@@ -1,0 +1,191 @@
+"""How vLLM's linear layers load and run packed weights.
+
+The stored tensors arrive in parameters of their own shapes: codes, zero points and scales side by side for the linears
+that vLLM merges, transforms in a slot for each. Once all are there they are checked and repacked for the kernels, in
+as few launches as the device allows, and the stored ones go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import CheckpointConfig
+from ...core.linear import decode
+from ...errors import CheckpointError, ConfigError
+from ...kernels.launches import Launch, launches
+from ...layout import TRANSFORM, LinearLayout, PackedLinear
+from .compat import (
+    GroupQuantScaleParameter,
+    LinearMethodBase,
+    PackedvLLMParameter,
+    register_weight_loader_v2_supported_method,
+)
+
+#: vLLM's names for the linears in its merged layers, by place.
+ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
+
+
+@register_weight_loader_v2_supported_method
+class PairQuantLinearMethod(LinearMethodBase):
+    """Creates, loads, checks, repacks and runs the weights of one layer, at `prefix` in vLLM's model."""
+
+    def __init__(self, config: CheckpointConfig, prefix: str):
+        self.config, self.prefix = config, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
+        layouts = [self.config.layout(input_size_per_partition, size) for size in output_partition_sizes]
+        self._require_whole_groups(layouts, input_size, output_size)
+        layer.pairquant = _Pending(self.prefix, layouts, params_dtype)
+        whole = self.config.layout(input_size_per_partition, sum(output_partition_sizes)).fields()
+        for name, stored in whole.items():
+            if name in TRANSFORM:
+                shape = (len(layouts), *stored.shape)
+                parameter = nn.Parameter(torch.empty(shape, dtype=stored.dtype), requires_grad=False)
+                parameter.weight_loader = layer.pairquant.transform_loader(name, layer)  # type: ignore[attr-defined]
+            else:
+                loader = layer.pairquant.counting(name, extra["weight_loader"])
+                parameter = self._by_rows(name, torch.empty(stored.shape, dtype=stored.dtype), loader)
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded and repack it. Raises `CheckpointError` naming the tensor that is missing or damaged."""
+        if not isinstance(pending := layer.pairquant, _Pending):
+            return
+        linears = pending.linears({name: getattr(layer, name).data for name in pending.layouts[0].fields()})
+        for name in pending.layouts[0].fields():
+            delattr(layer, name)
+        layer.pairquant = _Ready.build(layer, linears, pending.dtype)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., C] → [..., N]."""
+        ready: _Ready = layer.pairquant
+        if not ready.launches:
+            return F.linear(x, layer.dense_weight, bias)
+        if len(ready.launches) == 1:
+            return ready.run(layer, 0, x, bias)
+        y = torch.cat([ready.run(layer, i, x, None) for i in range(len(ready.launches))], dim=-1)
+        return y if bias is None else y + bias
+
+    def _by_rows(self, name: str, data: Tensor, loader: Callable) -> nn.Parameter:
+        """A parameter that vLLM's own loaders cut along inputs (0) and outputs (1)."""
+        cut: dict[str, Any] = {"data": data, "input_dim": 0, "output_dim": 1, "weight_loader": loader}
+        if name == "scales":
+            return GroupQuantScaleParameter(**cut)
+        return PackedvLLMParameter(packed_dim=1, packed_factor=Fraction(32, self.config.bits), **cut)
+
+    def _require_whole_groups(self, layouts: Sequence[LinearLayout], input_size: int, output_size: int) -> None:
+        for layout in layouts:
+            if faults := layout.misfits():
+                raise ConfigError(
+                    f"{self.prefix} ({input_size} → {output_size}) cannot be split over this many GPUs: {'; '.join(faults)}. "
+                    "Choose a --tensor-parallel-size that leaves whole groups on each, or --pipeline-parallel-size."
+                )
+
+
+class _Pending:
+    """A layer that is being loaded: layouts of the linears merged in it, and which of their tensors have come."""
+
+    def __init__(self, prefix: str, layouts: list[LinearLayout], dtype: torch.dtype):
+        self.prefix, self.layouts, self.dtype = prefix, layouts, dtype
+        self.arrived: dict[str, set[int]] = {name: set() for name in layouts[0].fields()}
+
+    def slots(self, shard: Any) -> list[int]:
+        """Places of the linears that a tensor is for: vLLM names one, several that are fused on disk, or (None) all."""
+        if shard is None:
+            return list(range(len(self.layouts)))
+        return [
+            ATTENTION_SHARDS[s] if isinstance(s, str) else s for s in (shard if isinstance(shard, tuple) else (shard,))
+        ]
+
+    def counting(self, name: str, load: Callable) -> Callable:
+        """vLLM's loader of `name`, and a note that it was called."""
+
+        def loader(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **kwargs: Any) -> None:
+            self._require_dtype(name, parameter, loaded)
+            load(parameter, loaded, *shard, **kwargs)
+            self.arrived[name].update(self.slots(shard[0] if shard else kwargs.get("loaded_shard_id")))
+
+        return loader
+
+    def transform_loader(self, name: str, layer: Any) -> Callable:
+        """Puts a transform's tensor into its slots: all of it, or the channels that are this rank's."""
+
+        def loader(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+            self._require_dtype(name, parameter, loaded)
+            channels = parameter.shape[-1]
+            if loaded.shape[-1] != channels:
+                loaded = loaded.narrow(-1, layer.tp_rank * channels, channels)
+            if loaded.shape != parameter.shape[1:]:
+                raise self._damaged(name, f"has shape {list(loaded.shape)}, must be {list(parameter.shape[1:])}")
+            for slot in self.slots(shard):
+                parameter.data[slot].copy_(loaded)
+                self.arrived[name].add(slot)
+
+        return loader
+
+    def linears(self, stored: dict[str, Tensor]) -> list[PackedLinear]:
+        """The linears, each checked."""
+        for name, slots in self.arrived.items():
+            if missing := set(range(len(self.layouts))) - slots:
+                raise self._damaged(name, f"is missing for {len(missing)} of {len(self.layouts)} linears")
+        cut = {}
+        for name, tensor in stored.items():
+            widths = [layout.fields()[name].shape[-1] for layout in self.layouts]
+            cut[name] = list(tensor) if name in TRANSFORM else list(tensor.split(widths, dim=-1))
+        found = []
+        for i, layout in enumerate(self.layouts):
+            packed = PackedLinear(layout, **{name: parts[i].contiguous() for name, parts in cut.items()})
+            packed.check_values(self.prefix)
+            found.append(packed)
+        return found
+
+    def _require_dtype(self, name: str, parameter: nn.Parameter, loaded: Tensor) -> None:
+        if loaded.dtype != parameter.dtype:
+            raise self._damaged(name, f"is {loaded.dtype}, must be {parameter.dtype}")
+
+    def _damaged(self, name: str, fault: str) -> CheckpointError:
+        return CheckpointError(
+            f"tensor {self.prefix}.{name} {fault}. The checkpoint is damaged: download or quantize it again."
+        )
+
+
+class _Ready:
+    """A layer that runs: its launches, whose tensors are buffers of the layer; none where it runs as a dense weight."""
+
+    def __init__(self, launches: list[Launch], group_size: int):
+        self.launches, self.group_size = launches, group_size
+        self.names = [[f"launch_{i}_{j}" for j in range(len(launch.tensors))] for i, launch in enumerate(launches)]
+        self.sizes = [list(launch.out_features) for launch in launches]
+
+    @classmethod
+    def build(cls, layer: Any, linears: list[PackedLinear], dtype: torch.dtype) -> _Ready:
+        made = launches(linears, dtype)
+        if not made:
+            dense = torch.cat([decode(linear) for linear in linears]).to(dtype)
+            layer.register_buffer("dense_weight", dense, persistent=False)
+        ready = cls(made, linears[0].layout.group_size)
+        for launch, names in zip(made, ready.names, strict=True):
+            for name, tensor in zip(names, launch.tensors, strict=True):
+                layer.register_buffer(name, tensor, persistent=False)
+        ready.launches = [Launch([], launch.out_features) for launch in made]  # the layer holds the tensors
+        return ready
+
+    def run(self, layer: Any, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        tensors = [getattr(layer, name) for name in self.names[index]]
+        return torch.ops.pairquant.rotated_linear(x, tensors, bias, self.sizes[index], self.group_size)

@@ -1,0 +1,51 @@
+"""Runs checkpoints through vLLM in a process of its own, in which other tests' settings and its own do not meet.
+
+python vllm_worker.py JOBS.json: a list of {"model", "output", "options"}; for each, `output` gets either
+{"logprobs": float32 [T - 1, V]}, the log-probabilities of the next token at every place of PROMPT, or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PROMPT = [5, 80, 41, 200, 7, 19, 101, 150, 33, 64, 90, 12, 240, 8, 77, 120]
+#: Engine in this process, on whichever cores there are, with a small cache.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def logprobs(model: str, options: dict):
+    import torch
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, max_model_len=64, max_num_seqs=4, max_logprobs=-1, **{"enforce_eager": True, **options})
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+    (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+    rows = [{token: entry.logprob for token, entry in place.items()} for place in answer.prompt_logprobs[1:]]
+    llm.llm_engine.engine_core.shutdown()
+    return torch.tensor([[row[token] for token in range(len(row))] for row in rows])
+
+
+def main() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            result = {"logprobs": logprobs(job["model"], job["options"])}
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(result, job["output"])
+
+
+if __name__ == "__main__":
+    main()
