@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from mutations import PACKED_PATHS, PICKLES, PLAIN_TENSORS, WEIGHTS, Mutation, undamaged
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,6 +30,8 @@ import pairquant
 from pairquant.errors import PairQuantError
 
 TOKENS = torch.tensor([[5, 9, 44, 17, 3]])
+#: Where the code of the two packages lies.
+OURS, THEIRS = (Path(package.__file__).parent for package in (pairquant, transformers))
 #: Seconds after which a reader is taken to hang.
 PATIENCE = 30
 #: `Mutation.inspect` or `.transformers` → outcomes that are as they must be.
@@ -139,11 +143,18 @@ def _attempt(read: Any, directory: Path) -> tuple[str, str]:
     except PairQuantError as error:
         return "refused", f"{type(error).__name__}: {error}"
     except ForeignError as error:
-        # An ordinary error, but for those that mean the machine had to stop it.
+        # An ordinary error of others, but for those that mean the machine had to stop it.
         bomb = "MemoryError" in str(error) or "allocate memory" in str(error)
-        return "out of memory" if bomb else "foreign", str(error)[:300]
+        return "out of memory" if bomb else "raised by us" if _is_ours(error.__cause__) else "foreign", str(error)[:300]
     except Exception as error:
         return "none of our errors", f"{type(error).__name__}: {error}"
+
+
+def _is_ours(error: BaseException | None) -> bool:
+    """Whether our code raised it, or called what raised it."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    homes = [home for frame in frames for home in (OURS, THEIRS) if home in Path(frame.filename).parents]
+    return homes[-1:] == [OURS]
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:

@@ -140,7 +140,8 @@ def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
 
 def _is_what_was_saved(model: Any) -> bool:
     """False for another class on top of the saved blocks: its head is new, and meant to be."""
-    return type(model).__name__ in (model.config.architectures or ())
+    saved = model.config.architectures
+    return isinstance(saved, (list, tuple)) and type(model).__name__ in saved
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
