@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from pairquant.core.linear import forward
+from pairquant.core.linear import decode, forward
 from pairquant.nn import RotatedLinear, link_siblings, prepare, rotated_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,6 +66,35 @@ def test_siblings_share_one_launch_only_for_the_same_unchanged_input(monkeypatch
     assert error(module.k_proj(x).cpu(), forward(packed["k_proj"], x.cpu())) < 1e-3
     assert len(calls) == 3
     assert error(module.v_proj(x.clone()).cpu(), forward(packed["v_proj"], x.cpu())) < 1e-3
+
+
+def test_what_was_computed_without_gradients_is_not_handed_out_with():
+    module, packed = built()
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    with torch.no_grad():
+        module.q_proj(x)
+    module.k_proj(x).sum().backward()
+    assert error(x.grad.cpu(), decode(packed["k_proj"]).sum(0).expand(2, -1)) < 1e-3
+
+
+def test_an_adapter_beside_a_merged_layer():
+    """PEFT places its weights by the layer's codes, which repacking has taken away; siblings get the same input."""
+    peft = pytest.importorskip("peft")
+    module, packed = built()
+    module.norm = nn.LayerNorm(128, device=DEVICE)  # PEFT takes a model's device from its first parameter
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), module)
+    delta = module.q_proj.get_delta_weight("default").cpu()
+    assert delta.abs().max() > 0
+    for want, name in ((decode(packed["q_proj"]) + delta, "q_proj"), (decode(packed["k_proj"]), "k_proj")):
+        assert error(getattr(module, name)(x).detach().cpu(), x.cpu() @ want.T.detach()) < 1e-3
+    module.v_proj(x)
+    assert module.k_proj._merged.x is None, "the input is kept alive"
+    assert module.k_proj._merged.weights is not None
+    dense = module.q_proj.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    assert error(dense(x).detach().cpu(), x.cpu() @ (decode(packed["q_proj"]) + delta).T.detach()) < 1e-3
+    assert module.k_proj._merged.members == [module.k_proj, module.v_proj]
+    assert error(module.k_proj(x).detach().cpu(), forward(packed["k_proj"], x.cpu())) < 1e-3
 
 
 def test_stored_tensors_survive_repacking_saving_and_moving():
