@@ -2,15 +2,11 @@
 
 import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import openai
 import pytest
 from models import TEXT, save_tiny
+from serving import served
 from typer.testing import CliRunner
 
 import pairquant
@@ -38,43 +34,14 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def running(directory):
+    with served(directory, "q4 --engine transformers --dtype float32 -- --default-seed 1") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def served(directory, port):
-    """The running server's process."""
-    arguments = ["serve", "q4", "--engine", "transformers", "--port", str(port), "--dtype", "float32"]
-    with (directory / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pairquant", *arguments, "--", "--default-seed", "1"],
-            cwd=directory, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            wait_until_healthy(process, port)
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def wait_until_healthy(process, port, seconds=120):
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    pytest.fail(f"no server: exit code {process.poll()}")
-
-
-@pytest.fixture(scope="module")
-def client(served, port):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+def client(running):
+    return running.client()
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +66,18 @@ def test_a_streamed_answer_comes_in_pieces(client, expected):
     assert "".join(pieces).replace("\ufffd", "") == expected.replace("\ufffd", "")
 
 
-def test_another_model_is_refused_and_the_server_lives_on(client):
+def test_another_model_is_refused_and_the_server_processlives_on(client):
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="other", messages=QUESTION, max_tokens=3)
     assert client.chat.completions.create(model="q4", messages=QUESTION, max_tokens=3).choices
 
 
-def test_sigterm_ends_it_cleanly(client, served, directory):
-    served.send_signal(signal.SIGTERM)
-    assert served.wait(timeout=60) in (0, -signal.SIGTERM)
-    log = (directory / "log.txt").read_text()
-    assert f"Finished server process [{served.pid}]" in log  # the command had become the server
+def test_sigterm_ends_it_cleanly(client, running):
+    process = running.process
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+    log = running.log.read_text()
+    assert f"Finished server process [{process.pid}]" in log  # the command had become the server
     assert "Traceback" not in log
 
 
@@ -158,7 +126,7 @@ def test_vllm_serves_under_the_name_that_was_given(directory, monkeypatch):
     assert server.command("vllm", files, options).environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
 
 
-def test_files_and_names_that_a_server_cannot_take_are_refused(directory):
+def test_files_and_names_that_a_server_processcannot_take_are_refused(directory):
     gguf = ModelFiles("m.gguf", directory, "m.gguf", False)
     with pytest.raises(ConfigError, match="Use --engine transformers"):
         server.command("vllm", gguf, server.ServerOptions())
