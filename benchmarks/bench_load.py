@@ -124,7 +124,6 @@ def load(directory: Path, device: str, profile: bool) -> dict[str, float]:
     from transformers.utils import logging
 
     import pairquant  # noqa: F401
-    from pairquant.nn import prepare  # noqa: F401
 
     logging.disable_progress_bar()
     if device == "cuda":

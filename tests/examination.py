@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from mutations import PACKED_PATHS, PICKLES, PLAIN_TENSORS, WEIGHTS, Mutation, undamaged
+from mutations import PACKED_PATHS, PICKLES, UNDAMAGED, WEIGHTS, Mutation, undamaged
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -105,9 +105,7 @@ class Bench:
         found.checkpoint.bits_per_weight()
         tensors = {path: found.checkpoint.packed(path).tensors() for path in found.linears}
         same = tensors.keys() == set(PACKED_PATHS) and all(
-            _equal(tensor, PLAIN_TENSORS.get(f"{path}.{name}"))
-            for path, t in tensors.items()
-            for name, tensor in t.items()
+            _equal(tensor, UNDAMAGED.get(f"{path}.{name}")) for path, t in tensors.items() for name, tensor in t.items()
         )
         return "same" if same else "finite"
 
