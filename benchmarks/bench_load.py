@@ -204,9 +204,10 @@ def measure(directory: Path, device: str, repeats: int) -> dict[str, Any]:
             print(state, {name: round(value, 3) for name, value in row[-1].items()}, flush=True)
     result = {}
     for state, row in rows.items():
-        result[state] = {name: round(statistics.median(r[name] for r in row), 3) for name in row[0]}
+        median = {name: statistics.median(r[name] for r in row) for name in row[0]}
         for name in ("load", "load_and_touch"):
-            result[state][f"{name}_over_read"] = round(result[state][f"{name}_s"] / result[state]["read_s"], 3)
+            median[f"{name}_over_read"] = median[f"{name}_s"] / median["read_s"]
+        result[state] = {name: round(value, 3) for name, value in median.items()}
     return result
 
 
