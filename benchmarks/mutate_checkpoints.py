@@ -5,7 +5,7 @@
 What is done to them, and what must become of it: tests/mutations.py. Each must load right or be refused by an error of
 ours, without opening a pickle or running code. They are read in a process of its own, whose address space is limited to
 4 GiB above what its libraries take: a shape of 2^40 is then a failure in the table, not the end of the machine. A reader
-that kills the process is a failure, too, and the next process goes on behind it. About six minutes for 10,000 on one core.
+that kills the process is a failure, too, and the next process goes on behind it. About nine minutes for 10,000 on one core.
 """
 
 from __future__ import annotations
