@@ -26,8 +26,8 @@ from ..core.rotation import givens_positions, rotation_matrix
 from ..kernels.fit import fake_quantize
 from .ranks import ALONE, Ranks
 
-#: Blocks of up to so many weights are fitted by replaying one captured step, after so many ordinary ones.
-GRAPH_WEIGHTS, GRAPH_WARM_UP = 32_000_000, 3
+#: On CUDA a step is captured after so many ordinary ones, and replayed: launching it anew takes 8 to 11 ms.
+GRAPH_WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,10 @@ def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = 
     with _fast_products(problems[0].weight.device):
         search = _Search(problems, config, ranks)
         search.run()
-        search.keep_best(search.evaluate(slopes=False))
+        search.losses = search.evaluate(slopes=False)
+        search.optimizer.zero_grad(set_to_none=True)
+        search.combine()
+        search.keep_best(search.losses)
     return search.transforms()
 
 
@@ -153,7 +156,8 @@ class _Search:
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
         self.log_scale = torch.zeros(sum(self.sizes), device=device, requires_grad=True)
         self.best_theta, self.best_log_scale = self.theta.detach().clone(), self.log_scale.detach().clone()
-        self.best_loss = torch.full((len(problems),), torch.inf, device=device)
+        self.losses = torch.zeros(len(problems), device=device)
+        self.best_loss = torch.full_like(self.losses, torch.inf)
         sizes = torch.tensor(self.sizes, device=device)
         self.problem_of_channel = torch.arange(len(problems), device=device).repeat_interleave(sizes)
         trained = [self.theta, self.log_scale] if config.recipe.channel_scales else [self.theta]
@@ -163,7 +167,10 @@ class _Search:
         )
 
     def evaluate(self, slopes: bool) -> Tensor:
-        """Relative proxy error of each problem [P]; `slopes`: also the gradients of theta and log_scale."""
+        """Relative proxy error of each problem [P]; `slopes`: also the gradients of theta and log_scale.
+
+        All of this rank's rows only: see `combine`.
+        """
         g = self.group_size
         with torch.enable_grad():
             a = self.log_scale.exp().view(-1, g)
@@ -182,18 +189,12 @@ class _Search:
                 grads_out_of.append(grad_out_of / norm)
         if slopes:
             torch.autograd.backward((into, out_of), (torch.cat(grads_into), torch.cat(grads_out_of)))
-            for tensor in (self.theta, self.log_scale):
-                if tensor.grad is not None:  # K = 0 has no angles
-                    self.ranks.add(tensor.grad)
-        relative = torch.stack(losses)
-        self.ranks.add(relative)
-        return relative
+        return torch.stack(losses)
 
     def run(self) -> None:
-        """All steps. On CUDA, small blocks replay one captured step: launching it anew would take longer than it does."""
+        """All steps, on CUDA by replaying one."""
         steps = range(self.config.recipe.steps)
-        small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS and self.ranks.size == 1
-        if self.theta.is_cuda and small and len(steps) > 2 * GRAPH_WARM_UP:
+        if self.theta.is_cuda and len(steps) > 2 * GRAPH_WARM_UP:
             self._replay(steps)
         else:
             for step in steps:
@@ -207,20 +208,36 @@ class _Search:
                 self.step(step)
         torch.cuda.current_stream(self.theta.device).wait_stream(ahead)
         self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=ahead):  # one of this device: the default one is the first device's
-            self.work()
+        torch.cuda.empty_cache()  # a graph's memory is its own
+        graphs = []
+        for work in (self.measure, self.update):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=ahead):  # one of this device: the default one is the first device's
+                work()
         for step in steps[GRAPH_WARM_UP:]:
             self.set_rate(step)
-            graph.replay()
+            graphs[0].replay()
+            self.combine()
+            graphs[1].replay()
 
     def step(self, step: int) -> None:
         self.set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.work()
+        self.measure()
+        self.combine()
+        self.update()
 
-    def work(self) -> None:
-        self.keep_best(self.evaluate(slopes=True))
+    def measure(self) -> None:
+        self.losses = self.evaluate(slopes=True)
+
+    def combine(self) -> None:
+        """Sum losses and gradients over all ranks: between the two graphs, as NCCL's launches are not captured."""
+        for tensor in (self.losses, self.theta.grad, self.log_scale.grad):
+            if tensor is not None:  # K = 0 has no angles
+                self.ranks.add(tensor)
+
+    def update(self) -> None:
+        self.keep_best(self.losses)
         self.optimizer.step()
 
     def set_rate(self, step: int) -> None:
