@@ -79,11 +79,7 @@ class KernelWeights:
         """Repack; the linears must agree in everything but out_features, and have 4 bits."""
         parts = [_repacked(linear) for linear in linears]
         first = linears[0]
-        shared = all(
-            torch.equal(getattr(linear, name), getattr(first, name))
-            for linear in linears[1:]
-            for name in ("theta", "pairs", "channel_scales")
-        )
+        shared = all(linear.shares_transform_with(first) for linear in linears[1:])
         distinct = linears[:1] if shared else linears
         rotation = RotationWeights.build(
             torch.stack([linear.theta.float() for linear in distinct]),
@@ -151,11 +147,12 @@ def _fragments(qweight: Tensor) -> Tensor:
     """
     channels, words = qweight.shape
     padded = torch.nn.functional.pad(qweight, (0, -words % (KERNEL_ROWS // 8), 0, -channels % 128))
-    stored = padded.view(torch.uint8).view(-1, 4, 2, 4, 2, 2, padded.shape[1] // 2, 2, 2, 2)  # KB c h t i1 i0 R rh b1 b0
+    rows = padded.shape[1] // 2
+    stored = padded.view(torch.uint8).view(-1, 4, 2, 4, 2, 2, rows, 2, 2, 2)  # KB c h t i1 i0 R rh b1 b0
     first, second = _exchanged(*stored.unbind(4))
     placed = torch.stack((first, second), dim=-1)  # KB c h t i0 R rh b1 b0 e
     ordered = placed.permute(5, 0, 6, 8, 9, 7, 3, 1, 4, 2)  # R KB rh b0 e b1 t c i0 h
-    return ordered.flatten(-2).view(torch.int32).view(padded.shape[1] // 2, -1, 2, 8, 4, 4)
+    return ordered.flatten(-2).view(torch.int32).view(rows, -1, 2, 8, 4, 4)
 
 
 def _stored_words(words: Tensor) -> Tensor:
