@@ -13,6 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench_quality import SETTING
+from recipes import config_from
+
+from pairquant.config import QuantConfig
+
 #: Table → row label → recipe. Stage 2 trains weights and quantizers after the transform.
 STAGES = {"off": "training.weight_epochs=0", "on": "training.weight_epochs=10"}
 TRANSFORMS = {
@@ -27,8 +32,12 @@ TABLES = {
         for name, option in TRANSFORMS.items()
         for stage, change in STAGES.items()
     },
-    "rotations": {f"K = {k}": f"{preset}:rotations={k}" for preset in ("fast", "paper") for k in (0, 1, 2, 4, 8, 16)},
-    "samples": {f"{n} windows": f"{preset}:samples={n}" for preset in ("fast", "paper") for n in (32, 128, 512)},
+    "rotations": {
+        f"{preset}, K = {k}": f"{preset}:rotations={k}" for preset in ("fast", "paper") for k in (0, 1, 2, 4, 8, 16)
+    },
+    "samples": {
+        f"{preset}, {n} windows": f"{preset}:samples={n}" for preset in ("fast", "paper") for n in (32, 128, 512)
+    },
     "pairs": {name: f"fast:pair_selection={name}" for name in ("random", "magnitude")},
     "shared": {"one transform each": "fast:share_rotations=False", "shared": "fast:share_rotations=True"},
     "presets": {name: f"{name}:rotations=8" for name in ("quick", "fast", "best", "paper")},
@@ -36,15 +45,16 @@ TABLES = {
 }
 
 
-def finished(out: Path) -> dict[str, dict]:
+def finished(out: Path) -> dict[QuantConfig, dict]:
+    """Rows by what their recipes come to: `paper` is also `paper:rotations=8`."""
     lines = out.read_text().splitlines() if out.exists() else []
-    return {row["recipe"]: row for row in map(json.loads, lines)}
+    return {config_from(row["recipe"], **SETTING): row for row in map(json.loads, lines)}
 
 
-def table(name: str, rows: dict[str, dict]) -> str:
+def table(name: str, rows: dict[QuantConfig, dict]) -> str:
     lines = [f"| {name} | recipe | WikiText2 perplexity | KL | GSM8K KL | s |", "| --- | --- | --- | --- | --- | --- |"]
     for label, recipe in TABLES[name].items():
-        if row := rows.get(recipe):
+        if row := rows.get(config_from(recipe, **SETTING)):
             wiki, gsm = row["wikitext2-test"], row["gsm8k-test"]
             numbers = f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f} | {gsm['kl']:.4f} | {row['seconds']:.0f}"
             lines.append(f"| {label} | `{recipe}` | {numbers} |")
@@ -58,7 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablations.jsonl"))
     options = parser.parse_args()
     wanted = [recipe for name in options.table for recipe in TABLES[name].values()]
-    missing = [recipe for recipe in dict.fromkeys(wanted) if recipe not in finished(options.out)]
+    done = finished(options.out)
+    missing = [recipe for recipe in dict.fromkeys(wanted) if config_from(recipe, **SETTING) not in done]
     if missing:
         script = Path(__file__).with_name("bench_quality.py")
         subprocess.run([sys.executable, script, options.model, *missing, "--out", options.out], check=True)

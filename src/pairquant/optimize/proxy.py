@@ -26,8 +26,9 @@ from ..core.rotation import givens_positions, rotation_matrix
 from ..kernels.fit import fake_quantize
 from .ranks import ALONE, Ranks
 
-#: On CUDA a step is captured after so many ordinary ones, and replayed: launching it anew takes 8 to 11 ms.
-GRAPH_WARM_UP = 3
+#: On CUDA a step for up to so many weights is captured after so many ordinary ones, and replayed: launching it anew
+#: takes 8 to 11 ms. Larger ones take longer than that to run, and a graph's memory comes on top.
+GRAPH_WEIGHTS, GRAPH_WARM_UP = 128_000_000, 3
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,10 @@ class _Search:
         return torch.stack(losses)
 
     def run(self) -> None:
-        """All steps, on CUDA by replaying one."""
+        """All steps, on CUDA by replaying one where that pays."""
         steps = range(self.config.recipe.steps)
-        if self.theta.is_cuda and len(steps) > 2 * GRAPH_WARM_UP:
+        small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS
+        if self.theta.is_cuda and small and len(steps) > 2 * GRAPH_WARM_UP:
             self._replay(steps)
         else:
             for step in steps:
