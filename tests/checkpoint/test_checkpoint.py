@@ -123,6 +123,13 @@ def test_a_checkpoint_with_the_originals_four_keys_is_enough(checkpoint):
     assert all(torch.equal(t, expected[name]) for name, t in found.checkpoint.packed(PATH).tensors().items())
 
 
+def test_files_are_readable_by_whom_the_umask_lets(pristine):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (pristine / "checkpoint").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
 def test_biases_and_plain_layers_stay_as_they_were(pristine):
     source = load_file(pristine / "source" / "model.safetensors")
     stored = load_file(pristine / "checkpoint" / "model.safetensors")

@@ -25,7 +25,10 @@ def durable(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary path beside `path`; afterwards `path` holds it all, also after a power cut."""
     staged = path.with_name(path.name + PARTIAL)
     try:
+        staged.touch()
+        mode = staged.stat().st_mode
         write(staged)
+        staged.chmod(mode)  # what the umask asks for: safetensors hides its files from everybody else
         sync(staged)
         staged.replace(path)
         sync(path.parent)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from ..checkpoint.headers import REMEDY, StoredTensors
 from ..config import QUANT_METHOD, CheckpointConfig, matches
 from ..errors import CheckpointError, ConfigError
 from ..layout import Field, check_fields, finite
-from ..nn import RotatedLinear, link_siblings, prepare, replace_module, rotated_linears
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,31 +73,32 @@ class ParoQuantizer(HfQuantizer):
                 if faults := layout.misfits():
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
-            replace_module(model, path, RotatedLinear(layout, linear.weight.device, linear.weight.dtype))
+            packed = _layers().RotatedLinear(layout, linear.weight.device, linear.weight.dtype)
+            _layers().replace_module(model, path, packed)
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for path, linear in rotated_linears(model):
+        for path, linear in _layers().rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
         if _is_what_was_saved(model):
             _require_complete(model)
-        link_siblings(model)
-        return prepare(model)
+        _layers().link_siblings(model)
+        return _layers().prepare(model)
 
     def _dequantize(self, model, dtype=None):
         """In the model's dtype, unless another than that of its configuration is asked for: then all of it is cast."""
-        if offloaded := [path for path, linear in rotated_linears(model) if linear.qweight.is_meta]:
+        if offloaded := [path for path, linear in _layers().rotated_linears(model) if linear.qweight.is_meta]:
             raise ConfigError(
                 f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
                 "Load the model without offload_buffers, or use `pairquant export`."
             )
         if dtype not in (None, model.config.dtype, str(model.config.dtype).removeprefix("torch.")):
             model = model.to(dtype)
-        for path, rotated in list(rotated_linears(model)):
-            replace_module(model, path, rotated.to_linear(model.dtype))
+        for path, rotated in list(_layers().rotated_linears(model)):
+            _layers().replace_module(model, path, rotated.to_linear(model.dtype))
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -105,7 +106,7 @@ class ParoQuantizer(HfQuantizer):
 
         PEFT's `merge_and_unload` makes such.
         """
-        if not any(rotated_linears(model)):
+        if not any(_layers().rotated_linears(model)):
             self.remove_quantization_config(model)
             return None, {}
         plain = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -128,6 +129,13 @@ class ParoQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _layers() -> ModuleType:
+    """Our layers. Their module takes 0.2 s to register operators, which who only imports Transformers is spared."""
+    from .. import nn as layers
+
+    return layers
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
@@ -155,7 +163,7 @@ def _require_complete(model: Any) -> None:
     It marks what it has loaded; offloaded tensors are elsewhere; the values of packed ones have been checked.
     """
     moved = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # accelerate drops the marks of buffers
-    packed = {f"{path}.{name}" for path, linear in rotated_linears(model) for name in linear.layout.fields()}
+    packed = {f"{path}.{name}" for path, linear in _layers().rotated_linears(model) for name in linear.layout.fields()}
     present = {name: t for name, t in _tensors(model) if not t.is_meta}
     loaded = {name for name, t in present.items() if getattr(t, "_is_hf_initialized", False)}
     dispensable = model._keys_to_ignore_on_load_missing or ()

@@ -1,41 +1,42 @@
 """All that we take from vLLM, in one place: what another version has moved or renamed is mended here.
 
-Versions that were run: see the table in docs/serving.md.
+Versions that were run: see the table in docs/serving.md. Names are looked up on first use: what a process needs to know
+our quantization method is loaded by vLLM anyway, its linear layers take seconds.
 """
 
 from __future__ import annotations
 
-from vllm.model_executor.layers import quantization as _quantization
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
-)
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
-from vllm.transformers_utils.config import get_safetensors_params_metadata
+import importlib
+from typing import Any
 
-__all__ = [
-    "GroupQuantScaleParameter",
-    "LinearBase",
-    "LinearMethodBase",
-    "PackedvLLMParameter",
-    "QuantizationConfig",
-    "UnquantizedLinearMethod",
-    "is_registered",
-    "register_quantization_config",
-    "register_weight_loader_v2_supported_method",
-    "tensor_names",
-]
+#: Name → module of vLLM that has it.
+HOMES = {
+    "LinearBase": "model_executor.layers.linear",
+    "LinearMethodBase": "model_executor.layers.linear",
+    "UnquantizedLinearMethod": "model_executor.layers.linear",
+    "register_weight_loader_v2_supported_method": "model_executor.layers.linear",
+    "register_quantization_config": "model_executor.layers.quantization",
+    "QuantizationConfig": "model_executor.layers.quantization.base_config",
+    "GroupQuantScaleParameter": "model_executor.parameter",
+    "PackedvLLMParameter": "model_executor.parameter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vllm.{HOMES[name]}"), name)
 
 
 def is_registered(method: str) -> bool:
     """Whether vLLM knows this quantization method from a plugin."""
-    return method in _quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
+    from vllm.model_executor.layers import quantization
+
+    return method in quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
 
 
 def tensor_names(model: str, revision: str | None) -> frozenset[str]:
     """Of the safetensors files of a directory or hub name, from their headers; empty where they cannot be read."""
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
     return frozenset(get_safetensors_params_metadata(model, revision=revision))

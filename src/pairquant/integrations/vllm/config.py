@@ -12,7 +12,7 @@ import torch
 
 from ...config import QUANT_METHOD, CheckpointConfig, matches
 from ...errors import CheckpointError
-from .compat import LinearBase, QuantizationConfig, UnquantizedLinearMethod, tensor_names
+from .compat import QuantizationConfig, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
@@ -65,6 +65,8 @@ class PairQuantConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> PairQuantLinearMethod | Any:
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
+        from .compat import LinearBase, UnquantizedLinearMethod
+
         if not isinstance(layer, LinearBase):
             self._require_plain(layer, prefix)
             return None
