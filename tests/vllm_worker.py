@@ -1,7 +1,8 @@
 """Runs checkpoints through vLLM in a process of its own, in which other tests' settings and its own do not meet.
 
-python vllm_worker.py JOBS.json: a list of {"model", "output", "options"}; for each, `output` gets either
-{"logprobs": float32 [T - 1, V]}, the log-probabilities of the next token at every place of PROMPT, or {"error": text}.
+python vllm_worker.py JOBS.json: a list of {"model", "output", "options", "adapter"}, the last a LoRA adapter's directory or
+absent; for each, `output` gets either {"logprobs": float32 [T - 1, V]}, the log-probabilities of the next token at every
+place of PROMPT, or {"error": text}.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ ENVIRONMENT = {
 }
 
 
-def logprobs(model: str, options: dict):
+def logprobs(model: str, options: dict, adapter: str | None):
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    llm = LLM(model, max_model_len=64, max_num_seqs=4, max_logprobs=-1, **{"enforce_eager": True, **options})
+    options = {"enforce_eager": True, "enable_lora": adapter is not None, **options}
+    llm = LLM(model, max_model_len=64, max_num_seqs=4, max_logprobs=-1, **options)
+    request = LoRARequest("adapter", 1, adapter) if adapter else None
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
-    (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+    (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False, lora_request=request)
     rows = [{token: entry.logprob for token, entry in place.items()} for place in answer.prompt_logprobs[1:]]
     llm.llm_engine.engine_core.shutdown()
     return torch.tensor([[row[token] for token in range(len(row))] for row in rows])
@@ -41,7 +45,7 @@ def main() -> None:
 
     for job in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            result = {"logprobs": logprobs(job["model"], job["options"])}
+            result = {"logprobs": logprobs(job["model"], job["options"], job.get("adapter"))}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         torch.save(result, job["output"])

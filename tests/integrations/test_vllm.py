@@ -87,11 +87,27 @@ def checkpoints(root):
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoints, root):
-    """(name, dtype) → log-probabilities from vLLM."""
+def adapted(checkpoints, root):
+    """A LoRA adapter for "llama", and what the model then answers in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(load(checkpoints["llama"][0]), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # as trained: they start at zero
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(root / "adapter")
+    return root / "adapter", reference(model)
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoints, adapted, root):
+    """(name, dtype), and "adapter" → log-probabilities from vLLM."""
     wanted = [(name, "bfloat16") for name in checkpoints] + [("qwen2", "float32")]
     jobs = [{"model": str(checkpoints[name][0]), "options": {"dtype": dtype}} for name, dtype in wanted]
-    return dict(zip(wanted, run(jobs, root), strict=True))
+    lora = {"model": str(checkpoints["llama"][0]), "options": {"dtype": "bfloat16"}, "adapter": str(adapted[0])}
+    return dict(zip([*wanted, "adapter"], run([*jobs, lora], root), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,13 @@ def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, ans
     answer = answers[name, dtype]
     assert "error" not in answer, answer
     assert divergence(checkpoints[name][1], answer["logprobs"]) < NOISE[dtype]
+
+
+def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, answers):
+    assert "error" not in answers["adapter"], answers["adapter"]
+    found = answers["adapter"]["logprobs"]
+    assert divergence(adapted[1], found) < NOISE["bfloat16"]
+    assert divergence(checkpoints["llama"][1], found) > 10 * NOISE["bfloat16"], "the adapter changed nothing"
 
 
 def test_two_ranks_and_a_compiled_graph_give_the_same(checkpoints, root):

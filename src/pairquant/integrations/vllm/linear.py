@@ -76,7 +76,7 @@ class PairQuantLinearMethod(LinearMethodBase):
         """x [..., C] → [..., N]."""
         ready: _Ready = layer.pairquant
         if not ready.launches:
-            return F.linear(x, layer.dense_weight, bias)
+            return F.linear(x, layer.weight, bias)
         if len(ready.launches) == 1:
             return ready.run(layer, 0, x, bias)
         y = torch.cat([ready.run(layer, i, x, None) for i in range(len(ready.launches))], dim=-1)
@@ -166,11 +166,16 @@ class _Pending:
 
 
 class _Ready:
-    """A layer that runs: its launches, whose tensors are buffers of the layer; none where it runs as a dense weight."""
+    """A layer that runs: its launches, whose tensors are buffers of the layer; none where it runs as a dense weight.
+
+    The first buffer is called `qweight`, where vLLM looks for the device of a layer that gets LoRA adapters.
+    """
 
     def __init__(self, launches: list[Launch], group_size: int):
         self.launches, self.group_size = launches, group_size
         self.names = [[f"launch_{i}_{j}" for j in range(len(launch.tensors))] for i, launch in enumerate(launches)]
+        if launches:
+            self.names[0][0] = "qweight"
         self.sizes = [list(launch.out_features) for launch in launches]
 
     @classmethod
@@ -178,7 +183,7 @@ class _Ready:
         made = launches(linears, dtype)
         if not made:
             dense = torch.cat([decode(linear) for linear in linears]).to(dtype)
-            layer.register_buffer("dense_weight", dense, persistent=False)
+            layer.register_buffer("weight", dense, persistent=False)
         ready = cls(made, linears[0].layout.group_size)
         for launch, names in zip(made, ready.names, strict=True):
             for name, tensor in zip(names, launch.tensors, strict=True):
