@@ -3,53 +3,113 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Positions whose log-probabilities are compared at a time: bounds memory at this many times the vocabulary.
-CHUNK = 256
+from .logits import chunks, logits_over
+from .statistics import Interval, bootstrap_mean
+
+#: Parts of a window over which divergence is shown by position.
+BINS = 8
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one text. tokens: predictions made; kl: mean KL(reference ‖ model) per token, nats; top1: agreement."""
+    """Of one text. tokens: predictions made; kl: mean KL(reference ‖ model) per token, nats; top1: agreement.
+
+    kl_interval: 95 %, by bootstrap over windows, None for a single one; kl_by_position: see `by_position`; kl_of_windows:
+    each one's mean.
+    """
 
     tokens: int
     perplexity: float
     kl: float | None = None
     top1: float | None = None
+    kl_interval: Interval | None = None
+    kl_by_position: list[dict[str, float]] | None = None
+    kl_of_windows: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of predictions, one by one: float32 [P] on the CPU. loss: nats; kl, top1: against the reference, if there is one."""
+
+    loss: Tensor
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def measure(
+    model: nn.Module,
+    windows: Tensor,
+    reference: nn.Module | None = None,
+    on_window: Callable[[], None] | None = None,
+    seed: int = 0,
+) -> Quality:
+    """Next-token quality over windows int64 [W, T]; each window predicts its last T - 1 tokens. seed: the bootstrap's."""
+    device = next(model.parameters()).device
+    found = []
+    for window in windows:
+        found.append(score(model, window.to(device), reference))
+        if on_window:
+            on_window()
+    loss = torch.stack([scores.loss for scores in found]).double()
+    perplexity = math.exp(min(loss.mean().item(), 700.0))
+    if reference is None:
+        return Quality(loss.numel(), perplexity)
+    kl = torch.stack([scores.kl for scores in found if scores.kl is not None]).double()
+    top1 = torch.stack([scores.top1 for scores in found if scores.top1 is not None]).double()
+    of_windows = kl.mean(1).tolist()
+    return Quality(
+        loss.numel(),
+        perplexity,
+        kl.mean().item(),
+        top1.mean().item(),
+        bootstrap_mean(of_windows, seed=seed),
+        by_position(list(kl)),
+        of_windows,
+    )
 
 
 @torch.no_grad()
-def measure(model: nn.Module, windows: Tensor, reference: nn.Module | None = None, on_window=None) -> Quality:
-    """Next-token quality over windows int64 [W, T]; each window predicts its last T - 1 tokens."""
-    device = next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64)
-    for window in windows:
-        window = window[None].to(device)
-        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-        expected = reference(input_ids=window, use_cache=False).logits[0, :-1] if reference is not None else None
-        totals += _window_totals(logits, window[0, 1:], expected).cpu()
-        if on_window:
-            on_window()
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    loss, kl, agreed = (totals / tokens).tolist()
-    quality = Quality(tokens, math.exp(min(loss, 700.0)))
-    return quality if reference is None else Quality(quality.tokens, quality.perplexity, kl, agreed)
+def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, start: int = 1) -> Scores:
+    """The model's predictions of the tokens from `start` on of a window int64 [T], each from all tokens before it."""
+    logits = logits_over(model, window)
+    expected = logits_over(reference, window) if reference is not None else None
+    vocabulary = logits(slice(0, 1)).shape[-1]
+    parts = []
+    for rows in chunks(range(start - 1, len(window) - 1), vocabulary):
+        targets = window[rows.start + 1 : rows.stop + 1]
+        parts.append(_scores(logits(rows), targets, expected(rows) if expected else None))
+    return Scores(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def _window_totals(logits: Tensor, targets: Tensor, expected: Tensor | None) -> Tensor:
-    """Sums over positions of the negative log-likelihood, the KL divergence and the top-1 agreements: float64 [3]."""
-    totals = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    for start in range(0, len(targets), CHUNK):
-        rows = slice(start, start + CHUNK)
-        log_p = F.log_softmax(logits[rows].float(), dim=-1)
-        totals[0] += F.nll_loss(log_p, targets[rows], reduction="sum")
-        if expected is not None:
-            log_q = F.log_softmax(expected[rows].float(), dim=-1)
-            totals[1] += F.kl_div(log_p, log_q, log_target=True, reduction="sum")
-            totals[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-    return totals
+def _scores(logits: Tensor, targets: Tensor, expected: Tensor | None) -> tuple[Tensor, ...]:
+    """Negative log-likelihood of targets [n], and against expected logits [n, V] KL and agreement: float32 [n] each."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    loss = F.nll_loss(log_p, targets, reduction="none")
+    if expected is None:
+        return (loss,)
+    log_q = F.log_softmax(expected.float(), dim=-1)
+    top1 = log_p.argmax(-1) == log_q.argmax(-1)
+    kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    return loss, kl, top1.float()
+
+
+def by_position(kl: list[Tensor], bins: int = BINS) -> list[dict[str, float]]:
+    """The mean of rows [P], which may differ in length, over equal parts of the longest.
+
+    Returns [{"start", "end", "kl"}]: predictions start to end - 1 of a row, counted from 0.
+    """
+    longest = max(map(len, kl))
+    edges = [longest * i // bins for i in range(bins + 1)]
+    parts = []
+    for start, end in pairwise(edges):
+        if values := [row[start:end].double() for row in kl if len(row) > start and end > start]:
+            parts.append({"start": start, "end": end, "kl": torch.cat(values).mean().item()})
+    return parts

@@ -1,0 +1,122 @@
+"""What single tokens do not show: divergence along whole chains of thought, and when decoding takes another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .generation import GREEDY, SAMPLED, finished, generate
+from .quality import by_position, score
+from .statistics import Interval, bootstrap_mean
+
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """count: of chains, one for each prompt; tokens: of each at the most; batch: chains sampled at once."""
+
+    count: int
+    tokens: int = 1024
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError`."""
+        if self.count < 1:
+            raise ConfigError(f"the number of chains is {self.count}, allowed: 1 or more")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise ConfigError(f"tokens of a chain are {self.tokens}, allowed: 1 to {MAX_TOKENS}")
+        if self.batch < 1:
+            raise ConfigError(f"batch is {self.batch}, allowed: 1 or more")
+
+
+@dataclass(frozen=True)
+class ChainQuality:
+    """Along chains sampled from the reference at temperature 1, so that `kl` times a chain's tokens estimates the
+    divergence of whole answers, and along the reference's greedy chains.
+
+    kl: mean KL(reference ‖ model) per token, nats; kl_interval: 95 %, by bootstrap over chains, None for a single one;
+    kl_by_position: see `by_position`; kl_of_chains, tokens_of_chains: each one's mean and length; finished: share of
+    chains that ended by themselves; departures: of each greedy chain the first token that the model would have chosen
+    otherwise, counted from 0, None if it never does; departure_median: None if half or more never do; never_departed:
+    their share.
+    """
+
+    chains: int
+    tokens: int
+    kl: float
+    kl_interval: Interval | None
+    kl_by_position: list[dict[str, float]]
+    kl_of_chains: list[float]
+    tokens_of_chains: list[int]
+    finished: float
+    departures: list[int | None]
+    departure_median: float | None
+    never_departed: float
+
+
+def measure(
+    model: Any,
+    reference: Any,
+    prompts: Sequence[Sequence[int]],
+    plan: ChainPlan,
+    on_chain: Callable[[], None] | None = None,
+) -> ChainQuality:
+    """Of the model against the reference, on the prompts' token ids. `on_chain` is called four times for each prompt."""
+    step = on_chain or (lambda: None)
+    sampled, greedy = (
+        generate(reference, prompts, plan.tokens, way, batch=plan.batch, seed=plan.seed, on_prompt=step)
+        for way in (SAMPLED, GREEDY)
+    )
+    kl, departures = [], []
+    for prompt, chain, own in zip(prompts, sampled, greedy, strict=True):
+        kl.append(_along(model, reference, prompt, chain)[0])
+        step()
+        departures.append(_departure(_along(model, reference, prompt, own)[1]))
+        step()
+    means, lengths = [row.mean().item() for row in kl], [len(row) for row in kl]
+    return ChainQuality(
+        chains=len(kl),
+        tokens=sum(lengths),
+        kl=torch.cat(kl).double().mean().item(),
+        kl_interval=bootstrap_mean(means, lengths, plan.seed),
+        kl_by_position=by_position(kl),
+        kl_of_chains=means,
+        tokens_of_chains=lengths,
+        finished=sum(finished(reference, chain) for chain in sampled) / len(sampled),
+        departures=departures,
+        departure_median=_median(departures),
+        never_departed=departures.count(None) / len(departures),
+    )
+
+
+def _along(model: Any, reference: Any, prompt: Sequence[int], chain: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and agreement at each token of a chain: float32 [len(chain)] each."""
+    window = torch.cat([torch.tensor(prompt), chain]).to(model.device)
+    scores = score(model, window, reference, start=len(prompt))
+    assert scores.kl is not None, "measured, as there is a reference"
+    assert scores.top1 is not None, "measured, as there is a reference"
+    return scores.kl, scores.top1
+
+
+def _departure(agrees: Tensor) -> int | None:
+    """Where the model first chooses otherwise. Up to there both decode the same tokens, so the reference's are enough.
+
+    The reference's choice is the one from the same forward pass, not the chain's token: near-ties that fall differently
+    in a batch are not the model's doing.
+    """
+    places = (agrees == 0).nonzero()
+    return int(places[0]) if len(places) else None
+
+
+def _median(departures: list[int | None]) -> float | None:
+    """Chains that never depart count as longer than all others."""
+    middle = median(float("inf") if place is None else place for place in departures)
+    return None if middle == float("inf") else middle

@@ -1,0 +1,78 @@
+"""Continuations of prompts through Transformers' `generate`, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..devices import current
+from ..errors import ConfigError
+
+GREEDY: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+#: The model's own distribution, whatever it recommends for answering.
+SAMPLED: Mapping[str, Any] = {
+    "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None, option: str) -> None:
+    """Raises `ConfigError` when the longest prompt and new_tokens are more than a model's longest sequence."""
+    longest = max(map(len, prompts))
+    if context is not None and longest + new_tokens > context:
+        raise ConfigError(
+            f"{option} is {new_tokens}, allowed: {max(context - longest, 0)}, the model's context of {context} tokens "
+            f"less the longest prompt's {longest}."
+        )
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    options: Mapping[str, Any] = GREEDY,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    on_prompt: Callable[[], None] | None = None,
+) -> list[Tensor]:
+    """Of each prompt's token ids the continuation: int64 [≤ new_tokens] on the CPU, its end-of-text token included."""
+    ends = _end_tokens(model)
+    found = []
+    with current(model.device), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch):
+            tokens, mask = _padded(prompts[start : start + batch], model.device)
+            padding = {"pad_token_id": ends[0]} if ends else {}
+            output = model.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, **padding, **options)
+            for row in output[:, tokens.shape[1] :].cpu():
+                found.append(_until_end(row, ends))
+                if on_prompt:
+                    on_prompt()
+    return found
+
+
+def finished(model: Any, continuation: Tensor) -> bool:
+    """Whether it ends with an end-of-text token."""
+    return len(continuation) > 0 and int(continuation[-1]) in _end_tokens(model)
+
+
+def _end_tokens(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 [B, longest], padded on the left."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return tokens, mask
+
+
+def _until_end(row: Tensor, ends: list[int]) -> Tensor:
+    """Up to the first end-of-text token, itself included."""
+    places = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+    return row[: int(places[0]) + 1] if len(places) else row
