@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.headers import StoredTensors
+from .checkpoint.original import Original
 from .checkpoint.read import Checkpoint, ModelFiles
 from .core.linear import decode, forward, rotated_weight, transform_of
 from .core.packing import unpack
 from .devices import resolve_device
-from .errors import ConfigError, PairQuantError, ResourceError, TextError
+from .errors import ConfigError, ResourceError, TextError
 from .evaluation.quality import measure
 from .layout import PackedLinear
 from .nn import SIBLINGS
 from .text import BUNDLED_TEST, documents, token_windows
+
+WITHOUT_WEIGHT = ": steps ① to ③ and errors are missing"
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
@@ -124,8 +126,9 @@ def trace(model: str | Path, path: str) -> tuple[list[Step], str]:
     """The life of one linear's weight, step by step, and a remark on where the original came from."""
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
     packed = checkpoint.packed(path)
-    weight, remark = _source_weight(checkpoint, path)
-    return list(_life(packed, weight)), remark
+    original = Original(checkpoint)
+    weight = original.weight(path)
+    return list(_life(packed, weight)), original.remark + ("" if weight is not None else WITHOUT_WEIGHT)
 
 
 def _life(packed: PackedLinear, weight: Tensor | None) -> Iterable[Step]:
@@ -157,23 +160,6 @@ def _step(name: str, tensor: str, value: Tensor, error: float | None = None, spr
     weight_like = spread or tensor.startswith(("W", "(W"))
     peak = (value.abs().max() / value.square().mean().sqrt()).item() if weight_like else None
     return Step(name, tensor, str(value.dtype).removeprefix("torch."), tuple(value.shape), peak, error)
-
-
-def _source_weight(checkpoint: Checkpoint, path: str) -> tuple[Tensor | None, str]:
-    """The original weight, float32, when the source recorded in the checkpoint is still on this machine."""
-    source = (checkpoint.config.provenance or {}).get("source")
-    if not isinstance(source, str) or not Path(source).exists():
-        return (
-            None,
-            f"the source ({source or 'not recorded'}) is not on this machine: steps ① to ③ and errors are missing",
-        )
-    try:
-        files = ModelFiles.find(source)
-        if not files.gguf and f"{path}.weight" in (stored := StoredTensors.of_directory(files.directory)).fields:
-            return stored.load(f"{path}.weight").float(), f"compared with {source}"
-        return files.model().get_submodule(path).weight.detach().float(), f"compared with {source}"
-    except (PairQuantError, AttributeError) as error:
-        return None, f"the source {source} cannot be read ({error}): steps ① to ③ and errors are missing"
 
 
 def _evaluation_windows(tokenizer, name: str, seq_len: int, max_tokens: int | None) -> Tensor:

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..wording import block_and_rest
 from .app import Model, app, console, quiet_libraries
 from .display import duration, number, percent, plain, scientific, short_name, size
 
@@ -50,7 +51,7 @@ def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
     """A row per block, a column per kind of layer."""
     rows: dict[str, dict[str, Any]] = {}
     for path, entry in linears.items():
-        block, name = _block_and_rest(path)
+        block, name = block_and_rest(path)
         rows.setdefault(block, {})[name] = entry
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -62,13 +63,6 @@ def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
         cells = [percent(row[name]["error"]) if name in row else "" for name in columns]
         table.add_row(block, *cells, size(sum(entry["bytes"] for entry in row.values())))
     return table
-
-
-def _block_and_rest(path: str) -> tuple[str, str]:
-    """ "model.layers.3.mlp.up_proj" → "3", "mlp.up_proj"."""
-    parts = path.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return ("", path) if number is None else (parts[number], ".".join(parts[number + 1 :]))
 
 
 def _life_table(linear: str, steps: list[Any]) -> Table:

@@ -95,7 +95,8 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
 
 
-def _results(file: Path) -> dict[str, Any]:
+def read_results(file: Path) -> dict[str, Any]:
+    """What `pairquant eval --json` has written: `texts`, name → `MEASURES`. Raises `ConfigError` if it is something else."""
     try:
         content = read_json(file)
     except CheckpointError as error:
@@ -105,7 +106,12 @@ def _results(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"results {str(file)!r} are not those of `pairquant eval --json`: they hold no measured texts"
         )
-    rows = [{"text": _cell(Path(text).name), **row} for text, row in texts.items()]
+    return content
+
+
+def _results(file: Path) -> dict[str, Any]:
+    content = read_results(file)
+    rows = [{"text": _cell(Path(text).name), **row} for text, row in content["texts"].items()]
     reference = content.get("reference")
     return {
         "rows": rows,

@@ -1,0 +1,51 @@
+"""The weights that a checkpoint was made from, as long as they are on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import PairQuantError
+from .headers import StoredTensors
+from .read import Checkpoint, ModelFiles
+
+
+class Original:
+    """The source that a checkpoint records. remark: in words, whether its weights can be had, and else why not."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        source = (checkpoint.config.provenance or {}).get("source")
+        self._checkpoint = checkpoint
+        self._source = source if isinstance(source, str) and Path(source).exists() else None
+        self.remark = f"compared with {source}"
+        if self._source is None:
+            self.remark = f"the source ({source or 'not recorded'}) is not on this machine"
+
+    def weight(self, path: str) -> Tensor | None:
+        """Of one linear: float32 [N, C]; None, from the first failure on, if it cannot be had (see `remark`)."""
+        if self._source is None:
+            return None
+        try:
+            weight = self._load(path).float()
+            layout = self._checkpoint.layout(path)
+            if weight.shape != (layout.out_features, layout.in_features):
+                raise AttributeError(f"{path} has shape {list(weight.shape)} there")
+            return weight
+        except (PairQuantError, AttributeError) as error:
+            self.remark = f"the source {self._source} cannot be read ({error})"
+            self._source = None
+            return None
+
+    @cached_property
+    def _load(self) -> Callable[[str], Tensor]:
+        """From the source's files where they have its names; else (GGUF, other names) from the model, loaded once."""
+        assert self._source is not None, "weight() asks only where there is a source"
+        files = ModelFiles.find(self._source)
+        stored = None if files.gguf else StoredTensors.of_directory(files.directory)
+        if stored and all(f"{path}.weight" in stored.fields for path in self._checkpoint.stored.linears()):
+            return lambda path: stored.load(f"{path}.weight")
+        model = files.model()
+        return lambda path: model.get_submodule(path).weight.detach()

@@ -1,0 +1,1 @@
+"""One HTML page, and figures, of what finished checkpoints hold."""

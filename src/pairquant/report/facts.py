@@ -1,0 +1,336 @@
+"""What a report shows, as plain data: of each checkpoint its linears, its run and a close-up of one weight; of each
+evaluation its results. Everything about weights comes from `core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.original import Original
+from ..checkpoint.read import Checkpoint, ModelFiles
+from ..core.linear import Transform, decode, rotated_weight, transform_of
+from ..errors import ConfigError
+from ..hub.card import read_results
+from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..wording import block_and_rest, short_name
+from .log import BlockRecord, read_log
+
+#: Output rows, evenly spaced, over which channels of every linear are measured; the close-up takes all.
+SAMPLED_ROWS = 256
+#: Most points of the close-up's scatter.
+POINTS = 1000
+BINS = 60
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """One quantized linear.
+
+    block: its number, "" outside the blocks; kind: "q", "up", …; error: relative error of its output on the calibration
+    text, None if not recorded; outliers_*, range_*: `outlier_ratio` and `group_range` of the weight in its own basis
+    and in the rotated one; largest_angle: in radians, 0 without rotations.
+    """
+
+    path: str
+    block: str
+    kind: str
+    layout: LinearLayout
+    error: float | None
+    outliers_before: float
+    outliers_after: float
+    range_before: float
+    range_after: float
+    largest_angle: float
+
+
+@dataclass(frozen=True)
+class CloseUp:
+    """One linear's weight before and after its transform.
+
+    magnitude_*: mean |w| of each input channel, float32 [C]; pair: the two channels, turned together, whose magnitudes
+    differ most, None without rotations; points_*: their weights in up to `POINTS` rows, float32 [P, 2].
+    exact: the weight is the original's; else the decoded one, which rounding has changed.
+    """
+
+    path: str
+    exact: bool
+    magnitude_before: Tensor
+    magnitude_after: Tensor
+    pair: tuple[int, int] | None
+    points_before: Tensor
+    points_after: Tensor
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """centers: of the bins, float32 [B]; shares: kind of linear → part of its values in each bin, float32 [B]."""
+
+    centers: Tensor
+    shares: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A file of `pairquant eval --json`.
+
+    name: a checkpoint's, or the evaluated model's own; texts: see `read_results`; kl_intervals: text → the ends of the
+    95 % interval of its KL; kl_by_position: text, or "chains of thought" → (position in tokens, KL there). Both only as
+    far as they were measured.
+    """
+
+    name: str
+    bits_per_weight: float | None
+    texts: dict[str, dict[str, Any]]
+    kl_intervals: dict[str, tuple[float, float]]
+    kl_by_position: dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """size_16_bit: bytes that the same tensors take with 16 bits a number; remark: whether the original was there.
+
+    angles, scales: of all linears, by kind, angles in radians and scales as log2 of a, by which a weight's channels are
+    multiplied; angles is None without rotations.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    size: int
+    size_16_bit: int
+    linears: list[LinearFacts]
+    blocks: list[BlockRecord]
+    close_up: CloseUp
+    angles: Histogram | None
+    scales: Histogram
+    remark: str
+    evaluations: list[Evaluation]
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    checkpoints: list[CheckpointFacts]
+    evaluations: list[Evaluation]
+
+
+def gather(
+    models: Sequence[str | Path],
+    results: Iterable[Path] = (),
+    linear: str | None = None,
+    on_linears: Callable[[str, int], Callable[[], None]] | None = None,
+) -> ReportFacts:
+    """Read everything that is to be shown.
+
+    linear: the close-up's, by default each checkpoint's with the largest outlier ratio. `on_linears(name, count)` is
+    told what is coming and returns what to call after each linear. Raises `CheckpointError` for a damaged checkpoint or
+    one without that linear, `ConfigError` for results of something else or a checkpoint given twice.
+    """
+    files = [ModelFiles.find(str(model)) for model in models]
+    opened = [Checkpoint.open(file) for file in files]
+    names = labels([file.directory for file in files])
+    evaluations = [_evaluation(file, dict(zip(names, files, strict=True))) for file in results]
+    if linear is not None:
+        for checkpoint in opened:
+            checkpoint.layout(linear)
+    found = []
+    for name, file, checkpoint in zip(names, files, opened, strict=True):
+        advance = on_linears(name, len(checkpoint.stored.linears())) if on_linears else None
+        own = [evaluation for evaluation in evaluations if evaluation.name == name]
+        found.append(_checkpoint_facts(name, checkpoint, file.size_bytes(), linear, own, advance))
+    return ReportFacts(found, evaluations)
+
+
+def labels(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the directories apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    if len(set(parts)) < len(parts):
+        twice = next(str(directories[i]) for i, part in enumerate(parts) if part in parts[:i])
+        raise ConfigError(f"checkpoint {twice!r} is given twice: name each once")
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(directory) for directory in directories]
+
+
+def outlier_ratio(magnitude: Tensor) -> float:
+    """The largest channel's magnitude over the median's, for magnitudes [C]."""
+    return (magnitude.max() / magnitude.median().clamp(min=torch.finfo(magnitude.dtype).tiny)).item()
+
+
+def group_range(weight: Tensor, group_size: int) -> float:
+    """(max - min) / rms of the quantizer's groups, averaged, for a weight [N, C]: its steps' size is proportional to it."""
+    groups = weight.unflatten(1, (-1, group_size))
+    rms = groups.square().mean(-1).sqrt().clamp(min=torch.finfo(weight.dtype).tiny)
+    return ((groups.amax(-1) - groups.amin(-1)) / rms).mean().item()
+
+
+def magnitudes(weight: Tensor) -> Tensor:
+    """Mean |w| of each input channel: [C] of a weight [N, C]."""
+    return weight.abs().mean(0)
+
+
+def _evaluation(file: Path, files: dict[str, ModelFiles]) -> Evaluation:
+    content = read_results(file)
+    model, bits = str(content.get("model", file.stem)), content.get("bits_per_weight")
+    same = [name for name, known in files.items() if Path(model).resolve() == known.directory.resolve()]
+    same = same or [name for name, known in files.items() if Path(model).name == known.directory.name]
+    texts = {Path(text).name: row for text, row in content["texts"].items()}
+    chains = {"chains of thought": content["chains"]} if content.get("chains") else {}
+    try:
+        intervals = {text: (float(low), float(high)) for text, (low, high) in _present(texts, "kl_interval")}
+        by_position = {text: _positions(parts) for text, parts in _present(texts | chains, "kl_by_position")}
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"results {str(file)!r} have a kl_interval or kl_by_position that `pairquant eval` does not write ({error!r}). "
+            "Make them anew."
+        ) from error
+    return Evaluation(
+        same[0] if len(same) == 1 else Path(model).name,
+        float(bits) if isinstance(bits, (int, float)) else None,
+        texts,
+        intervals,
+        by_position,
+    )
+
+
+def _present(rows: dict[str, dict[str, Any]], key: str) -> list[tuple[str, Any]]:
+    return [(name, row[key]) for name, row in rows.items() if row.get(key)]
+
+
+def _positions(parts: list[dict[str, float]]) -> list[tuple[float, float]]:
+    """The middle of each part, and the KL there."""
+    return [((part["start"] + part["end"]) / 2, float(part["kl"])) for part in parts]
+
+
+def _checkpoint_facts(
+    name: str,
+    checkpoint: Checkpoint,
+    size: int,
+    linear: str | None,
+    evaluations: list[Evaluation],
+    advance: Callable[[], None] | None,
+) -> CheckpointFacts:
+    blocks, original = read_log(checkpoint.directory), Original(checkpoint)
+    linears: list[LinearFacts] = []
+    angles: dict[str, list[Tensor]] = {}
+    scales: dict[str, list[Tensor]] = {}
+    for path in _in_order(checkpoint):
+        packed = checkpoint.packed(path)
+        linears.append(_linear_facts(checkpoint, path, packed, original.weight(path)))
+        angles.setdefault(linears[-1].kind, []).append(packed.theta.float().flatten())
+        scales.setdefault(linears[-1].kind, []).append(-packed.channel_scales.float().abs().log2().flatten())
+        if advance:
+            advance()
+    chosen = linear or max(linears, key=lambda facts: facts.outliers_before).path
+    return CheckpointFacts(
+        name,
+        checkpoint,
+        size,
+        _size_16_bit(checkpoint),
+        linears,
+        blocks,
+        _close_up(chosen, checkpoint.packed(chosen), original.weight(chosen)),
+        _histogram(angles) if checkpoint.config.rotations else None,
+        _histogram(scales),
+        original.remark,
+        evaluations,
+    )
+
+
+def _in_order(checkpoint: Checkpoint) -> list[str]:
+    """The linears' paths, by block and as they were quantized."""
+    rank = {path: place for place, path in enumerate(checkpoint.report.get("linears", {}))}
+
+    def key(path: str) -> tuple[int, int]:
+        block, _ = block_and_rest(path)
+        return int(block or -1), rank.get(path, len(rank))
+
+    return sorted(checkpoint.stored.linears(), key=key)
+
+
+def _linear_facts(checkpoint: Checkpoint, path: str, packed: PackedLinear, weight: Tensor | None) -> LinearFacts:
+    block, rest = block_and_rest(path)
+    transform = transform_of(packed)
+    before, after = _before_and_after(packed, transform, weight, SAMPLED_ROWS)
+    return LinearFacts(
+        path,
+        block,
+        short_name(rest),
+        packed.layout,
+        checkpoint.report.get("linears", {}).get(path, {}).get("error"),
+        outlier_ratio(magnitudes(before)),
+        outlier_ratio(magnitudes(after)),
+        group_range(before, packed.layout.group_size),
+        group_range(after, packed.layout.group_size),
+        transform.theta.abs().max().item() if transform.theta.numel() else 0.0,
+    )
+
+
+def _before_and_after(
+    packed: PackedLinear, transform: Transform, weight: Tensor | None, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A weight in its own basis and in the rotated one: float32 [N, C] both, or about `rows` of the N.
+
+    weight: the original's; without it, what is stored stands for both.
+    """
+    if weight is not None:
+        before = _spaced(weight, rows)
+        return before, transform.weight_in(before)
+    after = _spaced(rotated_weight(packed), rows)
+    return transform.weight_out(after), after
+
+
+def _spaced(rows: Tensor, most: int | None) -> Tensor:
+    """At most about `most` of the rows, evenly spaced."""
+    return rows if most is None else rows[:: -(-len(rows) // most)]
+
+
+def _close_up(path: str, packed: PackedLinear, weight: Tensor | None) -> CloseUp:
+    transform = transform_of(packed)
+    if weight is not None:
+        before, after = _before_and_after(packed, transform, weight)
+    else:
+        before, after = decode(packed), rotated_weight(packed)
+    magnitude = magnitudes(before)
+    pair = _most_unequal_pair(packed, magnitude)
+    columns = list(pair) if pair else [0, 0]
+    points_before, points_after = (_spaced(w[:, columns], POINTS) for w in (before, after))
+    return CloseUp(
+        path, weight is not None, magnitude, magnitudes(after), pair, points_before.contiguous(), points_after.contiguous()
+    )  # fmt: skip
+
+
+def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, int] | None:
+    """Of all pairs of all rotations, the channels whose magnitudes [C] differ most."""
+    if packed.layout.rotations == 0:
+        return None
+    g = packed.layout.group_size
+    start = torch.arange(0, packed.layout.in_features, g).repeat_interleave(g)
+    pairs = (packed.pairs.long() + start).view(-1, 2)
+    i, j = pairs[(magnitude[pairs[:, 0]] - magnitude[pairs[:, 1]]).abs().argmax()].tolist()
+    return i, j
+
+
+def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
+    """Over a range, symmetric around 0, that holds them all."""
+    joined = {kind: torch.cat(parts) for kind, parts in values.items()}
+    end = max(max(part.abs().max().item() for part in joined.values()), 1e-3)
+    edges = torch.linspace(-end, end, BINS + 1)
+    shares = {kind: torch.histc(part, BINS, -end, end) / len(part) for kind, part in joined.items()}
+    return Histogram((edges[1:] + edges[:-1]) / 2, shares)
+
+
+def _size_16_bit(checkpoint: Checkpoint) -> int:
+    """Bytes of the model with two bytes a number."""
+    layouts = [checkpoint.layout(path) for path in checkpoint.stored.linears()]
+    packed = {f"{path}.{name}" for path in checkpoint.stored.linears() for name in TENSOR_NAMES if name != "bias"}
+    plain = sum(
+        torch.Size(field.shape).numel() for name, field in checkpoint.stored.fields.items() if name not in packed
+    )
+    return 2 * (plain + sum(layout.in_features * layout.out_features for layout in layouts))
