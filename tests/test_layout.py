@@ -3,8 +3,17 @@
 import pytest
 import torch
 
+from pairquant.core.packing import pack, unpack
 from pairquant.errors import CheckpointError
-from pairquant.layout import AWQ_ORDER, TENSOR_NAMES, LinearLayout, PackedLinear, columns_per_block, finite
+from pairquant.layout import (
+    AWQ_ORDER,
+    SUPPORTED_BITS,
+    TENSOR_NAMES,
+    LinearLayout,
+    PackedLinear,
+    columns_per_block,
+    finite,
+)
 
 PATH = "model.layers.0.mlp.up_proj"
 LAYOUT = LinearLayout(in_features=128, out_features=64, bits=4, group_size=64, rotations=2, bias=True)
@@ -132,6 +141,24 @@ def test_a_channel_in_two_pairs_of_one_rotation_is_refused(tensors):
 def test_a_zero_channel_scale_is_refused(tensors):
     tensors["channel_scales"][0, 5] = 0
     _refused(tensors, "channel_scales", "zero")
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_thinned_keeps_every_third_block_of_rows(bits, generator):
+    block = columns_per_block(bits)
+    layout = LinearLayout(64, 8 * block, bits, 32, 0, bias=True)
+    codes = torch.randint(0, 2**bits, (64, 8 * block), generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, 2**bits, (2, 8 * block), generator=generator).to(torch.uint8)
+    plain = {name: torch.rand(f.shape, generator=generator).to(f.dtype) for name, f in layout.fields().items()}
+    linear = PackedLinear(layout, **{**plain, "qweight": pack(codes, bits), "qzeros": pack(zeros, bits)})
+    kept = torch.cat([torch.arange(start * block, (start + 1) * block) for start in (0, 3, 6)])
+    thin = linear.thinned(3)
+    assert thin.layout == LinearLayout(64, 3 * block, bits, 32, 0)
+    assert thin.bias is None
+    assert torch.equal(unpack(thin.qweight, bits), codes[:, kept])
+    assert torch.equal(unpack(thin.qzeros, bits), zeros[:, kept])
+    assert torch.equal(thin.scales, linear.scales[:, kept])
+    assert thin.shares_transform_with(linear)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

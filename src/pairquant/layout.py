@@ -132,6 +132,17 @@ class PackedLinear:
         layout = replace(parts[0].layout, out_features=sum(part.layout.out_features for part in parts))
         return cls(layout, **{**tensors[0], **rows})
 
+    def thinned(self, step: int) -> PackedLinear:
+        """The linear with every `step`-th block of `columns_per_block` output features alone, without its bias."""
+        blocks = self.layout.out_features // columns_per_block(self.layout.bits)
+
+        def thin(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(-1, (blocks, -1))[:, ::step].flatten(1)
+
+        rows = {name: thin(getattr(self, name)) for name in ("qweight", "qzeros", "scales")}
+        layout = replace(self.layout, out_features=rows["scales"].shape[1], bias=False)
+        return replace(self, layout=layout, bias=None, **rows)
+
     def shares_transform_with(self, other: PackedLinear) -> bool:
         """Whether both turn their input in the same way."""
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TRANSFORM)

@@ -87,17 +87,20 @@ def test_training_is_drawn_through_both_stages(trained):
 
 
 def test_accuracy_is_set_against_bits(quick, trained, results):
+    parts = [{"start": 0, "end": 10, "kl": 0.1}, {"start": 10, "end": 30, "kl": 0.3}]
     files = [
-        results("a.json", quick, 5.0, {"wiki.txt": {"kl": 0.2, "kl_interval": [0.15, 0.3]}}),
+        results("a.json", quick, 5.0, {"wiki.txt": {"kl": 0.2, "kl_interval": [0.15, 0.3], "kl_by_position": parts}}),
         results("b.json", trained, 4.0, {"wiki.txt": {"kl": 0.4}}),
         results("c.json", "original", 16.0, {"wiki.txt": {}}),
     ]
     facts = gather([quick, trained], files)
     plots = {plot.key: plot.to_dict()["data"] for plot in comparison_plots(facts.checkpoints, facts.evaluations)}
-    assert set(plots) == {"kl-by-bits", "perplexity-by-bits", "errors-by-block"}
+    assert set(plots) == {"kl-by-bits", "perplexity-by-bits", "errors-by-block", "kl-by-position"}
     (points,) = plots["kl-by-bits"]
     assert (points["x"], points["y"], points["text"]) == ([5.0, 4.0], [0.2, 0.4], ["quick", "trained"])
     assert points["error_y"]["array"] == pytest.approx([0.1, 0])
+    (line,) = plots["kl-by-position"]
+    assert (line["name"], line["x"], line["y"]) == ("quick, wiki.txt", [5, 20], [0.1, 0.3])
     assert plots["perplexity-by-bits"][0]["x"] == [4.0, 5.0, 16.0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
-from ..core.linear import Transform, decode, rotated_weight, transform_of
+from ..core.linear import Transform, rotated_weight, transform_of
 from ..errors import ConfigError
 from ..hub.card import read_results
 from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
@@ -282,21 +282,22 @@ def _before_and_after(
     if weight is not None:
         before = _spaced(weight, rows)
         return before, transform.weight_in(before)
-    after = _spaced(rotated_weight(packed), rows)
+    after = rotated_weight(packed if rows is None else packed.thinned(_step(packed.layout.out_features, rows)))
     return transform.weight_out(after), after
 
 
 def _spaced(rows: Tensor, most: int | None) -> Tensor:
     """At most about `most` of the rows, evenly spaced."""
-    return rows if most is None else rows[:: -(-len(rows) // most)]
+    return rows if most is None else rows[:: _step(len(rows), most)]
+
+
+def _step(count: int, most: int) -> int:
+    return -(-count // most)
 
 
 def _close_up(path: str, packed: PackedLinear, weight: Tensor | None) -> CloseUp:
     transform = transform_of(packed)
-    if weight is not None:
-        before, after = _before_and_after(packed, transform, weight)
-    else:
-        before, after = decode(packed), rotated_weight(packed)
+    before, after = _before_and_after(packed, transform, weight)
     magnitude = magnitudes(before)
     pair = _most_unequal_pair(packed, magnitude)
     columns = list(pair) if pair else [0, 0]
