@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -38,6 +39,7 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, sliding_window=16),
     "gemma2": Gemma2Config(**SIZES, sliding_window=16, query_pre_attn_scalar=32),
     "gemma3": Gemma3TextConfig(**SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "glm4": Glm4Config(**SIZES),
     "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
 }
 

@@ -2,6 +2,8 @@
 interpreter (or, on a GPU machine, the GPU) runs it."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,6 +41,28 @@ def built(bias=False):
     return module, packed
 
 
+def test_threads_get_what_is_theirs(monkeypatch):
+    """Stubbed product, so that threads change places as often as can be."""
+    module, _ = built()
+    monkeypatch.setattr(type(module.q_proj._merged), "_linear", lambda self, x: x.expand(-1, sum(self.sizes)).clone())
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    faults = []
+
+    def ask(value):
+        for step in range(3000):
+            x = torch.full((1, 1), value + 10.0 * step)
+            faults.extend(layer for layer in layers if not (layer(x) == x).all())
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert faults == []
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_each_layer_gets_its_part(bias):
     module, packed = built(bias)
@@ -60,7 +84,7 @@ def test_siblings_share_one_launch_only_for_the_same_unchanged_input(monkeypatch
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(module, name)(x)
     assert len(calls) == 1
-    assert module.q_proj._merged.x is None, "the input is kept alive"
+    assert module.q_proj._merged.latest is None, "the input is kept alive"
     module.q_proj(x)
     x.mul_(2)
     assert error(module.k_proj(x).cpu(), forward(packed["k_proj"], x.cpu())) < 1e-3
@@ -89,7 +113,7 @@ def test_an_adapter_beside_a_merged_layer():
     for want, name in ((decode(packed["q_proj"]) + delta, "q_proj"), (decode(packed["k_proj"]), "k_proj")):
         assert error(getattr(module, name)(x).detach().cpu(), x.cpu() @ want.T.detach()) < 1e-3
     module.v_proj(x)
-    assert module.k_proj._merged.x is None, "the input is kept alive"
+    assert module.k_proj._merged.latest is None, "the input is kept alive"
     assert module.k_proj._merged.weights is not None
     dense = module.q_proj.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     assert error(dense(x).detach().cpu(), x.cpu() @ (decode(packed["q_proj"]) + delta).T.detach()) < 1e-3
@@ -157,4 +181,4 @@ def test_merged_layers_compile_without_a_graph_break():
         torch.compile(attention, backend="aot_eager", fullgraph=True)(x), ("q_proj", "k_proj", "v_proj"), strict=True
     ):
         assert error(got.cpu(), forward(packed[name], x.cpu())) < 1e-3
-    assert module.q_proj._merged.x is None
+    assert module.q_proj._merged.latest is None

@@ -126,8 +126,14 @@ def test_a_bfloat16_source_stays_bfloat16_where_it_is_not_quantized(tmp_path):
 
 def test_the_source_is_never_overwritten(source):
     before = sorted(path.name for path in source.iterdir())
-    with pytest.raises(ConfigError, match="is the source itself"):
+    with pytest.raises(ConfigError, match="is the source itself, or holds it"):
         pairquant.quantize(source, source / ".." / source.name, pairquant.QuantConfig(**BASE), overwrite=True)
+    (source.parent / "config.json").write_text("{}")  # what overwriting asks of a directory
+    try:
+        with pytest.raises(ConfigError, match="is the source itself, or holds it"):
+            pairquant.quantize(source, source.parent, pairquant.QuantConfig(**BASE), overwrite=True)
+    finally:
+        (source.parent / "config.json").unlink()
     assert sorted(path.name for path in source.iterdir()) == before
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import pairquant
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.cli.app import app
-from pairquant.engines import server
+from pairquant.engines import choice, server
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines.transformers import TransformersEngine
 from pairquant.errors import ConfigError, SourceError
@@ -66,7 +66,7 @@ def test_a_streamed_answer_comes_in_pieces(client, expected):
     assert "".join(pieces).replace("\ufffd", "") == expected.replace("\ufffd", "")
 
 
-def test_another_model_is_refused_and_the_server_processlives_on(client):
+def test_another_model_is_refused_and_the_server_lives_on(client):
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model="other", messages=QUESTION, max_tokens=3)
     assert client.chat.completions.create(model="q4", messages=QUESTION, max_tokens=3).choices
@@ -126,10 +126,10 @@ def test_vllm_serves_under_the_name_that_was_given(directory, monkeypatch):
     assert server.command("vllm", files, options).environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
 
 
-def test_files_and_names_that_a_server_processcannot_take_are_refused(directory):
+def test_files_and_names_that_a_server_cannot_take_are_refused(directory):
     gguf = ModelFiles("m.gguf", directory, "m.gguf", False)
     with pytest.raises(ConfigError, match="Use --engine transformers"):
-        server.command("vllm", gguf, server.ServerOptions())
+        choice.choose("vllm", gguf, prefer_vllm=True)
     assert f"{directory}:m.gguf" in server.command("transformers", gguf, server.ServerOptions()).arguments
     with pytest.raises(ConfigError, match="reads what follows '@'"):
         server.command("transformers", ModelFiles("q4@home", directory, None, False), server.ServerOptions())

@@ -49,6 +49,7 @@ def bench(
     chosen = choice.choose(engine, found[0], prefer_vllm=choice.gpu_wanted(device) and not any(f.gguf for f in found))
     options = EngineOptions(device, dtype, compile, max(workload.batches), workload.sequence_tokens)
     for files in found:
+        choice.choose(chosen, files, prefer_vllm=False)
         choice.check_model(files)
         workload.check_context(context_of(files.config))
     measured = [in_own_process(Job(name, trust_remote_code, chosen, options, workload), tell) for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,8 @@ class RotatedLinear(nn.Module):
         Done on the first forward otherwise; call it before that is captured in a graph or compiled.
         """
         if self._merged.weights is None:
+            if self.theta.is_cuda and len(self._merged.members) > 1 and not self._merged.gathered("cuda"):
+                self.leave_siblings()  # they are elsewhere
             if self.layout.bits != 4 or not self._merged.gathered("cuda"):
                 return False
             if reason := ops.triton_missing():
@@ -185,22 +188,20 @@ class Merged:
         self.weights: KernelWeights | None = None
         self.tensors: list[Tensor] = []
         self.bias: Tensor | None = None
-        self.x: Tensor | None = None
-        self.state: tuple[int, bool, bool] | None = None
-        self.waiting: list[Tensor | None] = []
-        self._drop()
+        self.latest: _Computed | None = None
 
     def forward(self, member: RotatedLinear, x: Tensor) -> Tensor:
         if len(self.members) == 1:
             return self._linear(x)
         index = next(i for i, other in enumerate(self.members) if other is member)
-        if self.x is not x or self.waiting[index] is None or self.state != _state(x):
-            self.x, self.state = x, _state(x)
-            self.waiting = list(self._linear(x).split(self.sizes, dim=-1))
-        y, self.waiting[index] = self.waiting[index], None
-        assert y is not None, "a layer's share was handed out twice"
-        if all(other is None for other in self.waiting):
-            self._drop()
+        latest = self.latest  # read once: another thread may put its own there at any moment
+        y = latest.share(index, x) if latest is not None else None
+        if latest is None or y is None:
+            latest = self.latest = _Computed(x, _state(x), list(self._linear(x).split(self.sizes, dim=-1)))
+            y = latest.share(index, x)
+        assert y is not None, "a share of what was just computed is there"
+        if all(other is None for other in latest.waiting):
+            self.latest = None
         return y
 
     def gathered(self, device_type: str) -> bool:
@@ -230,7 +231,7 @@ class Merged:
 
     def dissolve(self) -> None:
         """Give every member its stored tensors back."""
-        self._drop()
+        self.latest = None
         if self.weights is None:
             return
         for member in self.members:
@@ -242,9 +243,21 @@ class Merged:
             x, self.tensors, self.bias, self.sizes, self.members[0].layout.group_size
         )
 
-    def _drop(self) -> None:
-        self.x = None
-        self.waiting = [None] * len(self.members)
+
+@dataclass
+class _Computed:
+    """What merged layers gave for x in a state: the shares that were not fetched yet."""
+
+    x: Tensor
+    state: tuple[int, bool, bool]
+    waiting: list[Tensor | None]
+
+    def share(self, index: int, x: Tensor) -> Tensor | None:
+        """A layer's share, once; None if this is another input, or the share is gone."""
+        if self.x is not x or self.state != _state(x):
+            return None
+        y, self.waiting[index] = self.waiting[index], None
+        return y
 
 
 def _state(x: Tensor) -> tuple[int, bool, bool]:

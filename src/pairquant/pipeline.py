@@ -23,7 +23,7 @@ from . import __version__
 from .checkpoint.journal import Journal, copy_log
 from .checkpoint.read import ModelFiles
 from .checkpoint.source import SourceWeights, plain_fields
-from .checkpoint.write import Entry, require_free, require_space, write_checkpoint
+from .checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from .config import CheckpointConfig, QuantConfig, matches
 from .devices import current, resolve_device
 from .errors import ConfigError, ResourceError, SourceError, did_you_mean
@@ -89,8 +89,7 @@ def quantize(
     target = resolve_device(device)
     files = ModelFiles.find(str(model), trust_remote_code)
     files.require_plain()
-    if not files.gguf and output.resolve() == files.directory.resolve():
-        raise ConfigError(f"output {str(output)!r} is the source itself. Choose another --output.")
+    require_apart(output, files)
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
     config, blocks = _plan(skeleton, config)
     require_space(output, _needed_bytes(files, blocks, config))

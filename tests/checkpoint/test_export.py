@@ -105,7 +105,7 @@ def test_unknown_formats_are_refused(checkpoint, tmp_path, to, message):
 def test_what_exists_or_is_not_ours_is_refused(checkpoint, tmp_path):
     with pytest.raises(pairquant.PairQuantError, match="exists. Choose another --output"):
         pairquant.export(checkpoint, tmp_path)
-    with pytest.raises(pairquant.PairQuantError, match="is the model itself"):
+    with pytest.raises(pairquant.PairQuantError, match="is the source itself"):
         pairquant.export(checkpoint, checkpoint, overwrite=True)
     with pytest.raises(pairquant.PairQuantError, match="not quantized with pairwise rotations"):
         pairquant.export(checkpoint.parent / "source", tmp_path / "plain")

@@ -35,7 +35,7 @@ def test_every_linear_of_the_blocks_is_quantized(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     plain = [p for p, m in model.model.layers.named_modules() if type(m) is torch.nn.Linear]
     assert plain == []
-    assert len(list(rotated_linears(model))) in (8, 14)  # phi3 has fused projections
+    assert len(list(rotated_linears(model))) in (8, 12, 14)  # phi3 and glm4 have fused projections
 
 
 def test_save_pretrained_gives_back_the_same_file(checkpoint, tmp_path):

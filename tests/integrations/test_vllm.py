@@ -77,6 +77,7 @@ def checkpoints(root):
         "llama": quantized(root, "llama", share_rotations=True),
         "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp")),
         "phi3": quantized(root, "phi3"),
+        "glm4": quantized(root, "glm4"),
     }
     found = {name: (path, reference(load(path))) for name, path in made.items()}
     # As the original writes it: four entries, nothing else to go by.
@@ -111,7 +112,7 @@ def answers(checkpoints, adapted, root):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, "bfloat16") for n in ("llama", "qwen2", "phi3", "original")), ("qwen2", "float32")]
+    ("name", "dtype"), [*((n, "bfloat16") for n in ("llama", "qwen2", "phi3", "glm4", "original")), ("qwen2", "float32")]
 )
 def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, answers, name, dtype):
     answer = answers[name, dtype]
@@ -185,7 +186,39 @@ def test_quantized_experts_are_refused():
     config = settings()
     config.quantized = frozenset({"a.mlp.experts.0.up_proj"})
     with pytest.raises(CheckpointError, match="no kernel yet"):
-        config.get_quant_method(torch.nn.Identity(), "a.mlp")
+        config.get_quant_method(torch.nn.Identity(), "a.mlp.experts")
+    assert config.get_quant_method(torch.nn.Identity(), "b.mlp.experts") is None
+
+
+def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
+    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
+
+    config = settings()
+    config.quantized = frozenset({"a.qkv_proj"})
+    assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize("channels", [16, 48, 64])
+def test_a_transform_of_another_width_is_refused(channels):
+    from pairquant.integrations.vllm.linear import _Pending
+
+    layer, layout = torch.nn.Module(), CheckpointConfig(4, 32, 2).layout(64, 8)
+    loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
+    parameter = torch.nn.Parameter(torch.empty(1, 2, 32, dtype=torch.float16), requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"a.o_proj.theta has shape \[2, \d+\], must be \[2, 32\]"):
+        loader(parameter, torch.zeros(2, channels, dtype=torch.float16))
+
+
+def test_each_rank_takes_its_channels_of_a_transform():
+    from pairquant.integrations.vllm.linear import _Pending
+
+    layer, layout = torch.nn.Module(), CheckpointConfig(4, 32, 2).layout(32, 8)
+    layer.tp_rank = 1
+    loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
+    parameter = torch.nn.Parameter(torch.empty(1, 2, 16, dtype=torch.float16), requires_grad=False)
+    theta = torch.randn(2, 32).half()
+    loader(parameter, theta)
+    assert torch.equal(parameter[0], theta[:, 16:])
 
 
 def test_names_follow_the_models_mapper():

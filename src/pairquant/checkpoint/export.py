@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..layout import TENSOR_NAMES, Field
 from .files import read_json
 from .read import REPORT_FILE, Checkpoint, ModelFiles
-from .write import Entry, require_free, require_space, write_checkpoint
+from .write import Entry, require_apart, require_free, require_space, write_checkpoint
 
 #: What a plain checkpoint can be stored in.
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,8 +44,7 @@ def export(
     require_free(output, overwrite)
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
-    if output.resolve() == files.directory.resolve():
-        raise ConfigError(f"output {str(output)!r} is the model itself. Choose another --output.")
+    require_apart(output, files)
     entries = _entries(checkpoint, dtype)
     require_space(output, sum(entry.field.nbytes for entry in entries.values()))
     if on_tensors is not None:

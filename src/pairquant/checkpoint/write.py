@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError, ResourceError
 from ..layout import Field
 from .files import sync, write_error, write_json, write_tensors
-from .read import REPORT_FILE
+from .read import REPORT_FILE, ModelFiles
 
 #: Largest file of weights, and so the most that writing holds in memory.
 SHARD_BYTES = 2_000_000_000
@@ -39,6 +39,13 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {str(output)!r} exists. Choose another --output, or add --overwrite.")
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
         raise ConfigError(f"output {str(output)!r} is not a model directory; it will not be overwritten.")
+
+
+def require_apart(output: Path, source: ModelFiles) -> None:
+    """Refuse an output that is the source, or holds it: overwriting would delete it."""
+    place = source.directory / source.gguf if source.gguf else source.directory
+    if place.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"output {str(output)!r} is the source itself, or holds it. Choose another --output.")
 
 
 def require_space(output: Path, needed_bytes: int) -> None:

@@ -21,7 +21,7 @@ ENGINES = {"transformers": ("transformers", "TransformersEngine"), "vllm": ("vll
 def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
     """The engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
 
-    Raises `ConfigError` for an unknown name, and for vLLM where it is missing.
+    Raises `ConfigError` for an unknown name, and for vLLM where it is missing or cannot read the files.
     """
     allowed = ("auto", *ENGINES)
     if name not in allowed:
@@ -29,6 +29,8 @@ def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
     installed = find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise ConfigError("engine is 'vllm', which is not installed. Run: pip install 'pairquant[vllm]'")
+    if name == "vllm" and files.gguf:
+        raise ConfigError(f"{files.name!r} is a GGUF file, which vLLM does not run. Use --engine transformers.")
     if name == "auto":
         return "vllm" if prefer_vllm and installed and not files.gguf else "transformers"
     return name
@@ -42,11 +44,12 @@ def gpu_wanted(device: str) -> bool:
 def check_model(files: ModelFiles) -> Any:
     """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
 
-    Looks at the configuration, the tokenizer, and for our checkpoints at every header; no weights are read. Returns the
-    tokenizer.
+    Looks at the configuration, the tokenizer, and for our checkpoints at every header and at the values of the plain
+    tensors, which not every engine checks. Returns the tokenizer.
     """
-    if files.quantization is not None and files.quantization.get("quant_method") == QUANT_METHOD:
+    if isinstance(files.quantization, dict) and files.quantization.get("quant_method") == QUANT_METHOD:
         checkpoint = Checkpoint.open(files)
+        checkpoint.check_plain()
         for path in checkpoint.stored.linears():
             check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
     return files.tokenizer()

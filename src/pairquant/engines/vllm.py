@@ -16,7 +16,7 @@ from ..checkpoint.read import ModelFiles
 from ..devices import resolve_device
 from ..errors import ConfigError, PairQuantError
 from ..evaluation.speed import Generation
-from .engine import EngineOptions, Turn, chat_tokens, context_of
+from .engine import VLLM_LOADER, EngineOptions, Turn, chat_tokens, context_of
 
 # Read when vLLM is imported, or when it starts. Without OMP_NUM_THREADS it would lower PyTorch to one thread.
 for variable, value in {
@@ -47,8 +47,6 @@ class VllmEngine:
     def __init__(self, files: ModelFiles, options: EngineOptions):
         """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device."""
         self.device = self.place(options.device)
-        if files.gguf:
-            raise ConfigError(f"{files.name!r} is a GGUF file, which vLLM does not run. Use --engine transformers.")
         self.compiled = self.device.type == "cuda" if options.compile is None else options.compile
         self.context = context_of(files.config)
         self.vocabulary = files.config.get_text_config().vocab_size
@@ -66,6 +64,7 @@ class VllmEngine:
                 trust_remote_code=files.trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                model_loader_extra_config=VLLM_LOADER,
             )
         except ValueError as error:
             if isinstance(error, PairQuantError):

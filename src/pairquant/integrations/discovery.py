@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
@@ -20,9 +21,9 @@ REGISTRATIONS = {
 
 def register() -> None:
     """Idempotent."""
-    for target, registration in REGISTRATIONS.items():
+    for target in REGISTRATIONS:
         if target in sys.modules:
-            importlib.import_module(registration)
+            _register_with(target)
         elif not any(isinstance(finder, _AfterImport) and finder.target == target for finder in sys.meta_path):
             sys.meta_path.insert(0, _AfterImport(target))
 
@@ -57,4 +58,16 @@ class _Loader(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        importlib.import_module(REGISTRATIONS[self.finder.target])
+        _register_with(self.finder.target)
+
+
+def _register_with(target: str) -> None:
+    """A version of the library that we do not know must go on working for everything but our models."""
+    try:
+        importlib.import_module(REGISTRATIONS[target])
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"PairQuant cannot register with this version of {target.partition('.')[0]} ({error}); its models will not "
+            "work there. Needed: transformers >= 5.17, peft >= 0.20.",
+            stacklevel=2,
+        )

@@ -54,7 +54,7 @@ class ParoQuantizer(HfQuantizer):
     def update_dtype(self, dtype):
         if dtype is not None and dtype not in SUPPORTED_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
-            raise CheckpointError(f"dtype is {dtype}, allowed: {names}")
+            raise ConfigError(f"dtype is {dtype}, allowed: {names}")
         return dtype
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -95,7 +95,8 @@ class ParoQuantizer(HfQuantizer):
                 f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
                 "Load the model without offload_buffers, or use `pairquant export`."
             )
-        if dtype not in (None, model.config.dtype, str(model.config.dtype).removeprefix("torch.")):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (None, model.config.dtype):
             model = model.to(dtype)
         for path, rotated in list(_layers().rotated_linears(model)):
             _layers().replace_module(model, path, rotated.to_linear(model.dtype))

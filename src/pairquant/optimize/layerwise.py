@@ -165,8 +165,10 @@ class Walk:
     @contextmanager
     def _entered(self, block: Block) -> Iterator[None]:
         self.home.enter(block, self.device, self.dtype)
-        yield
-        self.home.leave(block)
+        try:
+            yield
+        finally:
+            self.home.leave(block)
 
     def _repeat(self, block: Block, index: int, result: BlockResult, streams: list[Streams]) -> None:
         """Carry the streams through a block that is finished already, as if it had been worked on now."""

@@ -210,8 +210,6 @@ class _Search:
                 self.step(step)
         torch.cuda.current_stream(self.theta.device).wait_stream(ahead)
         self.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.mem_get_info(self.theta.device)[0] < torch.cuda.memory_reserved(self.theta.device):
-            torch.cuda.empty_cache()  # a graph's memory is its own, and no more than what the steps before it took
         graphs = []
         for work in (self.measure, self.update):
             graphs.append(torch.cuda.CUDAGraph())

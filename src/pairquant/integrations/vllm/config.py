@@ -22,13 +22,14 @@ PACKED = ".qweight"
 
 class PairQuantConfig(QuantizationConfig):
     """checkpoint: our view of the JSON object; quantized: paths of the packed linears, in vLLM's names once the model
-    has told its mapper; None where no file could be read (then all linears but `modules_to_not_convert` are).
+    has told its mapper; None where no file could be read: then all linears but `plain` are.
     """
 
     def __init__(self, checkpoint: CheckpointConfig):
         super().__init__()
         self.checkpoint = checkpoint
         self.quantized: frozenset[str] | None = None
+        self.plain = checkpoint.modules_to_not_convert
 
     @classmethod
     def get_name(cls) -> Any:  # vLLM's list of names knows no outsiders
@@ -59,6 +60,7 @@ class PairQuantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the paths to those of vLLM's model."""
+        self.plain = tuple(hf_to_vllm_mapper.apply_list(list(self.plain)))
         if self.quantized is not None:
             names = hf_to_vllm_mapper.apply_list([path + PACKED for path in self.quantized])
             self.quantized = frozenset(name.removesuffix(PACKED) for name in names)
@@ -78,9 +80,11 @@ class PairQuantConfig(QuantizationConfig):
 
     def _holds(self, prefix: str) -> bool:
         """Whether the layer, or everything that vLLM merges in it, is packed."""
+        if self.quantized is not None and prefix in self.quantized:
+            return True  # fused on disk, whatever vLLM calls its parts
         members = self._members(prefix)
         packed = [path for path in members if self._is_packed(path)]
-        if packed and len(packed) < len(members) and not self._is_packed(prefix):
+        if packed and len(packed) < len(members):
             raise CheckpointError(
                 f"vLLM runs {', '.join(members)} as one layer, but only {', '.join(packed)} is quantized. Quantize all of "
                 "them or none (--ignore), or run the checkpoint with Transformers."
@@ -94,12 +98,12 @@ class PairQuantConfig(QuantizationConfig):
 
     def _is_packed(self, path: str) -> bool:
         if self.quantized is None:
-            return not matches(path, (*self.checkpoint.modules_to_not_convert, "lm_head"))
+            return not matches(path, (*self.plain, "lm_head"))
         return path in self.quantized
 
     def _require_plain(self, layer: torch.nn.Module, prefix: str) -> None:
         """Packed weights in a layer that is no linear would be taken for something else."""
-        inside = [path for path in self.quantized or () if path == prefix or path.startswith(f"{prefix}.experts.")]
+        inside = [path for path in self.quantized or () if f"{path}.".startswith(f"{prefix}.")]
         if inside:
             raise CheckpointError(
                 f"{inside[0]} is quantized, but vLLM runs it within a {type(layer).__name__}, for which there is no kernel "

@@ -8,6 +8,7 @@ as few launches as the device allows, and the stored ones go.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -51,7 +52,7 @@ class PairQuantLinearMethod(LinearMethodBase):
         """Parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
         layouts = [self.config.layout(input_size_per_partition, size) for size in output_partition_sizes]
         self._require_whole_groups(layouts, input_size, output_size)
-        layer.pairquant = _Pending(self.prefix, layouts, params_dtype)
+        layer.pairquant = _Pending(self.prefix, layouts, params_dtype, input_size)
         whole = self.config.layout(input_size_per_partition, sum(output_partition_sizes)).fields()
         for name, stored in whole.items():
             if name in TRANSFORM:
@@ -91,18 +92,23 @@ class PairQuantLinearMethod(LinearMethodBase):
 
     def _require_whole_groups(self, layouts: Sequence[LinearLayout], input_size: int, output_size: int) -> None:
         for layout in layouts:
-            if faults := layout.misfits():
-                raise ConfigError(
-                    f"{self.prefix} ({input_size} → {output_size}) cannot be split over this many GPUs: {'; '.join(faults)}. "
-                    "Choose a --tensor-parallel-size that leaves whole groups on each, or --pipeline-parallel-size."
-                )
+            if not (faults := layout.misfits()):
+                continue
+            if layout.in_features == input_size and sum(part.out_features for part in layouts) == output_size:
+                raise CheckpointError(f"{self.prefix}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
+            raise ConfigError(
+                f"{self.prefix} ({input_size} → {output_size}) cannot be split over this many GPUs: {'; '.join(faults)}. "
+                "Choose a --tensor-parallel-size that leaves whole groups on each, or --pipeline-parallel-size."
+            )
 
 
 class _Pending:
     """A layer that is being loaded: layouts of the linears merged in it, and which of their tensors have come."""
 
-    def __init__(self, prefix: str, layouts: list[LinearLayout], dtype: torch.dtype):
+    def __init__(self, prefix: str, layouts: list[LinearLayout], dtype: torch.dtype, input_size: int):
+        """input_size: channels of the whole linear, of which tensor parallelism may have left this rank a part."""
         self.prefix, self.layouts, self.dtype = prefix, layouts, dtype
+        self.whole = replace(layouts[0], in_features=input_size).fields()
         self.arrived: dict[str, set[int]] = {name: set() for name in layouts[0].fields()}
 
     def slots(self, shard: Any) -> list[int]:
@@ -128,11 +134,11 @@ class _Pending:
 
         def loader(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
             self._require_dtype(name, parameter, loaded)
+            if loaded.shape != self.whole[name].shape:
+                raise self._damaged(name, f"has shape {list(loaded.shape)}, must be {list(self.whole[name].shape)}")
             channels = parameter.shape[-1]
             if loaded.shape[-1] != channels:
                 loaded = loaded.narrow(-1, layer.tp_rank * channels, channels)
-            if loaded.shape != parameter.shape[1:]:
-                raise self._damaged(name, f"has shape {list(loaded.shape)}, must be {list(parameter.shape[1:])}")
             for slot in self.slots(shard):
                 parameter.data[slot].copy_(loaded)
                 self.arrived[name].add(slot)
