@@ -26,6 +26,7 @@ FLOORS = {
     "pipeline": 7,
     "loggers": 7,
     "verbs": 7,
+    "assessment": 7,
     "benchmark": 7,
     "report": 7,
     "cli": 8,
@@ -49,6 +50,8 @@ DOORS = {
     "accelerate": {"checkpoint/read.py"},
     "wandb": {"loggers.py"},
     "huggingface_hub": {"checkpoint/read.py", "hub/"},
+    "lm_eval": {"evaluation/tasks.py"},
+    "math_verify": {"evaluation/grading.py"},
     "triton": {
         "kernels/triton_decode.py",
         "kernels/triton_fit.py",

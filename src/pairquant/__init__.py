@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .integrations.discovery import register
 
 if TYPE_CHECKING:
+    from .assessment import evaluate as evaluate
     from .checkpoint.export import export as export
     from .config import PRESETS as PRESETS
     from .config import QuantConfig as QuantConfig
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .errors import PairQuantError as PairQuantError
     from .hub.upload import push as push
     from .pipeline import quantize as quantize
-    from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
 
 _HOME = {
@@ -27,7 +27,7 @@ _HOME = {
     "Recipe": "config",
     "PairQuantError": "errors",
     "quantize": "pipeline",
-    "evaluate": "verbs",
+    "evaluate": "assessment",
     "inspect": "verbs",
     "export": "checkpoint.export",
     "push": "hub.upload",

@@ -1,89 +1,25 @@
-"""What the command line does besides `quantize`, for use from Python: evaluate, inspect, trace one weight, load."""
+"""What the command line does with a checkpoint besides running it: inspect, trace one weight, tune."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint.original import Original
 from .checkpoint.read import Checkpoint, ModelFiles
 from .core.linear import decode, forward, rotated_weight, transform_of
 from .core.packing import unpack
 from .devices import resolve_device
-from .errors import ConfigError, ResourceError, TextError
-from .evaluation.quality import measure
+from .errors import ConfigError, ResourceError
 from .layout import PackedLinear
 from .nn import SIBLINGS
-from .text import BUNDLED_TEST, documents, token_windows
 
 WITHOUT_WEIGHT = ": steps ① to ③ and errors are missing"
-
-
-def load(files: ModelFiles, device: torch.device) -> Any:
-    """The model, ready to run: float32 on a CPU (the fastest there), its stored dtype on a GPU."""
-    return files.model(torch.float32 if device.type == "cpu" else "auto", device)
-
-
-def evaluate(
-    model: str | Path,
-    reference: str | Path | None = None,
-    texts: Iterable[str] = (),
-    *,
-    seq_len: int = 2048,
-    max_tokens: int | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    on_windows: Callable[[str, int], Callable[[], None]] | None = None,
-) -> dict[str, Any]:
-    """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
-
-    texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
-    seq_len tokens, the first max_tokens of them used. `on_windows(name, count)` is told what is coming and returns
-    what to call after each window. Returns {"model", "reference", "texts": {name: {"tokens", "perplexity", "kl",
-    "top1"}}, "bits_per_weight", "device", "versions"}, ready for JSON.
-    """
-    if seq_len < 2 or (max_tokens is not None and max_tokens < seq_len):
-        raise ConfigError(f"max_tokens is {max_tokens}, seq_len {seq_len}: allowed is 2 ≤ seq_len ≤ max_tokens")
-    target = resolve_device(device)
-    files = ModelFiles.find(str(model), trust_remote_code)
-    original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
-    tokenizer = files.tokenizer()
-    windows = {
-        name: _evaluation_windows(tokenizer, name, seq_len, max_tokens) for name in (tuple(texts) or (BUNDLED_TEST,))
-    }
-    network = load(files, target)
-    expected = load(original, target) if original else None
-    if expected is not None and expected.config.vocab_size != network.config.vocab_size:
-        raise ConfigError(
-            f"the vocabularies differ: {network.config.vocab_size} and {expected.config.vocab_size} tokens. "
-            "The reference must be the model that was quantized."
-        )
-    results = {}
-    for name, batch in windows.items():
-        quality = measure(network, batch, expected, on_windows(name, len(batch)) if on_windows else None)
-        results[name] = vars(quality)
-    return {
-        "model": str(model),
-        "reference": None if reference is None else str(reference),
-        "texts": results,
-        "bits_per_weight": bits_per_weight(files, network),
-        "device": _device_name(target),
-        "versions": _versions(),
-    }
-
-
-def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
-    """Of a packed checkpoint: over its quantized linears. Of a plain model: its files' size over its parameters."""
-    if files.quantization is not None:
-        return Checkpoint.open(files).bits_per_weight()
-    return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
 
 
 @dataclass(frozen=True)
@@ -160,22 +96,6 @@ def _step(name: str, tensor: str, value: Tensor, error: float | None = None, spr
     weight_like = spread or tensor.startswith(("W", "(W"))
     peak = (value.abs().max() / value.square().mean().sqrt()).item() if weight_like else None
     return Step(name, tensor, str(value.dtype).removeprefix("torch."), tuple(value.shape), peak, error)
-
-
-def _evaluation_windows(tokenizer, name: str, seq_len: int, max_tokens: int | None) -> Tensor:
-    windows = token_windows(tokenizer, documents(name), seq_len)
-    if not len(windows):
-        raise TextError(f"text {name!r} is shorter than one window of {seq_len} tokens. Lower --seq-len.")
-    return windows if max_tokens is None else windows[: max_tokens // seq_len]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-def _versions() -> dict[str, str]:
-    packages = ("pairquant", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, ...], int, dict[int, Any]]]:

@@ -7,34 +7,51 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
-from .display import number, progress_bars
+from .display import progress_bars
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="The original model, for KL and agreement.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original model: KL, agreement, paired tests.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to evaluate on; repeat for more. Default: GSM8K test problems.")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")] = None,
+    chains: Annotated[int, typer.Option(help="Chains of thought sampled from the original to follow.", min=0)] = 0,
+    chain_tokens: Annotated[int, typer.Option(help="Most tokens of a chain, up to 4096.")] = 1024,
+    gsm8k: Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)] = 0,
+    boxed: Annotated[
+        list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \\boxed{}; repeat for more.")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Of answers; 0 is greedy.")] = 0.0,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between.")] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
+    batch: Annotated[int, typer.Option(help="Chains, answers or questions at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity of MODEL, and its divergence from the original."""
+    """Accuracy of MODEL, alone and beside the original."""
     quiet_libraries()
-    from ..verbs import evaluate as run
+    from ..assessment import evaluate as run
+    from ..evaluation.chains import ChainPlan
+    from ..evaluation.reasoning import AnswerPlan
+    from ..evaluation.tasks import TaskPlan
+    from .evaluation_tables import show
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     with progress_bars() as bars:
 
-        def on_windows(name: str, count: int):
+        def on_part(name: str, count: int):
             task = bars.add_task(name, total=count)
             return lambda: bars.advance(task)
 
@@ -44,18 +61,17 @@ def evaluate(
             text or (),
             seq_len=seq_len,
             max_tokens=max_tokens,
+            chains=ChainPlan(chains, chain_tokens, batch, seed) if chains else None,
+            gsm8k=gsm8k or None,
+            boxed=boxed or (),
+            answers=AnswerPlan(answer_tokens, batch, temperature, seed),
+            tasks=TaskPlan(names, task_dir, task_limit, batch, seed) if names else None,
+            seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
-            on_windows=on_windows,
+            on_windows=on_part,
         )
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("text", "tokens", "perplexity", "KL", "top-1 kept"):
-        table.add_column(column, justify="left" if column == "text" else "right")
-    for name, row in results["texts"].items():
-        table.add_row(
-            name, f"{row['tokens']:,}", f"{row['perplexity']:.3f}", number(row["kl"], 4), number(row["top1"], 4)
-        )
-    console.print(table)
+    show(results)
     console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
