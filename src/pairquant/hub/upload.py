@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -17,12 +20,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoint.read import Checkpoint, ModelFiles
+from ..checkpoint.files import read_json
+from ..checkpoint.read import REPORT_FILE, Checkpoint, ModelFiles
 from ..errors import ConfigError, HubError, SourceError, did_you_mean
 from .card import Origin, write_card
 
 #: Left where they are: what a run that was killed has left behind, and hidden files.
 IGNORED = (".*", "*.partial")
+#: Files that tell where source and calibration text were on this machine.
+TELLING = ("config.json", REPORT_FILE)
 
 
 def require_writable(name: str, private: bool = False) -> str:
@@ -91,13 +97,29 @@ def push(
     with _explained(f"uploading to {full_name!r}"):
         api = HfApi()
         address = api.create_repo(full_name, private=private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=full_name,
-            folder_path=checkpoint.directory,
-            commit_message="Upload by pairquant",
-            ignore_patterns=list(IGNORED),
-        )
+        api.create_commit(full_name, _additions(checkpoint.directory), commit_message="Upload by pairquant")
     return str(address)
+
+
+def _additions(directory: Path) -> list[CommitOperationAdd]:
+    """Every file of the checkpoint, without this machine's paths."""
+    additions = []
+    for file in sorted(directory.rglob("*")):
+        place = file.relative_to(directory)
+        if file.is_file() and not any(fnmatch(part, pattern) for part in place.parts for pattern in IGNORED):
+            told = str(place) in TELLING
+            content = json.dumps(_without_paths(read_json(file)), indent=2).encode() if told else file
+            additions.append(CommitOperationAdd(place.as_posix(), content))
+    return additions
+
+
+def _without_paths(content: Any) -> Any:
+    """JSON with absolute paths reduced to their last part."""
+    if isinstance(content, dict):
+        return {key: _without_paths(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_paths(value) for value in content]
+    return Path(content).name if isinstance(content, str) and Path(content).is_absolute() else content
 
 
 def _source_on_hub(checkpoint: Checkpoint) -> str | None:
