@@ -274,9 +274,12 @@ def _accuracy(evaluations: list[Evaluation], measure: str, title: str, axis: str
                 marker={"size": 9},
                 hovertemplate="%{text}<br>%{x:.2f} bits per weight<br>%{y:.4g}<extra></extra>",
             )
+    figure.update_layout(showlegend=True)  # the text is named, also when there is but one
     figure.update_xaxes(range=_with_room([x for trace in figure.data for x in trace.x]))
     figure.update_yaxes(range=_with_room([y for trace in figure.data for y in trace.y]))
-    caption = "Bits per weight count scales and transforms. Lower and further left is better. Bars: 95 % intervals, if measured."
+    caption = "Bits per weight count scales and transforms. Lower and further left is better."
+    if any(trace.error_y.visible for trace in figure.data):
+        caption += " Bars: 95\u00a0% intervals."
     return Plot(f"{measure}-by-bits", title, caption, figure)
 
 
@@ -296,7 +299,7 @@ def _kl_by_position(evaluations: list[Evaluation]) -> list[Plot]:
         for text, places in evaluation.kl_by_position.items():
             positions, kls = zip(*places, strict=True)
             name = escape(f"{evaluation.name}, {text}" if several else text)
-            figure.add_scatter(x=positions, y=kls, name=name, mode="lines+markers")
+            figure.add_scatter(x=positions, y=kls, name=name, mode="lines+markers", showlegend=True)
     figure.update_yaxes(rangemode="tozero")
     caption = "Divergence from the original by the place of a token in its text: whether errors add up as texts go on."
     return [Plot("kl-by-position", "Divergence by position", caption, figure)] if figure.data else []
