@@ -180,7 +180,8 @@ class Merged:
     """Layers that read the same input: the first one called computes for all, the others take their share.
 
     What was computed is handed out only for the very same tensor, unchanged since, in the same gradient mode, and is
-    dropped as soon as every layer has had its part; any other input is computed anew.
+    dropped as soon as every layer has had its part; any other input is computed anew. In inference mode and inside a
+    compiled graph changes cannot be seen: there nobody may change x in place between two of the layers.
     """
 
     def __init__(self, members: Sequence[RotatedLinear]):
