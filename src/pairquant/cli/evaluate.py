@@ -25,7 +25,7 @@ def evaluate(
     chain_tokens: Annotated[int, typer.Option(help="Most tokens of a chain, up to 4096.")] = 1024,
     gsm8k: Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)] = 0,
     boxed: Annotated[
-        list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \\boxed{}; repeat for more.")
+        list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \boxed{}; repeat for more.")
     ] = None,
     answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Of answers; 0 is greedy.")] = 0.0,

@@ -47,7 +47,10 @@ Metrics = dict[str, dict[str, Metric]]
 
 
 class Tasks:
-    """What a plan names, found; raises `ConfigError` for names that do not exist, and without lm-eval."""
+    """What a plan names, found, and its data sets read.
+
+    Raises `ConfigError` for names that do not exist, and without lm-eval; `TextError` when a data set cannot be read.
+    """
 
     def __init__(self, plan: TaskPlan):
         if find_spec("lm_eval") is None:
@@ -64,9 +67,16 @@ class Tasks:
                 raise ConfigError(
                     f"task is {name!r}, allowed: those that `lm-eval ls tasks` lists, and --task-dir's{hint}"
                 )
+        try:
+            self.manager.load(list(plan.names))
+        except (OSError, ImportError, ValueError) as error:
+            raise TextError(
+                f"the data of tasks {', '.join(plan.names)} cannot be read: {type(error).__name__}: {error}\n"
+                "  lm-eval's own tasks come from the hub; tasks over local files are found by --task-dir."
+            ) from error
 
     def run(self, model: Any, tokenizer: Any) -> Metrics:
-        """Every task and subtask; raises `TextError` when a task's data set cannot be read."""
+        """Every task and subtask."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -76,13 +86,10 @@ class Tasks:
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch)
             for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(wrapped, request, partial(getattr(wrapped, request), disable_tqdm=True))
-            try:
-                found = simple_evaluate(
-                    model=wrapped, tasks=list(plan.names), limit=plan.limit, task_manager=self.manager,
-                    random_seed=plan.seed, **seeds,
-                )  # fmt: skip
-            except (OSError, ImportError, ValueError) as error:
-                raise TextError(f"tasks {', '.join(plan.names)}: {type(error).__name__}: {error}") from error
+            found = simple_evaluate(
+                model=wrapped, tasks=list(plan.names), limit=plan.limit, task_manager=self.manager,
+                random_seed=plan.seed, **seeds,
+            )  # fmt: skip
         samples = found.get("samples", {})
         return {task: _metrics(row, samples.get(task, [])) for task, row in found["results"].items()}
 
