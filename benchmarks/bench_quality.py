@@ -23,7 +23,7 @@ from recipes import config_from
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.devices import resolve_device
-from pairquant.evaluation.quality import measure
+from pairquant.evaluation.quality import Quality, measure
 from pairquant.layout import bits_per_weight
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.layerwise import Walk, needs_text
@@ -35,6 +35,11 @@ EVALUATION = {"wikitext2-test": (str(DATA / "wikitext2-test.txt"), 80), "gsm8k-t
 
 
 SETTING = {"group_size": 64, "samples": 64, "seq_len": 1024, "calibration": CALIBRATION}
+
+
+def numbers(quality: Quality) -> dict[str, float]:
+    """Without the lists by window and position."""
+    return {name: value for name, value in vars(quality).items() if isinstance(value, (int, float))}
 
 
 def main() -> None:
@@ -68,7 +73,7 @@ def main() -> None:
             "recipe": text,
             "bits_per_weight": round(bits_per_weight(p.layout for p in packed.values()), 3),
             "seconds": round(seconds, 1),
-            **{name: vars(measure(model, windows, original)) for name, windows in texts.items()},
+            **{name: numbers(measure(model, windows, original)) for name, windows in texts.items()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
