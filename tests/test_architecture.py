@@ -29,9 +29,10 @@ FLOORS = {
     "assessment": 7,
     "benchmark": 7,
     "report": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "comparison": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
 }
 #: Library → the only files, or folders, that may import it.
 DOORS = {

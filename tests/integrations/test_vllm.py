@@ -112,7 +112,8 @@ def answers(checkpoints, adapted, root):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, "bfloat16") for n in ("llama", "qwen2", "phi3", "glm4", "original")), ("qwen2", "float32")]
+    ("name", "dtype"),
+    [*((n, "bfloat16") for n in ("llama", "qwen2", "phi3", "glm4", "original")), ("qwen2", "float32")],
 )
 def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, answers, name, dtype):
     answer = answers[name, dtype]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from .. import __version__
 from ..errors import PairQuantError
 
-from . import quantize, evaluate, chat, serve, bench, inspect, report, export, push, tune  # isort: skip  # noqa: F401  # in the order of the help
+from . import quantize, evaluate, compare, chat, serve, bench, inspect, report, export, push, tune  # isort: skip  # noqa: F401  # in the order of the help
 from .app import app, console, problems
 
 

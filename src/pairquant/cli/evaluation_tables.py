@@ -20,8 +20,13 @@ def show(results: dict[str, Any]) -> None:
     _print(_texts(results["texts"]))
     if chains := results.get("chains"):
         _print(_chains(chains))
-    if answers := [*_answers(results.get("answers", {})), *_tasks(results.get("tasks"))]:
+    if answers := accuracy_cells(results):
         _print(_accuracies(answers, results["reference"] is not None))
+
+
+def accuracy_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of each set of problems and task: name, accuracy, the original's, and the three cells of `_pair`."""
+    return [*_answers(results.get("answers", {})), *_tasks(results.get("tasks"))]
 
 
 def _print(table: Table) -> None:
@@ -44,7 +49,7 @@ def _texts(texts: dict[str, Any]) -> Table:
             escape(Path(name).name),
             f"{row['tokens']:,}",
             f"{row['perplexity']:.3f}",
-            _divergence(row),
+            divergence(row),
             number(row["top1"], 4),
         )
     return table
@@ -54,7 +59,7 @@ def _chains(row: dict[str, Any]) -> Table:
     never, median = row["never_departed"], row["departure_median"]
     lines = {
         "sampled": f"{row['chains']}, {row['tokens']:,} tokens; {row['finished']:.0%} ended by themselves",
-        "KL along them": _divergence(row),
+        "KL along them": divergence(row),
         "greedy decoding departs": "never in half of them or more" if median is None else f"at token {median:,.0f} (median)",
         "never departs": f"{never:.0%}",
     }  # fmt: skip
@@ -103,7 +108,7 @@ def _accuracies(rows: Sequence[tuple[str, ...]], paired: bool) -> Table:
     return table
 
 
-def _divergence(row: dict[str, Any]) -> str:
+def divergence(row: dict[str, Any]) -> str:
     """ "0.0604 ± 0.0055 █▅▆▆▅▄▄▅": the mean, half its interval, and by position."""
     if row["kl"] is None:
         return ""

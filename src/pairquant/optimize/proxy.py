@@ -213,7 +213,8 @@ class _Search:
         graphs = []
         for work in (self.measure, self.update):
             graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[-1], stream=ahead):  # one of this device: the default one is the first device's
+            # On a stream of this device: the default one is the first device's.
+            with torch.cuda.graph(graphs[-1], stream=ahead):
                 work()
         for step in steps[GRAPH_WARM_UP:]:
             self.set_rate(step)

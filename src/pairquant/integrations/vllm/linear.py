@@ -95,7 +95,9 @@ class PairQuantLinearMethod(LinearMethodBase):
             if not (faults := layout.misfits()):
                 continue
             if layout.in_features == input_size and sum(part.out_features for part in layouts) == output_size:
-                raise CheckpointError(f"{self.prefix}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
+                raise CheckpointError(
+                    f"{self.prefix}: {'; '.join(faults)}. The checkpoint does not belong to this model."
+                )
             raise ConfigError(
                 f"{self.prefix} ({input_size} → {output_size}) cannot be split over this many GPUs: {'; '.join(faults)}. "
                 "Choose a --tensor-parallel-size that leaves whole groups on each, or --pipeline-parallel-size."

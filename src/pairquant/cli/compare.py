@@ -1,0 +1,134 @@
+"""`pairquant compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .app import Device, Trust, app, console, quiet_libraries
+from .display import duration, number, progress_bars, size
+from .evaluation_tables import accuracy_cells, divergence
+
+
+@app.command()
+def compare(
+    original: Annotated[str, typer.Argument(help="The model that the others were made from.")],
+    models: Annotated[list[str], typer.Argument(help="Models to compare: ours, or any that Transformers loads.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to evaluate on; repeat for more. Default: GSM8K test problems.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")] = None,
+    gsm8k: Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)] = 0,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure prefill and decoding speed.")] = False,
+    seed: Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Several models beside the original, in one table: divergence, perplexity, answers, size, speed."""
+    quiet_libraries()
+    from ..comparison import compare as run
+    from ..evaluation.speed import Workload
+    from ..evaluation.tasks import TaskPlan
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    with progress_bars() as bars:
+
+        def on_part(name: str, count: int):
+            task = bars.add_task(name, total=count)
+            return lambda: bars.advance(task)
+
+        results = run(
+            original,
+            models,
+            text or (),
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            gsm8k=gsm8k or None,
+            tasks=TaskPlan(names, seed=seed) if names else None,
+            speed=Workload(seed=seed) if speed else None,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_part=on_part,
+        )
+    console.print(_models(results["rows"]))
+    for name, ranking in results["closest"].items():
+        console.print()
+        console.print(_text(name, results["rows"], ranking))
+    if (answered := _answers(results["rows"])).row_count:
+        console.print()
+        console.print(answered)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _columns(first: str, *names: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first, overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _short(row: dict[str, Any]) -> str:
+    return escape(Path(row["name"]).name)
+
+
+def _models(rows: list[dict[str, Any]]) -> Table:
+    table = _columns(
+        "model", "bits per weight", "size", "quantized in", *(("prefill", "decode") if rows[0]["speed"] else ())
+    )
+    for row in rows:
+        speeds = row["speed"]["rows"][0] if row["speed"] else {}
+        table.add_row(
+            _short(row),
+            f"{row['evaluation']['bits_per_weight']:.2f}",
+            size(row["size_bytes"]),
+            "" if row["quantized_in_s"] is None else duration(row["quantized_in_s"]),
+            *(f"{speeds[f'{part}_tokens_per_s']:,.1f}/s" for part in ("prefill", "decode") if speeds),
+        )
+    return table
+
+
+def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
+    """Behind: how much further from the original than the closest, with half the interval."""
+    table = _columns(Path(name).name, "perplexity", "KL, along windows", "top-1 kept", "behind the closest")
+    for row in rows:
+        found = row["evaluation"]["texts"][name]
+        table.add_row(
+            _short(row),
+            f"{found['perplexity']:.3f}",
+            divergence(found),
+            number(found["top1"], 4),
+            _behind(row, ranking),
+        )
+    return table
+
+
+def _behind(row: dict[str, Any], ranking: dict[str, Any]) -> str:
+    if row["name"] == ranking["model"]:
+        return "closest"
+    gap = ranking["ahead_of"].get(row["name"])
+    if gap is None:
+        return ""
+    reach = "" if gap["interval"] is None else f" [dim]± {(gap['interval'][1] - gap['interval'][0]) / 2:.4f}[/]"
+    return f"{gap['kl']:+.4f}{reach}"
+
+
+def _answers(rows: list[dict[str, Any]]) -> Table:
+    """A row for each set of problems or task and model, paired with the original."""
+    table = _columns("answers", "model", "accuracy, %", "changed", "p", "no worse")
+    for row in rows[1:]:
+        for name, accuracy, _, *pair in accuracy_cells(row["evaluation"]):
+            table.add_row(name, _short(row), accuracy, *pair)
+    return table

@@ -1,0 +1,97 @@
+"""Several models beside the original that they were made from, measured in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .assessment import OnPart, evaluate
+from .benchmark import bench
+from .checkpoint.read import Checkpoint, ModelFiles
+from .errors import ConfigError
+from .evaluation.reasoning import AnswerPlan
+from .evaluation.speed import Workload
+from .evaluation.statistics import bootstrap_mean
+from .evaluation.tasks import TaskPlan
+
+
+def compare(
+    original: str | Path,
+    models: Sequence[str | Path],
+    texts: Sequence[str] = (),
+    *,
+    seq_len: int = 2048,
+    max_tokens: int | None = None,
+    gsm8k: int | None = None,
+    answers: AnswerPlan | None = None,
+    tasks: TaskPlan | None = None,
+    speed: Workload | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_part: OnPart | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate the original, then each model against it; with `speed` also bench them, each in a process of its own.
+
+    The options are those of `assessment.evaluate` and `benchmark.bench`. `on_row` is given each row once it is there.
+    Returns {"rows": [{"name", "size_bytes", "quantized_in_s", "evaluation": what `evaluate` returns, "speed": a model of
+    `bench` or None}], the original first, "closest": {text: see `ranked`}}, ready for JSON. Raises what those two do,
+    and `ConfigError` for no models or one given twice, before any is loaded.
+    """
+    names = [str(model) for model in models]
+    if not names:
+        raise ConfigError("no models to compare with the original. Give their directories after it.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{twice[0]!r} is given twice. Name each model once.")
+    found = {name: ModelFiles.find(name, trust_remote_code) for name in (str(original), *names)}
+    tell = on_part or (lambda name, count: lambda: None)
+    rows = []
+    for name, files in found.items():
+        evaluation = evaluate(
+            name, None if name == str(original) else original, texts, seq_len=seq_len, max_tokens=max_tokens,
+            gsm8k=gsm8k, answers=answers, tasks=tasks, seed=seed, device=device, trust_remote_code=trust_remote_code,
+            on_windows=lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count),  # type: ignore[misc]
+        )  # fmt: skip
+        fast = bench(name, None, speed, device=device, trust_remote_code=trust_remote_code) if speed else None
+        rows.append(
+            {
+                "name": name,
+                "size_bytes": files.size_bytes(),
+                "quantized_in_s": _quantized_in(files),
+                "evaluation": evaluation,
+                "speed": fast["model"] if fast else None,
+            }
+        )
+        if on_row is not None:
+            on_row(rows[-1])
+    return {"rows": rows, "closest": ranked(rows[1:], seed)}
+
+
+def ranked(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
+    """Of each text: which model is closest to the original, and by how much, window for window.
+
+    {"model": its name, "ahead_of": {other's name: {"kl": mean difference in nats, "interval": its 95 % bootstrap
+    interval, None for a single window}}}.
+    """
+    result = {}
+    for text in rows[0]["evaluation"]["texts"]:
+        windows = {row["name"]: row["evaluation"]["texts"][text]["kl_of_windows"] for row in rows}
+        closest = min(windows, key=lambda name: sum(windows[name]))
+        ahead = {}
+        for name, values in windows.items():
+            if name != closest:
+                differences = [other - own for other, own in zip(values, windows[closest], strict=True)]
+                mean = sum(differences) / len(differences)
+                ahead[name] = {"kl": mean, "interval": bootstrap_mean(differences, seed=seed)}
+        result[text] = {"model": closest, "ahead_of": ahead}
+    return result
+
+
+def _quantized_in(files: ModelFiles) -> float | None:
+    """Seconds, of a checkpoint of ours that says."""
+    if files.quantization is None or files.gguf:
+        return None
+    seconds = Checkpoint.open(files).report.get("seconds")
+    return float(seconds) if isinstance(seconds, (int, float)) else None

@@ -1,0 +1,81 @@
+"""Several models beside their original."""
+
+import json
+
+import pytest
+from models import TEXT, save_tiny
+from typer.testing import CliRunner
+
+import pairquant
+from pairquant.cli.app import app
+from pairquant.comparison import compare, ranked
+from pairquant.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A source, and two models made from it, the second much further away."""
+    root = tmp_path_factory.mktemp("compare")
+    save_tiny(root / "source")
+    for name, bits in (("near", 8), ("far", 2)):
+        pairquant.quantize(
+            root / "source", root / name, pairquant.QuantConfig(preset="rtn", bits=bits, group_size=32), device="cpu"
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def result(directory):
+    rows = []
+    found = compare(
+        directory / "source", [directory / "far", directory / "near"], [str(TEXT)], seq_len=64, max_tokens=1024,
+        device="cpu", on_row=rows.append,
+    )  # fmt: skip
+    assert found["rows"] == rows
+    return found
+
+
+def test_every_row_is_what_eval_says_of_that_model(result, directory):
+    original, far, _ = result["rows"]
+    assert original["evaluation"]["reference"] is None
+    alone = pairquant.evaluate(
+        directory / "far", directory / "source", [str(TEXT)], seq_len=64, max_tokens=1024, device="cpu"
+    )
+    assert far["evaluation"]["texts"] == alone["texts"]
+    assert far["size_bytes"] < original["size_bytes"]
+    assert original["quantized_in_s"] is None
+    assert far["quantized_in_s"] >= 0
+
+
+def test_the_closest_is_named_with_its_lead(result, directory):
+    (ranking,) = result["closest"].values()
+    assert ranking["model"] == str(directory / "near")
+    (gap,) = ranking["ahead_of"].values()
+    kl = [row["evaluation"]["texts"][str(TEXT)]["kl"] for row in result["rows"][1:]]
+    assert gap["kl"] == pytest.approx(kl[0] - kl[1], rel=1e-4)
+    assert 0 < gap["interval"][0] < gap["kl"] < gap["interval"][1]
+
+
+def test_differences_are_taken_window_for_window():
+    windows = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.5]}
+    rows = [{"name": n, "evaluation": {"texts": {"t": {"kl_of_windows": v}}}} for n, v in windows.items()]
+    gap = ranked(rows, 0)["t"]["ahead_of"]["b"]
+    assert gap["interval"] == (0.5, 0.5)  # though the models' own means are far from certain
+
+
+def test_the_command_prints_a_table_and_writes_json(directory):
+    arguments = [
+        "compare", str(directory / "source"), str(directory / "near"), str(directory / "far"), "--text", str(TEXT),
+        "--seq-len", "64", "--max-tokens", "512", "--device", "cpu", "--json", str(directory / "out.json"),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    for expected in ("source", "near", "far", "bits per weight", "perplexity", "closest", "+"):
+        assert expected in done.output
+    assert [row["name"] for row in json.loads((directory / "out.json").read_text())["rows"]] == arguments[1:4]
+
+
+@pytest.mark.parametrize(("models", "message"), [([], "no models"), (["near", "near"], "given twice")])
+def test_what_cannot_be_compared_is_refused(directory, models, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(directory / "source", [directory / name for name in models])
