@@ -39,15 +39,9 @@ def test_linears_that_read_the_same_tensor_are_grouped(family, tokens):
     with torch.no_grad(), recorded_inputs(block.linears) as inputs:
         model(input_ids=tokens, use_cache=False)
     groups = {frozenset(path.rpartition(".")[2] for path in readers) for readers in inputs.readers}
-    if family == "phi3":
-        assert groups == {frozenset({name}) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
-    else:
-        assert groups == {
-            frozenset({"q_proj", "k_proj", "v_proj"}),
-            frozenset({"o_proj"}),
-            frozenset({"gate_proj", "up_proj"}),
-            frozenset({"down_proj"}),
-        }
+    attention = {"qkv_proj"} if family == "phi3" else {"q_proj", "k_proj", "v_proj"}
+    mlp = {"gate_up_proj"} if family in ("phi3", "glm4") else {"gate_proj", "up_proj"}
+    assert groups == {frozenset(names) for names in (attention, {"o_proj"}, mlp, {"down_proj"})}
 
 
 def test_moments_equal_the_sum_over_all_tokens(tokens):
