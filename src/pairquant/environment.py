@@ -13,7 +13,8 @@ def device_name(device: torch.device) -> str:
     """ "NVIDIA H100 80GB HBM3", or "AMD EPYC 9554, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str]:
