@@ -10,6 +10,7 @@ import pairquant
 from pairquant.cli.app import app
 from pairquant.comparison import compare, ranked
 from pairquant.errors import ConfigError
+from pairquant.evaluation.speed import Workload
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,10 @@ def test_the_command_prints_a_table_and_writes_json(directory):
 def test_what_cannot_be_compared_is_refused(directory, models, message):
     with pytest.raises(ConfigError, match=message):
         compare(directory / "source", [directory / name for name in models])
+
+
+def test_a_workload_that_is_too_long_is_refused_before_anything_is_evaluated(directory):
+    with pytest.raises(ConfigError, match="128"):
+        compare(
+            directory / "source", [directory / "near"], speed=Workload(), on_part=lambda *_: pytest.fail("evaluated")
+        )

@@ -9,6 +9,7 @@ from typing import Any
 from .assessment import OnPart, evaluate
 from .benchmark import bench
 from .checkpoint.read import Checkpoint, ModelFiles
+from .engines.engine import context_of
 from .errors import ConfigError
 from .evaluation.reasoning import AnswerPlan
 from .evaluation.speed import Workload
@@ -46,6 +47,9 @@ def compare(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]!r} is given twice. Name each model once.")
     found = {name: ModelFiles.find(name, trust_remote_code) for name in (str(original), *names)}
+    for files in found.values():
+        if speed:
+            speed.check_context(context_of(files.config))
     tell = on_part or (lambda name, count: lambda: None)
     rows = []
     for name, files in found.items():

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
-from .display import duration, size
+from .display import duration, require_place, size
 from .engine_options import Dtype, EngineName
 
 
@@ -39,8 +39,7 @@ def bench(
     from ..benchmark import bench as run
     from ..evaluation.speed import Workload
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    require_place(json_file)
     with console.status("looking at the model") as status:
         results = run(
             model,

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import Device, Trust, app, console, quiet_libraries
-from .display import duration, number, progress_bars, size
-from .evaluation_tables import accuracy_cells, divergence
+from .display import duration, followed, number, progress_bars, require_place, size
+from .evaluation_tables import accuracy_cells, divergence, measurements
 
 
 @app.command()
@@ -38,15 +38,9 @@ def compare(
     from ..evaluation.speed import Workload
     from ..evaluation.tasks import TaskPlan
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    require_place(json_file)
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     with progress_bars() as bars:
-
-        def on_part(name: str, count: int):
-            task = bars.add_task(name, total=count)
-            return lambda: bars.advance(task)
-
         results = run(
             original,
             models,
@@ -59,7 +53,7 @@ def compare(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
-            on_part=on_part,
+            on_part=followed(bars),
         )
     console.print(_models(results["rows"]))
     for name, ranking in results["closest"].items():
@@ -72,37 +66,29 @@ def compare(
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _columns(first: str, *names: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(first, overflow="fold")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _short(row: dict[str, Any]) -> str:
     return escape(Path(row["name"]).name)
 
 
 def _models(rows: list[dict[str, Any]]) -> Table:
-    table = _columns(
-        "model", "bits per weight", "size", "quantized in", *(("prefill", "decode") if rows[0]["speed"] else ())
-    )
+    speeds = ("prefill", "decode") if rows[0]["speed"] else ()
+    table = measurements("model", ("bits per weight", "size", "quantized in", *speeds))
     for row in rows:
-        speeds = row["speed"]["rows"][0] if row["speed"] else {}
         table.add_row(
             _short(row),
             f"{row['evaluation']['bits_per_weight']:.2f}",
             size(row["size_bytes"]),
             "" if row["quantized_in_s"] is None else duration(row["quantized_in_s"]),
-            *(f"{speeds[f'{part}_tokens_per_s']:,.1f}/s" for part in ("prefill", "decode") if speeds),
+            *(f"{row['speed']['rows'][0][f'{part}_tokens_per_s']:,.1f}/s" for part in speeds),
         )
     return table
 
 
 def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
     """Behind: how much further from the original than the closest, with half the interval."""
-    table = _columns(Path(name).name, "perplexity", "KL, along windows", "top-1 kept", "behind the closest")
+    table = measurements(
+        escape(Path(name).name), ("perplexity", "KL, along windows", "top-1 kept", "behind the closest")
+    )
     for row in rows:
         found = row["evaluation"]["texts"][name]
         table.add_row(
@@ -127,7 +113,7 @@ def _behind(row: dict[str, Any], ranking: dict[str, Any]) -> str:
 
 def _answers(rows: list[dict[str, Any]]) -> Table:
     """A row for each set of problems or task and model, paired with the original."""
-    table = _columns("answers", "model", "accuracy, %", "changed", "p", "no worse")
+    table = measurements("answers", ("model", "accuracy, %", "changed", "p", "no worse"))
     for row in rows[1:]:
         for name, accuracy, _, *pair in accuracy_cells(row["evaluation"]):
             table.add_row(name, _short(row), accuracy, *pair)

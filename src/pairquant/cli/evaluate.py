@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
-from .display import progress_bars
+from .display import followed, progress_bars, require_place
 
 
 @app.command(name="eval")
@@ -46,15 +46,9 @@ def evaluate(
     from ..evaluation.tasks import TaskPlan
     from .evaluation_tables import show
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    require_place(json_file)
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     with progress_bars() as bars:
-
-        def on_part(name: str, count: int):
-            task = bars.add_task(name, total=count)
-            return lambda: bars.advance(task)
-
         results = run(
             model,
             reference,
@@ -69,7 +63,7 @@ def evaluate(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
-            on_windows=on_part,
+            on_windows=followed(bars),
         )
     show(results)
     console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}")

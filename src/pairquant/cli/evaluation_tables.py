@@ -34,7 +34,8 @@ def _print(table: Table) -> None:
     console.print()
 
 
-def _table(first: str, columns: Iterable[str]) -> Table:
+def measurements(first: str, columns: Iterable[str]) -> Table:
+    """A table of numbers, each row named in the first column."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(first, overflow="fold")
     for column in columns:
@@ -43,7 +44,7 @@ def _table(first: str, columns: Iterable[str]) -> Table:
 
 
 def _texts(texts: dict[str, Any]) -> Table:
-    table = _table("text", ("tokens", "perplexity", "KL, along windows", "top-1 kept"))
+    table = measurements("text", ("tokens", "perplexity", "KL, along windows", "top-1 kept"))
     for name, row in texts.items():
         table.add_row(
             escape(Path(name).name),
@@ -63,7 +64,7 @@ def _chains(row: dict[str, Any]) -> Table:
         "greedy decoding departs": "never in half of them or more" if median is None else f"at token {median:,.0f} (median)",
         "never departs": f"{never:.0%}",
     }  # fmt: skip
-    table = _table("the original's chains", ())
+    table = measurements("the original's chains", ())
     table.add_column()
     for name, value in lines.items():
         table.add_row(name, value)
@@ -102,7 +103,7 @@ def _pair(paired: dict[str, Any] | None) -> tuple[str, ...]:
 
 def _accuracies(rows: Sequence[tuple[str, ...]], paired: bool) -> Table:
     columns = ("accuracy, %", "original", "changed", "p", "no worse") if paired else ("accuracy, %",)
-    table = _table("answers", columns)
+    table = measurements("answers", columns)
     for name, *cells in rows:
         table.add_row(name, *cells[: len(columns)])
     return table
