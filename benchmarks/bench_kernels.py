@@ -5,7 +5,7 @@
 For the linears of one decoder block of three models, rotation included, microseconds per call: CUDA graphs of at least
 48 calls over as many copies of the weights as exceed twice the L2 cache, median of several replays. AWQ-Marlin merges
 q/k/v and gate/up as vLLM does; "original" is one rotation (the original's kernel) and one Marlin product per projection.
-Without the peers' sources (see peers.py) only fp16 and our own are measured.
+Without the peers' sources (see kernel_peers.py) only fp16 and our own are measured.
 """
 
 from __future__ import annotations
@@ -137,13 +137,13 @@ def bench_rotation(peers: Any) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, help="folder of the peers' sources (see peers.py)")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' sources (see kernel_peers.py)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     peers = None
     if options.peers:
-        import peers
+        import kernel_peers as peers
 
         for load in (peers.load_marlin, peers.load_rotation, peers.load_hadamard):
             load(options.peers)

@@ -1,6 +1,6 @@
 """Other people's kernels, as baselines of the kernel benchmarks: Marlin (AWQ), the original rotation, Hadamard.
 
-    python benchmarks/peers.py [--sources .peers]
+    python benchmarks/kernel_peers.py [--sources .peers]
 
 builds the three with `torch.utils.cpp_extension` for the GPU at hand, checks each against a plain torch reference on
 random data and prints a line per build and per check; the exit status is 1 if anything failed. It needs a CUDA
