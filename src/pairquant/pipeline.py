@@ -207,6 +207,7 @@ class Job:
         for result in walk.run():
             self._keep(result)
             self.progress.block(result)
+        self.journal.settle()
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
@@ -306,9 +307,9 @@ class Job:
         try:
             yield directory / "source"
         except BaseException:
+            self.journal.close()
             if self.ranks.leads and (fresh or not existed) and not self.journal.count:
                 self.journal.remove()
-            self.journal.close()
             raise
         if self.ranks.leads:
             self.journal.remove()

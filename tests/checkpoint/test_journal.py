@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 
 import pytest
 import torch
@@ -96,11 +97,26 @@ def test_a_full_disk_keeps_what_is_finished(directory, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
+    journal.append(tensors(2), {"path": "layers.2"})
     with pytest.raises(ResourceError, match="the disk is full. Finished blocks are kept: run the same command again"):
         journal.append(tensors(2), {"path": "layers.2"})
     journal.close()
     monkeypatch.undo()
     assert opened(directory).count == 2
+
+
+def test_a_block_being_written_is_whole_once_the_journal_is_closed(directory, monkeypatch):
+    journal, written = opened(directory), files.save_file
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        written(*arguments)
+
+    monkeypatch.setattr(files, "save_file", slow)
+    journal.append(tensors(2), {"path": "layers.2"})
+    assert journal.count == 2
+    journal.close()
+    assert opened(directory).count == 3
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 A hidden directory beside the output: `journal.json` says what the run is; each finished block is `block-N.safetensors`
 and then `block-N.json`, which holds its checksum: a block without the second is not finished. `streams-N.safetensors`
 holds the hidden states that enter block N, where storing them is quicker than computing them again. Every file is
-whole or absent, and durable before the next is begun.
+whole or absent, and durable before the next is begun; a block is written while the next one is worked on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class Journal:
         self.directory, self.layout = directory, layout
         self.entries: list[dict[str, Any]] = []
         self._lock: Any = None
+        self._writer = ThreadPoolExecutor(1, "journal")
+        self._begun: Future[None] | None = None
         self._bytes_per_second: float | None = None
 
     @staticmethod
@@ -99,7 +102,19 @@ class Journal:
         return len(self.entries)
 
     def append(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-        """Finish the next block. tensors: what its checkpoint holds, by full name; entry: JSON-ready."""
+        """Finish the next block: from here on in the background. tensors: what its checkpoint holds, by full name, on the
+        CPU; entry: JSON-ready. Raises what `settle` raises, of the block before.
+        """
+        self.settle()
+        self._begun = self._writer.submit(self._append, tensors, entry)
+
+    def settle(self) -> None:
+        """Wait until all that was appended is durable; raises `ResourceError` if it cannot be."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.result()
+
+    def _append(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         file, start = self._file(self.count), time.perf_counter()
         try:
             write_tensors(file, tensors)
@@ -131,8 +146,9 @@ class Journal:
     def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:
         """Store the streams that enter block `index`, unless that would take more than its share of a block's time.
 
-        How long it would take is known from writing the block itself.
+        How long it would take is known from writing the block before, which is durable first.
         """
+        self.settle()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes_per_second and size / self._bytes_per_second > SNAPSHOT_SHARE * block_seconds:
             return
@@ -173,7 +189,8 @@ class Journal:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Let other runs have it."""
+        """Let other runs have it, once nothing is being written any more."""
+        self._writer.shutdown()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
