@@ -141,9 +141,9 @@ def fake(tmp_path):
         done.append(command)
         if command[1] == "quantize":
             made = Path(command[command.index("--output") + 1]) / "config.json"
+            made.parent.mkdir()  # as `pairquant quantize`, which refuses a directory that is there
         else:
             made = Path(command[command.index("--json") + 1])
-        made.parent.mkdir(parents=True, exist_ok=True)
         texts = {experiments.WIKITEXT2: {"perplexity": 5.7}, "c4-test": {"perplexity": 7.3}}
         made.write_text(json.dumps({"texts": texts, "device": "test", "versions": {"torch": "2"}}))
 

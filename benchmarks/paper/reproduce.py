@@ -87,7 +87,7 @@ def run_case(table: str, case: Case, dry: bool, results: Path = rows.RESULTS, ru
             continue
         announce(command)
         if not dry:
-            makes.parent.mkdir(parents=True, exist_ok=True)
+            (ROOT / case.folder).mkdir(parents=True, exist_ok=True)
             run(command)
     measured = [ROOT / step.makes for step in steps if step.measures]
     if dry or not measured:
