@@ -232,6 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
+    import pairquant
+
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if options.load:
         print(json.dumps(load(options.load, device, options.profile)))
@@ -243,12 +245,12 @@ def main() -> None:
             write(target, options.shape)
         sizes = [file.stat().st_size for file in target.glob("*.safetensors")]
         print(f"{len(sizes)} shards, {sum(sizes) / 1e9:.2f} GB", flush=True)
-        packages = ("pairquant", "torch", "transformers", "safetensors")
+        packages = ("torch", "transformers", "safetensors")
         result = {
             "shape": options.shape, "bytes": sum(sizes), "largest_shard_bytes": max(sizes), "shards": len(sizes),
             "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(), "repeats": options.repeats,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), "pairquant": pairquant.__version__, **{name: version(name) for name in packages}},
             **measure(target, device, options.repeats),
         }  # fmt: skip
     finally:

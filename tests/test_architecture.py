@@ -14,6 +14,7 @@ FLOORS = {
     "environment": 0,
     "wording": 0,
     "text": 1,
+    "processes": 1,
     "core": 1,
     "kernels": 2,
     "nn": 3,

@@ -9,12 +9,13 @@ from models import TEXT, save_tiny
 from typer.testing import CliRunner
 
 import pairquant
-from pairquant.benchmark import Job, bench, in_own_process, measure_model, ratios
+from pairquant.benchmark import Job, bench, measure_model, ratios
 from pairquant.cli.app import app
 from pairquant.engines.engine import EngineOptions
 from pairquant.environment import device_name
 from pairquant.errors import ConfigError, ResourceError, SourceError
 from pairquant.evaluation.speed import Workload
+from pairquant.processes import in_own_process
 
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")
 
@@ -140,4 +141,4 @@ def test_errors_of_the_process_come_back_as_they_are(directory):
     options, workload = EngineOptions("cpu"), Workload()
     job = Job(str(directory / "gone"), False, "transformers", options, workload)
     with pytest.raises(SourceError, match="gone"):
-        in_own_process(job, lambda stage: None)
+        in_own_process(measure_model, job, lambda stage: None, "--batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.read import Checkpoint, ModelFiles
-from .devices import resolve_device
+from .devices import free_memory, resolve_device
+from .engines import choice
 from .engines.engine import chat_tokens, context_of
+from .engines.examination import Answered, Examinee, OnTransformers, OnVllm, Questions
 from .environment import device_name, versions
 from .errors import ConfigError, TextError
 from .evaluation import chains as along_chains
 from .evaluation import grading, problems, quality, reasoning
 from .evaluation.chains import ChainPlan
 from .evaluation.generation import check_context
-from .evaluation.reasoning import AnswerPlan
+from .evaluation.reasoning import AnswerPlan, Answers
 from .evaluation.tasks import TaskPlan, Tasks, paired
 from .text import BUNDLED_TEST, documents, token_windows
 
 #: Told what is coming and how many steps it takes; returns what to call after each.
 OnPart = Callable[[str, int], Callable[[], None]]
-
-
-@dataclass(frozen=True)
-class Models:
-    """The model, the original if there is one, and the tokenizer of both."""
-
-    network: Any
-    reference: Any | None
-    tokenizer: Any
-
-    def named(self) -> dict[str, Any]:
-        return {"model": self.network} | ({"reference": self.reference} if self.reference is not None else {})
 
 
 @dataclass(frozen=True)
@@ -59,6 +49,7 @@ def evaluate(
     boxed: Iterable[str | Path] = (),
     answers: AnswerPlan | None = None,
     tasks: TaskPlan | None = None,
+    engine: str = "auto",
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -69,10 +60,11 @@ def evaluate(
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
     seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought.
     gsm8k: so many of the GSM8K test problems, boxed: files of problems (see `problems.from_file`), answered as `answers`
-    says. tasks: of lm-eval. seed: the bootstrap's. `on_windows(name, count)` is told what is coming and returns what to
-    call after each step.
+    says. tasks: of lm-eval. engine: "vllm" answers problems and runs tasks by vLLM, in spawned processes (call it from a
+    script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
+    bootstrap's. `on_windows(name, count)` is told what is coming and returns what to call after each step.
 
-    Returns {"model", "reference", "texts": {name: `Quality`}, "bits_per_weight", "device", "versions"}, and as asked
+    Returns {"model", "reference", "texts": {name: `Quality`}, "bits_per_weight", "engine", "device", "versions"}, and as asked
     "chains": `ChainQuality` and its "plan"; "answers": {name: {"model": `Answers`, "reference", "paired": `Paired`}} and
     their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
     be wrong with what is asked is told before a model is loaded.
@@ -88,37 +80,51 @@ def evaluate(
     windows = {name: _windows(tokenizer, name, seq_len, max_tokens) for name in tuple(texts) or (BUNDLED_TEST,)}
     chain_prompts = _prompts(tokenizer, problems.gsm8k(chains.count)) if chains else []
     sets = _problem_sets(tokenizer, gsm8k, boxed)
-    _check_contexts([f for f in (files, original) if f], chains, chain_prompts, answers, sets)
+    both = {"model": files} | ({"reference": original} if original else {})
+    _check_contexts(both.values(), chains, chain_prompts, answers, sets)
+    engine = _engine(engine, both.values(), asked=bool(sets or tasks))
     found_tasks = Tasks(tasks) if tasks else None
 
-    models = _load(files, original, tokenizer, target)
+    networks = _load(both, target)
+    network, other = networks["model"], networks.get("reference")
     results: dict[str, Any] = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
         "texts": {
-            name: asdict(quality.measure(models.network, batch, models.reference, tell(name, len(batch)), seed))
+            name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), seed))
             for name, batch in windows.items()
         },
-    }
-    if chains:
-        step = tell("chains", 4 * chains.count)
-        measured = along_chains.measure(models.network, models.reference, chain_prompts, chains, step)
-        results["chains"] = asdict(measured) | {"plan": asdict(chains)}
-    if sets:
-        results["answers"] = {name: _answers(models, name, each, answers, tell) for name, each in sets.items()}
-        results["answer_plan"] = asdict(answers)
-    if found_tasks:
-        results["tasks"] = _tasks(models, found_tasks, tell)
-    return results | {
-        "bits_per_weight": bits_per_weight(files, models.network),
+        "bits_per_weight": bits_per_weight(files, network),
+        "engine": engine,
         "device": device_name(target),
         "versions": versions() | ({"lm-eval": found_tasks.version} if found_tasks else {}),
     }
+    if chains:
+        step = tell("chains", 4 * chains.count)
+        measured = along_chains.measure(network, other, chain_prompts, chains, step)
+        results["chains"] = asdict(measured) | {"plan": asdict(chains)}
+    if engine == "vllm":
+        del network, other
+        networks.clear()
+        free_memory(target)
+        results["versions"]["vllm"] = choice.vllm_version()
+    if sets or found_tasks:
+        examinees = _examinees(engine, both, networks, tokenizer, target)
+        questions = Questions({name: each.prompts for name, each in sets.items()}, answers, found_tasks)
+        answered = {who: each.examine(questions, _steps(questions, who, tell)) for who, each in examinees.items()}
+        results |= _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
+    return results
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
-    """The model, ready to run: float32 on a CPU (the fastest there), its stored dtype on a GPU."""
-    return files.model(torch.float32 if device.type == "cpu" else "auto", device)
+    """The model, ready to run, in the dtype of `_dtype`."""
+    dtype = _dtype(device)
+    return files.model(dtype if dtype == "auto" else getattr(torch, dtype), device)
+
+
+def _dtype(device: torch.device) -> str:
+    """float32 on a CPU (the fastest there), the stored one on a GPU; the same on every engine."""
+    return "float32" if device.type == "cpu" else "auto"
 
 
 def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
@@ -128,15 +134,45 @@ def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
     return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
 
 
-def _load(files: ModelFiles, original: ModelFiles | None, tokenizer: Any, device: torch.device) -> Models:
-    network = load(files, device)
-    reference = load(original, device) if original else None
-    if reference is not None and reference.config.vocab_size != network.config.vocab_size:
+def _load(both: Mapping[str, ModelFiles], device: torch.device) -> dict[str, Any]:
+    networks = {who: load(files, device) for who, files in both.items()}
+    sizes = [network.config.vocab_size for network in networks.values()]
+    if len(set(sizes)) > 1:
         raise ConfigError(
-            f"the vocabularies differ: {network.config.vocab_size} and {reference.config.vocab_size} tokens. "
-            "The reference must be the model that was quantized."
+            f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens. The reference must be the model that was quantized."
         )
-    return Models(network, reference, tokenizer)
+    return networks
+
+
+def _engine(name: str, both: Collection[ModelFiles], asked: bool) -> str:
+    """What answers and runs tasks. Raises what `choice` does, and `ConfigError` for vLLM with nothing to do.
+
+    Checks what vLLM would only tell after a minute.
+    """
+    chosen = {choice.choose(name, files, prefer_vllm=False) for files in both}.pop()
+    if chosen == "vllm":
+        if not asked:
+            raise ConfigError(
+                "engine is 'vllm', which answers problems and runs tasks, and none are asked for. Add --gsm8k, --boxed or "
+                "--tasks; texts and chains need Transformers, the engine without --engine."
+            )
+        for files in both:
+            choice.check_model(files)
+    return chosen
+
+
+def _examinees(
+    engine: str,
+    both: Mapping[str, ModelFiles],
+    networks: Mapping[str, Any],
+    tokenizer: Any,
+    device: torch.device,
+) -> dict[str, Examinee]:
+    if engine == "vllm":
+        return {
+            who: OnVllm(files.name, files.trust_remote_code, str(device), _dtype(device)) for who, files in both.items()
+        }
+    return {who: OnTransformers(network, tokenizer) for who, network in networks.items()}
 
 
 def _windows(tokenizer: Any, name: str, seq_len: int, max_tokens: int | None) -> Tensor:
@@ -165,7 +201,7 @@ def _problem_set(tokenizer: Any, asked: Sequence[problems.Problem], grade: Calla
 
 
 def _check_contexts(
-    files: Sequence[ModelFiles],
+    files: Iterable[ModelFiles],
     chains: ChainPlan | None,
     chain_prompts: list[list[int]],
     answers: AnswerPlan,
@@ -179,29 +215,47 @@ def _check_contexts(
             check_context(each.prompts, answers.tokens, context, "--answer-tokens")
 
 
-def _answers(models: Models, name: str, asked: ProblemSet, plan: AnswerPlan, tell: OnPart) -> dict[str, Any]:
+def _steps(questions: Questions, who: str, tell: OnPart) -> Callable[[str], None]:
+    """For `Examinee.examine`: a part is told of with its first step."""
+    begun: dict[str, Callable[[], None]] = {}
+
+    def step(name: str) -> None:
+        if name not in begun:
+            label = name if who == "model" else f"{name}, the original"
+            begun[name] = tell(label, len(questions.sets.get(name, [""])))
+        begun[name]()
+
+    return step
+
+
+def _answers(
+    answered: Mapping[str, Answered], tokenizer: Any, sets: Mapping[str, ProblemSet], plan: AnswerPlan
+) -> dict[str, Any]:
+    """ "answers" of `evaluate` and their plan; nothing without sets."""
     found = {}
-    for who, network in models.named().items():
-        step = tell(name if who == "model" else f"{name}, the original", len(asked.prompts))
-        found[who] = reasoning.answer(network, models.tokenizer, asked.prompts, asked.is_right, plan, step)
-    pairs = None
-    if "reference" in found:
-        pairs = reasoning.compare(found["model"].outcomes, found["reference"].outcomes, plan.seed)
+    for name, each in sets.items():
+        graded = {who: reasoning.grade(given.sets[name], tokenizer, each.is_right) for who, given in answered.items()}
+        found[name] = _beside(graded["model"], graded.get("reference"), plan.seed)
+    return {"answers": found, "answer_plan": asdict(plan)} if found else {}
+
+
+def _beside(ours: Answers, theirs: Answers | None, seed: int) -> dict[str, Any]:
     return {
-        "model": asdict(found["model"]),
-        "reference": asdict(found["reference"]) if pairs else None,
-        "paired": asdict(pairs) if pairs else None,
+        "model": asdict(ours),
+        "reference": asdict(theirs) if theirs else None,
+        "paired": asdict(reasoning.compare(ours.outcomes, theirs.outcomes, seed)) if theirs else None,
     }
 
 
-def _tasks(models: Models, tasks: Tasks, tell: OnPart) -> dict[str, Any]:
-    step = tell("tasks", len(models.named()))
-    found = {}
-    for who, network in models.named().items():
-        found[who] = tasks.run(network, models.tokenizer)
-        step()
-    pairs = paired(found["model"], found["reference"], tasks.plan.seed) if "reference" in found else None
-    return {"model": _plain(found["model"]), "reference": _plain(found.get("reference")), "paired": _plain(pairs)}
+def _tasks(answered: Mapping[str, Answered], plan: TaskPlan | None) -> dict[str, Any]:
+    """ "tasks" of `evaluate`; nothing without them."""
+    if plan is None:
+        return {}
+    found = {who: each.tasks for who, each in answered.items() if each.tasks is not None}
+    pairs = paired(found["model"], found["reference"], plan.seed) if "reference" in found else None
+    return {
+        "tasks": {"model": _plain(found["model"]), "reference": _plain(found.get("reference")), "paired": _plain(pairs)}
+    }
 
 
 def _plain(rows: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]] | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,8 @@ from .checkpoint.read import ModelFiles
 from .engines import choice
 from .engines.engine import EngineOptions, context_of
 from .environment import device_name, versions
-from .errors import PairQuantError, ResourceError
 from .evaluation.speed import PeakMemory, Workload, measure
-
-#: Seconds that a process which has told its result may take to end.
-GRACE = 10
+from .processes import in_own_process
 
 
 def bench(
@@ -52,7 +46,12 @@ def bench(
         choice.choose(chosen, files, prefer_vllm=False)
         choice.check_model(files)
         workload.check_context(context_of(files.config))
-    measured = [in_own_process(Job(name, trust_remote_code, chosen, options, workload), tell) for name in names]
+    measured = [
+        in_own_process(
+            measure_model, Job(name, trust_remote_code, chosen, options, workload), tell, "--batch or --prompt-tokens"
+        )
+        for name in names
+    ]
     environments = [entry.pop("environment") for entry in measured]
     return {
         "model": measured[0],
@@ -116,37 +115,3 @@ def measure_model(job: Job) -> Iterator[str | dict[str, Any]]:
             "versions": versions() | {engine.name: engine.version},
         },
     }
-
-
-def in_own_process(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """`measure_model` elsewhere: peak memory belongs to a process, and engines do not give all of it back."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_send, args=(job, theirs))
-    process.start()
-    theirs.close()
-    try:
-        while isinstance(message := ours.recv(), str):
-            tell(message)
-        process.join(GRACE)
-    except EOFError as error:
-        process.join(GRACE)
-        raise ResourceError(
-            f"the process that measured {job.model!r} ended with exit code {process.exitcode}. Its message is above; "
-            "without one, memory ran out: lower --batch or --prompt-tokens."
-        ) from error
-    finally:
-        process.terminate()
-        process.join()
-    if isinstance(message, PairQuantError):
-        raise message
-    return message
-
-
-def _send(job: Job, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent then ends this process
-    try:
-        for message in measure_model(job):
-            connection.send(message)
-    except PairQuantError as error:
-        connection.send(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from contextlib import AbstractContextManager
 
@@ -34,3 +35,10 @@ def resolve_device(name: str) -> torch.device:
 def current(device: torch.device) -> AbstractContextManager:
     """Make a GPU the current one, as launching a kernel on it needs; nothing to do on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, so that another process can have it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

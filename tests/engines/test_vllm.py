@@ -11,6 +11,7 @@ from models import save_tiny
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines.transformers import TransformersEngine
+from pairquant.evaluation.generation import GREEDY, generate
 
 SCRIPT = """
 import json, sys, torch
@@ -18,6 +19,7 @@ from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines.vllm import VllmEngine, cache_bytes
 from pairquant.errors import ConfigError
+from pairquant.evaluation.reasoning import AnswerPlan
 
 files = ModelFiles.find(sys.argv[1])
 try:
@@ -36,18 +38,27 @@ try:
     next(engine.stream([{"role": "user", "content": "word " * 200}], 5))
 except ConfigError as error:
     too_long = str(error)
+def answers(plan):
+    found = dict(engine.answer(prompts.tolist(), plan))
+    return [[found[row].tokens, found[row].finished] for row in range(3)]
+
+greedy, *sampled = (answers(AnswerPlan(20, temperature=t, seed=s)) for t, s in ((0, 0), (1.0, 1), (1.0, 1), (1.0, 2)))
 print("RESULT", json.dumps({
     "tokens": run.tokens.tolist(), "decoded": run.decoded, "first_token_s": run.first_token_s, "decode_s": run.decode_s,
     "answer": answer, "unfinished": engine.llm.llm_engine.has_unfinished_requests(), "refused": refused,
     "too_long": too_long, "cache_bytes": cache_bytes(files.config, 3, 129, 4),
-    "told": [engine.name, engine.dtype, engine.compiled, engine.vocabulary, engine.context],
+    "greedy": greedy, "sampled": sampled, "told": [engine.name, engine.dtype, engine.compiled, engine.vocabulary, engine.context],
 }))
 """
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("vllm") / "model")
+    """A model that says 254 as the seventh token of one of three answers, where it is to end."""
+    model = save_tiny(tmp_path_factory.mktemp("vllm") / "model")
+    defaults = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(defaults | {"eos_token_id": [2, 254]}))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +82,19 @@ def test_tokens_are_those_of_transformers_and_all_are_counted(result, other):
     assert result["decoded"] == 3 * 5
     assert result["first_token_s"] > 0
     assert result["decode_s"] > 0
+
+
+def test_answers_are_those_of_transformers_up_to_their_end(result, other):
+    prompts = torch.randint(3, 259, (3, 10), generator=torch.Generator().manual_seed(1))
+    found = generate(other.model, prompts.tolist(), 20, GREEDY)
+    assert result["greedy"] == [[each.tokens, each.finished] for each in found]
+    assert [each.finished for each in found].count(True) == 1
+
+
+def test_answers_are_sampled_by_seed(result):
+    first, again, another = result["sampled"]
+    assert first == again
+    assert first != another != result["greedy"]
 
 
 def test_the_streamed_answer_is_that_of_transformers(result, other):

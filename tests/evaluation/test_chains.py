@@ -41,10 +41,10 @@ def test_divergence_is_that_of_each_chain_scored_alone(models):
     found = measure(model, reference, PROMPTS, ChainPlan(3, tokens=12, seed=4), on_chain=lambda: steps.append(1))
     assert len(steps) == 4 * 3
     chains = generate(reference, PROMPTS, 12, SAMPLED, seed=4)
-    assert found.tokens_of_chains == [len(chain) for chain in chains]
+    assert found.tokens_of_chains == [len(chain.tokens) for chain in chains]
     assert found.tokens == sum(found.tokens_of_chains)
     for prompt, chain, kl in zip(PROMPTS, chains, found.kl_of_chains, strict=True):
-        whole = score(model, torch.tensor([*prompt, *chain]), reference).kl
+        whole = score(model, torch.tensor([*prompt, *chain.tokens]), reference).kl
         assert kl == pytest.approx(whole[len(prompt) - 1 :].mean().item(), rel=1e-4)
     low, high = found.kl_interval
     assert low < found.kl < high
@@ -57,6 +57,7 @@ def test_departures_are_where_the_two_greedy_decodings_differ(models):
     found = measure(model, reference, PROMPTS, ChainPlan(3, tokens=24))
     ours, theirs = (generate(network, PROMPTS, 24, GREEDY, batch=1) for network in (model, reference))
     for departure, a, b in zip(found.departures, ours, theirs, strict=True):
+        a, b = a.tokens, b.tokens
         same = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), None)
         assert departure == same
     assert {departure is None for departure in found.departures} == {True, False}

@@ -33,6 +33,7 @@ def evaluate(
     task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Chains, answers or questions at once.")] = 8,
+    engine: Annotated[str, typer.Option(help="What answers and runs tasks: transformers (auto) or vllm.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     device: Device = "auto",
@@ -60,12 +61,14 @@ def evaluate(
             boxed=boxed or (),
             answers=AnswerPlan(answer_tokens, batch, temperature, seed),
             tasks=TaskPlan(names, task_dir, task_limit, batch, seed) if names else None,
+            engine=engine,
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
             on_windows=followed(bars),
         )
     show(results)
-    console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}")
+    by = f", answers by vLLM {results['versions']['vllm']}" if results["engine"] == "vllm" else ""
+    console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}{by}")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")

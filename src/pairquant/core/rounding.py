@@ -194,10 +194,7 @@ def _damped(hessian: Tensor, damping: float, factorize: Callable[[Tensor], tuple
     level = hessian.diagonal().double().mean().clamp(min=1e-12)
     damping = max(damping, 1e-8)
     for attempt in range(8):
-        damped = hessian.double()
-        damped = damped.clone() if damped is hessian else damped
-        damped.diagonal().add_(level * damping * 10**attempt)
-        factor, failed = factorize(damped)
+        factor, failed = factorize(_plus_diagonal(hessian, level * damping * 10**attempt))
         if not failed and factor.isfinite().all():
             return factor
     raise CalibrationError(
@@ -206,15 +203,28 @@ def _damped(hessian: Tensor, damping: float, factorize: Callable[[Tensor], tuple
     )
 
 
+def _plus_diagonal(hessian: Tensor, value: Tensor) -> Tensor:
+    """A copy in float64."""
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal().add_(value)
+    return damped
+
+
 def _upper_of_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """With rows and columns in reverse, J H J = L Lᵀ, so H = V Vᵀ for V = J L J upper triangular, and U = V⁻¹ = J L⁻¹ J:
-    half the work of inverting H and factoring that.
+    half the work of inverting H and factoring that. Three matrices of H's size at once, for the largest take gigabytes.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    size, dtype, device = len(matrix), matrix.dtype, matrix.device
+    backwards = matrix.flip(0, 1)
+    del matrix  # the caller keeps none
+    lower, failed = torch.linalg.cholesky_ex(backwards)
+    del backwards
     if failed or not lower.isfinite().all():  # the inverse of infinity would be a plausible zero
         return lower, failed
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1), failed
+    inverse = torch.eye(size, dtype=dtype, device=device).mT  # by columns, as the solver writes: solved in place
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1), failed
 
 
 def proxy_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,6 +35,11 @@ def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
     if name == "auto":
         return "vllm" if prefer_vllm and installed and not files.gguf else "transformers"
     return name
+
+
+def vllm_version() -> str:
+    """Of the installed one, under whatever name; it is not imported."""
+    return version(packages_distributions()["vllm"][0])
 
 
 def gpu_wanted(device: str) -> bool:

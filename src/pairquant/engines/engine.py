@@ -26,7 +26,8 @@ class EngineOptions:
     dtype: of the activations; "auto" is bfloat16 on a CPU (there int4 products need it, and it measured faster than
     float32: 26 against 17 tokens/s for a 135M model on two cores with AVX512-BF16), the stored one on a GPU. compile:
     torch.compile, None for what the engine does by itself. sequences, sequence_tokens: how many at once, and how long at
-    their end, vLLM's cache is to hold; None for a conversation.
+    their end, vLLM's cache is to hold; None for a conversation. any_length: whether it must hold whatever the model can
+    take, up to a conversation's length, also where the sequences are shorter.
     """
 
     device: str = "auto"
@@ -34,6 +35,7 @@ class EngineOptions:
     compile: bool | None = None
     sequences: int = 1
     sequence_tokens: int | None = None
+    any_length: bool = False
 
     def __post_init__(self) -> None:
         """Raises `ConfigError`."""

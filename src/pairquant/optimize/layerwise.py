@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from ..core.linear import Transform, decode, encode
 from ..core.rounding import damped_cholesky, proxy_error, proxy_terms, ratio
 from ..errors import ConfigError
 from ..kernels.fit import solvers
-from ..layout import PackedLinear, columns_per_block
+from ..layout import LinearLayout, PackedLinear, columns_per_block
 from .blockwise import BlockData, refit_block, train_block
 from .capture import Block, Moments, MomentSum, find_blocks
 from .proxy import Problem, fit_transforms
@@ -192,10 +192,13 @@ class Walk:
         groups = _groups(moments, self.config.share_rotations)
         result.shared = [group for group in groups if len(group) > 1]
         recipe = self.config.recipe
-        weights = {path: block.linears[path].weight.detach().float() for group in groups for path in group}
+        blockwise = streams is not None and groups and (recipe.training or recipe.refit)
+        trained = [path for group in groups for path in group] if blockwise else []
+        weights = {path: block.linears[path].weight.detach().float() for path in trained}
         if recipe.training is None:
             self._fit_and_round(block, moments, groups, result)
-        if streams is not None and groups and (recipe.training or recipe.refit):
+        if blockwise:
+            assert streams is not None, "block-wise training has text"
             data = _block_data(streams, held_out, self.config, self.ranks)
             if recipe.training:
                 seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
@@ -212,7 +215,7 @@ class Walk:
             for path, weight in weights.items():
                 decoded = block.linears[path].weight.float()
                 result.errors[path] = proxy_error(weight, decoded, hessians[path])
-        result.packed = {path: _on_cpu(packed) for path, packed in result.packed.items()}
+        result.packed = _on_cpu(result.packed, self.device)
         after = _other_parameters(block)
         result.parameters = {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])}
         result.seconds = time.perf_counter() - start
@@ -231,10 +234,10 @@ class Walk:
     def _fit_and_round(
         self, block: Block, moments: list[Moments], groups: list[tuple[str, ...]], result: BlockResult
     ) -> None:
-        """Fit, round and replace all linears of the block; this rank works on its rows of each."""
+        """Fit, round and replace all linears of the block; this rank fits on its rows of each."""
         targets = {}
         for m in moments:
-            weights = {path: self._rows(block.linears[path], "weight").float() for path in m.readers}
+            weights = {path: self._rows(block.linears[path]).float() for path in m.readers}
             targets.update(_targets(weights, m, self.config.recipe.drift, self.ranks))
             m.cross = None
         hessians = {path: m.hessian for m in moments for path in m.readers}
@@ -244,34 +247,51 @@ class Walk:
         ]
         transforms = fit_transforms(problems, self.config, self.ranks)
         del problems
-        for group, transform in zip(groups, transforms, strict=True):
-            for path in group:
-                linear = block.linears[path]
-                packed, error = self._round(linear, targets.pop(path), transform, hessians[path])
-                install(linear, packed, self.device)
-                result.packed[path], result.errors[path] = packed, error
+        of_linear = {path: t for group, t in zip(groups, transforms, strict=True) for path in group}
+        self._round(block, targets, of_linear, hessians, result)
 
     def _round(
-        self, linear: nn.Linear, target: Tensor, transform: Transform, hessian: Tensor
-    ) -> tuple[PackedLinear, float]:
-        """One linear's packed form, and its relative error. target: this rank's rows, as the others."""
-        config = self.config
-        layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-        part, terms = None, torch.zeros(2, device=self.device)
-        if len(target):
-            part = encode(
-                target, transform, hessian, replace(layout, out_features=len(target)), config.recipe, config.symmetric,
-                self._rows(linear, "bias"), solvers=solvers(self.device),
-            )  # fmt: skip
-            terms = proxy_terms(self._rows(linear, "weight").float(), decode(part), hessian)
-        self.ranks.add(terms)
-        return self.ranks.whole(part, layout, self.device), ratio(terms)
+        self,
+        block: Block,
+        targets: dict[str, Tensor],
+        transforms: dict[str, Transform],
+        hessians: dict[str, Tensor],
+        result: BlockResult,
+    ) -> None:
+        """Round and replace all linears; this rank rounds some, and gets the others. targets: its rows of each."""
+        ranks, linears = self.ranks, {path: block.linears[path] for path in transforms}
+        owners = ranks.dealt({p: m.in_features * (m.in_features + m.out_features) for p, m in linears.items()})
+        whole = {
+            path: ranks.collected(targets.pop(path), linear.out_features, self._unit, owners[path])
+            for path, linear in linears.items()
+        }
+        terms = torch.zeros(len(linears), 2, device=self.device)
+        packed: dict[str, PackedLinear] = {}
+        for i, (path, linear) in enumerate(linears.items()):
+            if (target := whole.pop(path)) is not None:
+                bias = None if linear.bias is None else linear.bias.detach()
+                packed[path] = encode(
+                    target, transforms[path], hessians[path], self._layout(linear), self.config.recipe,
+                    self.config.symmetric, bias, solvers=solvers(self.device),
+                )  # fmt: skip
+                terms[i] = proxy_terms(linear.weight.detach().float(), decode(packed[path]), hessians[path])
+        ranks.add(terms)
+        for (path, linear), pair in zip(linears.items(), terms, strict=True):
+            everywhere = ranks.shared(packed.pop(path, None), self._layout(linear), owners[path], self.device)
+            install(linear, everywhere, self.device)
+            result.packed[path], result.errors[path] = everywhere, ratio(pair)
 
-    def _rows(self, linear: nn.Linear, name: str) -> Any:
-        """This rank's rows of a linear's weight or bias; None where there is no bias."""
-        rows = self.ranks.rows(linear.out_features, columns_per_block(self.config.bits))
-        parameter = getattr(linear, name)
-        return None if parameter is None else parameter.detach()[rows]
+    def _layout(self, linear: nn.Linear) -> LinearLayout:
+        return self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+
+    def _rows(self, linear: nn.Linear) -> Tensor:
+        """This rank's rows of a linear's weight."""
+        return linear.weight.detach()[self.ranks.rows(linear.out_features, self._unit)]
+
+    @property
+    def _unit(self) -> int:
+        """Rows are shared out in multiples of this."""
+        return columns_per_block(self.config.bits)
 
 
 def quantize_blocks(
@@ -376,8 +396,15 @@ def _other_parameters(block: Block) -> dict[str, Tensor]:
     }
 
 
-def _on_cpu(packed: PackedLinear) -> PackedLinear:
-    return PackedLinear(packed.layout, **{name: tensor.cpu() for name, tensor in packed.tensors().items()})
+def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, PackedLinear]:
+    """The linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
+    there = {
+        path: PackedLinear(linear.layout, **{n: t.to("cpu", non_blocking=True) for n, t in linear.tensors().items()})
+        for path, linear in packed.items()
+    }
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return there
 
 
 def _seed(seed: int, path: str) -> int:

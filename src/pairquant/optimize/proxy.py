@@ -129,14 +129,17 @@ def select_for(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks = AL
 
     Several ranks pass rows of their own, and select the same pairs.
     """
+    return select_pairs(_pair_rank(weight, seed, config, ranks), config.rotations)
+
+
+def _pair_rank(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks) -> Tensor:
+    """The order in which pairs are considered, float32 [G, g, g]."""
     g = int(config.group_size)
     if config.pair_selection == "magnitude":
         magnitudes = weight.abs().sum(0)
         ranks.add(magnitudes)
-        rank = magnitude_rank(magnitudes, g)
-    else:
-        rank = random_rank(weight.shape[1] // g, g, torch.Generator().manual_seed(seed), weight.device)
-    return select_pairs(rank, config.rotations)
+        return magnitude_rank(magnitudes, g)
+    return random_rank(weight.shape[1] // g, g, torch.Generator().manual_seed(seed), weight.device)
 
 
 class _Search:
@@ -147,9 +150,9 @@ class _Search:
         self.problems, self.config, self.ranks = problems, config, ranks
         self.group_size = int(config.group_size)
         self.sizes = [p.channels for p in problems]
-        selections = [select_for(p.weight, p.seed, config, ranks) for p in problems]
-        self.pairs = torch.cat([s.pairs for s in selections], dim=1)
-        self.free = torch.cat([s.free for s in selections], dim=1)
+        order = torch.cat([_pair_rank(p.weight, p.seed, config, ranks) for p in problems])
+        selection = select_pairs(order, config.rotations)  # of all at once: the time goes into launches
+        self.pairs, self.free = selection.pairs, selection.free
         self.positions = givens_positions(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
         ranks.add(self.norms)

@@ -1,22 +1,23 @@
-"""Several processes at one model (torchrun): calibration windows and the rows of every linear are spread over them.
+"""Several processes at one model (torchrun): calibration windows, the rows of every linear, and linears are spread.
 
-Every rank sees its own windows; second moments are summed over all. Every rank has its own rows of each weight: the
-proxy is a sum over rows, so gradients of a transform are summed, and rounding goes row by row. The packed parts then go
-to everyone. A single process is the case of one rank, without `torch.distributed`.
+Every rank sees its own windows; second moments are summed over all. To fit, every rank has its own rows of each weight:
+the proxy is a sum over rows, so gradients of a transform are summed. To round, it has linears of its own, whole: there
+the columns come one after another, and fewer rows are hardly quicker. What is packed then goes to everyone. A single
+process is the case of one rank, without `torch.distributed`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout import LinearLayout, PackedLinear, columns_per_block
+from ..layout import LinearLayout, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -65,28 +66,39 @@ class Ranks:
         for tensor in tensors:
             self._broadcast(tensor, 0)
 
-    def whole(self, part: PackedLinear | None, layout: LinearLayout, device: torch.device) -> PackedLinear:
-        """A linear of this layout from every rank's `rows` of it, everywhere; None from a rank that has no rows."""
+    def dealt(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """A rank for each piece of work by name: the dearest first, to whoever has least to do."""
+        load = [0.0] * self.size
+        owners = {}
+        for name in sorted(costs, key=lambda name: -costs[name]):
+            owners[name] = min(range(self.size), key=load.__getitem__)
+            load[owners[name]] += costs[name]
+        return owners
+
+    def collected(self, part: Tensor, count: int, unit: int, owner: int) -> Tensor | None:
+        """Every rank's `rows` of a matrix with `count` of them, put together at its owner; None elsewhere."""
         if self.size == 1:
-            assert part is not None, "a single rank has all rows"
             return part
         parts = []
         for rank in range(self.size):
-            rows = self.rows(layout.out_features, columns_per_block(layout.bits), rank)
-            if count := rows.stop - rows.start:
-                own = part.tensors() if part is not None and rank == self.rank else {}
-                parts.append(self._received(own, replace(layout, out_features=count), rank, device))
-        return PackedLinear.joined(parts)
+            rows = self.rows(count, unit, rank)
+            received = part.contiguous() if rank == self.rank else part.new_empty(rows.stop - rows.start, part.shape[1])
+            self._broadcast(received, rank)
+            parts.append(received if owner == self.rank else None)
+        return torch.cat([p for p in parts if p is not None]) if owner == self.rank else None
 
-    def _received(
-        self, own: dict[str, Tensor], layout: LinearLayout, source: int, device: torch.device
+    def shared(
+        self, packed: PackedLinear | None, layout: LinearLayout, owner: int, device: torch.device
     ) -> PackedLinear:
-        """The linear that `source` has; `own`: its tensors by name there, {} elsewhere."""
+        """A linear of this layout that its owner has, everywhere; None from the others."""
+        if self.size == 1:
+            assert packed is not None, "a single rank has everything"
+            return packed
         received = {}
         for name, field in layout.fields().items():
-            empty = torch.empty(field.shape, dtype=field.dtype, device=device)
-            received[name] = own[name].to(device).contiguous() if own else empty
-            self._broadcast(received[name], source)
+            own = packed.tensors()[name].to(device).contiguous() if packed is not None else None
+            received[name] = torch.empty(field.shape, dtype=field.dtype, device=device) if own is None else own
+            self._broadcast(received[name], owner)
         return PackedLinear(layout, **received)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
