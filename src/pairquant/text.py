@@ -32,6 +32,8 @@ SHORT_NAMES = {
     "pileval": "mit-han-lab/pile-val-backup::validation",
 }
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+#: Where the hub keeps its own export of data sets that come as a script, which `datasets` no longer runs.
+EXPORTED = "refs/convert/parquet"
 #: Documents read from a data set at the most; more text does not help (docs/decisions.md) and tokenizing takes time.
 MAX_DOCUMENTS = 20_000
 
@@ -117,8 +119,16 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str]:
     """Texts of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
     from datasets import load_dataset  # slow to import, and needed for few sources
 
+    def rows() -> Iterable[object]:
+        try:
+            return load_dataset(*args, **kwargs)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return load_dataset(*args, **kwargs, revision=EXPORTED)
+
     try:
-        for number, row in enumerate(islice(load_dataset(*args, **kwargs), MAX_DOCUMENTS), 1):
+        for number, row in enumerate(islice(rows(), MAX_DOCUMENTS), 1):
             yield _text_of(row, f"{name}, row {number}")
     except TextError:
         raise

@@ -7,7 +7,7 @@ import torch
 
 from pairquant.errors import TextError
 from pairquant.optimize.calibration import calibrate
-from pairquant.text import SHORT_NAMES
+from pairquant.text import SHORT_NAMES, documents
 
 SEQ_LEN = 10
 
@@ -297,3 +297,17 @@ def _refused(tokenizer, names) -> str:
     with pytest.raises(TextError) as caught:
         calibrate(tokenizer, names, samples=3, seq_len=SEQ_LEN, seed=0)
     return str(caught.value)
+
+
+def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
+    asked = []
+
+    def load(*arguments, revision=None, **options):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found RedPajama-Data-1T-Sample.py")
+        return [{"text": "What it says."}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert list(documents("redpajama")) == ["What it says."]
+    assert asked == [None, "refs/convert/parquet"]
