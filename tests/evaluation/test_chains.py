@@ -6,7 +6,7 @@ from models import tiny_model
 
 from pairquant.errors import ConfigError
 from pairquant.evaluation.chains import ChainPlan, measure
-from pairquant.evaluation.generation import GREEDY, SAMPLED, generate
+from pairquant.evaluation.generation import GREEDY, SAMPLED, Continuation, generate
 from pairquant.evaluation.quality import score
 
 PROMPTS = [[5, 9, 11], [40, 41, 42, 43, 44, 45], [7]]
@@ -74,26 +74,27 @@ def test_sampling_is_seeded_leaves_the_global_state_alone_and_does_not_depend_on
     reference.generation_config.top_k, before = 1, reference.generation_config.top_k
     again = generate(reference, PROMPTS, 10, SAMPLED, seed=1)
     reference.generation_config.top_k = before
-    assert all(map(torch.equal, first, again))
+    assert first == again
     other = generate(reference, PROMPTS, 10, SAMPLED, seed=2)
-    assert not all(map(torch.equal, first, other))
+    assert first != other
 
 
 def test_continuations_do_not_depend_on_what_else_is_in_the_batch(models):
     model, _ = models
     together = generate(model, PROMPTS, 9, GREEDY, batch=3)
     alone = generate(model, PROMPTS, 9, GREEDY, batch=1)
-    assert all(map(torch.equal, together, alone))
+    assert together == alone
 
 
 def test_a_continuation_ends_with_its_first_end_of_text(models):
     model, _ = models
     (whole,) = generate(model, PROMPTS[:1], 8, GREEDY)
-    model.generation_config.eos_token_id, before = [250, int(whole[2])], model.generation_config.eos_token_id
+    end = whole.tokens[2]
+    model.generation_config.eos_token_id, before = [250, end], model.generation_config.eos_token_id
     (cut, _) = generate(model, PROMPTS[:2], 8, GREEDY)
     model.generation_config.eos_token_id = before
-    first = whole.tolist().index(int(whole[2]))
-    assert cut.tolist() == whole[: first + 1].tolist()
+    assert cut == Continuation(whole.tokens[: whole.tokens.index(end) + 1], finished=True)
+    assert not whole.finished
 
 
 @pytest.mark.parametrize(
