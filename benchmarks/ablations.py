@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench_quality import SETTING
 from recipes import config_from
+from setting import SETTING
 
 from pairquant.config import QuantConfig
 

@@ -4,9 +4,8 @@
 
 A RECIPE is a preset, with options of `QuantConfig` or `Recipe` after a colon: `fast`, `rtn:bits=3`,
 `fast:bits=3,steps=75`,
-`paper:training.epochs=2,share_rotations=True`. The setting is that of the project's results table: group size 64,
-64 windows of 1024 tokens from WikiText-2 (validation), GSM8K (training) and Grimms' Fairy Tales; perplexity and KL
-on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems. One JSON line a recipe.
+`paper:training.epochs=2,share_rotations=True`. The setting is that of the project's results table (setting.py).
+One JSON line a recipe.
 """
 
 from __future__ import annotations
@@ -20,26 +19,14 @@ from pathlib import Path
 import torch
 import transformers
 from recipes import config_from
+from setting import SETTING, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.devices import resolve_device
-from pairquant.evaluation.quality import Quality, measure
+from pairquant.evaluation.quality import measure
 from pairquant.layout import bits_per_weight
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.layerwise import Walk, needs_text
-from pairquant.text import documents, token_windows
-
-DATA = Path(__file__).parent / "data"
-CALIBRATION = (str(DATA / "wikitext2-valid.txt"), "default")
-EVALUATION = {"wikitext2-test": (str(DATA / "wikitext2-test.txt"), 80), "gsm8k-test": ("default/gsm8k-test.jsonl", 30)}
-
-
-SETTING = {"group_size": 64, "samples": 64, "seq_len": 1024, "calibration": CALIBRATION}
-
-
-def numbers(quality: Quality) -> dict[str, float]:
-    """Without the lists by window and position."""
-    return {name: value for name, value in vars(quality).items() if isinstance(value, (int, float))}
 
 
 def main() -> None:
@@ -55,9 +42,7 @@ def main() -> None:
     files = ModelFiles.find(arguments.model)
     tokenizer = files.tokenizer()
     original = files.model(torch.float32, device)
-    texts = {
-        name: token_windows(tokenizer, documents(source), 2048)[:count] for name, (source, count) in EVALUATION.items()
-    }
+    texts = evaluation_windows(tokenizer)
     for text, config in configs.items():
         model, start = copy.deepcopy(original), time.perf_counter()
         tokens = held_out = None

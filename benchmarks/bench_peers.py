@@ -1,0 +1,335 @@
+"""Other quantizers and ours, each run by its own code, on one model and one calibration text, measured in one way.
+
+    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--quick]
+
+Each peer of peers/table.py runs in its own virtual environment, `.venv-peers/NAME`, made when it is missing from its
+pinned requirements; with `--site DIR`, in this interpreter with `DIR/NAME` (filled by `pip install --target`) before its
+own packages. It is given the model and 64 × 1024 tokens (setting.py), and returns a plain model of what its quantized
+linears multiply with, which is measured here against the original: nobody's kernels come into it. A row lasts: what the
+results file has already is not run again, failures only with `--retry`. A peer that cannot run is a row that says why.
+`--quick`: little text and few steps, to see what runs. Its rows say so, stay in the work folder and mean nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from embedded_model import gguf_file
+from peers.runners.plain import Job
+from peers.table import PEERS, Peer
+from safetensors.torch import save_file
+from setting import CALIBRATION, SETTING, evaluation_windows, numbers
+
+from pairquant.checkpoint.read import ModelFiles
+from pairquant.comparison import ranked
+from pairquant.devices import resolve_device
+from pairquant.environment import device_name
+from pairquant.evaluation.quality import measure
+from pairquant.optimize.calibration import calibrate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+#: Windows for recipes that choose their best epoch on other text: as many as the paper's.
+HELD_OUT = 64
+NEW_ENVIRONMENT = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much text: calibration windows (and held-out ones) and their length, evaluation windows and theirs."""
+
+    samples: int
+    length: int
+    evaluation: int | None
+    evaluation_length: int
+
+
+FULL = Scale(SETTING["samples"], SETTING["seq_len"], None, 2048)
+QUICK = Scale(4, 256, 2, 256)
+
+
+class Unable(Exception):
+    """Why a peer did not run, in a line."""
+
+
+# What all are given
+
+
+def embedded_model(work: Path) -> Path:
+    """The directory of SmolLM2-135M-Instruct, unpacked when it is not there yet."""
+    folder = work / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        gguf_file()  # says how to get it if it is missing
+        script = Path(__file__).with_name("embedded_model.py")
+        subprocess.run([sys.executable, script, folder], check=True)
+    return folder
+
+
+def write_calibration(tokenizer: Any, scale: Scale, file: Path) -> None:
+    """`tokens`, the setting's windows, and `held_out`, as many of the same text as a recipe may want, none of them in it."""
+    held_out = min(HELD_OUT, scale.samples)
+    drawn = [
+        calibrate(tokenizer, CALIBRATION, n, scale.length, seed=0).tokens
+        for n in (scale.samples, scale.samples + held_out)
+    ]
+    tokens, more = drawn
+    used = {tuple(window.tolist()) for window in tokens}
+    others = torch.stack([window for window in more if tuple(window.tolist()) not in used])
+    save_file({"tokens": tokens, "held_out": others[:held_out].contiguous()}, file)
+
+
+# Environments
+
+
+def interpreter(peer: Peer, site: Path | None) -> tuple[Path, dict[str, str]]:
+    """What runs the peer, and its environment variables; raises `Unable` with pip's own words."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if peer.environment is None:
+        return Path(sys.executable), variables
+    if site is not None:
+        folder = site.resolve() / peer.environment
+        if not folder.is_dir():
+            raise Unable(f"{folder} is not there: pip install --target {folder} of {peer.requirements.name}'s packages")
+        return Path(sys.executable), {
+            **variables,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
+        }
+    return made_environment(peer), variables
+
+
+def made_environment(peer: Peer) -> Path:
+    """The interpreter of `.venv-peers/NAME`, made anew when the requirements are not the ones that it was made from."""
+    folder = ROOT / ".venv-peers" / peer.environment
+    python, made_from = folder / "bin" / "python", folder / "requirements.txt"
+    wanted = peer.requirements.read_text()
+    if made_from.exists() and made_from.read_text() == wanted:
+        return python
+    print(f"making {folder.relative_to(ROOT)} …", flush=True)
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", folder],
+        [python, *NEW_ENVIRONMENT, "-r", peer.requirements],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise Unable(f"not installed: {last_error(done.stdout + done.stderr)}")
+    shutil.copy(peer.requirements, made_from)
+    return python
+
+
+def last_error(output: str) -> str:
+    """The line that names the error, without folders: the last that looks like an exception's or pip's, else the last."""
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"([\w.]*(Error|Exception|Exit|Interrupt)\b|ERROR:)", line)]
+    return re.sub(r"(?<![\w.])(/[\w.+-]+)+/", "…/", (named or lines or ["no output"])[-1])[:300]
+
+
+# Running and measuring
+
+
+def run_peer(peer: Peer, job: Job, site: Path | None, limit: float | None) -> dict[str, Any]:
+    """The runner's facts; the plain model is in `job.output`, the log beside it. Raises `Unable` with its last error."""
+    folder = Path(job.output).parent
+    shutil.rmtree(job.output, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    python, variables = interpreter(peer, site)
+    job.write(folder / "job.json")
+    with (folder / "log.txt").open("w") as log:
+        try:
+            done = subprocess.run(
+                [python, peer.script, folder / "job.json"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            raise Unable(f"not done after {limit / 60:.0f} minutes") from None
+    if done.returncode < 0:
+        raise Unable(
+            f"ended by signal {-done.returncode}: {last_error((folder / 'log.txt').read_text(errors='replace'))}"
+        )
+    if done.returncode:
+        raise Unable(last_error((folder / "log.txt").read_text(errors="replace")))
+    return json.loads(Path(job.output, "facts.json").read_text())
+
+
+class Referee:
+    """Measures plain models against the original, which is loaded once and only if it is needed."""
+
+    def __init__(self, files: ModelFiles, device: torch.device, scale: Scale) -> None:
+        self.files, self.device, self.scale = files, device, scale
+        self.original: torch.nn.Module | None = None
+
+    def measure(self, folder: str) -> dict[str, dict[str, Any]]:
+        """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6)}."""
+        if self.original is None:
+            self.original = self.files.model(torch.float32, self.device)
+            scale = self.scale
+            self.texts = evaluation_windows(self.files.tokenizer(), scale.evaluation_length, scale.evaluation)
+        model = ModelFiles.find(folder).model(torch.float32, self.device)
+        found = {name: measure(model, windows, self.original) for name, windows in self.texts.items()}
+        return {
+            name: {
+                **numbers(q),
+                "kl_interval": q.kl_interval,
+                "kl_of_windows": [round(kl, 6) for kl in q.kl_of_windows or []],
+            }
+            for name, q in found.items()
+        }
+
+
+def job_of(peer: Peer, bits: int, options: argparse.Namespace, model: Path, calibration: Path) -> Job:
+    output = options.work / f"{peer.name}-{bits}" / "plain"
+    return Job(
+        model=str(model.resolve()),
+        calibration=str(calibration.resolve()),
+        output=str(output.resolve()),
+        bits=bits,
+        group_size=peer.group_size,
+        device=str(resolve_device(options.device)),
+        quick=options.quick,
+        options=peer.options,
+    )
+
+
+def row_of(peer: Peer, job: Job, options: argparse.Namespace, referee: Referee) -> dict[str, Any]:
+    """Facts and measurements, or the reason why there are none."""
+    try:
+        facts = run_peer(peer, job, options.site, options.minutes and 60 * options.minutes)
+        return {**facts, **referee.measure(job.output)}
+    except Unable as reason:
+        return {"reason": str(reason)}
+    finally:
+        if not options.keep:
+            shutil.rmtree(job.output, ignore_errors=True)
+
+
+def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, results: Path, model: Path) -> None:
+    """Runs what the results lack and appends a row for each."""
+    device, scale = resolve_device(options.device), QUICK if options.quick else FULL
+    files = ModelFiles.find(str(model))
+    calibration = options.work / f"calibration-{scale.samples}x{scale.length}.safetensors"
+    write_calibration(files.tokenizer(), scale, calibration)
+    referee = Referee(files, device, scale)
+    done = finished(results, model.name, options.retry)
+    for peer, bits in wanted:
+        if (peer.name, bits) in done:
+            continue
+        print(f"{peer.name}, {bits} bits …", flush=True)
+        head = {
+            "peer": peer.name,
+            "bits": bits,
+            "model": model.name,
+            "quick": options.quick,
+            "device": device_name(device),
+        }
+        row = head | row_of(peer, job_of(peer, bits, options, model, calibration), options, referee)
+        with results.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(f"  {row.get('reason') or summary(row)}", flush=True)
+
+
+def summary(row: dict[str, Any]) -> str:
+    return f"{row['seconds']} s, KL {row['wikitext2-test']['kl']:.4f} and {row['gsm8k-test']['kl']:.4f}"
+
+
+# Results
+
+
+def rows_of(results: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """The last row of each peer and width."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {(row["peer"], row["bits"]): row for row in map(json.loads, lines) if row["model"] == model}
+
+
+def finished(results: Path, model: str, retry: bool) -> set[tuple[str, int]]:
+    """What is not to be run again."""
+    return {key for key, row in rows_of(results, model).items() if not (retry and "reason" in row)}
+
+
+def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
+    """Of one width, the closest to the original first; then what could not be run."""
+    peers = {peer.name: peer for peer in PEERS}
+    here = [row for (name, width), row in rows.items() if width == bits and name in peers]
+    measured = [row for row in here if "reason" not in row]
+    lines = [
+        f"| {bits} bits | method | group | bits a weight | WikiText2 ppl | KL | behind the closest | GSM8K KL | top-1 | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    behind = behind_the_closest(measured)
+    for row in sorted(measured, key=lambda row: row["wikitext2-test"]["kl"]):
+        peer, wiki, gsm = peers[row["peer"]], row["wikitext2-test"], row["gsm8k-test"]
+        lines.append(
+            f"| {peer.label} | {peer.method} | {row['group_size'] or '–'} | {row['bits_per_weight']:.2f} | "
+            f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f}{half(wiki['kl_interval'])} | {behind[peer.name]} | "
+            f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {row['seconds']:.0f} |"
+        )
+    for row in here:
+        if "reason" in row:
+            peer = peers[row["peer"]]
+            reason = row["reason"].replace("|", "\\|") + (f" (needs {peer.needs})" if peer.needs else "")
+            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} | | | | | | | |")
+    return "\n".join(lines)
+
+
+def half(interval: list[float] | None) -> str:
+    """Half of a 95 % interval."""
+    return f" ± {(interval[1] - interval[0]) / 2:.4f}" if interval else ""
+
+
+def behind_the_closest(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """How much further from the original on WikiText-2, window for window: mean ± half its 95 % interval."""
+    if not rows:
+        return {}
+    text = "wikitext2-test"
+    found = ranked([{"name": row["peer"], "evaluation": {"texts": {text: row[text]}}} for row in rows], seed=0)[text]
+    differences = {name: f"{d['kl']:.4f}{half(d['interval'])}" for name, d in found["ahead_of"].items()}
+    return {found["model"]: "closest", **differences}
+
+
+def results_file(options: argparse.Namespace) -> Path:
+    device = resolve_device(options.device)
+    name = "cpu" if device.type == "cpu" else re.sub(r"NVIDIA |[ -].*", "", torch.cuda.get_device_name(device)).lower()
+    return options.work / f"quick-{name}.jsonl" if options.quick else RESULTS / f"peers-{name}.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a directory of Transformers' (default: the embedded model)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peer", nargs="+", choices=[peer.name for peer in PEERS], help="these only")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=(4, 3), help="these widths only")
+    parser.add_argument("--site", type=Path, help="run in this interpreter, with DIR/NAME before its packages")
+    parser.add_argument("--minutes", type=float, help="give up on a peer after so many")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--retry", action="store_true", help="also what failed before")
+    parser.add_argument("--keep", action="store_true", help="keep the plain models in the work folder")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="models, logs and quick results")
+    parser.add_argument("--out", type=Path, help="default: results/peers-DEVICE.jsonl")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
+    model, results = options.model or embedded_model(options.work), options.out or results_file(options)
+    wanted = [
+        (p, bits) for bits in options.bits for p in PEERS if bits in p.bits and p.name in (options.peer or [p.name])
+    ]
+    compare(wanted, options, results, model)
+    if options.quick:
+        print("\nA quick run, to see what works: these numbers mean nothing.")
+    print("", *(table(rows_of(results, model.name), bits) for bits in options.bits), f"Rows: {results}", sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

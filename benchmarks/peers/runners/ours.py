@@ -1,0 +1,53 @@
+"""This project's presets, given the same tokens as the peers. `paper` chooses its best epoch on the held-out windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from plain import Job, Outcome, Stopwatch, linears_of, run
+
+#: To see that a preset works.
+QUICK = {
+    "fast": ["steps=2"],
+    "best": ["steps=2", "refit.epochs=1"],
+    "paper": ["training.epochs=1", "training.weight_epochs=1"],
+}
+
+
+def config_of(job: Job) -> Any:
+    from pairquant.config import QuantConfig, recipe_with
+
+    preset = job.options["preset"]
+    changes = [*job.options.get("changes", ()), *(QUICK.get(preset, ()) if job.quick else ())]
+    recipe = recipe_with(preset, changes)
+    return QuantConfig(preset=preset, recipe=recipe, bits=job.bits, group_size=job.group_size)
+
+
+def quantize(job: Job) -> Outcome:
+    from pairquant.layout import bits_per_weight
+    from pairquant.optimize.layerwise import Walk, needs_text
+
+    config, device = config_of(job), torch.device(job.device)
+    model = job.load(torch.float32).to(device)
+    tokens = job.windows if needs_text(config) else None
+    training = config.recipe.training
+    held_out = job.held_out[: training.validation_samples] if training else None
+    with Stopwatch(job.device) as watch:
+        packed = {
+            path: p
+            for result in Walk(model, config, device, tokens, held_out).run()
+            for path, p in result.packed.items()
+        }
+    weights = {path: linear.weight.detach() for path, linear in linears_of(model).items()}
+    return Outcome(
+        weights,
+        watch.seconds,
+        bits_per_weight(p.layout for p in packed.values()),
+        job.group_size,
+        others={name: value for name, value in model.state_dict().items() if value.ndim == 1},
+    )
+
+
+if __name__ == "__main__":
+    run(quantize, ["pairquant"])

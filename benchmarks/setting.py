@@ -1,0 +1,33 @@
+"""The one setting of all accuracy benchmarks: which text calibrates, how much of it, and what is measured afterwards.
+
+Group size 64; 64 windows of 1024 tokens from WikiText-2 (validation), GSM8K (training) and Grimms' Fairy Tales;
+perplexity and KL on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pairquant.evaluation.quality import Quality
+from pairquant.text import documents, token_windows
+
+DATA = Path(__file__).parent / "data"
+CALIBRATION = (str(DATA / "wikitext2-valid.txt"), "default")
+EVALUATION = {"wikitext2-test": (str(DATA / "wikitext2-test.txt"), 80), "gsm8k-test": ("default/gsm8k-test.jsonl", 30)}
+SETTING = {"group_size": 64, "samples": 64, "seq_len": 1024, "calibration": CALIBRATION}
+
+
+def evaluation_windows(tokenizer: Any, length: int = 2048, most: int | None = None) -> dict[str, Tensor]:
+    """Of each text, int64 [windows, length]; `most`: at most so many windows."""
+    return {
+        name: token_windows(tokenizer, documents(source), length)[: min(count, most or count)]
+        for name, (source, count) in EVALUATION.items()
+    }
+
+
+def numbers(quality: Quality) -> dict[str, float]:
+    """Without the lists by window and position."""
+    return {name: value for name, value in vars(quality).items() if isinstance(value, (int, float))}
