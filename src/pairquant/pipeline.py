@@ -237,7 +237,7 @@ class Job:
 
     def _require_finite(self) -> None:
         names = [f"{path}.weight" for block in self.blocks for path in block.linears]
-        if self.ranks.leads and (found := self.source.not_finite(names)):
+        if self.ranks.leads and (found := self.source.not_finite(names, self.device)):
             raise SourceError(f"{found[0]} has {found[1]} values that are NaN or infinite: the source is damaged.")
 
     def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .read import ModelFiles
 SAMPLE_BYTES, SAMPLES = 1 << 16, 16
 #: Largest file of a copy that is written where the source cannot be streamed.
 SPILL_BYTES = 2_000_000_000
+#: Largest block that is read while the one before is worked on: it takes so much of the host's memory.
+AHEAD_BYTES = 4_000_000_000
 
 
 class SourceWeights:
@@ -33,6 +36,8 @@ class SourceWeights:
         self.stored = stored
         self.files = sorted(set(stored.files.values()))
         self._seen = {file: _state(file) for file in self.files}
+        self._reader = ThreadPoolExecutor(1, "source")
+        self._ahead: dict[str, Future[Tensor]] = {}
 
     @classmethod
     def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
@@ -80,7 +85,7 @@ class SourceWeights:
             for name, old in _tensors(owner):
                 full = ".".join(part for part in (prefix, path, name) if part)
                 if full in self.stored.fields:
-                    value = self.load(full, device)
+                    value = self._read(full, device)
                     _put(owner, name, value.to(dtype) if dtype is not None and value.is_floating_point() else value)
                 elif not old.is_meta:
                     _put(owner, name, old.to(device))
@@ -104,16 +109,33 @@ class SourceWeights:
         """The block's weights, on the device."""
         self.fill(block.module, block.path, device, dtype)
 
+    def expect(self, block: Any, device: torch.device) -> None:
+        """Begin to read the block that will enter next, in the background."""
+        names = [f"{block.path}.{name}" for name in block.module.state_dict()]
+        names = [name for name in names if name in self.stored.fields]
+        if sum(self.stored.fields[name].nbytes for name in names) <= AHEAD_BYTES:
+            pin = device.type == "cuda"
+            self._ahead = {name: self._reader.submit(self._copy, name, pin) for name in names}
+
+    def _copy(self, name: str, pin: bool) -> Tensor:
+        """In memory, no map of the file; pinned, it goes to a GPU at full speed."""
+        value = self.load(name)
+        return value.pin_memory() if pin else value.clone()
+
+    def _read(self, name: str, device: torch.device | str) -> Tensor:
+        ahead = self._ahead.pop(name, None)
+        return self.load(name, device) if ahead is None else ahead.result().to(device, non_blocking=True)
+
     def leave(self, block: Any) -> None:
         """Forget the block's weights."""
         for module in block.module.modules():
             for name, old in module.named_parameters(recurse=False):
                 _put(module, name, old.data.to("meta"))
 
-    def not_finite(self, names: Iterable[str]) -> tuple[str, int] | None:
-        """The first of these tensors with NaN or infinity in it, and how many."""
+    def not_finite(self, names: Iterable[str], device: torch.device) -> tuple[str, int] | None:
+        """The first of these tensors with NaN or infinity in it, and how many; looked for on the device."""
         for name in names:
-            value = self.load(name)
+            value = self.load(name, device)
             if not value.isfinite().all():
                 return name, int((~value.isfinite()).sum())
         return None

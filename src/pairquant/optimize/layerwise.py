@@ -60,6 +60,7 @@ class Home(Protocol):
 
     def dtype(self, block: Block) -> torch.dtype: ...
     def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None: ...
+    def expect(self, block: Block, device: torch.device) -> None: ...
     def leave(self, block: Block) -> None: ...
 
 
@@ -84,6 +85,9 @@ class InPlace:
         first = next(block.module.parameters())
         self.stored_as = first.device, first.dtype
         block.module.to(device, dtype)
+
+    def expect(self, block: Block, device: torch.device) -> None:
+        """It is here already."""
 
     def leave(self, block: Block) -> None:
         assert self.stored_as is not None, "a block leaves that never entered"
@@ -137,10 +141,10 @@ class Walk:
             if index < self.finished.count:
                 result = self.finished.result(index)
                 if streams is not None and index >= first:
-                    with self._entered(block):
+                    with self._entered(index):
                         self._repeat(block, index, result, [s for s in (streams, held_out) if s])
                 continue
-            with self._entered(block):
+            with self._entered(index):
                 yield self._quantize(index, block, streams, held_out)
                 if streams is not None and index + 1 < len(self.blocks):
                     for stream in filter(None, (streams, held_out)):
@@ -163,8 +167,11 @@ class Walk:
         return stored[0]
 
     @contextmanager
-    def _entered(self, block: Block) -> Iterator[None]:
+    def _entered(self, index: int) -> Iterator[None]:
+        block = self.blocks[index]
         self.home.enter(block, self.device, self.dtype)
+        if index + 1 < len(self.blocks):
+            self.home.expect(self.blocks[index + 1], self.device)
         try:
             yield
         finally:
