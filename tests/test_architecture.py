@@ -63,7 +63,7 @@ DOORS = {
         "kernels/tune.py",
     },
     "vllm": {"engines/vllm.py", "integrations/vllm/compat.py"},
-    "plotly": {"report/figures.py"},
+    "plotly": {"report/figures.py", "report/evidence.py", "report/style.py"},
     "kaleido": {"report/images.py"},
     "choreographer": {"report/images.py"},
     "pickle": set(),

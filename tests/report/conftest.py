@@ -47,3 +47,84 @@ def results(tmp_path):
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    def write(name, content):
+        (tmp_path / name).write_text(json.dumps(content))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def evaluated():
+    """What `pairquant eval --json` writes of a model beside its original, all parts asked for."""
+
+    def make(model, reference, kl=0.1, bits=4.0):
+        parts = [{"start": 0, "end": 10, "kl": 0.1}, {"start": 10, "end": 30, "kl": 0.3}]
+        text = {"tokens": 630, "perplexity": 20.0, "kl": kl, "top1": 0.9, "kl_interval": [kl / 2, 2 * kl]}
+        plain = {"tokens": 630, "perplexity": 20.0, "kl": None, "top1": None, "kl_interval": None}
+        answers = {"problems": 40, "accuracy": 0.5, "interval": [0.3, 0.7]}
+        pair = {"lost": 7, "gained": 3, "p_value": 0.3, "no_worse": 0.2}
+        metric = {"value": 0.5, "stderr": 0.1, "outcomes": [True, False]}
+        words = {"value": 3.0, "stderr": None, "outcomes": None}
+        task = {"small": {"acc": metric, "word_perplexity": words}}
+        original = {"small": {"acc": metric | {"value": 0.55}, "word_perplexity": words}}
+        found = {
+            "model": str(model),
+            "reference": reference,
+            "bits_per_weight": bits,
+            "device": "a CPU",
+            "texts": {"wiki.txt": text | {"kl_by_position": parts} if reference else plain},
+            "answers": {"/data/sums.jsonl": {"model": answers, "reference": None, "paired": None}},
+            "tasks": {"model": task, "reference": None, "paired": None},
+        }
+        if reference:
+            found["answers"]["/data/sums.jsonl"] |= {"reference": answers | {"accuracy": 0.6}, "paired": pair}
+            found["tasks"] |= {"reference": original, "paired": {"small": {"acc": pair}}}
+            found["chains"] = {
+                "chains": 4, "tokens": 90, "kl": 0.2, "kl_interval": [0.1, 0.3], "kl_by_position": parts,
+                "departures": [4, 9, None, 4], "departure_median": 9, "plan": {"tokens": 30},
+            }  # fmt: skip
+        return found
+
+    return make
+
+
+def speed_of(name, factor):
+    row = {"prefill_tokens_per_s": 100.0, "first_token_s": 0.1}
+    rows = [row | {"batch": batch, "decode_tokens_per_s": float(factor * batch)} for batch in (1, 4)]
+    return {"name": str(name), "dtype": "bfloat16", "peak_memory_bytes": None, "rows": rows}
+
+
+@pytest.fixture(scope="session")
+def benched():
+    """What `pairquant bench --json` writes."""
+
+    def make(model, reference):
+        return {
+            "model": speed_of(model, 11), "reference": speed_of(reference, 10), "workload": {}, "engine": "transformers",
+            "device": "a CPU",
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compared(evaluated):
+    """What `pairquant compare --json` writes: the further down, the further from the original, and the faster."""
+
+    def make(original, *models):
+        rows = [
+            {
+                "name": str(name), "size_bytes": 100 if place else 300, "quantized_in_s": 7.0 if place else None,
+                "evaluation": evaluated(name, original if place else None, 0.1 * place, 4.0 if place else 16.0),
+                "speed": speed_of(name, 10 + place),
+            }
+            for place, name in enumerate((original, *models))
+        ]  # fmt: skip
+        return {"rows": rows, "closest": {}}
+
+    return make

@@ -1,5 +1,6 @@
 """The page in a real browser: nothing fetched, no complaints, tabs and sorting by mouse and by keyboard, dark and light."""
 
+import json
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -16,15 +17,19 @@ pytestmark = pytest.mark.skipif(not Chromium.find_browser(skip_local=False), rea
 
 DRAWN = "[...document.querySelectorAll('article:not([hidden]) .plot')].every(p => p.querySelector('.main-svg'))"
 SHOWN = "[...document.querySelectorAll('article')].map(a => !a.hidden)"
-ERRORS = "[...document.querySelectorAll('#panel-2 tbody tr')].map(r => Number(r.cells[3].dataset.rank))"
-SORT_ERRORS = "document.querySelectorAll('#panel-2 thead button')[3]"
+TABLE = "document.querySelector('#panel-2 section:last-of-type table')"
+ERRORS = f"[...{TABLE}.tBodies[0].rows].map(r => Number(r.cells[3].dataset.rank))"
+SORT_ERRORS = f"{TABLE}.querySelectorAll('thead button')[3]"
+FASTEST = "[...document.querySelectorAll('#panel-1 section')].at(-1).querySelector('tbody th').textContent"
+SORT_SPEEDS = "[...document.querySelectorAll('#panel-1 section')].at(-1).querySelectorAll('thead button')[3]"
 INK = "getComputedStyle(document.querySelector('article:not([hidden]) .plot .xtick text')).fill"
 
 
 @pytest.fixture(scope="module")
-def report(quick, trained, tmp_path_factory):
+def report(quick, trained, compared, tmp_path_factory):
     directory = tmp_path_factory.mktemp("page")
-    write_report([quick, trained], directory / "report.html")
+    (directory / "compare.json").write_text(json.dumps(compared("big", quick, trained, "other")))
+    write_report([quick, trained], directory / "report.html", results=[directory / "compare.json"])
     return directory / "report.html"
 
 
@@ -66,6 +71,13 @@ def test_a_column_sorts_down_and_up(page):
     page.press("Enter")
     assert page.value(ERRORS) == sorted(unsorted)
     assert page.value(f"{SORT_ERRORS}.closest('th').getAttribute('aria-sort')") == "ascending"
+
+
+def test_every_table_sorts_by_itself(page):
+    assert page.value(FASTEST) == "big"
+    page.value(f"{SORT_SPEEDS}.click()")
+    assert page.value(FASTEST) == "other"
+    assert page.value("document.querySelectorAll('#panel-1 [aria-sort]').length") == 1
 
 
 def test_figures_follow_the_system_and_the_switch(page):

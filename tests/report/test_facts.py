@@ -13,6 +13,10 @@ from pairquant.errors import CheckpointError, ConfigError, PairQuantError
 from pairquant.report.facts import BINS, gather, group_range, labels, magnitudes, outlier_ratio
 
 PATH = "model.layers.1.mlp.down_proj"
+CHAINS = {
+    "chains": 2, "tokens": 60, "kl": 0.2, "kl_interval": None, "departures": [4, None], "departure_median": None,
+    "plan": {"tokens": 30},
+}  # fmt: skip
 
 
 def of(model, **options):
@@ -145,14 +149,14 @@ def test_results_find_their_checkpoint_and_others_stay_beside(quick, trained, re
     parts = [{"start": 0, "end": 10, "kl": 0.1}, {"start": 10, "end": 30, "kl": 0.3}]
     row = {"kl": 0.2, "kl_interval": [0.1, 0.4], "kl_by_position": parts}
     files = [
-        results("a.json", quick, 5.0, {"/somewhere/wiki.txt": row}, chains={"kl_by_position": parts}),
+        results("a.json", quick, 5.0, {"/somewhere/wiki.txt": row}, chains=CHAINS | {"kl_by_position": parts}),
         results("b.json", "elsewhere/trained", 5.0, {"wiki.txt": {}}),
         results("c.json", "original", 16.0, {"wiki.txt": {}}),
     ]
     facts = gather([quick, trained], files)
-    assert [[e.name for e in c.evaluations] for c in facts.checkpoints] == [["quick"], ["trained"]]
-    assert [e.name for e in facts.evaluations] == ["quick", "trained", "original"]
-    first = facts.evaluations[0]
+    assert [[e.name for e in c.measured.evaluations] for c in facts.checkpoints] == [["quick"], ["trained"]]
+    assert [e.name for e in facts.measured.evaluations] == ["quick", "trained", "original"]
+    first = facts.measured.evaluations[0]
     assert first.texts["wiki.txt"]["kl"] == 0.2
     assert first.kl_intervals == {"wiki.txt": (0.1, 0.4)}
     assert first.kl_by_position == {name: [(5, 0.1), (20, 0.3)] for name in ("wiki.txt", "chains of thought")}
@@ -171,7 +175,7 @@ def test_what_is_wrong_is_told(quick, source, results):
         ({"models": [source]}, CheckpointError, "not quantized with pairwise rotations"),
         ({"models": [quick.parent / "qick"]}, PairQuantError, "did you mean"),
         ({"models": [quick], "results": [quick / "config.json"]}, ConfigError, "are not those of `pairquant eval"),
-        ({"models": [quick], "results": [bad]}, ConfigError, "does not write"),
+        ({"models": [quick], "results": [bad]}, ConfigError, "do not write"),
     ):
         with pytest.raises(error, match=message):
             gather(**options)

@@ -94,13 +94,13 @@ def test_accuracy_is_set_against_bits(quick, trained, results):
         results("c.json", "original", 16.0, {"wiki.txt": {}}),
     ]
     facts = gather([quick, trained], files)
-    plots = {plot.key: plot.to_dict()["data"] for plot in comparison_plots(facts.checkpoints, facts.evaluations)}
+    plots = {plot.key: plot.to_dict()["data"] for plot in comparison_plots(facts)}
     assert set(plots) == {"kl-by-bits", "perplexity-by-bits", "errors-by-block", "kl-by-position"}
     (points,) = plots["kl-by-bits"]
     assert (points["x"], points["y"], points["text"]) == ([5.0, 4.0], [0.2, 0.4], ["quick", "trained"])
     assert points["error_y"]["array"] == pytest.approx([0.1, 0])
     (line,) = plots["kl-by-position"]
-    assert (line["name"], line["x"], line["y"]) == ("quick, wiki.txt", [5, 20], [0.1, 0.3])
+    assert (line["name"], line["x"], line["y"]) == ("wiki.txt", [5, 20], [0.1, 0.3])
     assert plots["perplexity-by-bits"][0]["x"] == [4.0, 5.0, 16.0]
 
 

@@ -15,7 +15,8 @@ from .display import progress_bars, size
 def report(
     models: Annotated[list[str], typer.Argument(help="Quantized model directories, shown side by side.")],
     results: Annotated[
-        list[Path] | None, typer.Option("--eval", help="What `pairquant eval --json` has written; repeat for more.")
+        list[Path] | None,
+        typer.Option("--eval", help="What `pairquant eval`, `compare` or `bench --json` has written; repeat for more."),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page; one of that name is replaced.")] = Path("report.html"),
     figures: Annotated[

@@ -1,5 +1,5 @@
-"""What a report shows, as plain data: of each checkpoint its linears, its run and a close-up of one weight; of each
-evaluation its results. Everything about weights comes from `core`.
+"""What a report shows, as plain data: of each checkpoint its linears, its run and a close-up of one weight, and what was
+measured (`results`). Everything about weights comes from `core`.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..core.linear import Transform, rotated_weight, transform_of
 from ..errors import ConfigError
-from ..hub.card import read_results
 from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
 from ..wording import block_and_rest, short_name
 from .log import BlockRecord, read_log
+from .results import Measured, read
 
 #: Output rows, evenly spaced, over which channels of every linear are measured; the close-up takes all.
 SAMPLED_ROWS = 256
@@ -76,22 +75,6 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A file of `pairquant eval --json`.
-
-    name: a checkpoint's, or the evaluated model's own; texts: see `read_results`; kl_intervals: text → the ends of the
-    95 % interval of its KL; kl_by_position: text, or "chains of thought" → (position in tokens, KL there). Both only as
-    far as they were measured.
-    """
-
-    name: str
-    bits_per_weight: float | None
-    texts: dict[str, dict[str, Any]]
-    kl_intervals: dict[str, tuple[float, float]]
-    kl_by_position: dict[str, list[tuple[float, float]]]
-
-
-@dataclass(frozen=True)
 class CheckpointFacts:
     """size_16_bit: bytes that the same tensors take with 16 bits a number; remark: whether the original was there.
 
@@ -109,13 +92,18 @@ class CheckpointFacts:
     angles: Histogram | None
     scales: Histogram
     remark: str
-    evaluations: list[Evaluation]
+    measured: Measured
 
 
 @dataclass(frozen=True)
 class ReportFacts:
     checkpoints: list[CheckpointFacts]
-    evaluations: list[Evaluation]
+    measured: Measured
+
+    @property
+    def references(self) -> set[str]:
+        """The originals' names."""
+        return {each.reference for each in self.measured.evaluations if each.reference}
 
 
 def gather(
@@ -133,16 +121,15 @@ def gather(
     files = [ModelFiles.find(str(model)) for model in models]
     opened = [Checkpoint.open(file) for file in files]
     names = labels([file.directory for file in files])
-    evaluations = [_evaluation(file, dict(zip(names, files, strict=True))) for file in results]
+    measured = read(results, dict(zip(names, files, strict=True)))
     if linear is not None:
         for checkpoint in opened:
             checkpoint.layout(linear)
     found = []
     for name, file, checkpoint in zip(names, files, opened, strict=True):
         advance = on_linears(name, len(checkpoint.stored.linears())) if on_linears else None
-        own = [evaluation for evaluation in evaluations if evaluation.name == name]
-        found.append(_checkpoint_facts(name, checkpoint, file.size_bytes(), linear, own, advance))
-    return ReportFacts(found, evaluations)
+        found.append(_checkpoint_facts(name, checkpoint, file.size_bytes(), linear, measured.of(name), advance))
+    return ReportFacts(found, measured)
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
@@ -175,45 +162,12 @@ def magnitudes(weight: Tensor) -> Tensor:
     return weight.abs().mean(0)
 
 
-def _evaluation(file: Path, files: dict[str, ModelFiles]) -> Evaluation:
-    content = read_results(file)
-    model, bits = str(content.get("model", file.stem)), content.get("bits_per_weight")
-    same = [name for name, known in files.items() if Path(model).resolve() == known.directory.resolve()]
-    same = same or [name for name, known in files.items() if Path(model).name == known.directory.name]
-    texts = {Path(text).name: row for text, row in content["texts"].items()}
-    chains = {"chains of thought": content["chains"]} if content.get("chains") else {}
-    try:
-        intervals = {text: (float(low), float(high)) for text, (low, high) in _present(texts, "kl_interval")}
-        by_position = {text: _positions(parts) for text, parts in _present(texts | chains, "kl_by_position")}
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"results {str(file)!r} have a kl_interval or kl_by_position that `pairquant eval` does not write ({error!r}). "
-            "Make them anew."
-        ) from error
-    return Evaluation(
-        same[0] if len(same) == 1 else Path(model).name,
-        float(bits) if isinstance(bits, (int, float)) else None,
-        texts,
-        intervals,
-        by_position,
-    )
-
-
-def _present(rows: dict[str, dict[str, Any]], key: str) -> list[tuple[str, Any]]:
-    return [(name, row[key]) for name, row in rows.items() if row.get(key)]
-
-
-def _positions(parts: list[dict[str, float]]) -> list[tuple[float, float]]:
-    """The middle of each part, and the KL there."""
-    return [((part["start"] + part["end"]) / 2, float(part["kl"])) for part in parts]
-
-
 def _checkpoint_facts(
     name: str,
     checkpoint: Checkpoint,
     size: int,
     linear: str | None,
-    evaluations: list[Evaluation],
+    measured: Measured,
     advance: Callable[[], None] | None,
 ) -> CheckpointFacts:
     blocks, original = read_log(checkpoint.directory), Original(checkpoint)
@@ -239,7 +193,7 @@ def _checkpoint_facts(
         _histogram(angles) if checkpoint.config.rotations else None,
         _histogram(scales),
         original.remark,
-        evaluations,
+        measured,
     )
 
 

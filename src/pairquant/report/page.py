@@ -17,8 +17,9 @@ from ..checkpoint.files import durable
 from ..errors import ConfigError
 from ..layout import bits_per_weight
 from ..wording import duration, number, percent, plain, size
-from .facts import CheckpointFacts, Evaluation, LinearFacts, ReportFacts, gather
+from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
+from .results import Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow
 
 HERE = Path(__file__).parent
 #: What is written of an evaluation's measures, and with how many digits.
@@ -53,12 +54,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one tab shows. plots: the place of each in the page → `figures.Plot`; recipe: JSON, if recorded."""
+    """What one tab shows. plots: the place of each in the page → `style.Plot`; recipe: JSON, if recorded."""
 
     label: str
     cards: list[Card]
     plots: Mapping[str, Any]
-    table: Table
+    tables: list[Table]
     remarks: list[str] = field(default_factory=list)
     recipe: str | None = None
 
@@ -74,7 +75,7 @@ def write_report(
 ) -> None:
     """Write a page of these checkpoints to `output`, replacing it, and their figures as SVG and PNG into `figures`.
 
-    results: files of `pairquant eval --json`; linear: whose weight is shown, see `gather`. Raises `ConfigError`, before
+    results: files of `pairquant eval --json`, `compare --json` and `bench --json`; linear: whose weight is shown, see `gather`. Raises `ConfigError`, before
     anything is read, for places that cannot be written and for what is not installed; then what `gather` raises.
     """
     output, images = Path(output), None if figures is None else Path(figures)
@@ -88,7 +89,9 @@ def write_report(
     durable(output, lambda staged: staged.write_text(page, encoding="utf-8"))
     if images is not None:
         write_images(
-            {key: plot for panel in panels for key, plot in panel.plots.items()}, images, drawing.template("light")
+            {key: plot for panel in panels for key, plot in panel.plots.items()},
+            images,
+            drawing.style.template("light"),
         )
 
 
@@ -102,49 +105,57 @@ def _require_place(output: Path, images: Path | None) -> None:
         raise ConfigError(f"figures {str(images)!r} is a file, must be a directory or not exist yet")
 
 
-def _drawing() -> ModuleType:
-    """`figures`, which alone needs Plotly."""
+@dataclass(frozen=True)
+class Drawing:
+    """The modules that need Plotly."""
+
+    figures: ModuleType
+    style: ModuleType
+
+
+def _drawing() -> Drawing:
+    """Raises `ConfigError` without Plotly."""
     try:
-        from . import figures
+        from . import figures, style
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "plotly":
             raise
         raise ConfigError("a report needs the package plotly: pip install 'pairquant[report]'") from error
-    return figures
+    return Drawing(figures, style)
 
 
-def _render(panels: list[Panel], drawing: ModuleType) -> str:
+def _render(panels: list[Panel], drawing: Drawing) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     data = {
         "figures": {key: plot.to_dict() for panel in panels for key, plot in panel.plots.items()},
-        "templates": {theme: drawing.template(theme) for theme in ("light", "dark")},
+        "templates": {theme: drawing.style.template(theme) for theme in ("light", "dark")},
     }
     return environment.get_template("page.html").render(
-        panels=panels, data=data, plotly=drawing.plotly_js(), version=__version__,
+        panels=panels, data=data, plotly=drawing.style.plotly_js(), version=__version__,
         style=(HERE / "page.css").read_text(), script=(HERE / "page.js").read_text(),
     )  # fmt: skip
 
 
-def _panels(facts: ReportFacts, drawing: ModuleType) -> list[Panel]:
+def _panels(facts: ReportFacts, drawing: Drawing) -> list[Panel]:
     """One per checkpoint, and before them a comparison if there is more than one model to compare."""
     panels = []
     known = {checkpoint.name for checkpoint in facts.checkpoints}
-    others = [evaluation for evaluation in facts.evaluations if evaluation.name not in known]
+    others = [name for name in facts.measured.names() if name not in known]
     if len(facts.checkpoints) + len(others) > 1:
-        plots = drawing.comparison_plots(facts.checkpoints, facts.evaluations)
-        table = _comparison_table(facts.checkpoints, others)
-        panels.append(Panel("Side by side", [], {f"compared-{plot.key}": plot for plot in plots}, table))
+        plots = {f"compared-{plot.key}": plot for plot in drawing.figures.comparison_plots(facts)}
+        panels.append(
+            Panel("Side by side", [], plots, [_comparison_table(facts, others), *_measured_tables(facts.measured)])
+        )
     for place, checkpoint in enumerate(facts.checkpoints, 1):
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", checkpoint.name)
-        plots = {f"{place}-{slug}-{plot.key}": plot for plot in drawing.checkpoint_plots(checkpoint)}
+        plots = {f"{place}-{slug}-{plot.key}": plot for plot in drawing.figures.checkpoint_plots(checkpoint)}
         remarks = [f"Weights: {checkpoint.remark}.", *_missing(checkpoint)]
         config = checkpoint.checkpoint.report.get("config")
         recipe = json.dumps(config, indent=1) if config else None
-        panels.append(
-            Panel(checkpoint.name, _cards(checkpoint), plots, _linear_table(checkpoint.linears), remarks, recipe)
-        )
+        tables = [*_measured_tables(checkpoint.measured), _linear_table(checkpoint.linears)]
+        panels.append(Panel(checkpoint.name, _cards(checkpoint), plots, tables, remarks, recipe))
     return panels
 
 
@@ -177,7 +188,7 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
         cards.append(Card("quantized in", duration(report["seconds"]), plain(provenance.get("tool", ""))))
     if texts := provenance.get("calibration"):
         cards.append(Card("calibration", _tokens(provenance.get("calibration_tokens")), _names(texts)))
-    return cards + [card for evaluation in facts.evaluations for card in _measured(evaluation)]
+    return cards + _measured_cards(facts.measured)
 
 
 def _tokens(shape: Any) -> str:
@@ -190,16 +201,89 @@ def _names(texts: Any) -> str:
     return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in map(str, names))
 
 
-def _measured(evaluation: Evaluation) -> list[Card]:
+def _measured_cards(measured: Measured) -> list[Card]:
     cards = []
-    for text, row in evaluation.texts.items():
-        values = {
-            m: f"{label} {number(row[m], digits)}" for m, (label, digits) in MEASURES.items() if row.get(m) is not None
-        }
-        first = next(iter(values))
-        label, _, value = values.pop(first).rpartition(" ")
-        cards.append(Card(f"{label}, {text}", value, ", ".join([*values.values(), f"{row['tokens']:,} tokens"])))
-    return cards
+    for evaluation in measured.evaluations:
+        cards += [_text_card(text, row) for text, row in evaluation.texts.items()]
+        cards += [_chains_card(evaluation.chains)] if evaluation.chains else []
+        cards += [_accuracy_card(accuracy) for accuracy in evaluation.accuracies]
+    return cards + [_speed_card(speed) for speed in measured.speeds]
+
+
+def _text_card(text: str, row: Mapping[str, Any]) -> Card:
+    values = {
+        m: f"{label} {number(row[m], digits)}" for m, (label, digits) in MEASURES.items() if row.get(m) is not None
+    }
+    first = next(iter(values))
+    label, _, value = values.pop(first).rpartition(" ")
+    return Card(f"{label}, {text}", value, ", ".join([*values.values(), f"{row['tokens']:,} tokens"]))
+
+
+def _chains_card(chains: Chains) -> Card:
+    middle = (
+        "in half or fewer" if chains.departure_median is None else f"at token {chains.departure_median:,.0f} (median)"
+    )
+    return Card("KL, chains of thought", f"{chains.kl:.4f}", f"decoding departs {middle}; {chains.tokens:,} tokens")
+
+
+def _accuracy_card(accuracy: Accuracy) -> Card:
+    original = "" if accuracy.original is None else f"the original {100 * accuracy.original:.1f} %"
+    worse = "" if accuracy.no_worse is None else f"no worse: {accuracy.no_worse:.2f}"
+    return Card(accuracy.name, f"{100 * accuracy.value:.1f} %", ", ".join(filter(None, (original, worse))))
+
+
+def _speed_card(speed: Speed) -> Card:
+    row = speed.rows[0]
+    return Card("decoding", f"{row.decode_tokens_per_s:,.1f}/s", f"tokens, batch {row.batch}; {speed.setting}")
+
+
+def _measured_tables(measured: Measured) -> list[Table]:
+    """Of answers and of speed, as far as there are any."""
+    answers = [_answer_cells(e, accuracy) for e in measured.evaluations for accuracy in e.accuracies]
+    speeds = [_speed_cells(speed, row) for speed in measured.speeds for row in speed.rows]
+    columns = [
+        "model", "problems", "questions", "accuracy, %", "from", "to", "original, %", "lost", "gained", "p", "no worse",
+    ]  # fmt: skip
+    of_speed = [
+        "model", "batch", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "peak memory", "measured with",
+    ]  # fmt: skip
+    tables = [Table("Answers", columns, answers), Table("Speed", of_speed, speeds)]
+    return [table for table in tables if table.rows]
+
+
+def _answer_cells(evaluation: Evaluation, accuracy: Accuracy) -> list[Cell]:
+    ends = accuracy.interval or (None, None)
+    shares = [None if share is None else 100 * share for share in (accuracy.value, *ends, accuracy.original)]
+    counts = (accuracy.lost, accuracy.gained)
+    return [
+        Cell(evaluation.name, evaluation.name),
+        Cell(accuracy.name, accuracy.name),
+        Cell.of(accuracy.questions, 0),
+        *(Cell.of(share, 1) for share in shares),
+        *(Cell.of(count, 0) for count in counts),
+        Cell.of(accuracy.p_value, 2),
+        Cell.of(accuracy.no_worse, 2),
+    ]
+
+
+def _speed_cells(speed: Speed, row: SpeedRow) -> list[Cell]:
+    return [
+        Cell(speed.name, speed.name),
+        Cell.of(row.batch, 0),
+        Cell.of(row.prefill_tokens_per_s, 1),
+        Cell.of(row.decode_tokens_per_s, 1),
+        Cell.of(1000 * row.first_token_s, 0),
+        _size_cell(speed.peak_memory_bytes),
+        Cell(speed.setting, speed.setting),
+    ]
+
+
+def _size_cell(count: float | None) -> Cell:
+    return Cell("" if count is None else size(count), count)
+
+
+def _duration_cell(seconds: float | None) -> Cell:
+    return Cell("" if seconds is None else duration(seconds), seconds)
 
 
 def _linear_table(linears: list[LinearFacts]) -> Table:
@@ -225,25 +309,19 @@ def _linear_table(linears: list[LinearFacts]) -> Table:
     return Table("Every layer", columns, rows)
 
 
-def _comparison_table(checkpoints: list[CheckpointFacts], others: list[Evaluation]) -> Table:
-    """A row per checkpoint, and per evaluated model that is none of them."""
-    evaluations = [e for facts in checkpoints for e in facts.evaluations] + others
-    measured = list(dict.fromkeys((text, m) for e in evaluations for text in e.texts for m in ("kl", "perplexity")))
+def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
+    """A row per checkpoint, and per measured model that is none of them."""
+    texts = dict.fromkeys(
+        (text, m) for e in facts.measured.evaluations for text in e.texts for m in ("kl", "perplexity")
+    )
     columns = ["model", "bits per weight", "size", "preset", "mean error, %", "quantized in"]
-    columns += [f"{MEASURES[m][0]}, {text}" for text, m in measured]
-    rows = []
-    for facts in checkpoints:
-        rows.append([*_comparison_cells(facts), *_measured_cells(measured, facts.evaluations)])
-    for other in others:
-        blank = [Cell("", None)] * 4
-        rows.append(
-            [
-                Cell(other.name, other.name),
-                Cell.of(other.bits_per_weight, 2),
-                *blank,
-                *_measured_cells(measured, [other]),
-            ]
-        )
+    columns += [f"{MEASURES[m][0]}, {text}" for text, m in texts]
+    rows = [
+        [*_comparison_cells(checkpoint), *_text_cells(texts, checkpoint.measured)] for checkpoint in facts.checkpoints
+    ]
+    for name in others:
+        measured = facts.measured.of(name)
+        rows.append([*_other_cells(name, measured.evaluations), *_text_cells(texts, measured)])
     return Table("Models", columns, rows)
 
 
@@ -251,18 +329,33 @@ def _comparison_cells(facts: CheckpointFacts) -> list[Cell]:
     errors = [linear.error for linear in facts.linears if linear.error is not None]
     error = sum(errors) / len(errors) if errors else None
     preset = plain((facts.checkpoint.config.provenance or {}).get("preset", ""))
-    seconds = facts.checkpoint.report.get("seconds")
     return [
         Cell(facts.name, facts.name),
         Cell.of(facts.checkpoint.bits_per_weight(), 2),
-        Cell(size(facts.size), facts.size),
+        _size_cell(facts.size),
         Cell(preset, preset),
         Cell(percent(error), error),
-        Cell("" if seconds is None else duration(seconds), seconds),
+        _duration_cell(facts.checkpoint.report.get("seconds")),
     ]
 
 
-def _measured_cells(measured: list[tuple[str, str]], evaluations: list[Evaluation]) -> list[Cell]:
+def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
+    """What is known of a model without its files: the last evaluation that tells counts."""
+
+    def last(attribute: str) -> float | None:
+        return next((v for e in reversed(evaluations) if (v := getattr(e, attribute)) is not None), None)
+
+    return [
+        Cell(name, name),
+        Cell.of(last("bits_per_weight"), 2),
+        _size_cell(last("size_bytes")),
+        Cell("", None),
+        Cell("", None),
+        _duration_cell(last("quantized_in_s")),
+    ]
+
+
+def _text_cells(texts: Iterable[tuple[str, str]], measured: Measured) -> list[Cell]:
     """The last evaluation that has a text counts."""
-    rows = {text: row for evaluation in evaluations for text, row in evaluation.texts.items()}
-    return [Cell.of(rows.get(text, {}).get(measure), MEASURES[measure][1]) for text, measure in measured]
+    rows = {text: row for evaluation in measured.evaluations for text, row in evaluation.texts.items()}
+    return [Cell.of(rows.get(text, {}).get(measure), MEASURES[measure][1]) for text, measure in texts]
