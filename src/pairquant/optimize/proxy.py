@@ -22,8 +22,8 @@ from torch import Tensor
 from ..config import QuantConfig
 from ..core.linear import Transform
 from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pairs
-from ..core.rotation import givens_positions, rotation_matrix
 from ..kernels.fit import fake_quantize
+from ..kernels.matrices import Matrices
 from .ranks import ALONE, Ranks
 
 #: On CUDA a step for up to so many weights is captured after so many ordinary ones, and replayed: launching it anew
@@ -153,7 +153,7 @@ class _Search:
         order = torch.cat([_pair_rank(p.weight, p.seed, config, ranks) for p in problems])
         selection = select_pairs(order, config.rotations)  # of all at once: the time goes into launches
         self.pairs, self.free = selection.pairs, selection.free
-        self.positions = givens_positions(self.pairs, self.group_size)
+        self.matrices = Matrices(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
         ranks.add(self.norms)
         self.norms.clamp_(min=1e-30)
@@ -178,7 +178,7 @@ class _Search:
         g = self.group_size
         with torch.enable_grad():
             a = self.log_scale.exp().view(-1, g)
-            matrices = rotation_matrix(self.theta * self.free, self.pairs, g, self.positions)
+            matrices = self.matrices(self.theta * self.free)
             # With the scale folded into the small matrices, nothing of the weight's size is multiplied by it.
             into, out_of = matrices * a[:, :, None], matrices.mT / a[:, None, :]
         counts = [c // g for c in self.sizes]

@@ -18,8 +18,9 @@ from ..config import QuantConfig, Refit, Training
 from ..core.linear import Transform, assemble
 from ..core.packing import unpack
 from ..core.quantizer import MIN_SCALE, fake_quantize, group_range, quantize
-from ..core.rotation import givens_positions, rotate_dense, rotation_matrix
+from ..core.rotation import rotate_dense
 from ..core.rounding import Grid, stored
+from ..kernels.matrices import Matrices
 from ..layout import PackedLinear
 from .capture import Block
 from .proxy import select_for
@@ -54,7 +55,7 @@ class Transforms:
         self.pairs, self.free = torch.cat(pairs, dim=1), torch.cat(free, dim=1)
         self.theta, self.start_inverse = torch.cat(theta, dim=1).float(), torch.cat(inverse).float()
         self.log_scale = torch.zeros_like(self.start_inverse)
-        self.positions = givens_positions(self.pairs, g)
+        self.rotation_matrices = Matrices(self.pairs, g)
 
     @classmethod
     def untrained(cls, block: Block, groups: Groups, seeds: dict[str, int], config: QuantConfig) -> Transforms:
@@ -83,7 +84,7 @@ class Transforms:
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
         """Into the rotated basis, diag(a) R, and out of it, Rᵀ diag(1/a): two [G, g, g] for each group of linears."""
         theta, inverse = self.values()
-        matrix = rotation_matrix(theta, self.pairs, self.group_size, self.positions)
+        matrix = self.rotation_matrices(theta)
         inverse = inverse.view(-1, self.group_size)
         counts = [size // self.group_size for size in self.sizes]
         into, out_of = matrix / inverse[:, :, None], matrix.mT * inverse[:, None, :]
