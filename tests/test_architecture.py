@@ -57,6 +57,7 @@ DOORS = {
     "triton": {
         "kernels/triton_decode.py",
         "kernels/triton_fit.py",
+        "kernels/triton_matrix.py",
         "kernels/triton_linear.py",
         "kernels/triton_rotate.py",
         "kernels/ops.py",

@@ -75,7 +75,8 @@ class BuildMatrices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return build_backward(*ctx.saved_tensors, grad, ctx.plan), None
+        theta, matrices = ctx.saved_tensors
+        return build_backward(theta, matrices, grad, ctx.plan), None
 
 
 def build(theta: Tensor, plan: Plan) -> Tensor:
