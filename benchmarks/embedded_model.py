@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pairquant.checkpoint.read import ModelFiles
 
+NAME = "SmolLM2-135M-Instruct"
+
 
 def gguf_file() -> Path:
     """Where the package keeps its GGUF file; raises `SystemExit` when it is not installed."""
@@ -18,9 +20,14 @@ def gguf_file() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-if __name__ == "__main__":
-    source = ModelFiles.find(str(gguf_file()))
+def unpack(gguf: Path, directory: Path) -> None:
+    """Its weights, dequantized to float16, and its tokenizer."""
+    source = ModelFiles.find(str(gguf))
     model = source.model()
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(sys.argv[1])
-    source.tokenizer().save_pretrained(sys.argv[1])
+    model.config._name_or_path = NAME
+    model.save_pretrained(directory)
+    source.tokenizer().save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    unpack(gguf_file(), Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,14 @@ def _save(job: Job, outcome: Outcome) -> None:
     job.tokenizer().save_pretrained(job.output)
 
 
+def _version(package: str) -> str:
+    """As installed, or as the imported package says that runs from a source tree."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return sys.modules[package].__version__
+
+
 def run(quantize: Callable[[Job], Outcome], packages: list[str]) -> None:
     """Do the job whose file is the command line's argument; the facts are written when all is done."""
     job = Job.read(Path(sys.argv[1]))
@@ -152,6 +160,6 @@ def run(quantize: Callable[[Job], Outcome], packages: list[str]) -> None:
         "bits_per_weight": round(outcome.bits_per_weight, 3),
         "seconds": round(outcome.seconds, 1),
         "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", *packages)},
+        "versions": {name: _version(name) for name in ("torch", "transformers", *packages)},
     }
     Path(job.output, "facts.json").write_text(json.dumps(facts))
