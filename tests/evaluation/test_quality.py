@@ -70,6 +70,7 @@ def pair(request):
 @torch.no_grad()
 def test_chunks_of_positions_add_up_to_the_direct_computation(pair, monkeypatch):
     monkeypatch.setattr(logits, "CHUNK_NUMBERS", 288 * 7)  # seven positions at a time
+    monkeypatch.setattr("pairquant.evaluation.quality.PIECE_NUMBERS", 288 * 3)  # compared in three pieces
     model, reference = pair
     windows = windows_of(3, 40)
     log_p, log_q = (network(windows).logits[:, :-1].log_softmax(-1) for network in pair)

@@ -49,12 +49,12 @@ def small(directory):
 
 @pytest.fixture(scope="module")
 def packed(directory):
-    config = pairquant.QuantConfig(group_size=64, rotations=2, recipe=pairquant.PRESETS["rtn"])
+    config = pairquant.QuantConfig(preset="rtn", bits=2, group_size=64, rotations=2)  # so coarse that answers change
     pairquant.quantize(save_tiny(directory / "source"), directory / "packed", config, device="cpu")
     return ModelFiles.find(str(directory / "packed"))
 
 
-def test_the_packed_model_scores_as_its_dequantized_plain_model(packed, small):
+def test_the_packed_model_scores_as_its_dequantized_plain_model(packed, small, directory):
     model, tokenizer = packed.model("float32"), packed.tokenizer()
     ours = small.run(model, tokenizer)
     plain = packed.model("float32").dequantize()
@@ -66,6 +66,8 @@ def test_the_packed_model_scores_as_its_dequantized_plain_model(packed, small):
     assert len(accuracy.outcomes) == COUNT
     assert accuracy.value == pytest.approx(sum(accuracy.outcomes) / COUNT)
     assert accuracy.stderr == pytest.approx((accuracy.value * (1 - accuracy.value) / (COUNT - 1)) ** 0.5)
+    original = small.run(ModelFiles.find(str(directory / "source")).model("float32"), tokenizer)
+    assert original["small_choice"]["acc"].outcomes != accuracy.outcomes
     pairs = paired(ours, theirs)["small_choice"]["acc"]
     assert (pairs.lost, pairs.gained, pairs.p_value) == (0, 0, 1)
 

@@ -16,6 +16,8 @@ from .statistics import Interval, bootstrap_mean
 
 #: Parts of a window over which divergence is shown by position.
 BINS = 8
+#: Logits that a CPU compares at a time, as numbers: 4 MiB in float32, which stay in caches.
+PIECE_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,36 @@ def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, 
     logits = logits_over(model, window)
     expected = logits_over(reference, window) if reference is not None else None
     vocabulary = logits(slice(0, 1)).shape[-1]
-    parts = []
+    found = torch.empty(1 if expected is None else 3, len(window) - start, device=window.device)
     for rows in chunks(range(start - 1, len(window) - 1), vocabulary):
-        targets = window[rows.start + 1 : rows.stop + 1]
-        parts.append(_scores(logits(rows), targets, expected(rows) if expected else None))
-    return Scores(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+        own, other = logits(rows), expected(rows) if expected else None
+        for piece in _pieces(own):
+            targets = window[rows.start + 1 : rows.stop + 1][piece]
+            scores = _scores(own[piece], targets, None if other is None else other[piece])
+            place = rows.start - start + 1 + piece.start
+            found[:, place : place + len(targets)] = torch.stack(scores)
+    return Scores(*found.cpu())
+
+
+def _pieces(logits: Tensor) -> list[slice]:
+    """A few rows after the other on a CPU, all at once on a GPU."""
+    step = len(logits) if logits.is_cuda else max(1, PIECE_NUMBERS // logits.shape[-1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def _scores(logits: Tensor, targets: Tensor, expected: Tensor | None) -> tuple[Tensor, ...]:
-    """Negative log-likelihood of targets [n], and against expected logits [n, V] KL and agreement: float32 [n] each."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
+    """Negative log-likelihood of targets [n], and against expected logits [n, V] KL and agreement: float32 [n] each.
+
+    Σ q (log q − log p), in the memory of the two logarithms: asking for more takes as long as the arithmetic.
+    """
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = F.nll_loss(log_p, targets, reduction="none")
     if expected is None:
         return (loss,)
-    log_q = F.log_softmax(expected.float(), dim=-1)
+    log_q = F.log_softmax(expected, dim=-1, dtype=torch.float32)
     top1 = log_p.argmax(-1) == log_q.argmax(-1)
-    kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    difference = torch.sub(log_q, log_p, out=log_p)
+    kl = log_q.exp_().mul_(difference).sum(-1)
     return loss, kl, top1.float()
 
 
