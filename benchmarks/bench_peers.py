@@ -1,6 +1,6 @@
 """Other quantizers and ours, each run by its own code, on one model and one calibration text, measured in one way.
 
-    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--quick]
+    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--windows N LENGTH] [--quick]
 
 Each peer of peers/table.py runs in its own virtual environment, `.venv-peers/NAME`, made when it is missing from its
 pinned requirements; with `--site DIR`, in this interpreter with `DIR/NAME` (filled by `pip install --target`) before its
@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,8 @@ def row_of(peer: Peer, job: Job, options: argparse.Namespace, referee: Referee) 
 def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, results: Path, model: Path) -> None:
     """Runs what the results lack and appends a row for each."""
     device, scale = resolve_device(options.device), QUICK if options.quick else FULL
+    if options.windows:
+        scale = replace(scale, evaluation=options.windows[0], evaluation_length=options.windows[1])
     files = ModelFiles.find(str(model))
     calibration = options.work / f"calibration-{scale.samples}x{scale.length}.safetensors"
     write_calibration(files.tokenizer(), scale, calibration)
@@ -314,6 +316,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=(4, 3), help="these widths only")
     parser.add_argument("--site", type=Path, help="run in this interpreter, with DIR/NAME before its packages")
     parser.add_argument("--minutes", type=float, help="give up on a peer after so many")
+    parser.add_argument("--windows", nargs=2, type=int, metavar=("N", "LENGTH"), help="measure on less of each text")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--retry", action="store_true", help="also what failed before")
     parser.add_argument("--keep", action="store_true", help="keep the plain models in the work folder")

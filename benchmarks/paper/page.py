@@ -61,8 +61,8 @@ DIFFERS = {
 - WikiText2 is the same text, without a beginning-of-text token in front. On C4 the paper takes 256 random windows from single long
   documents, we the first 256 windows of documents packed end to end: compare the distance to `original`, not the value.
 - Calibration text has the same three sources, drawn evenly, and the Pile chooses the epoch, as in the paper. The original leaves out
-  documents longer than a window; we pack and cut. RedPajama's sample was published as a data set with a script, which
-  current versions of `datasets` refuse: if so, `--calibration wikitext2 --calibration c4 --calibration sample.jsonl` takes a copy.
+  documents longer than a window; we pack and cut. RedPajama's sample comes as a script, which current versions of `datasets` refuse;
+  it is then read from the hub's own export (tested on a stand-in only), or from a copy: `--calibration sample.jsonl`.
 - `best` uses 128 windows where `paper` uses 2048.
 - The 70B `original` in 16 bits does not fit one GPU of 80 GB.""",
     "reasoning": """\

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from plain import Job, Outcome, Stopwatch, affine_bits, linears_of, run
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def quantize(job: Job) -> Outcome:
     from compressed_tensors.quantization import forward_quantize
     from llmcompressor import oneshot
 
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda self, *_: self  # AWQ pins what it would send to one
     modifiers, zero_point = recipe(job.options["method"], job.bits, job.group_size)
     model = job.load()
     windows = job.windows

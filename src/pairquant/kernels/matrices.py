@@ -1,7 +1,7 @@
 """The dense R of every group from its angles, again and again for the same pairs: by Triton's kernels where angles are
 float32 on a GPU, by `core.rotation` elsewhere.
 
-On an H100 the factors of an 8B block and their products, which PyTorch writes to memory, took a sixth of a fitting step.
+On an H100 the factors of an 8B block and their products, which PyTorch writes to memory, took a sixth of the fitting.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .streams import MICRO_BATCH_TOKENS
 #: What kernels' workspaces, fragmentation and the allocator's rounding add.
 MARGIN = 1.15
 #: Matrices of a linear's size that fitting holds at once beside its target (float32), and of its H (float64).
-FITTING_COPIES, FACTOR_COPIES = 6, 4
+FITTING_COPIES, FACTOR_COPIES = 6, 3
 #: Copies of a block's weights in float32 that block-wise training holds: masters, decoded, gradients, AdamW's moments, and
 #: what the graph of a linear keeps (32.2 GB in all for an 8B block with 512 windows on an H100).
 TRAINED_COPIES = 10
