@@ -32,7 +32,15 @@ def test_the_table_names_scripts_and_pinned_requirements_that_exist():
 
 
 def options(folder: Path, **others) -> argparse.Namespace:
-    settings = {"device": "cpu", "quick": True, "retry": False, "keep": False, "site": None, "minutes": None}
+    settings = {
+        "device": "cpu",
+        "quick": True,
+        "retry": False,
+        "keep": False,
+        "site": None,
+        "minutes": None,
+        "windows": None,
+    }
     return argparse.Namespace(**{**settings, "work": folder, **others})
 
 

@@ -33,6 +33,16 @@ def test_every_window_goes_to_one_rank(windows, size):
     assert torch.equal(shares.sort(0).values, tokens)
 
 
+@given(costs=st.lists(st.integers(1, 10**9), max_size=30), size=st.integers(1, 8))
+def test_work_is_dealt_to_one_rank_each_and_evenly(costs, size):
+    work = {f"linear {i}": cost for i, cost in enumerate(costs)}
+    dealt = Ranks(0, size).dealt(work)
+    assert dealt.keys() == work.keys()
+    loads = [sum(cost for name, cost in work.items() if dealt[name] == rank) for rank in range(size)]
+    assert max(loads) <= sum(costs) / size + max(costs, default=0)
+    assert dealt == Ranks(size - 1, size).dealt(work)
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """The same run by one process and by two."""
