@@ -55,7 +55,8 @@ PEERS = (
         **OURS,
     ),
     Peer("llmcompressor-rtn", "llm-compressor", "round to nearest", options={"method": "rtn"}, **LLM_COMPRESSOR),
-    Peer("llmcompressor-awq", "llm-compressor", "AWQ", options={"method": "awq"}, needs="a GPU", **LLM_COMPRESSOR),
+    # In the checkpoint's float16 its search for scales met NaN on an H100.
+    Peer("llmcompressor-awq", "llm-compressor", "AWQ", options={"method": "awq", "dtype": "float32"}, **LLM_COMPRESSOR),
     Peer("llmcompressor-gptq", "llm-compressor", "GPTQ", options={"method": "gptq"}, **LLM_COMPRESSOR),
     Peer("autoround", "AutoRound", "learned rounding", "autoround", "auto-round", bits=(4, 3)),
     Peer("gptqmodel-gptq", "GPTQModel", "GPTQ", options={"method": "gptq"}, bits=(4, 3), **GPTQMODEL),

@@ -56,7 +56,11 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """The checkpoint's own on a GPU, as all peers' examples load it; float32 on a CPU, which half precision slows."""
+        """What the options say; else the checkpoint's own on a GPU, as all peers' examples load it, and float32 on a CPU,
+        which half precision slows.
+        """
+        if "dtype" in self.options:
+            return getattr(torch, self.options["dtype"])
         return torch.float32 if self.device == "cpu" else "auto"
 
     def load(self, dtype: torch.dtype | str | None = None) -> nn.Module:
