@@ -30,7 +30,7 @@ from embedded_model import gguf_file, unpack
 from peers.runners.plain import Job
 from peers.table import PEERS, Peer
 from safetensors.torch import save_file
-from setting import CALIBRATION, SETTING, evaluation_windows, numbers
+from setting import CALIBRATION, EVALUATION, SETTING, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.comparison import ranked
@@ -287,6 +287,30 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
     return "\n".join(lines)
 
 
+def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured as `pairquant compare --json` writes it, for `pairquant report --eval`; nobody's speed is in it."""
+    labels = {peer.name: f"{peer.label}, {peer.method}" for peer in PEERS}
+    return {
+        "rows": [
+            {
+                "name": f"{labels[name]}, {bits} bits",
+                "size_bytes": None,
+                "quantized_in_s": row["seconds"],
+                "speed": None,
+                "evaluation": {
+                    "model": f"{labels[name]}, {bits} bits",
+                    "reference": row["model"],
+                    "texts": {text: row[text] for text in EVALUATION},
+                    "bits_per_weight": row["bits_per_weight"],
+                    "device": row["device"],
+                },
+            }
+            for (name, bits), row in rows.items()
+            if name in labels and "reason" not in row
+        ]
+    }
+
+
 def half(interval: list[float] | None) -> str:
     """Half of a 95 % interval."""
     return f" ± {(interval[1] - interval[0]) / 2:.4f}" if interval else ""
@@ -319,6 +343,7 @@ def main() -> None:
     parser.add_argument("--windows", nargs=2, type=int, metavar=("N", "LENGTH"), help="measure on less of each text")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--retry", action="store_true", help="also what failed before")
+    parser.add_argument("--json", type=Path, help="all measured rows, for `pairquant report --eval`")
     parser.add_argument("--keep", action="store_true", help="keep the plain models in the work folder")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="models, logs and quick results")
     parser.add_argument("--out", type=Path, help="default: results/peers-DEVICE.jsonl")
@@ -330,6 +355,8 @@ def main() -> None:
         (p, bits) for bits in options.bits for p in PEERS if bits in p.bits and p.name in (options.peer or [p.name])
     ]
     compare(wanted, options, results, model)
+    if options.json:
+        options.json.write_text(json.dumps(as_comparison(rows_of(results, model.name))))
     if options.quick:
         print("\nA quick run, to see what works: these numbers mean nothing.")
     print("", *(table(rows_of(results, model.name), bits) for bits in options.bits), f"Rows: {results}", sep="\n\n")

@@ -16,6 +16,8 @@ from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error,
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.report.results import read as read_for_report
+
 OURS = next(peer for peer in PEERS if peer.name == "rtn")
 
 
@@ -83,25 +85,28 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     assert finished(results, "another model", retry=False) == set()
 
 
-def test_the_table_ranks_and_says_what_was_not_run(tmp_path):
-    def row(peer: str, *kl: float) -> dict:
-        text = {"perplexity": 2.0, "kl": sum(kl) / len(kl), "kl_interval": [0.1, 0.2], "kl_of_windows": kl, "top1": 0.5}
-        measured = {"wikitext2-test": text, "gsm8k-test": text}
-        return {
-            "peer": peer,
-            "bits": 4,
-            "group_size": 64,
-            "bits_per_weight": 4.3,
-            "seconds": 3.0,
-            "model": "m",
-            **measured,
-        }
+def measured_row(peer: str, *kl: float) -> dict:
+    text = {"perplexity": 2.0, "kl": sum(kl) / len(kl), "kl_interval": [0.1, 0.2], "kl_of_windows": kl, "top1": 0.5}
+    facts = {"peer": peer, "bits": 4, "group_size": 64, "bits_per_weight": 4.3, "seconds": 3.0, "model": "m"}
+    return {**facts, "device": "a CPU", "wikitext2-test": text, "gsm8k-test": text}
 
+
+def test_rows_are_read_by_the_report(tmp_path):
+    file = tmp_path / "peers.json"
+    failed = {"peer": "original", "bits": 4, "model": "m", "reason": "no GPU"}
+    rows = {("fast", 4): measured_row("fast", 0.1, 0.3), ("original", 4): failed}
+    file.write_text(json.dumps(bench_peers.as_comparison(rows)))
+    (found,) = read_for_report([file], {}).evaluations
+    assert found.name.startswith("PairQuant `fast`")
+    assert (found.bits_per_weight, found.quantized_in_s) == (4.3, 3.0)
+    assert found.texts["wikitext2-test"]["kl"] == pytest.approx(0.2)
+
+
+def test_the_table_ranks_and_says_what_was_not_run(tmp_path):
     failed = {"peer": "original", "bits": 4, "model": "m", "reason": "RuntimeError: no | GPU"}
+    rows = [measured_row("rtn", 0.9, 0.9), failed, measured_row("rtn", 0.3, 0.5), measured_row("fast", 0.1, 0.2)]
     file = tmp_path / "rows.jsonl"
-    file.write_text(
-        "\n".join(map(json.dumps, [row("rtn", 0.9, 0.9), failed, row("rtn", 0.3, 0.5), row("fast", 0.1, 0.2)]))
-    )
+    file.write_text("\n".join(map(json.dumps, rows)))
     lines = table(rows_of(file, "m"), 4).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == [
         "PairQuant `fast`",
