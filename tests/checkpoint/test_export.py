@@ -75,6 +75,21 @@ def test_everything_else_is_kept(checkpoint, tmp_path):
     assert not [name for name in plain if name.endswith(("qweight", "scales", "theta", "pairs"))]
 
 
+def test_what_a_model_in_16_bits_stores_in_float32_stays_so(checkpoint, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in checkpoint.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    halved = {name: t.bfloat16() if t.dtype == torch.float32 else t for name, t in tensors.items()}
+    bias = torch.tensor([1.0 + 2**-20, 2.0])
+    save_file({**halved, "model.router.bias": bias}, source / "model.safetensors", {"format": "pt"})
+    pairquant.export(source, tmp_path / "plain", "bf16")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert torch.equal(plain.pop("model.router.bias"), bias)
+    assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16}
+
+
 def test_no_more_than_a_shard_is_in_memory(checkpoint, tmp_path, monkeypatch):
     """Tensors are loaded shard by shard: each shard is written before the next one's first tensor is asked for."""
     monkeypatch.setattr(write, "SHARD_BYTES", 200_000)

@@ -35,8 +35,8 @@ def export(
 ) -> Path:
     """Write the plain model that the packed checkpoint `model` stands for to `output`, in the dtype `to`.
 
-    Decoded are the quantized linears; other floating tensors are cast, all else is kept: tokenizer, generation
-    defaults, custom code. At most one shard is in memory. `on_tensors(count)` is told what is coming and returns what
+    Decoded are the quantized linears; other floating tensors are cast, but for what a 16-bit model stores in float32
+    (a router's biases, say); all else is kept: tokenizer, generation defaults, custom code. At most one shard is in memory. `on_tensors(count)` is told what is coming and returns what
     to call after each tensor. Raises `ConfigError` for unknown formats and existing outputs, `CheckpointError` for
     damaged checkpoints and values that the format cannot hold.
     """
@@ -70,6 +70,8 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Entry]:
     """Every tensor of the plain model, in the order of the packed ones."""
     stored = checkpoint.stored
     quantized = set(stored.linears())
+    plain = {n: f for n, f in stored.fields.items() if n.rpartition(".")[0] not in quantized}
+    precise = _wider_on_purpose(plain)
     entries: dict[str, Entry] = {}
     for name, field in stored.fields.items():
         path, _, part = name.rpartition(".")
@@ -78,9 +80,17 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Entry]:
             weight = Field(dtype, (layout.out_features, layout.in_features))
             entries[f"{path}.weight"] = Entry(weight, partial(_decoded, checkpoint, path, dtype))
         elif path not in quantized or part not in TENSOR_NAMES or part == "bias":
-            kept = dtype if field.dtype.is_floating_point else field.dtype
+            kept = dtype if field.dtype.is_floating_point and name not in precise else field.dtype
             entries[name] = Entry(Field(kept, field.shape), partial(_kept, checkpoint, name, kept))
     return entries
+
+
+def _wider_on_purpose(plain: dict[str, Field]) -> set[str]:
+    """Names of float32 tensors in a checkpoint that is stored in 16 bits: most of its numbers are."""
+    floats = {name: field for name, field in plain.items() if field.dtype.is_floating_point}
+    narrow = sum(field.nbytes // 2 for field in floats.values() if field.dtype.itemsize == 2)
+    wide = {name: field for name, field in floats.items() if field.dtype == torch.float32}
+    return set(wide) if narrow > sum(field.nbytes // 4 for field in wide.values()) else set()
 
 
 def _decoded(checkpoint: Checkpoint, path: str, dtype: torch.dtype) -> Tensor:
