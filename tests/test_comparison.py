@@ -82,6 +82,14 @@ def test_what_cannot_be_compared_is_refused(directory, models, message):
         compare(directory / "source", [directory / name for name in models])
 
 
+@pytest.mark.parametrize(
+    ("engine", "message"), [("vlm", "did you mean 'vllm'"), ("vllm", "none are asked for|not installed")]
+)
+def test_the_engine_is_that_of_eval(directory, engine, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(directory / "source", [directory / "near"], engine=engine, on_part=lambda *_: pytest.fail("evaluated"))
+
+
 def test_a_workload_that_is_too_long_is_refused_before_anything_is_evaluated(directory):
     with pytest.raises(ConfigError, match="128"):
         compare(

@@ -28,6 +28,7 @@ def compare(
     answers: AnswerPlan | None = None,
     tasks: TaskPlan | None = None,
     speed: Workload | None = None,
+    engine: str = "auto",
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -55,7 +56,8 @@ def compare(
     for name, files in found.items():
         evaluation = evaluate(
             name, None if name == str(original) else original, texts, seq_len=seq_len, max_tokens=max_tokens,
-            gsm8k=gsm8k, answers=answers, tasks=tasks, seed=seed, device=device, trust_remote_code=trust_remote_code,
+            gsm8k=gsm8k, answers=answers, tasks=tasks, engine=engine, seed=seed, device=device,
+            trust_remote_code=trust_remote_code,
             on_windows=lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count),  # type: ignore[misc]
         )  # fmt: skip
         fast = bench(name, None, speed, device=device, trust_remote_code=trust_remote_code) if speed else None
