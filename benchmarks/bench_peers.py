@@ -55,6 +55,11 @@ class Scale:
     evaluation: int | None
     evaluation_length: int
 
+    @property
+    def windows(self) -> list[int | None]:
+        """As rows have it: only what was measured on the same text compares."""
+        return [self.evaluation, self.evaluation_length]
+
 
 FULL = Scale(SETTING["samples"], SETTING["seq_len"], None, 2048)
 QUICK = Scale(4, 256, 2, 256)
@@ -156,14 +161,17 @@ def run_peer(peer: Peer, job: Job, site: Path | None, limit: float | None) -> di
                 timeout=limit,
             )
         except subprocess.TimeoutExpired:
-            raise Unable(f"not done after {limit / 60:.0f} minutes") from None
+            raise Unable(f"not done after {limit / 60:g} minutes") from None
     if done.returncode < 0:
         raise Unable(
             f"ended by signal {-done.returncode}: {last_error((folder / 'log.txt').read_text(errors='replace'))}"
         )
     if done.returncode:
         raise Unable(last_error((folder / "log.txt").read_text(errors="replace")))
-    return json.loads(Path(job.output, "facts.json").read_text())
+    facts = Path(job.output, "facts.json")
+    if not facts.exists():
+        raise Unable("the runner ended without its facts")
+    return json.loads(facts.read_text())
 
 
 class Referee:
@@ -212,21 +220,28 @@ def row_of(peer: Peer, job: Job, options: argparse.Namespace, referee: Referee) 
         return {**facts, **referee.measure(job.output)}
     except Unable as reason:
         return {"reason": str(reason)}
+    except (OSError, RuntimeError, ValueError) as error:  # the plain model cannot be loaded or run
+        return {"reason": f"its plain model: {last_error(f'{type(error).__name__}: {error}')}"}
     finally:
         if not options.keep:
             shutil.rmtree(job.output, ignore_errors=True)
 
 
-def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, results: Path, model: Path) -> None:
-    """Runs what the results lack and appends a row for each."""
-    device, scale = resolve_device(options.device), QUICK if options.quick else FULL
+def scale_of(options: argparse.Namespace) -> Scale:
+    scale = QUICK if options.quick else FULL
     if options.windows:
         scale = replace(scale, evaluation=options.windows[0], evaluation_length=options.windows[1])
+    return scale
+
+
+def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, results: Path, model: Path) -> None:
+    """Runs what the results lack and appends a row for each."""
+    device, scale = resolve_device(options.device), scale_of(options)
     files = ModelFiles.find(str(model))
     calibration = options.work / f"calibration-{scale.samples}x{scale.length}.safetensors"
     write_calibration(files.tokenizer(), scale, calibration)
     referee = Referee(files, device, scale)
-    done = finished(results, model.name, options.retry)
+    done = finished(results, model.name, scale, options.retry)
     for peer, bits in wanted:
         if (peer.name, bits) in done:
             continue
@@ -236,6 +251,7 @@ def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, res
             "bits": bits,
             "model": model.name,
             "quick": options.quick,
+            "windows": scale.windows,
             "device": device_name(device),
         }
         row = head | row_of(peer, job_of(peer, bits, options, model, calibration), options, referee)
@@ -251,15 +267,16 @@ def summary(row: dict[str, Any]) -> str:
 # Results
 
 
-def rows_of(results: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """The last row of each peer and width."""
+def rows_of(results: Path, model: str, scale: Scale = FULL) -> dict[tuple[str, int], dict[str, Any]]:
+    """The last row of each peer and width, of those measured on as much text."""
     lines = results.read_text().splitlines() if results.exists() else []
-    return {(row["peer"], row["bits"]): row for row in map(json.loads, lines) if row["model"] == model}
+    rows = [row for row in map(json.loads, lines) if (row["model"], row["windows"]) == (model, scale.windows)]
+    return {(row["peer"], row["bits"]): row for row in rows}
 
 
-def finished(results: Path, model: str, retry: bool) -> set[tuple[str, int]]:
+def finished(results: Path, model: str, scale: Scale, retry: bool) -> set[tuple[str, int]]:
     """What is not to be run again."""
-    return {key for key, row in rows_of(results, model).items() if not (retry and "reason" in row)}
+    return {key for key, row in rows_of(results, model, scale).items() if not (retry and "reason" in row)}
 
 
 def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
@@ -356,10 +373,15 @@ def main() -> None:
     ]
     compare(wanted, options, results, model)
     if options.json:
-        options.json.write_text(json.dumps(as_comparison(rows_of(results, model.name))))
+        options.json.write_text(json.dumps(as_comparison(rows_of(results, model.name, scale_of(options)))))
     if options.quick:
         print("\nA quick run, to see what works: these numbers mean nothing.")
-    print("", *(table(rows_of(results, model.name), bits) for bits in options.bits), f"Rows: {results}", sep="\n\n")
+    print(
+        "",
+        *(table(rows_of(results, model.name, scale_of(options)), bits) for bits in options.bits),
+        f"Rows: {results}",
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

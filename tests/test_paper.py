@@ -167,7 +167,8 @@ def test_a_row_is_made_once_and_finished_commands_are_not_repeated(fake, tmp_pat
 
     other = experiments.Case(wanted.name, wanted.model, "fast", wanted.work, ("a.txt",))
     reproduce.run_case("perplexity", other, False, tmp_path, run)
-    assert len(done) == 2, "what the commands make exists"
+    assert len(done) == 4, "another text makes another model"
+    assert "--calibration a.txt" in " ".join(done[2])
     assert rows.find("perplexity", "qwen3-4b-base", "fast", tmp_path) == row
 
 
@@ -200,6 +201,7 @@ def test_a_directory_is_a_model(tmp_path, capsys):
         (["perplexity", "--model", "all", "--recipe", "fats"], "recipe is 'fats', allowed: .*did you mean 'fast'"),
         (["w4a4"], "cannot be reproduced yet: .*activations"),
         (["loss-curves", "--model", "llama-3-8b"], "Leave out --model"),
+        (["perplexity", "--recipe", "fast"], "Leave them out, or name a --model"),
         (["mmlu-pro"], "no rows in 'mmlu-pro', allowed: all, r1-distill-llama-8b"),
     ],
 )

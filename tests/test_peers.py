@@ -69,7 +69,7 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     absent = Peer("absent", "Absent", "none", "nf4", environment="bitsandbytes")
     wanted = [(absent, 4), (here, 4)]
     bench_peers.compare(wanted, options(folder, site=folder / "nowhere"), results, model)
-    rows = rows_of(results, "tiny")
+    rows = rows_of(results, "tiny", bench_peers.QUICK)
     assert "bitsandbytes is not there" in rows["absent", 4]["reason"]
     measured = rows["here", 4]
     assert measured["quick"] is True
@@ -81,13 +81,22 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     before = results.read_text()
     bench_peers.compare(wanted, options(folder), results, model)
     assert results.read_text() == before, "finished rows were run again"
-    assert finished(results, "tiny", retry=True) == {("here", 4)}
-    assert finished(results, "another model", retry=False) == set()
+    assert finished(results, "tiny", bench_peers.QUICK, retry=True) == {("here", 4)}
+    assert finished(results, "another model", bench_peers.QUICK, retry=False) == set()
+    assert finished(results, "tiny", bench_peers.FULL, retry=False) == set(), "measured on less text"
 
 
 def measured_row(peer: str, *kl: float) -> dict:
     text = {"perplexity": 2.0, "kl": sum(kl) / len(kl), "kl_interval": [0.1, 0.2], "kl_of_windows": kl, "top1": 0.5}
-    facts = {"peer": peer, "bits": 4, "group_size": 64, "bits_per_weight": 4.3, "seconds": 3.0, "model": "m"}
+    facts = {
+        "peer": peer,
+        "bits": 4,
+        "group_size": 64,
+        "bits_per_weight": 4.3,
+        "seconds": 3.0,
+        "model": "m",
+        "windows": [None, 2048],
+    }
     return {**facts, "device": "a CPU", "wikitext2-test": text, "gsm8k-test": text}
 
 
@@ -103,7 +112,7 @@ def test_rows_are_read_by_the_report(tmp_path):
 
 
 def test_the_table_ranks_and_says_what_was_not_run(tmp_path):
-    failed = {"peer": "original", "bits": 4, "model": "m", "reason": "RuntimeError: no | GPU"}
+    failed = {"peer": "original", "bits": 4, "model": "m", "windows": [None, 2048], "reason": "RuntimeError: no | GPU"}
     rows = [measured_row("rtn", 0.9, 0.9), failed, measured_row("rtn", 0.3, 0.5), measured_row("fast", 0.1, 0.2)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))

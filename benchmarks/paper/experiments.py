@@ -127,7 +127,8 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        return self.work / re.sub(r"[^\w.]+", "-", f"{self.name} {self.recipe}")
+        text = f" on {' '.join(self.calibration)}" if self.calibration else ""
+        return self.work / re.sub(r"[^\w.]+", "-", f"{self.name} {self.recipe}{text}")
 
     @property
     def subject(self) -> str:
@@ -305,7 +306,8 @@ def model_named(name: str) -> tuple[str, Model]:
     if name in MODELS:
         return name, MODELS[name]
     if Path(name).is_dir() or (Path(name).is_file() and name.endswith(".gguf")):
-        return Path(name).stem, Model(name, context=2048, group_size="auto")
+        local = Path(name)
+        return local.name if local.is_dir() else local.stem, Model(name, context=2048, group_size="auto")
     raise ConfigError(
         f"model is {name!r}, allowed: a directory, a .gguf file, or {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
     )

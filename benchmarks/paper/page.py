@@ -48,8 +48,7 @@ LLaMAs and GPQA need their licences accepted), a directory, a `.gguf` file, or `
 what exists is not made again.
 
 **An empty cell** under a published method is a number that we have not found; under `original`, `paper`, `fast` or `best`, our own, it is
-a run that has not been made: no published model could be downloaded where this page was written. The command above the table
-makes it. `original` is the unquantized model measured by us, `paper` the paper's recipe in our code, `fast` and `best` ours. All
+a run that has not been made yet; the command above the table makes it. `original` is the unquantized model measured by us, `paper` the paper's recipe in our code, `fast` and `best` ours. All
 published numbers are for groups of 128 and 4 bits.
 
 **The embedded model** is SmolLM2-135M-Instruct: groups of 64 (its width has no multiple of 128), calibrated on 64 × 1024 tokens of
@@ -75,7 +74,7 @@ DIFFERS = {
 - As above, with one seed. Of AWQ only the number that the paper's text gives was legible, of EfficientQAT none.""",
     "zero-shot": """\
 - lm-eval 0.4.13 instead of 0.4.9.1, its defaults, metric `acc` (not `acc_norm`), no chat template.
-- The data sets could not be downloaded where the embedded model was run; the command is the same, with `--model embedded`.""",
+- Not run on the embedded model yet; the command is the same, with `--model embedded`.""",
     "throughput": """\
 - An RTX A6000 there, an H100 and an H200 here: twice the bandwidth and more makes what does not move weights a larger part.
 - Our 8B model has LLaMA-3-8B's shape and random weights, and q, k, v share a transform, as gate and up do. "Without rotations" is
@@ -300,7 +299,7 @@ def quantization_time(results: Path) -> str:
             shape, _, how = name.partition(" ")
             if shape == "llama-3-8b":
                 text = "as named" if "512" in how else windows
-                body.append([f"ours on {found['device']}: {how}", text, f"{run['whole_model_minutes']:.1f} min"])
+                body.append([f"ours on {found['device']}: {how}", text, f"{run['whole_model_minutes']:.2f} min"])
     return table(["LLaMA-3-8B", "calibration tokens", "time"], body)
 
 
@@ -378,8 +377,11 @@ def render(results: Path = rows.RESULTS) -> str:
 
 
 def _all(pattern: str, entry: str, results: Path) -> list[Any]:
-    """The result files of a benchmark that have an entry of that name."""
-    return [found for found in map(_json, sorted(results.glob(pattern))) if entry in found]
+    """The result files of a benchmark that have an entry of that name; of several from one device, those that the
+    benchmarks write where nothing else is said (`kernels.json`) before the kept ones (`kernels-h100.json`).
+    """
+    files = sorted(results.glob(pattern), key=lambda file: ("-" not in file.stem, file.name))
+    return list({found["device"]: found for found in map(_json, files) if entry in found}.values())
 
 
 def _json(file: Path) -> Any:

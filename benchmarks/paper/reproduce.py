@@ -5,7 +5,8 @@
     python benchmarks/paper/reproduce.py components            # on the embedded model
     python benchmarks/paper/reproduce.py page                  # README.md, from the results
 
-A command whose output exists, and a row that is in benchmarks/results/paper, are not made again.
+A command whose output exists, and a row that is in benchmarks/results/paper, are not made again. Local models are told
+apart by their directories' names: give another --work for another model of the same name.
 """
 
 from __future__ import annotations
@@ -128,6 +129,11 @@ def reproduce(options: argparse.Namespace) -> None:
     if experiment.missing:
         raise ConfigError(f"{experiment.of} cannot be reproduced yet: {experiment.missing}")
     if experiment.scripts and options.model == "embedded":
+        if options.recipe or options.calibration:
+            raise ConfigError(
+                f"--recipe and --calibration are for models, and {experiment.of} of {experiment.on} is measured by the "
+                "repository's benchmarks, with recipes of their own. Leave them out, or name a --model."
+            )
         run_scripts(experiment, options.dry_run)
     else:
         if experiment.steps is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.read import Checkpoint, ModelFiles
-from .devices import free_memory, resolve_device
+from .devices import resolve_device
 from .engines import choice
 from .engines.engine import chat_tokens, context_of
 from .engines.examination import Answered, Examinee, OnTransformers, OnVllm, Questions
@@ -82,10 +82,15 @@ def evaluate(
     sets = _problem_sets(tokenizer, gsm8k, boxed)
     both = {"model": files} | ({"reference": original} if original else {})
     _check_contexts(both.values(), chains, chain_prompts, answers, sets)
+    _check_vocabularies(both.values())
     engine = _engine(engine, both.values(), asked=bool(sets or tasks))
     found_tasks = Tasks(tasks) if tasks else None
 
-    networks = _load(both, target)
+    questions = Questions({name: each.prompts for name, each in sets.items()}, answers, found_tasks)
+    answered = {}
+    if engine == "vllm":  # first: it may yet refuse, and wants the memory
+        answered = _examined(_on_vllm(both, target), questions, tell)
+    networks = {who: load(each, target) for who, each in both.items()}
     network, other = networks["model"], networks.get("reference")
     results: dict[str, Any] = {
         "model": str(model),
@@ -104,16 +109,11 @@ def evaluate(
         measured = along_chains.measure(network, other, chain_prompts, chains, step)
         results["chains"] = asdict(measured) | {"plan": asdict(chains)}
     if engine == "vllm":
-        del network, other
-        networks.clear()
-        free_memory(target)
         results["versions"]["vllm"] = choice.vllm_version()
-    if sets or found_tasks:
-        examinees = _examinees(engine, both, networks, tokenizer, target)
-        questions = Questions({name: each.prompts for name, each in sets.items()}, answers, found_tasks)
-        answered = {who: each.examine(questions, _steps(questions, who, tell)) for who, each in examinees.items()}
-        results |= _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
-    return results
+    elif sets or found_tasks:
+        on_transformers = {who: OnTransformers(each, tokenizer) for who, each in networks.items()}
+        answered = _examined(on_transformers, questions, tell)
+    return results | _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
@@ -134,14 +134,12 @@ def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
     return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
 
 
-def _load(both: Mapping[str, ModelFiles], device: torch.device) -> dict[str, Any]:
-    networks = {who: load(files, device) for who, files in both.items()}
-    sizes = [network.config.vocab_size for network in networks.values()]
+def _check_vocabularies(both: Iterable[ModelFiles]) -> None:
+    sizes = [files.config.get_text_config().vocab_size for files in both]
     if len(set(sizes)) > 1:
         raise ConfigError(
             f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens. The reference must be the model that was quantized."
         )
-    return networks
 
 
 def _engine(name: str, both: Collection[ModelFiles], asked: bool) -> str:
@@ -161,18 +159,14 @@ def _engine(name: str, both: Collection[ModelFiles], asked: bool) -> str:
     return chosen
 
 
-def _examinees(
-    engine: str,
-    both: Mapping[str, ModelFiles],
-    networks: Mapping[str, Any],
-    tokenizer: Any,
-    device: torch.device,
-) -> dict[str, Examinee]:
-    if engine == "vllm":
-        return {
-            who: OnVllm(files.name, files.trust_remote_code, str(device), _dtype(device)) for who, files in both.items()
-        }
-    return {who: OnTransformers(network, tokenizer) for who, network in networks.items()}
+def _on_vllm(both: Mapping[str, ModelFiles], device: torch.device) -> dict[str, Examinee]:
+    return {
+        who: OnVllm(files.name, files.trust_remote_code, str(device), _dtype(device)) for who, files in both.items()
+    }
+
+
+def _examined(examinees: Mapping[str, Examinee], questions: Questions, tell: OnPart) -> dict[str, Answered]:
+    return {who: each.examine(questions, _steps(questions, who, tell)) for who, each in examinees.items()}
 
 
 def _windows(tokenizer: Any, name: str, seq_len: int, max_tokens: int | None) -> Tensor:

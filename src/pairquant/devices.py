@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from contextlib import AbstractContextManager
 
@@ -37,8 +36,10 @@ def current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, so that another process can have it."""
-    gc.collect()
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device: a GPU's, or the host's."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -124,7 +124,10 @@ class Job:
             self.source = self._source(spill)
             self._require_finite()
             self._open_journal(calibration, validation)
-            self._walk(calibration, validation)
+            try:
+                self._walk(calibration, validation)
+            finally:
+                self.source.close()
             self.progress.stage("writing")
             report = self._report(calibration)
             if self.ranks.leads:

@@ -1,7 +1,8 @@
 """Where text comes from, and how it becomes windows of tokens: for calibration and for evaluation alike.
 
 A source is a bundled file ("default/…", see `BUNDLED`), a local `.txt`, `.jsonl` or `.parquet` file, a short name (see
-`SHORT_NAMES`), or the name of a data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end to end and cut into windows.
+`SHORT_NAMES`), or the name of a data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end
+to end and cut into windows.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str]:
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            return load_dataset(*args, **kwargs, revision=EXPORTED)
+            repository, config = args  # there configurations are folders
+            return load_dataset(repository, data_dir=config, **kwargs, revision=EXPORTED)
 
     try:
         for number, row in enumerate(islice(rows(), MAX_DOCUMENTS), 1):

@@ -2,7 +2,7 @@
 
 import errno
 import json
-import time
+import threading
 
 import pytest
 import torch
@@ -106,15 +106,16 @@ def test_a_full_disk_keeps_what_is_finished(directory, monkeypatch):
 
 
 def test_a_block_being_written_is_whole_once_the_journal_is_closed(directory, monkeypatch):
-    journal, written = opened(directory), files.save_file
+    journal, written, looked = opened(directory), files.save_file, threading.Event()
 
     def slow(*arguments):
-        time.sleep(0.2)
+        assert looked.wait(60), "nobody looked"
         written(*arguments)
 
     monkeypatch.setattr(files, "save_file", slow)
     journal.append(tensors(2), {"path": "layers.2"})
     assert journal.count == 2
+    looked.set()
     journal.close()
     assert opened(directory).count == 3
 

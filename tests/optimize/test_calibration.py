@@ -302,12 +302,12 @@ def _refused(tokenizer, names) -> str:
 def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
     asked = []
 
-    def load(*arguments, revision=None, **options):
-        asked.append(revision)
+    def load(*arguments, revision=None, data_dir=None, **options):
+        asked.append((arguments, revision, data_dir))
         if revision is None:
-            raise RuntimeError("Dataset scripts are no longer supported, but found RedPajama-Data-1T-Sample.py")
+            raise RuntimeError("Dataset scripts are no longer supported, but found own.py")
         return [{"text": "What it says."}]
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    assert list(documents("redpajama")) == ["What it says."]
-    assert asked == [None, "refs/convert/parquet"]
+    assert list(documents("who/own:en:test")) == ["What it says."]
+    assert asked == [(("who/own", "en"), None, None), (("who/own",), "refs/convert/parquet", "en")]

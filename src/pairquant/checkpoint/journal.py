@@ -146,12 +146,14 @@ class Journal:
     def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:
         """Store the streams that enter block `index`, unless that would take more than its share of a block's time.
 
-        How long it would take is known from writing the block before, which is durable first.
+        How long it would take is known from writing a block; the one before is durable first.
         """
-        self.settle()
+        if self._bytes_per_second is None:
+            self.settle()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes_per_second and size / self._bytes_per_second > SNAPSHOT_SHARE * block_seconds:
             return
+        self.settle()
         try:
             write_tensors(self.directory / f"streams-{index:05}.safetensors", {n: t.cpu() for n, t in tensors.items()})
         except (OSError, SafetensorError) as error:

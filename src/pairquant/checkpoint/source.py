@@ -117,10 +117,18 @@ class SourceWeights:
             pin = device.type == "cuda"
             self._ahead = {name: self._reader.submit(self._copy, name, pin) for name in names}
 
+    def close(self) -> None:
+        """Read nothing more ahead, and forget what was."""
+        self._reader.shutdown(cancel_futures=True)
+        self._ahead = {}
+
     def _copy(self, name: str, pin: bool) -> Tensor:
-        """In memory, no map of the file; pinned, it goes to a GPU at full speed."""
+        """In memory, no map of the file; pinned, where the system lets it, it goes to a GPU at full speed."""
         value = self.load(name)
-        return value.pin_memory() if pin else value.clone()
+        try:
+            return value.pin_memory() if pin else value.clone()
+        except RuntimeError:  # so much may not be pinned here
+            return value.clone()
 
     def _read(self, name: str, device: torch.device | str) -> Tensor:
         ahead = self._ahead.pop(name, None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.read import ModelFiles
-from ..devices import resolve_device
+from ..devices import free_bytes, resolve_device
 from ..errors import ConfigError, PairQuantError
 from ..evaluation.generation import Continuation
 from ..evaluation.reasoning import AnswerPlan
@@ -40,6 +40,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 CONVERSATION = 16384
 #: The cache comes in blocks of at most this many tokens.
 BLOCK = 128
+#: Of the memory that is free beside the weights, the most that the cache takes.
+CACHE_SHARE = 0.8
 
 
 class VllmEngine:
@@ -70,6 +72,11 @@ class VllmEngine:
             raise ConfigError(
                 f"device is {device!r}, allowed: {built_for}, which the installed vLLM was built for. "
                 "Leave out --device, or use --engine transformers."
+            )
+        if chosen.index:
+            raise ConfigError(
+                f"device is {device!r}, allowed: {built_for}: vLLM takes the first GPU that it sees. "
+                f"Set CUDA_VISIBLE_DEVICES={chosen.index} in the environment."
             )
         return chosen
 
@@ -160,6 +167,8 @@ def arguments(files: ModelFiles, options: EngineOptions) -> dict[str, Any]:
     if options.any_length:
         longest = max(longest, conversation)
         cache = max(cache, cache_bytes(files.config, 1, longest, item))
+    room = CACHE_SHARE * (free_bytes(device) - files.size_bytes())
+    cache = max(min(cache, int(room)), cache_bytes(files.config, 1, longest, item))  # vLLM queues what has no room
     return {
         "model": str(files.directory),
         "dtype": dtype,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantConfig
+from ..devices import free_bytes
 from .capture import Block
 from .layerwise import compares, compute_dtype
 from .streams import MICRO_BATCH_TOKENS
@@ -54,14 +55,14 @@ def demand(
     hidden = getattr(getattr(model, "config", None), "hidden_size", hidden)
     windows = sum(t.numel() for t in (tokens, validation) if t is not None)
     streams = windows * hidden * itemsize * (2 if compares(config) else 1)
-    work = max(_block_bytes(block, config, tokens, itemsize) for block in blocks)
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
+    work = max(_block_bytes(block, config, tokens, itemsize, device) for block in blocks)
+    available = free_bytes(device)
     fits = work * MARGIN + streams < available
     store = device if fits else torch.device("cpu")
     return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device)
 
 
-def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int) -> int:
+def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int, device: torch.device) -> int:
     sizes = [(m.out_features, m.in_features) for m in block.linears.values()]
     if not sizes:
         return 0
@@ -76,10 +77,5 @@ def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, items
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
     activations = batch * (sum(sum(size) for size in sizes)) * itemsize * 2
     trained = weights * 4 * TRAINED_COPIES if config.recipe.training else 0
-    return weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
-
-
-def _host_bytes() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available
+    ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
+    return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
