@@ -38,6 +38,12 @@ def test_a_comparison_tells_of_every_row(quick, compared, write_json):
     assert [each.name for each in found.speeds] == ["big", "quick", "other"]
 
 
+def test_models_of_one_last_name_are_told_apart(compared, write_json):
+    file = write_json("compare.json", compared("runs/big", "runs/a/model", "runs/b/model"))
+    found = read([file], {})
+    assert found.names() == ["runs/big", "a/model", "b/model"]
+
+
 def test_models_stand_by_accuracy_size_and_speed(quick, compared, write_json):
     facts = gather([quick], [write_json("compare.json", compared("big", quick, "other"))])
     plots = {plot.key: plot.to_dict() for plot in against_size_and_speed(facts.measured, facts.references)}

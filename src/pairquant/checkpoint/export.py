@@ -36,8 +36,8 @@ def export(
     """Write the plain model that the packed checkpoint `model` stands for to `output`, in the dtype `to`.
 
     Decoded are the quantized linears; other floating tensors are cast, but for what a 16-bit model stores in float32
-    (a router's biases, say); all else is kept: tokenizer, generation defaults, custom code. At most one shard is in memory. `on_tensors(count)` is told what is coming and returns what
-    to call after each tensor. Raises `ConfigError` for unknown formats and existing outputs, `CheckpointError` for
+    (a router's biases, say); all else is kept: tokenizer, generation defaults, custom code. At most one shard is in
+    memory. `on_tensors(count)` is told what is coming and returns what to call after each tensor. Raises `ConfigError` for unknown formats and existing outputs, `CheckpointError` for
     damaged checkpoints and values that the format cannot hold.
     """
     dtype, output = _dtype(to), Path(output)

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
 from ..wording import block_and_rest, short_name
 from .log import BlockRecord, read_log
-from .results import Measured, read
+from .results import Measured, distinct_ends, read
 
 #: Output rows, evenly spaced, over which channels of every linear are measured; the close-up takes all.
 SAMPLED_ROWS = 256
@@ -134,15 +134,11 @@ def gather(
 
 def labels(directories: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell the directories apart."""
-    parts = [directory.resolve().parts for directory in directories]
-    if len(set(parts)) < len(parts):
-        twice = next(str(directories[i]) for i, part in enumerate(parts) if part in parts[:i])
+    paths = [directory.resolve() for directory in directories]
+    if len(set(paths)) < len(paths):
+        twice = next(str(directories[i]) for i, path in enumerate(paths) if path in paths[:i])
         raise ConfigError(f"checkpoint {twice!r} is given twice: name each once")
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(directory) for directory in directories]
+    return distinct_ends(paths)
 
 
 def outlier_ratio(magnitude: Tensor) -> float:

@@ -75,8 +75,9 @@ def write_report(
 ) -> None:
     """Write a page of these checkpoints to `output`, replacing it, and their figures as SVG and PNG into `figures`.
 
-    results: files of `pairquant eval --json`, `compare --json` and `bench --json`; linear: whose weight is shown, see `gather`. Raises `ConfigError`, before
-    anything is read, for places that cannot be written and for what is not installed; then what `gather` raises.
+    results: files of `pairquant eval --json`, `compare --json` and `bench --json`; linear: whose weight is shown, see
+    `gather`. Raises `ConfigError`, before anything is read, for places that cannot be written and for what is not
+    installed; then what `gather` raises.
     """
     output, images = Path(output), None if figures is None else Path(figures)
     _require_place(output, images)

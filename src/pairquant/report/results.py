@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,27 +108,25 @@ class Measured:
 
 def read(files: Iterable[Path], checkpoints: Mapping[str, ModelFiles]) -> Measured:
     """Everything in these files; raises `ConfigError` for one that none of the three commands has written."""
-    found = Measured()
+    files, found = list(files), Measured()
+    names = _names(files, checkpoints)
     for file in files:
-        evaluations, speeds = _read(file, checkpoints)
+        evaluations, speeds = _read(file, names)
         found.evaluations.extend(evaluations)
         found.speeds.extend(speeds)
     return found
 
 
-def _read(file: Path, checkpoints: Mapping[str, ModelFiles]) -> tuple[list[Evaluation], list[Speed]]:
-    try:
-        content = read_json(file)
-    except CheckpointError as error:
-        raise ConfigError(f"results {str(file)!r} cannot be read. Make them with `pairquant eval --json`.") from error
+def _read(file: Path, names: Mapping[str, str]) -> tuple[list[Evaluation], list[Speed]]:
+    content = _content(file)
     try:
         if "rows" in content:
-            return _comparison(content, checkpoints)
+            return _comparison(content, names)
         if "workload" in content:
             entries = [content[who] for who in ("model", "reference") if content.get(who)]
             setting = f"{content['engine']}, {content['device']}"
-            return [], [_speed(entry, setting, checkpoints) for entry in entries]
-        return [_evaluation(read_results(file), checkpoints)], []
+            return [], [_speed(entry, setting, names) for entry in entries]
+        return [_evaluation(read_results(file), names)], []
     except ConfigError:
         raise
     except UNEXPECTED as error:
@@ -138,20 +136,18 @@ def _read(file: Path, checkpoints: Mapping[str, ModelFiles]) -> tuple[list[Evalu
         ) from error
 
 
-def _comparison(
-    content: Mapping[str, Any], checkpoints: Mapping[str, ModelFiles]
-) -> tuple[list[Evaluation], list[Speed]]:
+def _comparison(content: Mapping[str, Any], names: Mapping[str, str]) -> tuple[list[Evaluation], list[Speed]]:
     evaluations, speeds = [], []
     for row in content["rows"]:
-        evaluations.append(_evaluation(row["evaluation"], checkpoints, row["size_bytes"], row["quantized_in_s"]))
+        evaluations.append(_evaluation(row["evaluation"], names, row["size_bytes"], row["quantized_in_s"]))
         if row["speed"]:
-            speeds.append(_speed(row["speed"], row["evaluation"]["device"], checkpoints))
+            speeds.append(_speed(row["speed"], row["evaluation"]["device"], names))
     return evaluations, speeds
 
 
 def _evaluation(
     content: Mapping[str, Any],
-    checkpoints: Mapping[str, ModelFiles],
+    names: Mapping[str, str],
     size_bytes: int | None = None,
     quantized_in_s: float | None = None,
 ) -> Evaluation:
@@ -159,8 +155,8 @@ def _evaluation(
     texts = {Path(text).name: row for text, row in content["texts"].items()}
     along = texts | ({"chains of thought": chains} if chains else {})
     return Evaluation(
-        name=_name(str(content["model"]), checkpoints),
-        reference=_name(str(reference), checkpoints) if reference else None,
+        name=names[str(content["model"])],
+        reference=names[str(reference)] if reference else None,
         bits_per_weight=float(bits) if isinstance(bits, (int, float)) else None,
         texts=texts,
         kl_intervals={text: _interval(ends) for text, ends in _present(texts, "kl_interval")},
@@ -172,11 +168,54 @@ def _evaluation(
     )
 
 
-def _name(model: str, checkpoints: Mapping[str, ModelFiles]) -> str:
-    """The checkpoint's in this report, if it is one of them: the same directory, or the only one of that name."""
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except CheckpointError as error:
+        raise ConfigError(f"results {str(file)!r} cannot be read. Make them with `pairquant eval --json`.") from error
+
+
+def _names(files: Iterable[Path], checkpoints: Mapping[str, ModelFiles]) -> dict[str, str]:
+    """What is shown for every model that the files name: the checkpoint's name, if it is one of this report (the same
+    directory, or the only one of its last part), else as much of the path's end as tells it from the others.
+    """
+    models = list(dict.fromkeys(model for file in files for model in _models(_content(file))))
+    names = {model: _checkpoint_name(model, checkpoints) for model in models}
+    others = {
+        model: Path(model).resolve() if Path(model).exists() else Path(model) for model in names if not names[model]
+    }
+    ends = dict(zip(dict.fromkeys(others.values()), distinct_ends(list(dict.fromkeys(others.values()))), strict=True))
+    return {model: name or ends[others[model]] for model, name in names.items()}
+
+
+def _models(content: Mapping[str, Any]) -> Iterable[str]:
+    """As they stand in a file, which may hold anything."""
+    evaluations = [row.get("evaluation") for row in content.get("rows", ()) if isinstance(row, dict)] or [content]
+    for each in evaluations:
+        for who in ("model", "reference"):
+            model = each.get(who) if isinstance(each, dict) else None
+            model = model.get("name") if isinstance(model, dict) else model
+            if isinstance(model, str):
+                yield model
+    for row in content.get("rows", ()):
+        if isinstance(row, dict) and isinstance(row.get("speed"), dict):
+            yield str(row["speed"].get("name"))
+
+
+def _checkpoint_name(model: str, checkpoints: Mapping[str, ModelFiles]) -> str | None:
     same = [name for name, known in checkpoints.items() if Path(model).resolve() == known.directory.resolve()]
     same = same or [name for name, known in checkpoints.items() if Path(model).name == known.directory.name]
-    return same[0] if len(same) == 1 else Path(model).name
+    return same[0] if len(same) == 1 else None
+
+
+def distinct_ends(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of different paths that tell them apart."""
+    parts = [path.parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def _present(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Any]]:
@@ -240,6 +279,6 @@ def _pair(paired: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: paired[name] for name in ("lost", "gained", "p_value", "no_worse")} if paired else {}
 
 
-def _speed(entry: Mapping[str, Any], setting: str, checkpoints: Mapping[str, ModelFiles]) -> Speed:
+def _speed(entry: Mapping[str, Any], setting: str, names: Mapping[str, str]) -> Speed:
     rows = [SpeedRow(**{name: row[name] for name in SpeedRow.__dataclass_fields__}) for row in entry["rows"]]
-    return Speed(_name(entry["name"], checkpoints), f"{entry['dtype']}, {setting}", entry["peak_memory_bytes"], rows)
+    return Speed(names[entry["name"]], f"{entry['dtype']}, {setting}", entry["peak_memory_bytes"], rows)
