@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killing import save_source
 from models import TEXT
-from packed import random_packed
+from ranks_worker import exchange
 
 import pairquant
 from pairquant.checkpoint.headers import StoredTensors
@@ -42,21 +42,6 @@ def test_work_is_dealt_to_one_rank_each_and_evenly(costs, size):
     loads = [sum(cost for name, cost in work.items() if dealt[name] == rank) for rank in range(size)]
     assert max(loads) <= sum(costs) / size + max(costs, default=0)
     assert dealt == Ranks(size - 1, size).dealt(work)
-
-
-def exchange(rank, size, file):
-    """What each of three processes sees of a matrix of two units of rows, and of linears that the last one has."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    ranks, matrix = Ranks(rank, size), torch.arange(48.0).view(16, 3)
-    mine = matrix[ranks.rows(16, 8)]
-    whole = [ranks.collected(mine, 16, 8, owner) for owner in range(size)]
-    assert [part is not None for part in whole] == [owner == rank for owner in range(size)]
-    assert torch.equal(whole[rank], matrix)
-    for bias in (False, True):
-        packed = random_packed(64, 32, 32, bias=bias)
-        found = ranks.shared(packed if rank == size - 1 else None, packed.layout, size - 1, torch.device("cpu"))
-        assert all(torch.equal(tensor, packed.tensors()[name]) for name, tensor in found.tensors().items())
-    torch.distributed.destroy_process_group()
 
 
 def test_rows_and_linears_reach_their_ranks_where_some_have_none(tmp_path):
