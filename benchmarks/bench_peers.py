@@ -306,16 +306,16 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
 
 def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """What was measured as `pairquant compare --json` writes it, for `pairquant report --eval`; nobody's speed is in it."""
-    labels = {peer.name: f"{peer.label}, {peer.method}" for peer in PEERS}
+    known = {peer.name for peer in PEERS}
     return {
         "rows": [
             {
-                "name": f"{labels[name]}, {bits} bits",
+                "name": f"{name}, {bits} bits",
                 "size_bytes": None,
                 "quantized_in_s": row["seconds"],
                 "speed": None,
                 "evaluation": {
-                    "model": f"{labels[name]}, {bits} bits",
+                    "model": f"{name}, {bits} bits",
                     "reference": row["model"],
                     "texts": {text: row[text] for text in EVALUATION},
                     "bits_per_weight": row["bits_per_weight"],
@@ -323,7 +323,7 @@ def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]
                 },
             }
             for (name, bits), row in rows.items()
-            if name in labels and "reason" not in row
+            if name in known and "reason" not in row
         ]
     }
 
