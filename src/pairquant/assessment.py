@@ -91,22 +91,18 @@ def evaluate(
     if engine == "vllm":  # first: it may yet refuse, and wants the memory
         answered = _examined(_on_vllm(both, target), questions, tell)
     networks = {who: load(each, target) for who, each in both.items()}
-    network, other = networks["model"], networks.get("reference")
     results: dict[str, Any] = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
-        "texts": {
-            name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), seed))
-            for name, batch in windows.items()
-        },
-        "bits_per_weight": bits_per_weight(files, network),
+        "texts": _texts(networks, windows, tell, seed),
+        "bits_per_weight": bits_per_weight(files, networks["model"]),
         "engine": engine,
         "device": device_name(target),
         "versions": versions() | ({"lm-eval": found_tasks.version} if found_tasks else {}),
     }
     if chains:
         step = tell("chains", 4 * chains.count)
-        measured = along_chains.measure(network, other, chain_prompts, chains, step)
+        measured = along_chains.measure(networks["model"], networks["reference"], chain_prompts, chains, step)
         results["chains"] = asdict(measured) | {"plan": asdict(chains)}
     if engine == "vllm":
         results["versions"]["vllm"] = choice.vllm_version()
@@ -114,6 +110,15 @@ def evaluate(
         on_transformers = {who: OnTransformers(each, tokenizer) for who, each in networks.items()}
         answered = _examined(on_transformers, questions, tell)
     return results | _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
+
+
+def _texts(networks: Mapping[str, Any], windows: Mapping[str, Tensor], tell: OnPart, seed: int) -> dict[str, Any]:
+    """ "texts" of `evaluate`. windows: of each, int64 [W, T]."""
+    network, other = networks["model"], networks.get("reference")
+    return {
+        name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), seed))
+        for name, batch in windows.items()
+    }
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
