@@ -17,7 +17,8 @@ SCRIPT = """
 import json, sys, torch
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
-from pairquant.engines.vllm import VllmEngine, cache_bytes
+from pairquant.engines import vllm
+from pairquant.engines.vllm import VllmEngine, arguments, cache_bytes
 from pairquant.errors import ConfigError
 from pairquant.evaluation.reasoning import AnswerPlan
 
@@ -43,7 +44,13 @@ def answers(plan):
     return [[found[row].tokens, found[row].finished] for row in range(3)]
 
 greedy, *sampled = (answers(AnswerPlan(20, temperature=t, seed=s)) for t, s in ((0, 0), (1.0, 1), (1.0, 1), (1.0, 2)))
+vllm.free_bytes = lambda device: files.size_bytes() + 20_000_000
+capped = [
+    arguments(files, EngineOptions(dtype="float32", sequences=n, sequence_tokens=129))["kv_cache_memory_bytes"]
+    for n in (1, 1000)
+]
 print("RESULT", json.dumps({
+    "capped": capped, "one_sequence": cache_bytes(files.config, 1, 129, 4),
     "tokens": run.tokens.tolist(), "decoded": run.decoded, "first_token_s": run.first_token_s, "decode_s": run.decode_s,
     "answer": answer, "unfinished": engine.llm.llm_engine.has_unfinished_requests(), "refused": refused,
     "too_long": too_long, "cache_bytes": cache_bytes(files.config, 3, 129, 4),
@@ -122,3 +129,7 @@ def test_what_was_loaded_is_told(result):
 def test_the_cache_is_as_large_as_its_sequences(result):
     blocks, layers, heads, head_dim = 3 * 2 + 1, 2, 2, 32
     assert result["cache_bytes"] == blocks * 128 * layers * heads * head_dim * 2 * 4
+
+
+def test_the_cache_leaves_memory_free_and_has_room_for_one_sequence(result):
+    assert result["capped"] == [result["one_sequence"], 16_000_000]
