@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from local_task import TASK
 from models import TEXT, save_tiny
 
 import pairquant
@@ -13,17 +14,9 @@ from pairquant.evaluation.tasks import TaskPlan
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("lm_eval")
 
-TASKS = """\
-task: small_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
----
+TASKS = (
+    TASK
+    + """---
 task: small_answer
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
@@ -34,6 +27,7 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
 metric_list: [{{metric: exact_match}}]
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from local_task import TASK
 from models import save_tiny
 
 import pairquant
@@ -12,17 +13,6 @@ from pairquant.evaluation.tasks import Metric, TaskPlan, Tasks, paired
 
 pytest.importorskip("lm_eval")
 
-TASK = """\
-task: small_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 COUNT = 24
 
 

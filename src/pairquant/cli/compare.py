@@ -12,6 +12,17 @@ from rich.table import Table
 
 from .app import Device, Trust, app, console, quiet_libraries
 from .display import duration, followed, number, progress_bars, require_place, size
+from .evaluation_options import (
+    AnsweringEngine,
+    Gsm8k,
+    JsonFile,
+    MaxTokens,
+    Seed,
+    SeqLen,
+    TaskNames,
+    Texts,
+    names_in,
+)
 from .evaluation_tables import accuracy_cells, divergence, measurements
 
 
@@ -19,17 +30,15 @@ from .evaluation_tables import accuracy_cells, divergence, measurements
 def compare(
     original: Annotated[str, typer.Argument(help="The model that the others were made from.")],
     models: Annotated[list[str], typer.Argument(help="Models to compare: ours, or any that Transformers loads.")],
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text to evaluate on; repeat for more. Default: GSM8K test problems.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")] = None,
-    gsm8k: Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)] = 0,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between.")] = None,
-    engine: Annotated[str, typer.Option(help="What answers and runs tasks: transformers (auto) or vllm.")] = "auto",
+    text: Texts = None,
+    seq_len: SeqLen = 2048,
+    max_tokens: MaxTokens = None,
+    gsm8k: Gsm8k = 0,
+    tasks: TaskNames = None,
+    engine: AnsweringEngine = "auto",
     speed: Annotated[bool, typer.Option("--speed", help="Also measure prefill and decoding speed.")] = False,
-    seed: Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -40,7 +49,7 @@ def compare(
     from ..evaluation.tasks import TaskPlan
 
     require_place(json_file)
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    names = names_in(tasks)
     with progress_bars() as bars:
         results = run(
             original,
@@ -89,7 +98,7 @@ def _models(rows: list[dict[str, Any]]) -> Table:
 def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
     """Behind: how much further from the original than the closest, with half the interval."""
     table = measurements(
-        escape(Path(name).name), ("perplexity", "KL, along windows", "top-1 kept", "behind the closest")
+        escape(Path(name).name), ("perplexity", "KL, along windows", "top-1 kept", "behind the\nclosest")
     )
     for row in rows:
         found = row["evaluation"]["texts"][name]

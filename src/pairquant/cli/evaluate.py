@@ -10,32 +10,41 @@ import typer
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
 from .display import followed, progress_bars, require_place
+from .evaluation_options import (
+    AnsweringEngine,
+    Gsm8k,
+    JsonFile,
+    MaxTokens,
+    Seed,
+    SeqLen,
+    TaskNames,
+    Texts,
+    names_in,
+)
 
 
 @app.command(name="eval")
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The original model: KL, agreement, paired tests.")] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text to evaluate on; repeat for more. Default: GSM8K test problems.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    max_tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")] = None,
+    text: Texts = None,
+    seq_len: SeqLen = 2048,
+    max_tokens: MaxTokens = None,
     chains: Annotated[int, typer.Option(help="Chains of thought sampled from the original to follow.", min=0)] = 0,
     chain_tokens: Annotated[int, typer.Option(help="Most tokens of a chain, up to 4096.")] = 1024,
-    gsm8k: Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)] = 0,
+    gsm8k: Gsm8k = 0,
     boxed: Annotated[
         list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \boxed{}; repeat for more.")
     ] = None,
     answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Of answers; 0 is greedy.")] = 0.0,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between.")] = None,
+    tasks: TaskNames = None,
     task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Chains, answers or questions at once.")] = 8,
-    engine: Annotated[str, typer.Option(help="What answers and runs tasks: transformers (auto) or vllm.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    engine: AnsweringEngine = "auto",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -48,7 +57,7 @@ def evaluate(
     from .evaluation_tables import show
 
     require_place(json_file)
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    names = names_in(tasks)
     with progress_bars() as bars:
         results = run(
             model,

@@ -1,0 +1,27 @@
+"""Options of the commands that measure models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Text to evaluate on; repeat for more. Default: GSM8K test problems."),
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")]
+Gsm8k = Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)]
+TaskNames = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, with commas between.")]
+AnsweringEngine = Annotated[
+    str, typer.Option("--engine", help="What answers and runs tasks: transformers (auto) or vllm.")
+]
+Seed = Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+
+
+def names_in(tasks: str | None) -> tuple[str, ...]:
+    """The tasks that an option names."""
+    return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
