@@ -20,20 +20,16 @@ from torch import Tensor, nn
 
 from ..config import QuantConfig
 from ..core.linear import Transform, decode, encode
-from ..core.rounding import damped_cholesky, proxy_error, proxy_terms, ratio
+from ..core.rounding import proxy_error, proxy_terms, ratio
 from ..errors import ConfigError
 from ..kernels.fit import solvers
 from ..layout import LinearLayout, PackedLinear, columns_per_block
 from .blockwise import BlockData, refit_block, train_block
 from .capture import Block, Moments, MomentSum, find_blocks
+from .drift import drift_targets
 from .proxy import Problem, fit_transforms
 from .ranks import Ranks
 from .streams import Streams
-
-#: Share of the mean diagonal of H added before solving for the drift correction.
-DRIFT_DAMPING = 0.01
-#: Most that a drift correction may change a layer's output, as a relative squared error.
-MAX_DRIFT = 0.01
 
 
 @dataclass
@@ -245,7 +241,7 @@ class Walk:
         targets = {}
         for m in moments:
             weights = {path: self._rows(block.linears[path]).float() for path in m.readers}
-            targets.update(_targets(weights, m, self.config.recipe.drift, self.ranks))
+            targets.update(drift_targets(weights, m, self.config.recipe.drift, self.ranks))
             m.cross = None
         hessians = {path: m.hessian for m in moments for path in m.readers}
         problems = [
@@ -331,28 +327,6 @@ def compute_dtype(model: nn.Module, config: QuantConfig, device: torch.device) -
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute]
     stored = {linear.weight.dtype for block in find_blocks(model, config.ignore) for linear in block.linears.values()}
     return torch.bfloat16 if device.type == "cuda" and stored == {torch.bfloat16} else torch.float32
-
-
-def _targets(weights: dict[str, Tensor], moments: Moments, drift: float, ranks: Ranks) -> dict[str, Tensor]:
-    """What to approximate, of the weights that read one input: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
-
-    weights: by path, this rank's rows.
-
-    W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
-    that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
-    (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
-    """
-    if not drift or moments.cross is None:
-        return weights
-    targets = {}
-    difference = (moments.cross - moments.hessian).double()
-    factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
-    for path, weight in weights.items():
-        change = drift * torch.cholesky_solve((weight.double() @ difference).T, factor).T.float()
-        terms = proxy_terms(weight, weight + change, moments.hessian)
-        ranks.add(terms)
-        targets[path] = weight + change * min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)
-    return targets
 
 
 def _groups(moments: list[Moments], shared: bool) -> list[tuple[str, ...]]:

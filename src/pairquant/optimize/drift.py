@@ -1,0 +1,37 @@
+"""What the quantized model's inputs have drifted from the original's, answered by the weights that come next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.rounding import damped_cholesky, proxy_terms, ratio
+from .capture import Moments
+from .ranks import Ranks
+
+#: Share of the mean diagonal of H added before solving for the drift correction.
+DRIFT_DAMPING = 0.01
+#: Most that a drift correction may change a layer's output, as a relative squared error.
+MAX_DRIFT = 0.01
+
+
+def drift_targets(weights: dict[str, Tensor], moments: Moments, drift: float, ranks: Ranks) -> dict[str, Tensor]:
+    """What to approximate, of the weights that read one input: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+
+    weights: by path, this rank's rows.
+
+    W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
+    that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
+    (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
+    """
+    if not drift or moments.cross is None:
+        return weights
+    targets = {}
+    difference = (moments.cross - moments.hessian).double()
+    factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
+    for path, weight in weights.items():
+        change = drift * torch.cholesky_solve((weight.double() @ difference).T, factor).T.float()
+        terms = proxy_terms(weight, weight + change, moments.hessian)
+        ranks.add(terms)
+        targets[path] = weight + change * min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)
+    return targets
