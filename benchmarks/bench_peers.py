@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,13 @@ from peers.table import PEERS, Peer
 from safetensors.torch import save_file
 from setting import CALIBRATION, EVALUATION, SETTING, evaluation_windows, numbers
 
+from pairquant.assessment import chain_prompts
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.comparison import ranked
 from pairquant.devices import resolve_device
 from pairquant.environment import device_name
+from pairquant.evaluation import chains
+from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.quality import measure
 from pairquant.optimize.calibration import calibrate
 
@@ -48,12 +51,15 @@ NEW_ENVIRONMENT = ("-m", "pip", "install", "--quiet", "--disable-pip-version-che
 
 @dataclass(frozen=True)
 class Scale:
-    """How much text: calibration windows (and held-out ones) and their length, evaluation windows and theirs."""
+    """How much text: calibration windows (and held-out ones) and their length, evaluation windows and theirs, and the
+    original's chains of thought.
+    """
 
     samples: int
     length: int
     evaluation: int | None
     evaluation_length: int
+    chains: ChainPlan
 
     @property
     def windows(self) -> list[int | None]:
@@ -61,8 +67,8 @@ class Scale:
         return [self.evaluation, self.evaluation_length]
 
 
-FULL = Scale(SETTING["samples"], SETTING["seq_len"], None, 2048)
-QUICK = Scale(4, 256, 2, 256)
+FULL = Scale(SETTING["samples"], SETTING["seq_len"], None, 2048, ChainPlan(32, 1024, batch=32))
+QUICK = Scale(4, 256, 2, 256, ChainPlan(2, 32))
 
 
 class Unable(Exception):
@@ -155,6 +161,7 @@ def run_peer(peer: Peer, job: Job, site: Path | None, limit: float | None) -> di
         try:
             done = subprocess.run(
                 [python, peer.script, folder / "job.json"],
+                cwd=folder,  # some leave logs where they run
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=variables,
@@ -181,15 +188,19 @@ class Referee:
         self.files, self.device, self.scale = files, device, scale
         self.original: torch.nn.Module | None = None
 
+    def load(self) -> torch.nn.Module:
+        original = self.files.model(torch.float32, self.device)
+        tokenizer, scale = self.files.tokenizer(), self.scale
+        self.texts = evaluation_windows(tokenizer, scale.evaluation_length, scale.evaluation)
+        self.chains = chains.sample(original, chain_prompts(tokenizer, scale.chains), scale.chains)
+        return original
+
     def measure(self, folder: str) -> dict[str, dict[str, Any]]:
-        """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6)}."""
-        if self.original is None:
-            self.original = self.files.model(torch.float32, self.device)
-            scale = self.scale
-            self.texts = evaluation_windows(self.files.tokenizer(), scale.evaluation_length, scale.evaluation)
+        """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6), "chains": `ChainQuality` and plan}."""
+        self.original = self.original or self.load()
         model = ModelFiles.find(folder).model(torch.float32, self.device)
         found = {name: measure(model, windows, self.original) for name, windows in self.texts.items()}
-        return {
+        texts = {
             name: {
                 **numbers(q),
                 "kl_interval": q.kl_interval,
@@ -197,6 +208,8 @@ class Referee:
             }
             for name, q in found.items()
         }
+        along = asdict(chains.measure(model, self.original, self.chains)) | {"plan": asdict(self.scale.chains)}
+        return texts | {"chains": along}
 
 
 def job_of(peer: Peer, bits: int, options: argparse.Namespace, model: Path, calibration: Path) -> Job:
@@ -231,6 +244,8 @@ def scale_of(options: argparse.Namespace) -> Scale:
     scale = QUICK if options.quick else FULL
     if options.windows:
         scale = replace(scale, evaluation=options.windows[0], evaluation_length=options.windows[1])
+    if options.chains:
+        scale = replace(scale, chains=replace(scale.chains, count=options.chains[0], tokens=options.chains[1]))
     return scale
 
 
@@ -268,9 +283,12 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def rows_of(results: Path, model: str, scale: Scale = FULL) -> dict[tuple[str, int], dict[str, Any]]:
-    """The last row of each peer and width, of those measured on as much text."""
+    """The last row of each peer and width, of those measured on as much text; without chains that were not these."""
     lines = results.read_text().splitlines() if results.exists() else []
     rows = [row for row in map(json.loads, lines) if (row["model"], row["windows"]) == (model, scale.windows)]
+    for row in rows:
+        if "chains" in row and row["chains"]["plan"] != asdict(scale.chains):
+            del row["chains"]
     return {(row["peer"], row["bits"]): row for row in rows}
 
 
@@ -285,8 +303,9 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
     here = [row for (name, width), row in rows.items() if width == bits and name in peers]
     measured = [row for row in here if "reason" not in row]
     lines = [
-        f"| {bits} bits | method | group | bits a weight | WikiText2 ppl | KL | behind the closest | GSM8K KL | top-1 | s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {bits} bits | method | group | bits a weight | WikiText2 ppl | KL | behind the closest | GSM8K KL | top-1 |"
+        " chains' KL | departs at | s |",
+        "| --- " * 12 + "|",
     ]
     behind = behind_the_closest(measured)
     for row in sorted(measured, key=lambda row: row["wikitext2-test"]["kl"]):
@@ -294,14 +313,23 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
         lines.append(
             f"| {peer.label} | {peer.method} | {row['group_size'] or '–'} | {row['bits_per_weight']:.2f} | "
             f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f}{half(wiki['kl_interval'])} | {behind[peer.name]} | "
-            f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {row['seconds']:.0f} |"
+            f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {along_chains(row)} | {row['seconds']:.0f} |"
         )
     for row in here:
         if "reason" in row:
             peer = peers[row["peer"]]
             reason = row["reason"].replace("|", "\\|") + (f" (needs {peer.needs})" if peer.needs else "")
-            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} | | | | | | | |")
+            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} {'| ' * 10}|")
     return "\n".join(lines)
+
+
+def along_chains(row: dict[str, Any]) -> str:
+    """Two cells: KL along the original's chains; the median of the tokens at which greedy decoding leaves them."""
+    if "chains" not in row:
+        return " | "
+    found = row["chains"]
+    median = "never" if found["departure_median"] is None else f"{found['departure_median']:.0f}"
+    return f"{found['kl']:.4f}{half(found['kl_interval'])} | {median}"
 
 
 def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
@@ -318,6 +346,7 @@ def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]
                     "model": f"{name}, {bits} bits",
                     "reference": row["model"],
                     "texts": {text: row[text] for text in EVALUATION},
+                    **({"chains": row["chains"]} if "chains" in row else {}),
                     "bits_per_weight": row["bits_per_weight"],
                     "device": row["device"],
                 },
@@ -358,6 +387,9 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="run in this interpreter, with DIR/NAME before its packages")
     parser.add_argument("--minutes", type=float, help="give up on a peer after so many")
     parser.add_argument("--windows", nargs=2, type=int, metavar=("N", "LENGTH"), help="measure on less of each text")
+    parser.add_argument(
+        "--chains", nargs=2, type=int, metavar=("N", "TOKENS"), help="follow fewer of the original's chains"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--retry", action="store_true", help="also what failed before")
     parser.add_argument("--json", type=Path, help="all measured rows, for `pairquant report --eval`")

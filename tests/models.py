@@ -72,8 +72,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 TEXT = Path(__file__).parent / "text.txt"
 
 
-def save_tiny(directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    """A model directory, as a user would have it."""
-    tiny_model(family, dtype=dtype).save_pretrained(directory)
+def save_tiny(
+    directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32, context: int | None = None
+) -> Path:
+    """A model directory, as a user would have it. context: most positions, instead of the family's."""
+    model = tiny_model(family, dtype=dtype)
+    model.config.max_position_embeddings = context or model.config.max_position_embeddings
+    model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory

@@ -17,9 +17,7 @@ from pairquant.evaluation.reasoning import AnswerPlan
 def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("assessment")
     config = pairquant.QuantConfig(group_size=64, rotations=2, recipe=pairquant.PRESETS["rtn"])
-    source = save_tiny(root / "source")
-    for file in (source / "config.json", source / "generation_config.json"):
-        file.write_text(file.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 1024'))
+    source = save_tiny(root / "source", context=1024)
     pairquant.quantize(source, root / "packed", config, device="cpu")
     (root / "sums.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n{"question": "2 + 2?", "answer": "4"}\n')
     return root

@@ -10,6 +10,7 @@ import pairquant
 from pairquant.cli.app import app
 from pairquant.comparison import compare, ranked
 from pairquant.errors import ConfigError
+from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.speed import Workload
 
 
@@ -17,7 +18,7 @@ from pairquant.evaluation.speed import Workload
 def directory(tmp_path_factory):
     """A source, and two models made from it, the second much further away."""
     root = tmp_path_factory.mktemp("compare")
-    save_tiny(root / "source")
+    save_tiny(root / "source", context=512)
     for name, bits in (("near", 8), ("far", 2)):
         pairquant.quantize(
             root / "source", root / name, pairquant.QuantConfig(preset="rtn", bits=bits, group_size=32), device="cpu"
@@ -30,7 +31,7 @@ def result(directory):
     rows = []
     found = compare(
         directory / "source", [directory / "far", directory / "near"], [str(TEXT)], seq_len=64, max_tokens=1024,
-        device="cpu", on_row=rows.append,
+        chains=ChainPlan(3, tokens=8), device="cpu", on_row=rows.append,
     )  # fmt: skip
     assert found["rows"] == rows
     return found
@@ -40,9 +41,12 @@ def test_every_row_is_what_eval_says_of_that_model(result, directory):
     original, far, _ = result["rows"]
     assert original["evaluation"]["reference"] is None
     alone = pairquant.evaluate(
-        directory / "far", directory / "source", [str(TEXT)], seq_len=64, max_tokens=1024, device="cpu"
-    )
+        directory / "far", directory / "source", [str(TEXT)], seq_len=64, max_tokens=1024,
+        chains=ChainPlan(3, tokens=8), device="cpu",
+    )  # fmt: skip
     assert far["evaluation"]["texts"] == alone["texts"]
+    assert far["evaluation"]["chains"] == alone["chains"]
+    assert "chains" not in original["evaluation"]
     assert far["size_bytes"] < original["size_bytes"]
     assert original["quantized_in_s"] is None
     assert far["quantized_in_s"] >= 0
@@ -57,6 +61,13 @@ def test_the_closest_is_named_with_its_lead(result, directory):
     assert 0 < gap["interval"][0] < gap["kl"] < gap["interval"][1]
 
 
+def test_along_chains_the_closest_is_named_too_each_chain_counted_by_its_tokens(result, directory):
+    ranking = result["closest_along_chains"]
+    assert ranking["model"] == str(directory / "near")
+    kl = [row["evaluation"]["chains"]["kl"] for row in result["rows"][1:]]
+    assert ranking["ahead_of"][str(directory / "far")]["kl"] == pytest.approx(kl[0] - kl[1], rel=1e-4)
+
+
 def test_differences_are_taken_window_for_window():
     windows = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.5]}
     rows = [{"name": n, "evaluation": {"texts": {"t": {"kl_of_windows": v}}}} for n, v in windows.items()]
@@ -67,11 +78,11 @@ def test_differences_are_taken_window_for_window():
 def test_the_command_prints_a_table_and_writes_json(directory):
     arguments = [
         "compare", str(directory / "source"), str(directory / "near"), str(directory / "far"), "--text", str(TEXT),
-        "--seq-len", "64", "--max-tokens", "512", "--device", "cpu", "--json", str(directory / "out.json"),
+        "--seq-len", "64", "--max-tokens", "512", "--chains", "2", "--chain-tokens", "6", "--device", "cpu", "--json", str(directory / "out.json"),
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    for expected in ("source", "near", "far", "bits per weight", "perplexity", "closest", "+"):
+    for expected in ("source", "near", "far", "bits per weight", "perplexity", "closest", "+", "along chains"):
         assert expected in done.output
     assert [row["name"] for row in json.loads((directory / "out.json").read_text())["rows"]] == arguments[1:4]
 
@@ -91,7 +102,7 @@ def test_the_engine_is_that_of_eval(directory, engine, message):
 
 
 def test_a_workload_that_is_too_long_is_refused_before_anything_is_evaluated(directory):
-    with pytest.raises(ConfigError, match="128"):
+    with pytest.raises(ConfigError, match="512"):
         compare(
             directory / "source", [directory / "near"], speed=Workload(), on_part=lambda *_: pytest.fail("evaluated")
         )

@@ -16,6 +16,7 @@ from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error,
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.evaluation.chains import ChainPlan
 from pairquant.report.results import read as read_for_report
 
 OURS = next(peer for peer in PEERS if peer.name == "rtn")
@@ -42,6 +43,7 @@ def options(folder: Path, **others) -> argparse.Namespace:
         "site": None,
         "minutes": None,
         "windows": None,
+        "chains": None,
     }
     return argparse.Namespace(**{**settings, "work": folder, **others})
 
@@ -53,14 +55,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return save_tiny(folder / "tiny")
+    return save_tiny(folder / "tiny", context=512)
 
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
     monkeypatch.setattr(bench_peers, "CALIBRATION", (str(TEXT),))
     monkeypatch.setattr("setting.EVALUATION", {name: (str(TEXT), 2) for name in ("wikitext2-test", "gsm8k-test")})
-    monkeypatch.setattr(bench_peers, "QUICK", Scale(2, 16, 2, 16))
+    monkeypatch.setattr(bench_peers, "QUICK", Scale(2, 16, 2, 16, ChainPlan(2, 6)))
 
 
 def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, model, capsys):
@@ -76,6 +78,8 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     assert measured["bits_per_weight"] > 4
     assert 0 < measured["wikitext2-test"]["kl"] < 10
     assert len(measured["gsm8k-test"]["kl_of_windows"]) == 2
+    assert measured["chains"]["chains"] == 2
+    assert measured["chains"]["kl"] > 0
     assert not list(folder.rglob("plain")), "plain models are left behind"
 
     before = results.read_text()
@@ -125,6 +129,21 @@ def test_the_table_ranks_and_says_what_was_not_run(tmp_path):
     assert "closest" in lines[0]
     assert "0.2500 ± " in lines[1], "of two rows of one peer the last one counts"
     assert "not run: RuntimeError: no \\| GPU (needs a GPU, nvcc)" in lines[2]
+
+
+def test_chains_are_told_of_rows_that_followed_the_same_ones(tmp_path):
+    plan = {"count": 32, "tokens": 1024, "batch": 32, "seed": 0}
+    along = {"kl": 0.25, "kl_interval": [0.2, 0.3], "departure_median": None, "plan": plan}
+    same = {**measured_row("fast", 0.1, 0.2), "chains": along}
+    fewer = {**measured_row("rtn", 0.3, 0.4), "chains": {**along, "plan": {**plan, "count": 2}}}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [same, fewer, measured_row("best", 0.5, 0.6)])))
+    rows = rows_of(file, "m")
+    cells = [[cell.strip() for cell in line.split("|")[10:12]] for line in table(rows, 4).splitlines()[2:]]
+    assert cells == [["0.2500 ± 0.0500", "never"], ["", ""], ["", ""]]
+    first, *others = bench_peers.as_comparison(rows)["rows"]
+    assert first["evaluation"]["chains"] == along
+    assert not any("chains" in row["evaluation"] for row in others)
 
 
 def test_the_error_is_found_among_a_log_and_loses_its_folders():

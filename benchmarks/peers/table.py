@@ -43,6 +43,7 @@ OURS = {"runner": "ours", "bits": (4, 3)}
 
 PEERS = (
     Peer("rtn", "PairQuant `rtn`", "round to nearest", options={"preset": "rtn"}, **OURS),
+    Peer("quick", "PairQuant `quick`", "`fast`, a sixth of the steps", options={"preset": "quick"}, **OURS),
     Peer("fast", "PairQuant `fast`", "rotations, proxy, GPTQ", options={"preset": "fast"}, **OURS),
     Peer("best", "PairQuant `best`", "`fast`, refitted", options={"preset": "best"}, **OURS),
     Peer("paper", "PairQuant `paper`", "ParoQuant's recipe", options={"preset": "paper"}, **OURS),

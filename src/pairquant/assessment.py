@@ -19,7 +19,7 @@ from .environment import device_name, versions
 from .errors import ConfigError, TextError
 from .evaluation import chains as along_chains
 from .evaluation import grading, problems, quality, reasoning
-from .evaluation.chains import ChainPlan
+from .evaluation.chains import ChainPlan, Chains
 from .evaluation.generation import check_context
 from .evaluation.reasoning import AnswerPlan, Answers
 from .evaluation.tasks import TaskPlan, Tasks, paired
@@ -27,6 +27,9 @@ from .text import BUNDLED_TEST, documents, token_windows
 
 #: Told what is coming and how many steps it takes; returns what to call after each.
 OnPart = Callable[[str, int], Callable[[], None]]
+
+
+SAMPLING = "chains, the original"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def evaluate(
     *,
     seq_len: int = 2048,
     max_tokens: int | None = None,
-    chains: ChainPlan | None = None,
+    chains: ChainPlan | Chains | None = None,
     gsm8k: int | None = None,
     boxed: Iterable[str | Path] = (),
     answers: AnswerPlan | None = None,
@@ -58,7 +61,8 @@ def evaluate(
     """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
 
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
-    seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought.
+    seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought, or those
+    given (see `sample_chains`).
     gsm8k: so many of the GSM8K test problems, boxed: files of problems (see `problems.from_file`), answered as `answers`
     says. tasks: of lm-eval. engine: "vllm" answers problems and runs tasks by vLLM, in spawned processes (call it from a
     script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
@@ -78,10 +82,11 @@ def evaluate(
     original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
     tokenizer, answers = files.tokenizer(), answers or AnswerPlan()
     windows = {name: _windows(tokenizer, name, seq_len, max_tokens) for name in tuple(texts) or (BUNDLED_TEST,)}
-    chain_prompts = _prompts(tokenizer, problems.gsm8k(chains.count)) if chains else []
+    plan = chains.plan if isinstance(chains, Chains) else chains
+    prompts = chain_prompts(tokenizer, plan) if plan else []
     sets = _problem_sets(tokenizer, gsm8k, boxed)
     both = {"model": files} | ({"reference": original} if original else {})
-    _check_contexts(both.values(), chains, chain_prompts, answers, sets)
+    _check_contexts(both.values(), plan, prompts, answers, sets)
     _check_vocabularies(both.values())
     engine = _engine(engine, both.values(), asked=bool(sets or tasks))
     found_tasks = Tasks(tasks) if tasks else None
@@ -100,16 +105,34 @@ def evaluate(
         "device": device_name(target),
         "versions": versions() | ({"lm-eval": found_tasks.version} if found_tasks else {}),
     }
-    if chains:
-        step = tell("chains", 4 * chains.count)
-        measured = along_chains.measure(networks["model"], networks["reference"], chain_prompts, chains, step)
-        results["chains"] = asdict(measured) | {"plan": asdict(chains)}
+    if plan:
+        if not isinstance(chains, Chains):
+            chains = along_chains.sample(networks["reference"], prompts, plan, tell(SAMPLING, 2 * plan.count))
+        step = tell("chains", 2 * plan.count)
+        measured = along_chains.measure(networks["model"], networks["reference"], chains, step)
+        results["chains"] = asdict(measured) | {"plan": asdict(plan)}
     if engine == "vllm":
         results["versions"]["vllm"] = choice.vllm_version()
     elif sets or found_tasks:
         on_transformers = {who: OnTransformers(each, tokenizer) for who, each in networks.items()}
         answered = _examined(on_transformers, questions, tell)
     return results | _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
+
+
+def sample_chains(
+    reference: str | Path,
+    plan: ChainPlan,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_windows: OnPart | None = None,
+) -> Chains:
+    """Chains of thought of a model, to evaluate several others along them. Options and errors are those of `evaluate`."""
+    target, tell = resolve_device(device), on_windows or (lambda name, count: lambda: None)
+    files = ModelFiles.find(str(reference), trust_remote_code)
+    prompts = chain_prompts(files.tokenizer(), plan)
+    _check_contexts([files], plan, prompts, AnswerPlan(), {})
+    return along_chains.sample(load(files, target), prompts, plan, tell(SAMPLING, 2 * plan.count))
 
 
 def _texts(networks: Mapping[str, Any], windows: Mapping[str, Tensor], tell: OnPart, seed: int) -> dict[str, Any]:
@@ -183,6 +206,11 @@ def _windows(tokenizer: Any, name: str, seq_len: int, max_tokens: int | None) ->
 
 def _prompts(tokenizer: Any, asked: Sequence[problems.Problem]) -> list[list[int]]:
     return [chat_tokens(tokenizer, [{"role": "user", "content": problem.request}]) for problem in asked]
+
+
+def chain_prompts(tokenizer: Any, plan: ChainPlan) -> list[list[int]]:
+    """Of chains, each prompt's token ids: GSM8K test problems as a user would ask them."""
+    return _prompts(tokenizer, problems.gsm8k(plan.count))
 
 
 def _problem_sets(tokenizer: Any, gsm8k: int | None, boxed: Iterable[str | Path]) -> dict[str, ProblemSet]:

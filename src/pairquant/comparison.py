@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .assessment import OnPart, evaluate
+from .assessment import OnPart, evaluate, sample_chains
 from .benchmark import bench
 from .checkpoint.read import Checkpoint, ModelFiles
 from .engines.engine import context_of
 from .errors import ConfigError
+from .evaluation.chains import ChainPlan
 from .evaluation.reasoning import AnswerPlan
 from .evaluation.speed import Workload
 from .evaluation.statistics import bootstrap_mean
@@ -24,6 +25,7 @@ def compare(
     *,
     seq_len: int = 2048,
     max_tokens: int | None = None,
+    chains: ChainPlan | None = None,
     gsm8k: int | None = None,
     answers: AnswerPlan | None = None,
     tasks: TaskPlan | None = None,
@@ -37,10 +39,11 @@ def compare(
 ) -> dict[str, Any]:
     """Evaluate the original, then each model against it; with `speed` also bench them, each in a process of its own.
 
-    The options are those of `assessment.evaluate` and `benchmark.bench`. `on_row` is given each row once it is there.
-    Returns {"rows": [{"name", "size_bytes", "quantized_in_s", "evaluation": what `evaluate` returns, "speed": a model of
-    `bench` or None}], the original first, "closest": {text: see `ranked`}}, ready for JSON. Raises what those two do,
-    and `ConfigError` for no models or one given twice, before any is loaded.
+    The options are those of `assessment.evaluate` and `benchmark.bench`; all models follow the same chains. `on_row` is
+    given each row once it is there. Returns {"rows": [{"name", "size_bytes", "quantized_in_s", "evaluation": what
+    `evaluate` returns, "speed": a model of `bench` or None}], the original first, "closest": {text: see `ranked`}, and with
+    chains "closest_along_chains"}, ready for JSON. Raises what those two do, and `ConfigError` for no models or one given
+    twice, before any is loaded.
     """
     names = [str(model) for model in models]
     if not names:
@@ -52,11 +55,16 @@ def compare(
         if speed:
             speed.check_context(context_of(files.config))
     tell = on_part or (lambda name, count: lambda: None)
+    followed = (
+        sample_chains(original, chains, device=device, trust_remote_code=trust_remote_code, on_windows=tell)
+        if chains
+        else None
+    )
     rows = []
     for name, files in found.items():
+        reference = None if name == str(original) else original
         evaluation = evaluate(
-            name, None if name == str(original) else original, texts, seq_len=seq_len, max_tokens=max_tokens,
-            gsm8k=gsm8k, answers=answers, tasks=tasks, engine=engine, seed=seed, device=device,
+            name, reference, texts, seq_len=seq_len, max_tokens=max_tokens, chains=followed if reference else None, gsm8k=gsm8k, answers=answers, tasks=tasks, engine=engine, seed=seed, device=device,
             trust_remote_code=trust_remote_code,
             on_windows=lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count),  # type: ignore[misc]
         )  # fmt: skip
@@ -72,7 +80,8 @@ def compare(
         )
         if on_row is not None:
             on_row(rows[-1])
-    return {"rows": rows, "closest": ranked(rows[1:], seed)}
+    along_chains = {"closest_along_chains": ranked_along_chains(rows[1:], seed)} if chains else {}
+    return {"rows": rows, "closest": ranked(rows[1:], seed), **along_chains}
 
 
 def ranked(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
@@ -81,18 +90,33 @@ def ranked(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, 
     {"model": its name, "ahead_of": {other's name: {"kl": mean difference in nats, "interval": its 95 % bootstrap
     interval, None for a single window}}}.
     """
-    result = {}
-    for text in rows[0]["evaluation"]["texts"]:
-        windows = {row["name"]: row["evaluation"]["texts"][text]["kl_of_windows"] for row in rows}
-        closest = min(windows, key=lambda name: sum(windows[name]))
-        ahead = {}
-        for name, values in windows.items():
-            if name != closest:
-                differences = [other - own for other, own in zip(values, windows[closest], strict=True)]
-                mean = sum(differences) / len(differences)
-                ahead[name] = {"kl": mean, "interval": bootstrap_mean(differences, seed=seed)}
-        result[text] = {"model": closest, "ahead_of": ahead}
-    return result
+    return {
+        text: _ranking({row["name"]: row["evaluation"]["texts"][text]["kl_of_windows"] for row in rows}, None, seed)
+        for text in rows[0]["evaluation"]["texts"]
+    }
+
+
+def ranked_along_chains(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """As a text of `ranked`, chain for chain, weighted by their tokens; all models must have followed the same ones."""
+    chains = {row["name"]: row["evaluation"]["chains"] for row in rows}
+    (tokens,) = {tuple(each["tokens_of_chains"]) for each in chains.values()}
+    return _ranking({name: each["kl_of_chains"] for name, each in chains.items()}, tokens, seed)
+
+
+def _ranking(kl: Mapping[str, Sequence[float]], weights: Sequence[float] | None, seed: int) -> dict[str, Any]:
+    """Of models' KL, window for window (or chain for chain)."""
+    shares = weights or [1.0] * len(next(iter(kl.values())))
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True)) / sum(shares)
+
+    closest = min(kl, key=lambda name: mean(kl[name]))
+    ahead = {}
+    for name, values in kl.items():
+        if name != closest:
+            differences = [other - own for other, own in zip(values, kl[closest], strict=True)]
+            ahead[name] = {"kl": mean(differences), "interval": bootstrap_mean(differences, weights, seed)}
+    return {"model": closest, "ahead_of": ahead}
 
 
 def _quantized_in(files: ModelFiles) -> float | None:

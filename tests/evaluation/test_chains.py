@@ -5,7 +5,7 @@ import torch
 from models import tiny_model
 
 from pairquant.errors import ConfigError
-from pairquant.evaluation.chains import ChainPlan, measure
+from pairquant.evaluation.chains import ChainPlan, measure, sample
 from pairquant.evaluation.generation import GREEDY, SAMPLED, Continuation, generate
 from pairquant.evaluation.quality import score
 
@@ -28,7 +28,7 @@ def damaged(reference, amount):
 
 def test_the_original_neither_diverges_nor_departs(models):
     _, reference = models
-    found = measure(reference, reference, PROMPTS, ChainPlan(3, tokens=12))
+    found = measure(reference, reference, sample(reference, PROMPTS, ChainPlan(3, tokens=12)))
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.departures == [None] * 3
     assert found.departure_median is None
@@ -37,9 +37,10 @@ def test_the_original_neither_diverges_nor_departs(models):
 
 def test_divergence_is_that_of_each_chain_scored_alone(models):
     model, reference = models
-    steps = []
-    found = measure(model, reference, PROMPTS, ChainPlan(3, tokens=12, seed=4), on_chain=lambda: steps.append(1))
-    assert len(steps) == 4 * 3
+    sampling, measuring = [], []
+    sampled = sample(reference, PROMPTS, ChainPlan(3, tokens=12, seed=4), on_chain=lambda: sampling.append(1))
+    found = measure(model, reference, sampled, on_chain=lambda: measuring.append(1))
+    assert len(sampling) == len(measuring) == 2 * 3
     chains = generate(reference, PROMPTS, 12, SAMPLED, seed=4)
     assert found.tokens_of_chains == [len(chain.tokens) for chain in chains]
     assert found.tokens == sum(found.tokens_of_chains)
@@ -54,7 +55,7 @@ def test_divergence_is_that_of_each_chain_scored_alone(models):
 def test_departures_are_where_the_two_greedy_decodings_differ(models):
     _, reference = models
     model = damaged(reference, 0.001)
-    found = measure(model, reference, PROMPTS, ChainPlan(3, tokens=24))
+    found = measure(model, reference, sample(reference, PROMPTS, ChainPlan(3, tokens=24)))
     ours, theirs = (generate(network, PROMPTS, 24, GREEDY, batch=1) for network in (model, reference))
     for departure, a, b in zip(found.departures, ours, theirs, strict=True):
         a, b = a.tokens, b.tokens

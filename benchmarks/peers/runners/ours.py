@@ -9,6 +9,7 @@ from plain import Job, Outcome, Stopwatch, linears_of, run
 
 #: To see that a preset works.
 QUICK = {
+    "quick": ["steps=2"],
     "fast": ["steps=2"],
     "best": ["steps=2", "refit.epochs=1"],
     "paper": ["training.epochs=1", "training.weight_epochs=1"],

@@ -14,6 +14,9 @@ from .app import Device, Trust, app, console, quiet_libraries
 from .display import duration, followed, number, progress_bars, require_place, size
 from .evaluation_options import (
     AnsweringEngine,
+    Batch,
+    ChainCount,
+    ChainTokens,
     Gsm8k,
     JsonFile,
     MaxTokens,
@@ -33,8 +36,11 @@ def compare(
     text: Texts = None,
     seq_len: SeqLen = 2048,
     max_tokens: MaxTokens = None,
+    chains: ChainCount = 0,
+    chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
     tasks: TaskNames = None,
+    batch: Batch = 8,
     engine: AnsweringEngine = "auto",
     speed: Annotated[bool, typer.Option("--speed", help="Also measure prefill and decoding speed.")] = False,
     seed: Seed = 0,
@@ -42,9 +48,11 @@ def compare(
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Several models beside the original, in one table: divergence, perplexity, answers, size, speed."""
+    """Several models beside the original: divergence, perplexity, chains of thought, answers, size, speed."""
     quiet_libraries()
     from ..comparison import compare as run
+    from ..evaluation.chains import ChainPlan
+    from ..evaluation.reasoning import AnswerPlan
     from ..evaluation.speed import Workload
     from ..evaluation.tasks import TaskPlan
 
@@ -57,8 +65,10 @@ def compare(
             text or (),
             seq_len=seq_len,
             max_tokens=max_tokens,
+            chains=ChainPlan(chains, chain_tokens, batch, seed) if chains else None,
             gsm8k=gsm8k or None,
-            tasks=TaskPlan(names, seed=seed) if names else None,
+            answers=AnswerPlan(batch=batch, seed=seed),
+            tasks=TaskPlan(names, batch=batch, seed=seed) if names else None,
             speed=Workload(seed=seed) if speed else None,
             engine=engine,
             seed=seed,
@@ -70,6 +80,9 @@ def compare(
     for name, ranking in results["closest"].items():
         console.print()
         console.print(_text(name, results["rows"], ranking))
+    if chains:
+        console.print()
+        console.print(_chains(results["rows"], results["closest_along_chains"]))
     if (answered := _answers(results["rows"])).row_count:
         console.print()
         console.print(answered)
@@ -109,6 +122,16 @@ def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Tab
             number(found["top1"], 4),
             _behind(row, ranking),
         )
+    return table
+
+
+def _chains(rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
+    """Departs: the median of the tokens at which greedy decoding does, a dash if half of the chains or more are followed."""
+    table = measurements("chains", ("KL, along chains", "departs\nat token", "never", "behind the\nclosest"))
+    for row in rows[1:]:
+        found = row["evaluation"]["chains"]
+        median = "–" if found["departure_median"] is None else f"{found['departure_median']:,.0f}"
+        table.add_row(_short(row), divergence(found), median, f"{found['never_departed']:.0%}", _behind(row, ranking))
     return table
 
 

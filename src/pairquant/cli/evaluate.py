@@ -12,6 +12,9 @@ from .app import Device, Model, Trust, app, console, quiet_libraries
 from .display import followed, progress_bars, require_place
 from .evaluation_options import (
     AnsweringEngine,
+    Batch,
+    ChainCount,
+    ChainTokens,
     Gsm8k,
     JsonFile,
     MaxTokens,
@@ -30,8 +33,8 @@ def evaluate(
     text: Texts = None,
     seq_len: SeqLen = 2048,
     max_tokens: MaxTokens = None,
-    chains: Annotated[int, typer.Option(help="Chains of thought sampled from the original to follow.", min=0)] = 0,
-    chain_tokens: Annotated[int, typer.Option(help="Most tokens of a chain, up to 4096.")] = 1024,
+    chains: ChainCount = 0,
+    chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
     boxed: Annotated[
         list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \boxed{}; repeat for more.")
@@ -41,7 +44,7 @@ def evaluate(
     tasks: TaskNames = None,
     task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
-    batch: Annotated[int, typer.Option(help="Chains, answers or questions at once.")] = 8,
+    batch: Batch = 8,
     engine: AnsweringEngine = "auto",
     seed: Seed = 0,
     json_file: JsonFile = None,

@@ -38,9 +38,19 @@ class ChainPlan:
 
 
 @dataclass(frozen=True)
+class Chains:
+    """A reference's continuations of prompts (token ids): sampled at temperature 1, and greedy."""
+
+    plan: ChainPlan
+    prompts: Sequence[Sequence[int]]
+    sampled: Sequence[Continuation]
+    greedy: Sequence[Continuation]
+
+
+@dataclass(frozen=True)
 class ChainQuality:
-    """Along chains sampled from the reference at temperature 1, so that `kl` times a chain's tokens estimates the
-    divergence of whole answers, and along the reference's greedy chains.
+    """Along `Chains`: as they are sampled at temperature 1, `kl` times a chain's tokens estimates the divergence of whole
+    answers.
 
     kl: mean KL(reference ‖ model) per token, nats; kl_interval: 95 %, by bootstrap over chains, None for a single one;
     kl_by_position: see `by_position`; kl_of_chains, tokens_of_chains: each one's mean and length; finished: share of
@@ -62,21 +72,22 @@ class ChainQuality:
     never_departed: float
 
 
-def measure(
-    model: Any,
-    reference: Any,
-    prompts: Sequence[Sequence[int]],
-    plan: ChainPlan,
-    on_chain: Callable[[], None] | None = None,
-) -> ChainQuality:
-    """Of the model against the reference, on the prompts' token ids. `on_chain` is called four times for each prompt."""
-    step = on_chain or (lambda: None)
+def sample(
+    reference: Any, prompts: Sequence[Sequence[int]], plan: ChainPlan, on_chain: Callable[[], None] | None = None
+) -> Chains:
+    """`on_chain` is called twice for each prompt."""
     sampled, greedy = (
-        generate(reference, prompts, plan.tokens, way, batch=plan.batch, seed=plan.seed, on_prompt=step)
+        generate(reference, prompts, plan.tokens, way, batch=plan.batch, seed=plan.seed, on_prompt=on_chain)
         for way in (SAMPLED, GREEDY)
     )
+    return Chains(plan, prompts, sampled, greedy)
+
+
+def measure(model: Any, reference: Any, chains: Chains, on_chain: Callable[[], None] | None = None) -> ChainQuality:
+    """Of the model against the reference that the chains are from. `on_chain` is called twice for each prompt."""
+    step = on_chain or (lambda: None)
     kl, departures = [], []
-    for prompt, chain, own in zip(prompts, sampled, greedy, strict=True):
+    for prompt, chain, own in zip(chains.prompts, chains.sampled, chains.greedy, strict=True):
         kl.append(_along(model, reference, prompt, chain)[0])
         step()
         departures.append(_departure(_along(model, reference, prompt, own)[1]))
@@ -86,11 +97,11 @@ def measure(
         chains=len(kl),
         tokens=sum(lengths),
         kl=torch.cat(kl).double().mean().item(),
-        kl_interval=bootstrap_mean(means, lengths, plan.seed),
+        kl_interval=bootstrap_mean(means, lengths, chains.plan.seed),
         kl_by_position=by_position(kl),
         kl_of_chains=means,
         tokens_of_chains=lengths,
-        finished=sum(chain.finished for chain in sampled) / len(sampled),
+        finished=sum(chain.finished for chain in chains.sampled) / len(kl),
         departures=departures,
         departure_median=_median(departures),
         never_departed=departures.count(None) / len(departures),
