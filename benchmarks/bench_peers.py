@@ -338,12 +338,12 @@ def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]
     return {
         "rows": [
             {
-                "name": f"{name}, {bits} bits",
+                "name": name if bits == 4 else f"{name}, {bits} bits",
                 "size_bytes": None,
                 "quantized_in_s": row["seconds"],
                 "speed": None,
                 "evaluation": {
-                    "model": f"{name}, {bits} bits",
+                    "model": name if bits == 4 else f"{name}, {bits} bits",
                     "reference": row["model"],
                     "texts": {text: row[text] for text in EVALUATION},
                     **({"chains": row["chains"]} if "chains" in row else {}),

@@ -64,7 +64,7 @@ DOORS = {
         "kernels/tune.py",
     },
     "vllm": {"engines/vllm.py", "integrations/vllm/compat.py"},
-    "plotly": {"report/figures.py", "report/evidence.py", "report/style.py"},
+    "plotly": {f"report/{name}.py" for name in ("figures", "evidence", "scatter", "style")},
     "kaleido": {"report/images.py"},
     "choreographer": {"report/images.py"},
     "pickle": set(),

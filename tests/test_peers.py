@@ -110,7 +110,7 @@ def test_rows_are_read_by_the_report(tmp_path):
     rows = {("fast", 4): measured_row("fast", 0.1, 0.3), ("original", 4): failed}
     file.write_text(json.dumps(bench_peers.as_comparison(rows)))
     (found,) = read_for_report([file], {}).evaluations
-    assert found.name == "fast, 4 bits"
+    assert found.name == "fast"
     assert (found.bits_per_weight, found.quantized_in_s) == (4.3, 3.0)
     assert found.texts["wikitext2-test"]["kl"] == pytest.approx(0.2)
 

@@ -45,6 +45,11 @@ PEERS = (
     Peer("rtn", "PairQuant `rtn`", "round to nearest", options={"preset": "rtn"}, **OURS),
     Peer("quick", "PairQuant `quick`", "`fast`, a sixth of the steps", options={"preset": "quick"}, **OURS),
     Peer("fast", "PairQuant `fast`", "rotations, proxy, GPTQ", options={"preset": "fast"}, **OURS),
+    # As many bits as the others' grids, for a comparison at equal size.
+    Peer(
+        "fast-scales", "PairQuant `fast`, K = 0", "channel scales, GPTQ",
+        options={"preset": "fast", "rotations": 0}, **OURS,
+    ),
     Peer("best", "PairQuant `best`", "`fast`, refitted", options={"preset": "best"}, **OURS),
     Peer("paper", "PairQuant `paper`", "ParoQuant's recipe", options={"preset": "paper"}, **OURS),
     Peer(

@@ -11,6 +11,8 @@ from pairquant.report.evidence import against_size_and_speed, measured_plots
 from pairquant.report.facts import gather
 from pairquant.report.page import write_report
 from pairquant.report.results import read
+from pairquant.report.scatter import Scale, beside
+from pairquant.report.style import far_apart
 
 
 def test_an_evaluation_tells_of_chains_answers_and_tasks(quick, evaluated, write_json):
@@ -48,11 +50,13 @@ def test_models_stand_by_accuracy_size_and_speed(quick, compared, write_json):
     facts = gather([quick], [write_json("compare.json", compared("big", quick, "other"))])
     plots = {plot.key: plot.to_dict() for plot in against_size_and_speed(facts.measured, facts.references)}
     assert set(plots) == {f"{what}-by-{over}" for what in ("kl", "answers") for over in ("bits", "speed")} | {
-        "perplexity-by-bits"
+        "perplexity-by-bits",
+        "kl-by-time",
     }
-    (by_bits,) = plots["kl-by-bits"]["data"]
+    by_bits, along_chains = plots["kl-by-bits"]["data"]
     assert (by_bits["x"], by_bits["text"]) == ([4.0, 4.0], ["quick", "other"])
-    (by_speed,) = plots["kl-by-speed"]["data"]
+    assert (along_chains["name"], along_chains["y"]) == ("chains of thought", [0.2, 0.2])
+    by_speed, _ = plots["kl-by-speed"]["data"]
     assert dict(zip(by_speed["text"], by_speed["y"], strict=True)) == {"big": 0, "quick": 0.1, "other": 0.2}
     assert dict(zip(by_speed["text"], by_speed["x"], strict=True)) == {"big": 10, "quick": 11, "other": 12}
     points, original = plots["perplexity-by-bits"]["data"]
@@ -79,8 +83,50 @@ def test_names_in_a_crowd_are_shown_for_one_text_until_others_are_asked_for(comp
         row["evaluation"]["texts"]["more.txt"] = row["evaluation"]["texts"]["wiki.txt"]
     found = read([write_json("compare.json", content)], {})
     plot = next(plot for plot in against_size_and_speed(found, {"big"}) if plot.key == "kl-by-bits")
-    assert [trace.visible for trace in plot.figure.data] == [True, "legendonly"]
+    assert [trace.visible for trace in plot.figure.data] == [True, "legendonly", "legendonly"]
     assert "Click a name" in plot.caption
+
+
+def test_many_models_far_apart_take_the_pages_width_and_decades(compared, write_json):
+    names = ["big", *(f"model-{number}" for number in range(14))]
+    content = compared(*names)
+    for number, row in enumerate(content["rows"]):
+        row["evaluation"]["texts"]["wiki.txt"] |= {"kl": 0.05 * 1.4**number, "kl_interval": None}
+    found = read([write_json("compare.json", content)], {})
+    plots = {plot.key: plot for plot in [*against_size_and_speed(found, {"big"}), *measured_plots(found)]}
+    assert [plots[key].wide for key in ("kl-by-bits", "kl-by-position", "departures")] == [True] * 3
+    assert plots["kl-by-bits"].figure.layout.yaxis.type == "log"
+    assert {trace.line.dash for trace in plots["departures"].figure.data} == {"solid", "dash"}
+
+
+def test_departures_are_shown_up_to_the_last_one(evaluated, write_json):
+    content = evaluated("model", "big")
+    content["chains"] |= {"departures": [4, 9, 2, 4], "plan": {"tokens": 1000}}
+    found = read([write_json("eval.json", content)], {})
+    plot = next(plot for plot in measured_plots(found) if plot.key == "departures")
+    assert 9 < plot.figure.layout.xaxis.range[1] < 12
+
+
+def test_names_stand_where_they_cover_no_other():
+    points = [(0.5, 0.5, "one name"), (0.51, 0.51, "another"), (0.97, 0.2, "at the edge")]
+    first, second, third = beside(points, (430, 240))
+    assert first != second
+    assert third.endswith("left")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.1, 1.0], True), ([0.0, 1.0], False), ([0.5, 1.0], False), ([], False)]
+)
+def test_axes_are_in_decades_only_where_they_can_be(values, expected):
+    assert far_apart(values) is expected
+    scale = Scale.of(values, expected)
+    low, high = scale.ends
+    assert low < min(values, default=0.5) <= max(values, default=0.5) < high
+    assert (scale.share(low), scale.share(high)) == (pytest.approx(0), pytest.approx(1))
+
+
+def test_a_decades_middle_is_its_geometric_one():
+    assert Scale.of([0.1, 1.0], True).share(10**-0.5) == pytest.approx(0.5)
 
 
 def test_cards_and_tables_hold_the_numbers(quick, evaluated, benched, write_json, tmp_path):

@@ -22,7 +22,8 @@ def config_of(job: Job) -> Any:
     preset = job.options["preset"]
     changes = [*job.options.get("changes", ()), *(QUICK.get(preset, ()) if job.quick else ())]
     recipe = recipe_with(preset, changes)
-    return QuantConfig(preset=preset, recipe=recipe, bits=job.bits, group_size=job.group_size)
+    rotations = job.options.get("rotations", QuantConfig.rotations)
+    return QuantConfig(preset=preset, recipe=recipe, bits=job.bits, group_size=job.group_size, rotations=rotations)
 
 
 def quantize(job: Job) -> Outcome:

@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from plotly import graph_objects as go
 
-from .results import Chains, Evaluation, Interval, Measured, Speed
-from .style import BEFORE, COLORS, Plot, layout
+from .results import CHAINS, Chains, Evaluation, Interval, Measured, Speed
+from .scatter import Axis, Series, Value, error_bars, scatter
+from .style import BEFORE, COLORS, LOGARITHMIC, Plot, far_apart, layout
 
-#: What names beside points are laid out for, in pixels: the figure's inside, a letter, a line.
-INSIDE, LETTER, LINE = (430, 240), 7, 17
-#: Where a name may stand, and which part of it then lies left of and above its point.
-PLACES = {
-    "top center": (0.5, 1.3), "bottom center": (0.5, -0.3), "middle right": (-0.08, 0.5), "middle left": (1.08, 0.5),
-    "top right": (0, 1.2), "bottom right": (0, -0.2), "top left": (1, 1.2), "bottom left": (1, -0.2),
-}  # fmt: skip
-
-#: More names than this beside points, and only the first text's are shown until others are asked for.
-CROWD = 12
-
-
-@dataclass(frozen=True)
-class Value:
-    """A measurement of one model, with its 95 % interval."""
-
-    value: float
-    interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Across: what accuracy is set against. of: model → where it stands; better: which side."""
-
-    key: str
-    title: str
-    label: str
-    of: Mapping[str, float]
-    caption: str
-
-
-#: Text or set of problems → model → value.
-Series = dict[str, dict[str, Value]]
+#: More lines than this in one figure take the page's whole width.
+MANY = 6
 
 
 def against_size_and_speed(measured: Measured, references: set[str]) -> list[Plot]:
-    """Divergence, perplexity and answers over bits per weight, and over decoding speed as far as it was measured.
+    """Divergence, perplexity and answers over bits per weight, and over the time to quantize and decoding speed as far as
+    they were measured.
 
     references: the originals; over bits they are lines.
     """
@@ -59,16 +29,17 @@ def against_size_and_speed(measured: Measured, references: set[str]) -> list[Plo
         "bits", "size", "bits per weight", bits, "Bits per weight count scales and transforms; further left is smaller."
     )
     plots = [
-        _scatter("kl", "Divergence", "KL (nats per token)", kl, size, references),
-        _scatter("perplexity", "Perplexity", "perplexity", perplexity, size, references),
-        _scatter("answers", "Answers", "accuracy (%)", answers, size, references),
+        scatter("kl", "Divergence", "KL (nats per token)", kl, size, references),
+        scatter("perplexity", "Perplexity", "perplexity", perplexity, size, references),
+        scatter("answers", "Answers", "accuracy (%)", answers, size, references),
+        *(scatter("kl", "Divergence", "KL (nats per token)", kl, axis, references) for axis in _time_axes(measured)),
     ]
     for axis in _speed_axes(measured.speeds):
         originals = {name: Value(0.0) for name in references}
         from_original = {text: originals | values for text, values in kl.items()}
         plots += [
-            _scatter("kl", "Divergence", "KL (nats per token)", from_original, axis, set()),
-            _scatter("answers", "Answers", "accuracy (%)", answers, axis, set()),
+            scatter("kl", "Divergence", "KL (nats per token)", from_original, axis, set()),
+            scatter("answers", "Answers", "accuracy (%)", answers, axis, set()),
         ]
     return [plot for plot in plots if plot.figure.data]
 
@@ -85,7 +56,12 @@ def measured_plots(measured: Measured) -> list[Plot]:
 
 
 def _kl(measured: Measured) -> Series:
-    return _of_texts(measured, "kl")
+    """Of texts, and along chains of thought."""
+    series = _of_texts(measured, "kl")
+    for each in measured.evaluations:
+        if each.chains:
+            series.setdefault(CHAINS, {})[each.name] = Value(each.chains.kl, each.chains.interval)
+    return series
 
 
 def _perplexity(measured: Measured) -> Series:
@@ -118,6 +94,12 @@ def _percent(share: float, interval: Interval | None) -> Value:
     return Value(100 * share, (100 * interval[0], 100 * interval[1]) if interval else None)
 
 
+def _time_axes(measured: Measured) -> list[Axis]:
+    seconds = {e.name: e.quantized_in_s for e in measured.evaluations if e.quantized_in_s}
+    caption = "Seconds that quantizing took; further left is faster."
+    return [Axis("time", "time to quantize", "time to quantize (s)", seconds, caption)] if len(seconds) > 1 else []
+
+
 def _speed_axes(speeds: Sequence[Speed]) -> list[Axis]:
     """One for each setting in which several models were measured, at the fewest sequences at once."""
     axes = []
@@ -138,138 +120,31 @@ def _by_setting(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
     return settings
 
 
-def _scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines: set[str]) -> Plot:
-    """A point for each model of which both are known, in a colour for each series; those of `lines` as lines across."""
-    figure = go.Figure(layout=layout(360, axis.label, label))
-    known = {name: {m: v for m, v in values.items() if m in axis.of} for name, values in series.items()}
-    known = {name: values for name, values in known.items() if values.keys() - lines}
-    across = _with_room([axis.of[m] for values in known.values() for m in values.keys() - lines])
-    crowded = sum(map(len, known.values())) > CROWD
-    for place, (name, values) in enumerate(known.items()):
-        points = sorted(
-            ((axis.of[m], v, m) for m, v in values.items() if m not in lines), key=lambda p: (p[1].value, p[0])
-        )
-        style = {
-            "legendgroup": name, "name": escape(name), "visible": "legendonly" if crowded and place else True,
-        }  # fmt: skip
-        color = COLORS[place % len(COLORS)]
-        _add_points(figure, points, across, axis.label, color, style)
-        for model in sorted(lines & values.keys()):
-            _add_line(figure, model, values[model].value, across, color, style)
-    figure.update_layout(showlegend=True)  # the text is named, also when there is but one
-    figure.update_xaxes(range=across)
-    caption = f"{axis.caption} {'Higher' if key == 'answers' else 'Lower'} is better."
-    if any(trace.error_y.visible for trace in figure.data):
-        caption += " Bars: 95 % intervals."
-    if crowded and len(known) > 1:
-        caption += " Click a name above the figure to show or hide it."
-    return Plot(f"{key}-by-{axis.key}", f"{title} against {axis.title}", caption, figure)
-
-
-def _add_points(
-    figure: go.Figure,
-    points: Sequence[tuple[float, Value, str]],
-    across: tuple[float, float],
-    label: str,
-    color: str,
-    style: Mapping[str, Any],
-) -> None:
-    ends = [end for _, v, _ in points for end in v.interval or (v.value,)]
-    figure.add_scatter(
-        x=[x for x, _, _ in points],
-        y=[v.value for _, v, _ in points],
-        text=[escape(model) for _, _, model in points],
-        textposition=_beside([(x, v.value, model) for x, v, model in points], across, _with_room(ends)),
-        mode="markers+text",
-        error_y=_error_bars([v for _, v, _ in points]),
-        cliponaxis=False,
-        marker={"size": 9, "color": color},
-        hovertemplate=f"%{{text}}<br>%{{x:.4~g}} {label}<br>%{{y:.4g}}<extra></extra>",
-        **style,
-    )
-
-
-def _add_line(
-    figure: go.Figure, model: str, value: float, across: tuple[float, float], color: str, style: Mapping[str, Any]
-) -> None:
-    """The original's value, from side to side."""
-    figure.add_scatter(
-        x=across,
-        y=[value, value],
-        text=["", escape(model)],
-        textposition="top left",
-        mode="lines+text",
-        line={"color": color, "dash": "dot", "width": 1.5},
-        hovertemplate=f"{escape(model)}<br>%{{y:.4g}}<extra></extra>",
-        **{**style, "showlegend": False},
-    )
-
-
-def _error_bars(values: Sequence[Value]) -> dict[str, Any]:
-    """From each value to the ends of its interval, none where there is none."""
-    ends = [v.interval or (v.value, v.value) for v in values]
-    above = [high - v.value for v, (_, high) in zip(values, ends, strict=True)]
-    below = [v.value - low for v, (low, _) in zip(values, ends, strict=True)]
-    return {
-        "array": above, "arrayminus": below, "visible": any(v.interval for v in values), "thickness": 1, "width": 3,
-    }  # fmt: skip
-
-
-def _beside(points: Sequence[tuple[float, float, str]], xs: tuple[float, float], ys: tuple[float, float]) -> list[str]:
-    """Where the name of each point (x, y, name) stands: where it covers least of points, earlier names and edges."""
-    scale_x, scale_y = INSIDE[0] / (xs[1] - xs[0]), INSIDE[1] / (ys[1] - ys[0])
-    spots = [((x - xs[0]) * scale_x, (ys[1] - y) * scale_y) for x, y, _ in points]
-    beyond = [(-1000.0, -1000.0, 0.0, 2000.0), (INSIDE[0], -1000.0, 2000.0, 2000.0)]
-    taken = [*beyond, *((x - 5, y - 5, x + 5, y + 5) for x, y in spots)]
-    places = []
-    for (x, y), (_, _, name) in zip(spots, points, strict=True):
-        boxes = {place: _box(x, y, len(name), *part) for place, part in PLACES.items()}
-        chosen = min(boxes, key=lambda place: sum(_overlap(boxes[place], other) for other in taken))
-        taken.append(boxes[chosen])
-        places.append(chosen)
-    return places
-
-
-def _box(x: float, y: float, letters: int, left: float, above: float) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a name."""
-    width = LETTER * letters
-    return x - left * width, y - above * LINE, x + (1 - left) * width, y + (1 - above) * LINE
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """The common area."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _with_room(values: Sequence[float]) -> tuple[float, float]:
-    """A range in which names beside the outermost points are not cut off."""
-    if not values:
-        return 0.0, 1.0
-    room = 0.18 * (max(values) - min(values)) or 0.18 * abs(max(values)) or 1
-    return min(values) - room, max(values) + room
-
-
 def _kl_by_position(evaluations: Sequence[Evaluation]) -> list[Plot]:
     """Of one model a series per text; of several a figure per text."""
     caption = "Divergence from the original by the place of a token in its text: whether errors add up as texts go on."
     lines = [(e.name, text, places) for e in evaluations for text, places in e.kl_by_position.items()]
     if len({name for name, _, _ in lines}) <= 1:
         named = [(text, places) for _, text, places in lines]
-        return [Plot("kl-by-position", "Divergence by position", caption, _lines_by_position(named))]
+        return [Plot("kl-by-position", "Divergence by position", caption, _lines_by_position(named), _wide(named))]
     plots = []
     for number, text in enumerate(dict.fromkeys(text for _, text, _ in lines), 1):
         named = [(name, places) for name, other, places in lines if other == text]
         key = "kl-by-position" if number == 1 else f"kl-by-position-{number}"
-        plots.append(Plot(key, f"Divergence by position, {text}", caption, _lines_by_position(named)))
+        figure = _lines_by_position(named)
+        plots.append(Plot(key, f"Divergence by position, {text}", caption, figure, _wide(named)))
     return plots
 
 
 def _lines_by_position(named: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> go.Figure:
     figure = go.Figure(layout=layout(_height(300, len(named)), "position (tokens)", "KL (nats per token)"))
-    for name, places in named:
+    for number, (name, places) in enumerate(named):
         positions, kls = zip(*places, strict=True)
-        figure.add_scatter(x=positions, y=kls, name=escape(name), mode="lines+markers", showlegend=True)
-    figure.update_yaxes(rangemode="tozero")
+        figure.add_scatter(
+            x=positions, y=kls, name=escape(name), mode="lines+markers", showlegend=True, line=_stroke(number)
+        )
+    far = far_apart([kl for _, places in named for _, kl in places])
+    figure.update_yaxes(LOGARITHMIC if far else {"rangemode": "tozero"})
     return figure
 
 
@@ -278,21 +153,30 @@ def _height(inside: int, names: int) -> int:
     return inside + 10 * names
 
 
+def _wide(lines: Sequence[Any]) -> bool:
+    return len(lines) > MANY
+
+
+def _stroke(number: int) -> dict[str, str]:
+    """Dashed once the colours have been used up."""
+    return {"dash": ("solid", "dash", "dot")[number // len(COLORS) % 3]}
+
+
 def _departures(evaluations: Sequence[Evaluation]) -> Plot:
-    """The share of greedy chains that are still the original's, token by token."""
-    figure = go.Figure(layout=layout(_height(300, len(evaluations)), "token", "still the original's (%)"))
-    for evaluation in evaluations:
-        if evaluation.chains:
-            tokens, shares = _still_together(evaluation.chains)
-            figure.add_scatter(
-                x=tokens, y=shares, name=escape(evaluation.name), mode="lines", line={"shape": "hv"}, showlegend=True
-            )
+    """The share of greedy chains that are still the original's, token by token, up to where the last one departs."""
+    followed = [(e.name, _still_together(e.chains)) for e in evaluations if e.chains]
+    figure = go.Figure(layout=layout(_height(300, len(followed)), "token", "still the original's (%)"))
+    for number, (name, (tokens, shares)) in enumerate(followed):
+        line = {"shape": "hv", **_stroke(number)}
+        figure.add_scatter(x=tokens, y=shares, name=escape(name), mode="lines", line=line, showlegend=True)
+    if followed and not any(shares[-1] for _, (_, shares) in followed):
+        figure.update_xaxes(range=[0, 1.05 * max(tokens[-2] for _, (tokens, _) in followed)])
     figure.update_yaxes(range=[0, 103])
     caption = (
         "The original's greedy answers: how many the model would decode alike up to each token. Later is better; a line "
         "that ends above zero is the share that never departs."
     )
-    return Plot("departures", "Where decoding departs", caption, figure)
+    return Plot("departures", "Where decoding departs", caption, figure, _wide(followed))
 
 
 def _still_together(chains: Chains) -> tuple[list[int], list[float]]:
@@ -312,11 +196,10 @@ def _answer_bars(measured: Measured) -> Plot:
     colors = itertools.cycle(color for color in COLORS if color != BEFORE)
     for model in models:
         values = {name: each[model] for name, each in series.items() if model in each}
-        error_bars = _error_bars(list(values.values()))
         figure.add_bar(
             y=[escape(name) for name in values],
             x=[v.value for v in values.values()],
-            error_x=error_bars,
+            error_x=error_bars(list(values.values())),
             name=escape(model),
             orientation="h",
             marker={"color": BEFORE if model in references else next(colors)},

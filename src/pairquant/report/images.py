@@ -8,7 +8,9 @@ from typing import Any
 
 from ..errors import ConfigError, ResourceError
 
-WIDTH = 760
+WIDTH, WIDE = 760, 1180
+#: Where a legend begins below a figure, in its heights.
+LEGEND = -0.22
 #: PNG pixels per pixel of the figure.
 PNG_SCALE = 2
 
@@ -39,8 +41,9 @@ def write_images(plots: Mapping[str, Any], directory: Path, template: dict[str, 
     for key, plot in plots.items():
         figure = plot.to_dict()
         figure["layout"] |= {"template": template, "paper_bgcolor": "white", "title": {"text": plot.title, "x": 0.01}}
-        figure["layout"]["margin"] = {"t": 76}
-        options = {"width": WIDTH, "height": figure["layout"]["height"] + 40}
+        figure["layout"]["margin"] = {"t": 48}
+        figure["layout"]["legend"] = {"y": LEGEND, "yanchor": "top"}  # clear of the title, however many names there are
+        options = {"width": WIDE if plot.wide else WIDTH, "height": figure["layout"]["height"] + 40}
         for kind, scale in (("svg", 1), ("png", PNG_SCALE)):
             path = directory / f"{key}.{kind}"
             jobs.append({"fig": figure, "path": path, "opts": {**options, "format": kind, "scale": scale}})

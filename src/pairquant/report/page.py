@@ -19,7 +19,7 @@ from ..layout import bits_per_weight
 from ..wording import duration, number, percent, plain, size
 from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
-from .results import Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow
+from .results import CHAINS, Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow
 
 HERE = Path(__file__).parent
 #: What is written of an evaluation's measures, and with how many digits.
@@ -317,12 +317,16 @@ def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
     )
     columns = ["model", "bits per weight", "size", "preset", "mean error, %", "quantized in"]
     columns += [f"{MEASURES[m][0]}, {text}" for text, m in texts]
-    rows = [
-        [*_comparison_cells(checkpoint), *_text_cells(texts, checkpoint.measured)] for checkpoint in facts.checkpoints
-    ]
+    followed = any(e.chains for e in facts.measured.evaluations)
+    columns += [f"KL, {CHAINS}", "departs at token"] if followed else []
+    known = [(_comparison_cells(checkpoint), checkpoint.measured) for checkpoint in facts.checkpoints]
     for name in others:
         measured = facts.measured.of(name)
-        rows.append([*_other_cells(name, measured.evaluations), *_text_cells(texts, measured)])
+        known.append((_other_cells(name, measured.evaluations), measured))
+    rows = [
+        [*cells, *_text_cells(texts, measured), *(_chain_cells(measured) if followed else ())]
+        for cells, measured in known
+    ]
     return Table("Models", columns, rows)
 
 
@@ -353,6 +357,15 @@ def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
         Cell("", None),
         Cell("", None),
         _duration_cell(last("quantized_in_s")),
+    ]
+
+
+def _chain_cells(measured: Measured) -> list[Cell]:
+    """The last evaluation that has chains counts."""
+    chains = next((e.chains for e in reversed(measured.evaluations) if e.chains), None)
+    return [
+        Cell.of(chains.kl if chains else None, MEASURES["kl"][1]),
+        Cell.of(chains.departure_median if chains else None, 0),
     ]
 
 

@@ -17,6 +17,10 @@ Interval = tuple[float, float]
 UNEXPECTED = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
+#: Beside the texts.
+CHAINS = "chains of thought"
+
+
 @dataclass(frozen=True)
 class Chains:
     """Along the original's chains of thought. kl: mean of a token, nats; finished, never_departed: shares; departures: of
@@ -76,7 +80,7 @@ class Evaluation:
     """Of one model.
 
     name: a checkpoint's, or the evaluated model's own; reference: the original's name; texts: see `read_results`;
-    kl_intervals: text → the ends of the 95 % interval of its KL; kl_by_position: text, or "chains of thought" →
+    kl_intervals: text → the ends of the 95 % interval of its KL; kl_by_position: text, or `CHAINS` →
     (position in tokens, KL there). All only as far as they were measured.
     """
 
@@ -153,7 +157,7 @@ def _evaluation(
 ) -> Evaluation:
     bits, reference, chains = content.get("bits_per_weight"), content.get("reference"), content.get("chains")
     texts = {Path(text).name: row for text, row in content["texts"].items()}
-    along = texts | ({"chains of thought": chains} if chains else {})
+    along = texts | ({CHAINS: chains} if chains else {})
     return Evaluation(
         name=names[str(content["model"])],
         reference=names[str(reference)] if reference else None,

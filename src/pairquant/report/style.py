@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +20,30 @@ COLORS = (
 )  # fmt: skip
 #: Labels at 1, 2 and 5 of each decade.
 LOGARITHMIC = {"type": "log", "dtick": "D2", "tickformat": "~g"}
+#: Values whose largest is so many times the smallest are laid out in decades.
+FAR = 8
 SCALES = {"light": ("#f6f1ee", "#e9b9b1", "#d1495b", "#6e2430"), "dark": ("#232a35", "#6e2430", "#d1495b", "#ffd9cf")}
 INKS = {"light": ("#2b3038", "#dfe2e8"), "dark": ("#d6dae2", "#363d49")}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its place in the page. key: file name and anchor; title, caption: plain text."""
+    """A figure with its place in the page. key: file name and anchor; title, caption: plain text; wide: the page's width."""
 
     key: str
     title: str
     caption: str
     figure: go.Figure
+    wide: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For plotly.js; arrays as base64."""
         return json.loads(self.figure.to_json())
+
+
+def far_apart(values: Sequence[float]) -> bool:
+    """Whether an axis for them should be logarithmic; never with zeros, or below."""
+    return bool(values) and min(values) > 0 and max(values) > FAR * min(values)
 
 
 def template(theme: str) -> dict[str, Any]:
