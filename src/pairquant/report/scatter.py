@@ -101,7 +101,9 @@ def scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines:
             _add_line(figure, model, values[model].value, across, color, style)
     figure.update_layout(showlegend=True)  # the text is named, also when there is but one
     figure.update_xaxes({"range": [across.low, across.high], **(LOGARITHMIC if across.logarithmic else {})})
-    figure.update_yaxes(LOGARITHMIC if decades else {})  # ends where what is shown does
+    if decades:  # ends where what is shown does
+        shown = [end for values in list(known.values())[:1] for v in values.values() for end in v.ends]
+        figure.update_yaxes(LOGARITHMIC | ({"dtick": "D1"} if max(shown) < 10 * min(shown) else {}))
     caption = f"{axis.caption} {'Higher' if key == 'answers' else 'Lower'} is better."
     if any(trace.error_y.visible for trace in figure.data):
         caption += " Bars: 95 % intervals."
