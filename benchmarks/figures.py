@@ -1,94 +1,148 @@
-"""Draw docs/images/*.svg from benchmarks/results/*.json.   python benchmarks/figures.py  (needs matplotlib)"""
+"""Draw docs/images/*.svg from benchmarks/results.   python benchmarks/figures.py  (needs the extra `report` and Chromium)"""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
+import kaleido
+from bench_peers import rows_of
+from peers.table import PEERS, Peer
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
 
-ROOT = Path(__file__).parent.parent
-COLORS = {"round to nearest": "#b8b8b8", "GPTQ": "#8d99ae", "PairQuant": "#d1495b"}
+from pairquant.report.style import LOGARITHMIC, template
 
-
-METHODS = {"fp16": "#8d99ae", "AWQ-Marlin": "#e0a030", "original": "#b8b8b8", "pairquant": "#d1495b"}
+ROOT = Path(__file__).parents[1]
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+#: Our recipes; others' recipes in our code; others.
+OURS, OUR_CODE, OTHERS = "#d1495b", "#eec1c7", "#b4bbc7"
+METHODS = {"fp16": "#8d99ae", "AWQ-Marlin": "#e0a030", "original": "#b8b8b8", "pairquant": OURS}
+#: From few channels to many.
+SHADES = ("#f2c1c7", "#e68f9b", "#d1495b", "#a13546", "#6e2430")
+TRANSFORMS = ("#e0a030", "#8d99ae", "#d1495b", "#e68f9b", "#9bb8a0", "#3f7d5a", "#b8b8b8")
 
 
 def main() -> None:
-    plt.rcParams |= {"font.size": 11, "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
-    (ROOT / "docs/images").mkdir(exist_ok=True)
-    quality()
-    kernels = json.loads((ROOT / "benchmarks/results/kernels-h200.json").read_text())
-    blocks(kernels["blocks"])
-    rotations(kernels["rotate"])
-    transforms(json.loads((ROOT / "benchmarks/results/transforms-cpu.json").read_text()))
+    IMAGES.mkdir(exist_ok=True)
+    kernels = json.loads((RESULTS / "kernels-h200.json").read_text())
+    write("peers", peers(), 960, 400)
+    write("kernels", blocks(kernels["blocks"]), 960, 360)
+    write("rotation", rotations(kernels["rotate"]), 860, 340)
+    write("transforms", transforms(json.loads((RESULTS / "transforms-cpu.json").read_text())), 860, 360)
 
 
-def blocks(results: dict) -> None:
+def write(name: str, figure: go.Figure, width: int, height: int) -> None:
+    margin = {"l": 8, "r": 16, "t": 40, "b": 8}
+    figure.update_layout(template=template("light"), paper_bgcolor="white", margin=margin)
+    options = {"format": "svg", "width": width, "height": height}
+    kaleido.write_fig_sync(figure, IMAGES / f"{name}.svg", options, kopts={"mathjax": False})
+
+
+def panels(titles: list[str], **options: Any) -> go.Figure:
+    """Side by side."""
+    return make_subplots(1, len(titles), subplot_titles=titles, **options)
+
+
+def peers() -> go.Figure:
+    """KL of every quantizer that was run, the closest above, and the time it took."""
+    rows = rows_of(RESULTS / "peers-h100.jsonl", "SmolLM2-135M-Instruct")
+    figure = panels(["4 bits", "3 bits"], horizontal_spacing=0.28)
+    for column, bits in enumerate((4, 3), 1):
+        found = [(row, peer) for peer in PEERS if "reason" not in (row := rows.get((peer.name, bits), {"reason": ""}))]
+        found.sort(key=lambda pair: pair[0]["wikitext2-test"]["kl"])
+        values = [row["wikitext2-test"]["kl"] for row, _ in found]
+        figure.add_bar(
+            x=values,
+            y=[name_of(peer) for _, peer in found],
+            orientation="h",
+            text=[f"{kl:.3f}, {row['seconds']:.0f} s" for kl, (row, _) in zip(values, found, strict=True)],
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": [color_of(peer) for _, peer in found]},
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(title="KL, nats per token", range=[0, 1.3 * max(values)], col=column)
+        figure.update_yaxes(autorange="reversed", ticksuffix=" ", col=column)
+    return figure.update_layout(showlegend=False, bargap=0.3)
+
+
+def name_of(peer: Peer) -> str:
+    alone = [other.label for other in PEERS].count(peer.label) == 1
+    return peer.label.replace("`", "") if alone else f"{peer.label} {peer.method}"
+
+
+def color_of(peer: Peer) -> str:
+    if peer.name in ("quick", "fast", "best"):
+        return OURS
+    return OUR_CODE if peer.runner == "ours" else OTHERS
+
+
+def blocks(results: dict[str, Any]) -> go.Figure:
     """Time of one block's linears against the number of tokens."""
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.3), facecolor="white")
-    for axis, (model, result) in zip(axes, results.items(), strict=True):
-        tokens = [int(t) for t in result["total"]]
+    figure = panels(list(results), horizontal_spacing=0.07)
+    for column, result in enumerate(results.values(), 1):
         for method, color in METHODS.items():
-            label = "original ParoQuant" if method == "original" else method
-            width = 2.4 if method == "pairquant" else 1.4
-            axis.plot(tokens, [r[method] for r in result["total"].values()], color=color, label=label, linewidth=width)
-        axis.set(title=model, xscale="log", yscale="log", xlabel="tokens", xticks=[1, 4, 16, 64, 256, 2048])
-        axis.set_xticklabels(["1", "4", "16", "64", "256", "2048"])
-        axis.minorticks_off()
-    axes[0].set_ylabel("µs, linears of one block")
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/images/kernels.svg", metadata={"Date": None})
+            figure.add_scatter(
+                x=[int(tokens) for tokens in result["total"]],
+                y=[row[method] for row in result["total"].values()],
+                name="original ParoQuant" if method == "original" else method,
+                line={"color": color, "width": 3 if method == "pairquant" else 1.6},
+                mode="lines",
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", tickvals=[1, 4, 16, 64, 256, 2048], title="tokens")
+    figure.update_yaxes(LOGARITHMIC)
+    figure.update_yaxes(title="µs, linears of one block", col=1)
+    return figure.update_layout(legend=BELOW)
 
 
-def rotations(rows: list[dict]) -> None:
+def rotations(rows: list[dict[str, Any]]) -> go.Figure:
     """Speed-up of `rotate` over the fast Hadamard transform and over the original's kernel."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3), facecolor="white", sharey=True)
-    shades = ["#f2c1c7", "#e68f9b", "#d1495b", "#a13546", "#6e2430"]
-    for axis, (peer, title) in zip(
-        axes, (("hadamard", "fast Hadamard transform"), ("original", "the original's kernel")), strict=True
-    ):
-        for color, channels in zip(shades, sorted({row["channels"] for row in rows}), strict=True):
+    rivals = {"hadamard": "the fast Hadamard transform", "original": "the original's kernel"}
+    figure = panels([f"speed-up over {title}" for title in rivals.values()], shared_yaxes=True, horizontal_spacing=0.04)
+    for column, rival in enumerate(rivals, 1):
+        for color, channels in zip(SHADES, sorted({row["channels"] for row in rows}), strict=True):
             mine = [row for row in rows if row["channels"] == channels]
-            speedup = [row[peer] / row["rotate"] for row in mine]
-            axis.plot([row["tokens"] for row in mine], speedup, color=color, label=f"{channels} channels")
-        axis.axhline(1, color="#888888", linewidth=0.8)
-        axis.set(title=f"speed-up over {title}", xscale="log", yscale="log", xlabel="tokens")
-        axis.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-        axis.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
-        axis.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/images/rotation.svg", metadata={"Date": None})
+            figure.add_scatter(
+                x=[row["tokens"] for row in mine],
+                y=[row[rival] / row["rotate"] for row in mine],
+                name=f"{channels} channels",
+                line={"color": color, "width": 2},
+                mode="lines",
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+        figure.add_hline(1, line={"color": "#888888", "width": 1}, row=1, col=column)
+    figure.update_xaxes(type="log", tickvals=[1, 16, 256, 4096], title="tokens")
+    figure.update_yaxes(type="log", tickvals=[0.25, 0.5, 1, 2, 4], ticktext=["¼", "½", "1", "2", "4"])
+    return figure.update_layout(legend=BELOW)
 
 
-def transforms(results: dict) -> None:
+def transforms(results: dict[str, Any]) -> go.Figure:
     """Loss against step for several transforms of one layer."""
-    figure, axis = plt.subplots(figsize=(7.4, 3.6), facecolor="white")
-    shades = ["#e0a030", "#8d99ae", "#d1495b", "#e68f9b", "#9bb8a0", "#3f7d5a", "#b8b8b8"]
-    for color, (name, losses) in zip(shades, results["curves"].items(), strict=True):
-        losses = losses if len(losses) > 1 else losses * results["steps"]
+    figure = go.Figure()
+    for color, (name, losses) in zip(TRANSFORMS, results["curves"].items(), strict=True):
+        constant = len(losses) == 1
         bold = name == "8 rotations and scales"
-        axis.plot([1e3 * loss for loss in losses], color=color, label=name, linewidth=2.4 if bold else 1.4)
-    axis.set(title=results["linear"], xlabel="step", ylabel="relative error of the output, ‰", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/images/transforms.svg", metadata={"Date": None})
+        figure.add_scatter(
+            y=[1000 * loss for loss in (losses * results["steps"] if constant else losses)],
+            name=name,
+            line={"color": color, "width": 3 if bold else 1.6},
+            mode="lines",
+        )
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="relative error of the output, ‰", rangemode="tozero")
+    right = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    return figure.update_layout(title={"text": results["linear"], "x": 0.01, "font": {"size": 14}}, legend=right)
 
 
-def quality() -> None:
-    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7), facecolor="white")
-    for axis, bits in zip(axes, (4, 3), strict=True):
-        shown = [row for row in rows if row["bits"] == bits and row["method"] in COLORS]
-        values = [row["wikitext2-test"]["kl"] for row in shown]
-        bars = axis.barh([r["method"] for r in shown], values, color=[COLORS[r["method"]] for r in shown], height=0.62)
-        axis.bar_label(bars, [f"{value:.3f}" for value in values], padding=4)
-        axis.set(title=f"{bits} bits", xlim=(0, max(values) * 1.18), xlabel="KL from the original, nats per token")
-        axis.invert_yaxis()
-        axis.tick_params(left=False)
-    figure.suptitle("SmolLM2-135M-Instruct, WikiText-2 test: shorter is closer to the original", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/images/quality.svg", metadata={"Date": None})
+BELOW = {"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top"}
 
 
 if __name__ == "__main__":
