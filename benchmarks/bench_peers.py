@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -142,39 +143,54 @@ def made_environment(peer: Peer) -> Path:
 
 def last_error(output: str) -> str:
     """The line that names the error, without folders: the last that looks like an exception's or pip's, else the last."""
-    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"([\w.]*(Error|Exception|Exit|Interrupt)\b|ERROR:)", line)]
-    return re.sub(r"(?<![\w.])(/[\w.+-]+)+/", "…/", (named or lines or ["no output"])[-1])[:300]
+    named = [line for line in _lines(output) if re.match(r"([\w.]*(Error|Exception|Exit|Interrupt)\b|ERROR:)", line)]
+    return _without_folders(named[-1])[:300] if named else last_line(output)
+
+
+def last_line(output: str) -> str:
+    """Without folders, and without the blocks of a progress bar."""
+    last = (_lines(output) or ["no output"])[-1]
+    return _without_folders(re.sub(r"\s+", " ", re.sub(r"[\u2580-\u259f]+", "", last)))[:300]
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"(?<![\w.])(/[\w.+-]+)+/", "…/", text)
+
+
+def _lines(output: str) -> list[str]:
+    return [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
 
 
 # Running and measuring
 
 
 def run_peer(peer: Peer, job: Job, site: Path | None, limit: float | None) -> dict[str, Any]:
-    """The runner's facts; the plain model is in `job.output`, the log beside it. Raises `Unable` with its last error."""
+    """The runner's facts; the plain model is in `job.output`, the log beside it. Raises `Unable` with its last error.
+
+    What it writes where it runs and into temporary folders goes with it, also when it is stopped.
+    """
     folder = Path(job.output).parent
     shutil.rmtree(job.output, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     python, variables = interpreter(peer, site)
     job.write(folder / "job.json")
-    with (folder / "log.txt").open("w") as log:
+    text = folder / "log.txt"
+    with text.open("w") as log, TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         try:
             done = subprocess.run(
                 [python, peer.script, folder / "job.json"],
-                cwd=folder,  # some leave logs where they run
+                cwd=scratch,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=variables,
+                env={**variables, "TMPDIR": scratch},
                 timeout=limit,
             )
         except subprocess.TimeoutExpired:
-            raise Unable(f"not done after {limit / 60:g} minutes") from None
-    if done.returncode < 0:
-        raise Unable(
-            f"ended by signal {-done.returncode}: {last_error((folder / 'log.txt').read_text(errors='replace'))}"
-        )
+            progress = last_line(text.read_text(errors="replace"))
+            raise Unable(f"not done after {limit / 60:g} minutes, the last words: {progress}") from None
     if done.returncode:
-        raise Unable(last_error((folder / "log.txt").read_text(errors="replace")))
+        error = last_error(text.read_text(errors="replace"))
+        raise Unable(f"ended by signal {-done.returncode}: {error}" if done.returncode < 0 else error)
     facts = Path(job.output, "facts.json")
     if not facts.exists():
         raise Unable("the runner ended without its facts")

@@ -12,7 +12,7 @@ from models import TEXT, save_tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_peers
-from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error, rows_of, table
+from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error, last_line, rows_of, table
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
@@ -152,6 +152,10 @@ def test_the_error_is_found_among_a_log_and_loses_its_folders():
     )
     assert last_error(log) == "ImportError: …/a.so: cannot open"
     assert last_error("") == "no output"
+    assert (
+        last_line("start\n 50%|████      | 15/30\r 53%|████▎     | 16/30 [07:37, 27.21s/it]\n")
+        == "53%| | 16/30 [07:37, 27.21s/it]"
+    )
 
 
 def test_a_runner_that_raises_is_reported_with_its_error(folder, model, tmp_path, monkeypatch):
@@ -162,6 +166,23 @@ def test_a_runner_that_raises_is_reported_with_its_error(folder, model, tmp_path
     job = bench_peers.job_of(wrong, 4, options(folder), model, folder / "text.safetensors")
     with pytest.raises(Unable, match="^RuntimeError: no GPU here$"):
         bench_peers.run_peer(wrong, job, None, None)
+
+
+def test_a_runner_that_takes_too_long_says_how_far_it_got_and_leaves_only_its_log(folder, model, tmp_path, monkeypatch):
+    (tmp_path / "runners").mkdir()
+    (tmp_path / "runners" / "slow.py").write_text(
+        "import tempfile, time\n"
+        "kept = tempfile.mkdtemp()\n"
+        "open('here', 'w').close()\n"
+        "print('16 of 30', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr("peers.table.FOLDER", tmp_path)
+    slow = Peer("slow", "Slow", "none", "slow")
+    job = bench_peers.job_of(slow, 4, options(tmp_path), model, folder / "text.safetensors")
+    with pytest.raises(Unable, match=r"not done after 0.05 minutes, the last words: 16 of 30"):
+        bench_peers.run_peer(slow, job, None, 3)
+    assert sorted(file.name for file in Path(job.output).parent.iterdir()) == ["job.json", "log.txt"]
 
 
 def test_peers_run_in_a_site_before_this_interpreters_packages(tmp_path):

@@ -7,7 +7,6 @@ linear at a time (its `opt_scope`). The checkpoint that it saves is loaded again
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -36,7 +35,7 @@ def quantize(job: Job) -> Outcome:
     texts = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in job.windows]
     with Stopwatch(job.device) as watch:
         model.quantize(texts, batch_size=1)
-    with TemporaryDirectory(dir=Path(job.output).parent) as saved:
+    with TemporaryDirectory() as saved:
         model.save(saved)
         backend = BACKEND.GPTQ_TORCH if job.options["method"] == "gptq" else BACKEND.AUTO
         packed = GPTQModel.load(saved, device=job.device, backend=backend).model

@@ -51,7 +51,7 @@ def quantize(job: Job) -> Outcome:
     optimize.get_mixed_calib_dataset = lambda *_, **__: list(job.windows)
     optimize.get_calib_dataset = lambda *_, **__: list(job.held_out)
     weights = {}
-    with TemporaryDirectory(dir=Path(job.output).parent) as results:
+    with TemporaryDirectory() as results:
         sys.argv = ["optimize", *command_line(job, results)]
         with Stopwatch(job.device) as watch:
             optimize.main()

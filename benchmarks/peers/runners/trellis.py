@@ -54,7 +54,7 @@ def quantize(job: Job) -> Outcome:
     from exllamav3 import Config, Model
 
     linears = linears_of(job.load())
-    with TemporaryDirectory(dir=Path(job.output).parent) as name:
+    with TemporaryDirectory() as name:
         folder, seconds = convert(job, Path(name))
         model = Model.from_config(Config.from_directory(str(folder)))
         model.load(job.device)
