@@ -98,6 +98,20 @@ def test_nothing_is_wider_than_a_phone(page):
         assert page.value("document.documentElement.scrollWidth") == 375
 
 
+def test_a_crowds_names_stand_beside_their_points_only_where_there_is_room(quick, compared, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(compared("big", *(f"model-{n}" for n in range(14)))))
+    write_report([quick], tmp_path / "report.html", results=[tmp_path / "compare.json"])
+    names = "document.querySelectorAll('[data-figure=compared-kl-by-bits] .textpoint text').length"
+    with opened(tmp_path / "report.html") as page:
+        page.resize(1280, 800)
+        page.wait_for(f"!!window.Plotly && {DRAWN}")
+        assert page.value(names) == 14
+        page.resize(375, 800, mobile=True)
+        page.value("document.getElementById('theme').click()")
+        page.wait_for(f"{names} === 0")
+        assert page.complaints == []
+
+
 def test_figures_come_as_svg_and_png(quick, tmp_path):
     write_report([quick], tmp_path / "report.html", figures=tmp_path / "figures")
     names = ("angles", "errors", "magnitude", "pair", "scales", "seconds")

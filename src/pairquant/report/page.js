@@ -15,12 +15,19 @@ async function loadPlotly() {
   document.head.append(script);
 }
 
+/* On a phone a crowd's names would cover each other: there a tap on a point tells its name. */
+function fitted(trace, width) {
+  const crowded = width < 520 && trace.mode === "markers+text" && trace.text.length > 12;
+  return crowded ? { ...trace, mode: "markers" } : trace;
+}
+
 function draw(place) {
   const { data, layout } = figures[place.dataset.figure];
   // A finger on a figure scrolls the page; a mouse zooms.
   const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
   const config = { responsive: true, displayModeBar: false };
-  Plotly.react(place, data, { ...layout, dragmode, template: templates[theme()] }, config);
+  const traces = data.map((trace) => fitted(trace, place.clientWidth));
+  Plotly.react(place, traces, { ...layout, dragmode, template: templates[theme()] }, config);
   Plotly.Plots.resize(place); // the window may have changed while the panel was hidden
 }
 

@@ -107,6 +107,8 @@ def scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines:
     caption = f"{axis.caption} {'Higher' if key == 'answers' else 'Lower'} is better."
     if any(trace.error_y.visible for trace in figure.data):
         caption += " Bars: 95 % intervals."
+    if crowded:
+        caption += " A point tells its name when it is pointed at or tapped."
     if hidden and len(known) > 1:
         caption += " Click a name above the figure to show or hide it."
     return Plot(f"{key}-by-{axis.key}", f"{title} against {axis.title}", caption, figure, wide=crowded)
