@@ -37,11 +37,14 @@ from pairquant.assessment import chain_prompts
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.comparison import ranked
 from pairquant.devices import resolve_device
+from pairquant.engines.engine import context_of
 from pairquant.environment import device_name
 from pairquant.evaluation import chains
 from pairquant.evaluation.chains import ChainPlan
+from pairquant.evaluation.generation import check_context
 from pairquant.evaluation.quality import measure
 from pairquant.optimize.calibration import calibrate
+from pairquant.wording import departure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -198,22 +201,19 @@ def run_peer(peer: Peer, job: Job, site: Path | None, limit: float | None) -> di
 
 
 class Referee:
-    """Measures plain models against the original, which is loaded once and only if it is needed."""
+    """Measures plain models against the original. Raises `ConfigError` for chains that its context has no room for."""
 
     def __init__(self, files: ModelFiles, device: torch.device, scale: Scale) -> None:
-        self.files, self.device, self.scale = files, device, scale
-        self.original: torch.nn.Module | None = None
-
-    def load(self) -> torch.nn.Module:
-        original = self.files.model(torch.float32, self.device)
-        tokenizer, scale = self.files.tokenizer(), self.scale
+        tokenizer, plan = files.tokenizer(), scale.chains
+        prompts = chain_prompts(tokenizer, plan)
+        check_context(prompts, plan.tokens, context_of(files.config), "--chains")
+        self.device = device
         self.texts = evaluation_windows(tokenizer, scale.evaluation_length, scale.evaluation)
-        self.chains = chains.sample(original, chain_prompts(tokenizer, scale.chains), scale.chains)
-        return original
+        self.original = files.model(torch.float32, device)
+        self.chains = chains.sample(self.original, prompts, plan)
 
     def measure(self, folder: str) -> dict[str, dict[str, Any]]:
         """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6), "chains": `ChainQuality` and plan}."""
-        self.original = self.original or self.load()
         model = ModelFiles.find(folder).model(torch.float32, self.device)
         found = {name: measure(model, windows, self.original) for name, windows in self.texts.items()}
         texts = {
@@ -224,7 +224,7 @@ class Referee:
             }
             for name, q in found.items()
         }
-        along = asdict(chains.measure(model, self.original, self.chains)) | {"plan": asdict(self.scale.chains)}
+        along = asdict(chains.measure(model, self.original, self.chains)) | {"plan": asdict(self.chains.plan)}
         return texts | {"chains": along}
 
 
@@ -269,13 +269,14 @@ def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, res
     """Runs what the results lack and appends a row for each."""
     device, scale = resolve_device(options.device), scale_of(options)
     files = ModelFiles.find(str(model))
+    done = finished(results, model.name, scale, options.retry)
+    missing = [(peer, bits) for peer, bits in wanted if (peer.name, bits) not in done]
+    if not missing:
+        return
     calibration = options.work / f"calibration-{scale.samples}x{scale.length}.safetensors"
     write_calibration(files.tokenizer(), scale, calibration)
     referee = Referee(files, device, scale)
-    done = finished(results, model.name, scale, options.retry)
-    for peer, bits in wanted:
-        if (peer.name, bits) in done:
-            continue
+    for peer, bits in missing:
         print(f"{peer.name}, {bits} bits …", flush=True)
         head = {
             "peer": peer.name,
@@ -299,18 +300,26 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def rows_of(results: Path, model: str, scale: Scale = FULL) -> dict[tuple[str, int], dict[str, Any]]:
-    """The last row of each peer and width, of those measured on as much text; without chains that were not these."""
+    """The last row of each peer and width, of those measured on as much text: one that followed these chains if there is
+    any, else one without chains.
+    """
     lines = results.read_text().splitlines() if results.exists() else []
-    rows = [row for row in map(json.loads, lines) if (row["model"], row["windows"]) == (model, scale.windows)]
-    for row in rows:
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        key = row["peer"], row["bits"]
+        if (row["model"], row["windows"]) != (model, scale.windows):
+            continue
         if "chains" in row and row["chains"]["plan"] != asdict(scale.chains):
             del row["chains"]
-    return {(row["peer"], row["bits"]): row for row in rows}
+        if "chains" in row or "chains" not in found.get(key, {}):
+            found[key] = row
+    return found
 
 
 def finished(results: Path, model: str, scale: Scale, retry: bool) -> set[tuple[str, int]]:
     """What is not to be run again."""
-    return {key for key, row in rows_of(results, model, scale).items() if not (retry and "reason" in row)}
+    rows = rows_of(results, model, scale)
+    return {key for key, row in rows.items() if "chains" in row or ("reason" in row and not retry)}
 
 
 def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
@@ -335,7 +344,7 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
         if "reason" in row:
             peer = peers[row["peer"]]
             reason = row["reason"].replace("|", "\\|") + (f" (needs {peer.needs})" if peer.needs else "")
-            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} {'| ' * 10}|")
+            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} {'| ' * 9}|")
     return "\n".join(lines)
 
 
@@ -344,8 +353,7 @@ def along_chains(row: dict[str, Any]) -> str:
     if "chains" not in row:
         return " | "
     found = row["chains"]
-    median = "never" if found["departure_median"] is None else f"{found['departure_median']:.0f}"
-    return f"{found['kl']:.4f}{half(found['kl_interval'])} | {median}"
+    return f"{found['kl']:.4f}{half(found['kl_interval'])} | {departure(found['departure_median'])}"
 
 
 def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def name_of(peer: Peer) -> str:
 
 
 def color_of(peer: Peer) -> str:
-    if peer.name in ("quick", "fast", "best"):
+    if peer.name in ("quick", "fast", "fast-scales", "best"):
         return OURS
     return OUR_CODE if peer.runner == "ours" else OTHERS
 

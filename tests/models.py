@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ FAMILIES = {
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32):
     """A random model whose linears have a few outlier input channels, as real ones do."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval().to(dtype)
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILIES[family])).eval().to(dtype)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():

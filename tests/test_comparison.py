@@ -7,10 +7,12 @@ from models import TEXT, save_tiny
 from typer.testing import CliRunner
 
 import pairquant
+from pairquant.assessment import SAMPLING
 from pairquant.cli.app import app
-from pairquant.comparison import compare, ranked
-from pairquant.errors import ConfigError
+from pairquant.comparison import compare, ranked, ranked_along_chains
+from pairquant.errors import ConfigError, PairQuantError
 from pairquant.evaluation.chains import ChainPlan
+from pairquant.evaluation.reasoning import AnswerPlan
 from pairquant.evaluation.speed import Workload
 
 
@@ -28,12 +30,18 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(directory):
-    rows = []
+    rows, parts = [], []
+
+    def on_part(name, count):
+        parts.append(name)
+        return lambda: None
+
     found = compare(
         directory / "source", [directory / "far", directory / "near"], [str(TEXT)], seq_len=64, max_tokens=1024,
-        chains=ChainPlan(3, tokens=8), device="cpu", on_row=rows.append,
+        chains=ChainPlan(3, tokens=8), device="cpu", on_row=rows.append, on_part=on_part,
     )  # fmt: skip
     assert found["rows"] == rows
+    assert sum(SAMPLING in part for part in parts) == 1, "chains are sampled once for all"
     return found
 
 
@@ -68,6 +76,25 @@ def test_along_chains_the_closest_is_named_too_each_chain_counted_by_its_tokens(
     assert ranking["ahead_of"][str(directory / "far")]["kl"] == pytest.approx(kl[0] - kl[1], rel=1e-4)
 
 
+def test_each_chain_counts_by_its_tokens():
+    chains = {"a": [0.1, 0.9], "b": [0.3, 0.2]}
+    rows = [
+        {"name": name, "evaluation": {"chains": {"kl_of_chains": kl, "tokens_of_chains": [9, 1]}}}
+        for name, kl in chains.items()
+    ]
+    ranking = ranked_along_chains(rows, 0)
+    assert ranking["model"] == "a"  # though b's mean over chains is the smaller
+    assert ranking["ahead_of"]["b"]["kl"] == pytest.approx(0.9 * 0.2 - 0.1 * 0.7)
+
+
+def test_what_is_not_a_number_is_not_the_closest():
+    rows = [
+        {"name": name, "evaluation": {"texts": {"t": {"kl_of_windows": [kl, kl]}}}}
+        for name, kl in (("broken", float("nan")), ("whole", 0.1))
+    ]
+    assert ranked(rows, 0)["t"]["model"] == "whole"
+
+
 def test_differences_are_taken_window_for_window():
     windows = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.5]}
     rows = [{"name": n, "evaluation": {"texts": {"t": {"kl_of_windows": v}}}} for n, v in windows.items()]
@@ -87,10 +114,30 @@ def test_the_command_prints_a_table_and_writes_json(directory):
     assert [row["name"] for row in json.loads((directory / "out.json").read_text())["rows"]] == arguments[1:4]
 
 
-@pytest.mark.parametrize(("models", "message"), [([], "no models"), (["near", "near"], "given twice")])
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [([], "no models"), (["near", "near"], "given twice"), (["source"], "source' is given twice")],
+)
 def test_what_cannot_be_compared_is_refused(directory, models, message):
     with pytest.raises(ConfigError, match=message):
         compare(directory / "source", [directory / name for name in models])
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (["near"], {"texts": ["lost.txt"]}, "lost.txt"),
+        (["near"], {"seq_len": 1}, "seq_len 1"),
+        (["near"], {"answers": AnswerPlan(600), "gsm8k": 1}, "--answer-tokens is 600"),
+        (["near", "lost"], {}, "lost"),
+    ],
+)
+def test_what_is_wrong_with_any_model_is_told_before_the_first_is_loaded(directory, models, options, message):
+    with pytest.raises(PairQuantError, match=message):
+        compare(
+            directory / "source", [directory / name for name in models], chains=ChainPlan(2, tokens=8), device="cpu",
+            on_part=lambda *_: pytest.fail("evaluated"), **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error,
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.errors import ConfigError
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.report.results import read as read_for_report
 
@@ -140,10 +141,22 @@ def test_chains_are_told_of_rows_that_followed_the_same_ones(tmp_path):
     file.write_text("\n".join(map(json.dumps, [same, fewer, measured_row("best", 0.5, 0.6)])))
     rows = rows_of(file, "m")
     cells = [[cell.strip() for cell in line.split("|")[10:12]] for line in table(rows, 4).splitlines()[2:]]
-    assert cells == [["0.2500 ± 0.0500", "never"], ["", ""], ["", ""]]
+    assert cells == [["0.2500 ± 0.0500", "–"], ["", ""], ["", ""]]
     first, *others = bench_peers.as_comparison(rows)["rows"]
     assert first["evaluation"]["chains"] == along
     assert not any("chains" in row["evaluation"] for row in others)
+    assert finished(file, "m", bench_peers.FULL, retry=False) == {("fast", 4)}, "the others followed no such chains"
+
+    with file.open("a") as more:  # a later row along fewer chains hides nothing
+        more.write("\n" + json.dumps({**measured_row("fast", 0.7, 0.7), "chains": fewer["chains"]}))
+    assert rows_of(file, "m")["fast", 4]["chains"] == along
+
+
+def test_what_the_original_has_no_room_for_is_told_before_any_peer_runs(folder, model, monkeypatch):
+    monkeypatch.setattr(bench_peers, "run_peer", lambda *_: pytest.fail("ran"))
+    chosen = options(folder, chains=[2, 500])
+    with pytest.raises(ConfigError, match="--chains is 500, allowed: "):
+        bench_peers.compare([(OURS, 4)], chosen, folder / "none.jsonl", model)
 
 
 def test_the_error_is_found_among_a_log_and_loses_its_folders():

@@ -47,7 +47,7 @@ def evaluate(
     *,
     seq_len: int = 2048,
     max_tokens: int | None = None,
-    chains: ChainPlan | Chains | None = None,
+    chains: ChainPlan | None = None,
     gsm8k: int | None = None,
     boxed: Iterable[str | Path] = (),
     answers: AnswerPlan | None = None,
@@ -61,8 +61,7 @@ def evaluate(
     """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
 
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
-    seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought, or those
-    given (see `sample_chains`).
+    seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought.
     gsm8k: so many of the GSM8K test problems, boxed: files of problems (see `problems.from_file`), answered as `answers`
     says. tasks: of lm-eval. engine: "vllm" answers problems and runs tasks by vLLM, in spawned processes (call it from a
     script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
@@ -73,7 +72,61 @@ def evaluate(
     their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
     be wrong with what is asked is told before a model is loaded.
     """
-    target, tell = resolve_device(device), on_windows or (lambda name, count: lambda: None)
+    asked = prepare(
+        model, reference, texts, seq_len=seq_len, max_tokens=max_tokens, chains=chains, gsm8k=gsm8k, boxed=boxed,
+        answers=answers, tasks=tasks, engine=engine, seed=seed, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    results, _ = assess(asked, on_windows)
+    return results
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is asked about a model, found and checked: nothing can be wrong with it any more.
+
+    name, reference: as they were given; windows: of each text, int64 [W, T]; chains: to be sampled, or sampled already;
+    prompts: theirs; sets: of problems; engine: what answers them and runs tasks.
+    """
+
+    name: str
+    reference: str | None
+    files: ModelFiles
+    original: ModelFiles | None
+    tokenizer: Any
+    device: torch.device
+    windows: Mapping[str, Tensor]
+    chains: ChainPlan | Chains | None
+    prompts: list[list[int]]
+    sets: Mapping[str, ProblemSet]
+    answers: AnswerPlan
+    tasks: Tasks | None
+    engine: str
+    seed: int
+
+    @property
+    def both(self) -> dict[str, ModelFiles]:
+        return {"model": self.files} | ({"reference": self.original} if self.original else {})
+
+
+def prepare(
+    model: str | Path,
+    reference: str | Path | None,
+    texts: Iterable[str],
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    chains: ChainPlan | None,
+    gsm8k: int | None,
+    boxed: Iterable[str | Path],
+    answers: AnswerPlan | None,
+    tasks: TaskPlan | None,
+    engine: str,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+) -> Assessment:
+    """The arguments and errors of `evaluate`; no weight is read."""
+    target = resolve_device(device)
     if seq_len < 2 or (max_tokens is not None and max_tokens < seq_len):
         raise ConfigError(f"max_tokens is {max_tokens}, seq_len {seq_len}: allowed is 2 ≤ seq_len ≤ max_tokens")
     if chains and reference is None:
@@ -82,57 +135,55 @@ def evaluate(
     original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
     tokenizer, answers = files.tokenizer(), answers or AnswerPlan()
     windows = {name: _windows(tokenizer, name, seq_len, max_tokens) for name in tuple(texts) or (BUNDLED_TEST,)}
-    plan = chains.plan if isinstance(chains, Chains) else chains
-    prompts = chain_prompts(tokenizer, plan) if plan else []
+    prompts = chain_prompts(original.tokenizer(), chains) if chains and original else []
     sets = _problem_sets(tokenizer, gsm8k, boxed)
-    both = {"model": files} | ({"reference": original} if original else {})
-    _check_contexts(both.values(), plan, prompts, answers, sets)
-    _check_vocabularies(both.values())
-    engine = _engine(engine, both.values(), asked=bool(sets or tasks))
-    found_tasks = Tasks(tasks) if tasks else None
+    both = [files, *([original] if original else [])]
+    _check_contexts(both, chains, prompts, answers, sets)
+    _check_vocabularies(both)
+    engine = _engine(engine, both, asked=bool(sets or tasks))
+    return Assessment(
+        str(model), None if reference is None else str(reference), files, original, tokenizer, target, windows, chains,
+        prompts, sets, answers, Tasks(tasks) if tasks else None, engine, seed,
+    )  # fmt: skip
 
-    questions = Questions({name: each.prompts for name, each in sets.items()}, answers, found_tasks)
+
+def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[dict[str, Any], Chains | None]:
+    """What `evaluate` returns, and the chains that were followed."""
+    tell = on_part or (lambda name, count: lambda: None)
+    questions = Questions({name: each.prompts for name, each in asked.sets.items()}, asked.answers, asked.tasks)
     answered = {}
-    if engine == "vllm":  # first: it may yet refuse, and wants the memory
-        answered = _examined(_on_vllm(both, target), questions, tell)
-    networks = {who: load(each, target) for who, each in both.items()}
+    if asked.engine == "vllm":  # first: it may yet refuse, and wants the memory
+        answered = _examined(_on_vllm(asked.both, asked.device), questions, tell)
+    networks = {who: load(each, asked.device) for who, each in asked.both.items()}
     results: dict[str, Any] = {
-        "model": str(model),
-        "reference": None if reference is None else str(reference),
-        "texts": _texts(networks, windows, tell, seed),
-        "bits_per_weight": bits_per_weight(files, networks["model"]),
-        "engine": engine,
-        "device": device_name(target),
-        "versions": versions() | ({"lm-eval": found_tasks.version} if found_tasks else {}),
+        "model": asked.name,
+        "reference": asked.reference,
+        "texts": _texts(networks, asked.windows, tell, asked.seed),
+        "bits_per_weight": bits_per_weight(asked.files, networks["model"]),
+        "engine": asked.engine,
+        "device": device_name(asked.device),
+        "versions": versions() | ({"lm-eval": asked.tasks.version} if asked.tasks else {}),
     }
-    if plan:
-        if not isinstance(chains, Chains):
-            chains = along_chains.sample(networks["reference"], prompts, plan, tell(SAMPLING, 2 * plan.count))
-        step = tell("chains", 2 * plan.count)
-        measured = along_chains.measure(networks["model"], networks["reference"], chains, step)
-        results["chains"] = asdict(measured) | {"plan": asdict(plan)}
-    if engine == "vllm":
+    followed = _followed(asked, networks.get("reference"), tell)
+    if followed:
+        step = tell("chains", 2 * followed.plan.count)
+        measured = along_chains.measure(networks["model"], networks["reference"], followed, step)
+        results["chains"] = asdict(measured) | {"plan": asdict(followed.plan)}
+    if asked.engine == "vllm":
         results["versions"]["vllm"] = choice.vllm_version()
-    elif sets or found_tasks:
-        on_transformers = {who: OnTransformers(each, tokenizer) for who, each in networks.items()}
+    elif asked.sets or asked.tasks:
+        on_transformers = {who: OnTransformers(each, asked.tokenizer) for who, each in networks.items()}
         answered = _examined(on_transformers, questions, tell)
-    return results | _answers(answered, tokenizer, sets, answers) | _tasks(answered, tasks)
+    results |= _answers(answered, asked.tokenizer, asked.sets, asked.answers) | _tasks(answered, asked.tasks)
+    return results, followed
 
 
-def sample_chains(
-    reference: str | Path,
-    plan: ChainPlan,
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    on_windows: OnPart | None = None,
-) -> Chains:
-    """Chains of thought of a model, to evaluate several others along them. Options and errors are those of `evaluate`."""
-    target, tell = resolve_device(device), on_windows or (lambda name, count: lambda: None)
-    files = ModelFiles.find(str(reference), trust_remote_code)
-    prompts = chain_prompts(files.tokenizer(), plan)
-    _check_contexts([files], plan, prompts, AnswerPlan(), {})
-    return along_chains.sample(load(files, target), prompts, plan, tell(SAMPLING, 2 * plan.count))
+def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
+    """The chains that are given, or sampled now."""
+    if not isinstance(asked.chains, ChainPlan):
+        return asked.chains
+    step = tell(SAMPLING, 2 * asked.chains.count)
+    return along_chains.sample(reference, asked.prompts, asked.chains, step)
 
 
 def _texts(networks: Mapping[str, Any], windows: Mapping[str, Tensor], tell: OnPart, seed: int) -> dict[str, Any]:
@@ -274,12 +325,12 @@ def _beside(ours: Answers, theirs: Answers | None, seed: int) -> dict[str, Any]:
     }
 
 
-def _tasks(answered: Mapping[str, Answered], plan: TaskPlan | None) -> dict[str, Any]:
+def _tasks(answered: Mapping[str, Answered], tasks: Tasks | None) -> dict[str, Any]:
     """ "tasks" of `evaluate`; nothing without them."""
-    if plan is None:
+    if tasks is None:
         return {}
     found = {who: each.tasks for who, each in answered.items() if each.tasks is not None}
-    pairs = paired(found["model"], found["reference"], plan.seed) if "reference" in found else None
+    pairs = paired(found["model"], found["reference"], tasks.plan.seed) if "reference" in found else None
     return {
         "tasks": {"model": _plain(found["model"]), "reference": _plain(found.get("reference")), "paired": _plain(pairs)}
     }

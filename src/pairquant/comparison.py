@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
-from .assessment import OnPart, evaluate, sample_chains
+from .assessment import Assessment, OnPart, assess, prepare
 from .benchmark import bench
 from .checkpoint.read import Checkpoint, ModelFiles
 from .engines.engine import context_of
 from .errors import ConfigError
-from .evaluation.chains import ChainPlan
+from .evaluation.chains import ChainPlan, Chains
 from .evaluation.reasoning import AnswerPlan
 from .evaluation.speed import Workload
 from .evaluation.statistics import bootstrap_mean
@@ -43,45 +45,49 @@ def compare(
     given each row once it is there. Returns {"rows": [{"name", "size_bytes", "quantized_in_s", "evaluation": what
     `evaluate` returns, "speed": a model of `bench` or None}], the original first, "closest": {text: see `ranked`}, and with
     chains "closest_along_chains"}, ready for JSON. Raises what those two do, and `ConfigError` for no models or one given
-    twice, before any is loaded.
+    twice, before any of them is loaded.
     """
-    names = [str(model) for model in models]
-    if not names:
+    names = [str(original), *map(str, models)]
+    if not models:
         raise ConfigError("no models to compare with the original. Give their directories after it.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{twice[0]!r} is given twice. Name each model once.")
-    found = {name: ModelFiles.find(name, trust_remote_code) for name in (str(original), *names)}
-    for files in found.values():
-        if speed:
-            speed.check_context(context_of(files.config))
-    tell = on_part or (lambda name, count: lambda: None)
-    followed = (
-        sample_chains(original, chains, device=device, trust_remote_code=trust_remote_code, on_windows=tell)
-        if chains
-        else None
-    )
-    rows = []
-    for name, files in found.items():
-        reference = None if name == str(original) else original
-        evaluation = evaluate(
-            name, reference, texts, seq_len=seq_len, max_tokens=max_tokens, chains=followed if reference else None, gsm8k=gsm8k, answers=answers, tasks=tasks, engine=engine, seed=seed, device=device,
-            trust_remote_code=trust_remote_code,
-            on_windows=lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count),  # type: ignore[misc]
-        )  # fmt: skip
-        fast = bench(name, None, speed, device=device, trust_remote_code=trust_remote_code) if speed else None
-        rows.append(
-            {
-                "name": name,
-                "size_bytes": files.size_bytes(),
-                "quantized_in_s": _quantized_in(files),
-                "evaluation": evaluation,
-                "speed": fast["model"] if fast else None,
-            }
+        raise ConfigError(f"{twice[0]!r} is given twice. Name the original and each model once.")
+    asked = {
+        name: prepare(
+            name, original if place else None, texts, seq_len=seq_len, max_tokens=max_tokens,
+            chains=chains if place else None, gsm8k=gsm8k, boxed=(), answers=answers, tasks=tasks, engine=engine, seed=seed,
+            device=device, trust_remote_code=trust_remote_code,
         )
+        for place, name in enumerate(names)
+    }  # fmt: skip
+    for each in asked.values():
+        if speed:
+            speed.check_context(context_of(each.files.config))
+    tell = on_part or (lambda name, count: lambda: None)
+    rows: list[dict[str, Any]] = []
+    followed: Chains | None = None
+    for name, each in asked.items():
+        if followed and each.original:
+            each = replace(each, chains=followed)
+        on_windows = lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count)  # noqa: E731
+        evaluation, sampled = assess(each, on_windows)
+        followed = followed or sampled
+        fast = bench(name, None, speed, device=device, trust_remote_code=trust_remote_code) if speed else None
+        rows.append(_row(each, evaluation, fast))
         if on_row is not None:
             on_row(rows[-1])
     along_chains = {"closest_along_chains": ranked_along_chains(rows[1:], seed)} if chains else {}
     return {"rows": rows, "closest": ranked(rows[1:], seed), **along_chains}
+
+
+def _row(asked: Assessment, evaluation: dict[str, Any], speed: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "name": asked.name,
+        "size_bytes": asked.files.size_bytes(),
+        "quantized_in_s": _quantized_in(asked.files),
+        "evaluation": evaluation,
+        "speed": speed["model"] if speed else None,
+    }
 
 
 def ranked(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
@@ -110,7 +116,7 @@ def _ranking(kl: Mapping[str, Sequence[float]], weights: Sequence[float] | None,
     def mean(values: Iterable[float]) -> float:
         return sum(share * value for share, value in zip(shares, values, strict=True)) / sum(shares)
 
-    closest = min(kl, key=lambda name: mean(kl[name]))
+    closest = min(kl, key=lambda name: (isnan(mean(kl[name])), mean(kl[name])))
     ahead = {}
     for name, values in kl.items():
         if name != closest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +30,26 @@ def percent(value: float | None) -> str:
 
 def plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def departure(median: float | None) -> str:
+    """The median token at which greedy decoding departs, for a table; a dash if half of the chains or more never do."""
+    return "–" if median is None else f"{median:,.0f}"
+
+
+def departs(median: float | None) -> str:
+    """The same in words."""
+    return "never in half of them or more" if median is None else f"at token {median:,.0f} (median)"
+
+
+def distinct_ends(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of different paths that tell them apart."""
+    parts = [path.parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def short_name(path: str) -> str:

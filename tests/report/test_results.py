@@ -1,6 +1,7 @@
 """Files of eval, compare and bench are read into what a report shows, and drawn and tabled as they say."""
 
 import json
+from itertools import combinations
 
 import pytest
 
@@ -11,7 +12,7 @@ from pairquant.report.evidence import against_size_and_speed, measured_plots
 from pairquant.report.facts import gather
 from pairquant.report.page import write_report
 from pairquant.report.results import read
-from pairquant.report.scatter import Scale, beside
+from pairquant.report.scatter import Scale, _overlap, beside
 from pairquant.report.style import far_apart
 
 
@@ -107,11 +108,44 @@ def test_departures_are_shown_up_to_the_last_one(evaluated, write_json):
     assert 9 < plot.figure.layout.xaxis.range[1] < 12
 
 
-def test_names_stand_where_they_cover_no_other():
-    points = [(0.5, 0.5, "one name"), (0.51, 0.51, "another"), (0.97, 0.2, "at the edge")]
-    first, second, third = beside(points, (430, 240))
-    assert first != second
-    assert third.endswith("left")
+def test_names_stand_where_they_cover_no_other_of_any_series():
+    points = [(0.5, 0.5, "one name"), (0.51, 0.51, "another"), (0.5, 0.4, "a third"), (0.97, 0.2, "at the edge")]
+    occupied = []
+    places = beside(points[:2], (430, 240), occupied) + beside(points[2:], (430, 240), occupied)
+    assert len(occupied) == 2 * len(points)
+    names = [box for box in occupied if box[2] - box[0] > 10]
+    assert not any(_overlap(a, b) for a, b in combinations(names, 2))
+    assert places[-1].endswith("left")
+
+
+def test_narrow_axes_of_decades_have_a_tick_at_every_digit(compared, write_json):
+    for spread, tick in ((6.0, "D1"), (50.0, "D2")):
+        content = compared("big", "a", "b")
+        for row, kl in zip(content["rows"], (1.0, 1.0, spread), strict=True):
+            row["evaluation"]["texts"]["wiki.txt"] |= {"kl": kl, "kl_interval": None}
+            row["evaluation"].pop("chains", None)
+            row["evaluation"]["texts"]["far.txt"] = row["evaluation"]["texts"]["wiki.txt"] | {"kl": kl * 1.5}
+        found = read([write_json("compare.json", content)], {})
+        plot = next(plot for plot in against_size_and_speed(found, {"big"}) if plot.key == "kl-by-bits")
+        assert plot.figure.layout.yaxis.dtick == tick
+
+
+def test_models_never_departing_rank_behind_all_others(quick, compared, write_json, tmp_path):
+    content = compared("big", quick, "other")
+    content["rows"][1]["evaluation"]["chains"] |= {"departures": [None] * 4, "departure_median": None}
+    write_report([quick], tmp_path / "report.html", results=[write_json("compare.json", content)])
+    page = (tmp_path / "report.html").read_text()
+    assert "departs at token" in page
+    assert 'data-rank="30" class="number">–' in page
+    assert 'data-rank="9" class="number">9' in page
+
+
+def test_a_checkpoint_is_not_taken_for_another_model_of_its_name(quick, evaluated, write_json, tmp_path):
+    other = tmp_path / "elsewhere" / quick.name
+    other.mkdir(parents=True)
+    facts = gather([quick], [write_json("eval.json", evaluated(other, "big"))])
+    assert facts.measured.names() == [f"elsewhere/{quick.name}"]
+    assert not facts.checkpoints[0].measured.evaluations
 
 
 @pytest.mark.parametrize(

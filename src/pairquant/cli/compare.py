@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..wording import departure, distinct_ends
 from .app import Device, Trust, app, console, quiet_libraries
 from .display import duration, followed, number, progress_bars, require_place, size
 from .evaluation_options import (
@@ -27,6 +29,9 @@ from .evaluation_options import (
     names_in,
 )
 from .evaluation_tables import accuracy_cells, divergence, measurements
+
+#: As they are named here, and what `comparison.compare` returns.
+Rows = Sequence[tuple[str, dict[str, Any]]]
 
 
 @app.command()
@@ -76,30 +81,28 @@ def compare(
             trust_remote_code=trust_remote_code,
             on_part=followed(bars),
         )
-    console.print(_models(results["rows"]))
+    rows = results["rows"]
+    named = list(zip(map(escape, distinct_ends([Path(row["name"]) for row in rows])), rows, strict=True))
+    console.print(_models(named))
     for name, ranking in results["closest"].items():
         console.print()
-        console.print(_text(name, results["rows"], ranking))
+        console.print(_text(name, named, ranking))
     if chains:
         console.print()
-        console.print(_chains(results["rows"], results["closest_along_chains"]))
-    if (answered := _answers(results["rows"])).row_count:
+        console.print(_chains(named, results["closest_along_chains"]))
+    if (answered := _answers(named)).row_count:
         console.print()
         console.print(answered)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _short(row: dict[str, Any]) -> str:
-    return escape(Path(row["name"]).name)
-
-
-def _models(rows: list[dict[str, Any]]) -> Table:
-    speeds = ("prefill", "decode") if rows[0]["speed"] else ()
+def _models(rows: Rows) -> Table:
+    speeds = ("prefill", "decode") if rows[0][1]["speed"] else ()
     table = measurements("model", ("bits per weight", "size", "quantized in", *speeds))
-    for row in rows:
+    for label, row in rows:
         table.add_row(
-            _short(row),
+            label,
             f"{row['evaluation']['bits_per_weight']:.2f}",
             size(row["size_bytes"]),
             "" if row["quantized_in_s"] is None else duration(row["quantized_in_s"]),
@@ -108,15 +111,15 @@ def _models(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
+def _text(name: str, rows: Rows, ranking: dict[str, Any]) -> Table:
     """Behind: how much further from the original than the closest, with half the interval."""
     table = measurements(
         escape(Path(name).name), ("perplexity", "KL, along windows", "top-1 kept", "behind the\nclosest")
     )
-    for row in rows:
+    for label, row in rows:
         found = row["evaluation"]["texts"][name]
         table.add_row(
-            _short(row),
+            label,
             f"{found['perplexity']:.3f}",
             divergence(found),
             number(found["top1"], 4),
@@ -125,13 +128,12 @@ def _text(name: str, rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Tab
     return table
 
 
-def _chains(rows: list[dict[str, Any]], ranking: dict[str, Any]) -> Table:
-    """Departs: the median of the tokens at which greedy decoding does, a dash if half of the chains or more are followed."""
+def _chains(rows: Rows, ranking: dict[str, Any]) -> Table:
     table = measurements("chains", ("KL, along chains", "departs\nat token", "never", "behind the\nclosest"))
-    for row in rows[1:]:
+    for label, row in rows[1:]:
         found = row["evaluation"]["chains"]
-        median = "–" if found["departure_median"] is None else f"{found['departure_median']:,.0f}"
-        table.add_row(_short(row), divergence(found), median, f"{found['never_departed']:.0%}", _behind(row, ranking))
+        departs, never = departure(found["departure_median"]), f"{found['never_departed']:.0%}"
+        table.add_row(label, divergence(found), departs, never, _behind(row, ranking))
     return table
 
 
@@ -145,10 +147,10 @@ def _behind(row: dict[str, Any], ranking: dict[str, Any]) -> str:
     return f"{gap['kl']:+.4f}{reach}"
 
 
-def _answers(rows: list[dict[str, Any]]) -> Table:
+def _answers(rows: Rows) -> Table:
     """A row for each set of problems or task and model, paired with the original."""
     table = measurements("answers", ("model", "accuracy, %", "changed", "p", "no worse"))
-    for row in rows[1:]:
+    for label, row in rows[1:]:
         for name, accuracy, _, *pair in accuracy_cells(row["evaluation"]):
-            table.add_row(name, _short(row), accuracy, *pair)
+            table.add_row(name, label, accuracy, *pair)
     return table

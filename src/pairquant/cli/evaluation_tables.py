@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..wording import departs
 from .app import console
 from .display import number
 
@@ -57,12 +58,11 @@ def _texts(texts: dict[str, Any]) -> Table:
 
 
 def _chains(row: dict[str, Any]) -> Table:
-    never, median = row["never_departed"], row["departure_median"]
     lines = {
         "sampled": f"{row['chains']}, {row['tokens']:,} tokens; {row['finished']:.0%} ended by themselves",
         "KL along them": divergence(row),
-        "greedy decoding departs": "never in half of them or more" if median is None else f"at token {median:,.0f} (median)",
-        "never departs": f"{never:.0%}",
+        "greedy decoding departs": departs(row["departure_median"]),
+        "never departs": f"{row['never_departed']:.0%}",
     }  # fmt: skip
     table = measurements("the original's chains", ())
     table.add_column()

@@ -169,8 +169,8 @@ def _departures(evaluations: Sequence[Evaluation]) -> Plot:
     for number, (name, (tokens, shares)) in enumerate(followed):
         line = {"shape": "hv", **_stroke(number)}
         figure.add_scatter(x=tokens, y=shares, name=escape(name), mode="lines", line=line, showlegend=True)
-    if followed and not any(shares[-1] for _, (_, shares) in followed):
-        figure.update_xaxes(range=[0, 1.05 * max(tokens[-2] for _, (tokens, _) in followed)])
+    if left := [tokens[-2] for _, (tokens, _) in followed if len(tokens) > 2]:
+        figure.update_xaxes(range=[0, 1.05 * max(1, *left)])
     figure.update_yaxes(range=[0, 103])
     caption = (
         "The original's greedy answers: how many the model would decode alike up to each token. Later is better; a line "
@@ -194,7 +194,7 @@ def _answer_bars(measured: Measured) -> Plot:
     models = sorted({m for values in series.values() for m in values}, key=lambda m: (m not in references, m))
     figure = go.Figure(layout=layout(_height(110, len(models)) + 16 * len(models) * len(series), "accuracy (%)"))
     colors = itertools.cycle(color for color in COLORS if color != BEFORE)
-    for model in models:
+    for number, model in enumerate(models):
         values = {name: each[model] for name, each in series.items() if model in each}
         figure.add_bar(
             y=[escape(name) for name in values],
@@ -202,7 +202,10 @@ def _answer_bars(measured: Measured) -> Plot:
             error_x=error_bars(list(values.values())),
             name=escape(model),
             orientation="h",
-            marker={"color": BEFORE if model in references else next(colors)},
+            marker={
+                "color": BEFORE if model in references else next(colors),
+                "pattern": {"shape": ("", "/", "x")[number // len(COLORS) % 3]},
+            },
             hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
         )
     figure.update_layout(barmode="group", showlegend=True, bargap=0.25)
@@ -211,7 +214,7 @@ def _answer_bars(measured: Measured) -> Plot:
     caption = (
         "Problems answered and tasks, with 95\u00a0% intervals. Whether a difference means anything is in the table."
     )
-    return Plot("answers", "Answers", caption, figure)
+    return Plot("answers", "Answers", caption, figure, _wide(models))
 
 
 def _speeds(speeds: Sequence[Speed]) -> list[Plot]:

@@ -16,9 +16,9 @@ from ..checkpoint.read import Checkpoint, ModelFiles
 from ..core.linear import Transform, rotated_weight, transform_of
 from ..errors import ConfigError
 from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
-from ..wording import block_and_rest, short_name
+from ..wording import block_and_rest, distinct_ends, short_name
 from .log import BlockRecord, read_log
-from .results import Measured, distinct_ends, read
+from .results import Measured, read
 
 #: Output rows, evenly spaced, over which channels of every linear are measured; the close-up takes all.
 SAMPLED_ROWS = 256

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import ConfigError, ResourceError
 
 WIDTH, WIDE = 760, 1180
-#: Where a legend begins below a figure, in its heights.
-LEGEND = -0.22
+#: Pixels from a figure's inside to the legend below: ticks, their labels, the axis' title.
+LEGEND = 62
 #: PNG pixels per pixel of the figure.
 PNG_SCALE = 2
 
@@ -42,7 +42,8 @@ def write_images(plots: Mapping[str, Any], directory: Path, template: dict[str, 
         figure = plot.to_dict()
         figure["layout"] |= {"template": template, "paper_bgcolor": "white", "title": {"text": plot.title, "x": 0.01}}
         figure["layout"]["margin"] = {"t": 48}
-        figure["layout"]["legend"] = {"y": LEGEND, "yanchor": "top"}  # clear of the title, however many names there are
+        inside = figure["layout"]["height"] - LEGEND
+        figure["layout"]["legend"] = {"y": -LEGEND / inside, "yanchor": "top"}  # clear of the title, however many names
         options = {"width": WIDE if plot.wide else WIDTH, "height": figure["layout"]["height"] + 40}
         for kind, scale in (("svg", 1), ("png", PNG_SCALE)):
             path = directory / f"{key}.{kind}"

@@ -16,7 +16,7 @@ from .. import __version__
 from ..checkpoint.files import durable
 from ..errors import ConfigError
 from ..layout import bits_per_weight
-from ..wording import duration, number, percent, plain, size
+from ..wording import departs, departure, duration, number, percent, plain, size
 from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
 from .results import CHAINS, Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow
@@ -221,10 +221,8 @@ def _text_card(text: str, row: Mapping[str, Any]) -> Card:
 
 
 def _chains_card(chains: Chains) -> Card:
-    middle = (
-        "in half or fewer" if chains.departure_median is None else f"at token {chains.departure_median:,.0f} (median)"
-    )
-    return Card("KL, chains of thought", f"{chains.kl:.4f}", f"decoding departs {middle}; {chains.tokens:,} tokens")
+    note = f"decoding departs {departs(chains.departure_median)}; {chains.tokens:,} tokens"
+    return Card(f"KL, {CHAINS}", f"{chains.kl:.4f}", note)
 
 
 def _accuracy_card(accuracy: Accuracy) -> Card:
@@ -363,10 +361,11 @@ def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
 def _chain_cells(measured: Measured) -> list[Cell]:
     """The last evaluation that has chains counts."""
     chains = next((e.chains for e in reversed(measured.evaluations) if e.chains), None)
-    return [
-        Cell.of(chains.kl if chains else None, MEASURES["kl"][1]),
-        Cell.of(chains.departure_median if chains else None, 0),
-    ]
+    if chains is None:
+        return [Cell("", None), Cell("", None)]
+    median = chains.departure_median
+    rank = chains.most_tokens if median is None else median
+    return [Cell.of(chains.kl, MEASURES["kl"][1]), Cell(departure(median), rank)]
 
 
 def _text_cells(texts: Iterable[tuple[str, str]], measured: Measured) -> list[Cell]:

@@ -11,6 +11,7 @@ from ..checkpoint.files import read_json
 from ..checkpoint.read import ModelFiles
 from ..errors import CheckpointError, ConfigError
 from ..hub.card import read_results
+from ..wording import distinct_ends
 
 Interval = tuple[float, float]
 #: What is raised for JSON of another shape.
@@ -23,8 +24,8 @@ CHAINS = "chains of thought"
 
 @dataclass(frozen=True)
 class Chains:
-    """Along the original's chains of thought. kl: mean of a token, nats; finished, never_departed: shares; departures: of
-    each greedy chain the first token chosen otherwise, None if there is none; most_tokens: of a chain."""
+    """Along the original's chains of thought. kl: mean of a token, nats; departures: of each greedy chain the first token
+    chosen otherwise, None if there is none; most_tokens: of a chain."""
 
     count: int
     tokens: int
@@ -180,16 +181,20 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _names(files: Iterable[Path], checkpoints: Mapping[str, ModelFiles]) -> dict[str, str]:
-    """What is shown for every model that the files name: the checkpoint's name, if it is one of this report (the same
-    directory, or the only one of its last part), else as much of the path's end as tells it from the others.
+    """What is shown for every model that the files name: the checkpoint's name, if it is one of this report, else as much
+    of the path's end as tells it from the others and from the checkpoints.
     """
     models = list(dict.fromkeys(model for file in files for model in _models(_content(file))))
-    names = {model: _checkpoint_name(model, checkpoints) for model in models}
+    names = {model: _checkpoint_name(model, models, checkpoints) for model in models}
     others = {
         model: Path(model).resolve() if Path(model).exists() else Path(model) for model in names if not names[model]
     }
-    ends = dict(zip(dict.fromkeys(others.values()), distinct_ends(list(dict.fromkeys(others.values()))), strict=True))
-    return {model: name or ends[others[model]] for model, name in names.items()}
+    paths = list(dict.fromkeys(others.values()))
+    ends = distinct_ends(paths)
+    if set(ends) & set(checkpoints):
+        ends = distinct_ends([*paths, *(known.directory.resolve() for known in checkpoints.values())])
+    known_as = dict(zip(paths, ends, strict=False))
+    return {model: name or known_as[others[model]] for model, name in names.items()}
 
 
 def _models(content: Mapping[str, Any]) -> Iterable[str]:
@@ -206,20 +211,12 @@ def _models(content: Mapping[str, Any]) -> Iterable[str]:
             yield str(row["speed"].get("name"))
 
 
-def _checkpoint_name(model: str, checkpoints: Mapping[str, ModelFiles]) -> str | None:
+def _checkpoint_name(model: str, models: Sequence[str], checkpoints: Mapping[str, ModelFiles]) -> str | None:
+    """Of the same directory; of one that is not here any more, if it and a checkpoint alone have that last part."""
     same = [name for name, known in checkpoints.items() if Path(model).resolve() == known.directory.resolve()]
-    same = same or [name for name, known in checkpoints.items() if Path(model).name == known.directory.name]
+    if not same and not Path(model).exists() and [Path(other).name for other in models].count(Path(model).name) == 1:
+        same = [name for name, known in checkpoints.items() if Path(model).name == known.directory.name]
     return same[0] if len(same) == 1 else None
-
-
-def distinct_ends(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of different paths that tell them apart."""
-    parts = [path.parts for path in paths]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
 
 
 def _present(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import log10
@@ -22,6 +22,8 @@ PLACES = {
     "top center": (0.5, 1.3), "bottom center": (0.5, -0.3), "middle right": (-0.08, 0.5), "middle left": (1.08, 0.5),
     "top right": (0, 1.2), "bottom right": (0, -0.2), "top left": (1, 1.2), "bottom left": (1, -0.2),
 }  # fmt: skip
+#: Left, top, right and bottom.
+Box = tuple[float, float, float, float]
 #: More names than this: the page's whole width, and only the first text's are shown until others are asked for.
 CROWD = 12
 
@@ -82,36 +84,44 @@ def scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines:
     """A point for each model of which both are known, in a colour for each series; those of `lines` as lines across."""
     known = {name: {m: v for m, v in values.items() if m in axis.of} for name, values in series.items()}
     known = {name: values for name, values in known.items() if values.keys() - lines}
-    crowded = max((len(values) for values in known.values()), default=0) > CROWD
-    hidden = sum(map(len, known.values())) > CROWD
+    known = dict(sorted(known.items(), key=lambda item: -len(item[1])))  # the first is the one shown in a crowd
+    hidden = list(known)[1:] if sum(map(len, known.values())) > CROWD else []
+    crowded = max(map(len, known.values()), default=0) > CROWD
     stands = [axis.of[m] for values in known.values() for m in values.keys() - lines]
     across = Scale.of(stands, far_apart(stands))
-    decades = far_apart([end for values in known.values() for v in values.values() for end in v.ends])
+    decades = far_apart(_ends(known.values()))
     figure = go.Figure(layout=layout(WIDE_HEIGHT if crowded else HEIGHT, axis.label, label))
+    shown = _ends(values for name, values in known.items() if name not in hidden)
+    occupied: list[Box] = []
     for place, (name, values) in enumerate(known.items()):
-        style = {"legendgroup": name, "name": escape(name), "visible": "legendonly" if hidden and place else True}
+        style = {"legendgroup": name, "name": escape(name), "visible": "legendonly" if name in hidden else True}
         color = COLORS[place % len(COLORS)]
         points = sorted(
             ((axis.of[m], v, m) for m, v in values.items() if m not in lines), key=lambda p: (p[1].value, p[0])
         )
-        up = Scale.of([end for _, v, _ in points for end in v.ends], decades)
-        names = beside([(across.share(x), up.share(v.value), m) for x, v, m in points], WIDE if crowded else INSIDE)
+        up = Scale.of(_ends([values]) if name in hidden else shown, decades)
+        spots = [(across.share(x), up.share(v.value), m) for x, v, m in points]
+        names = beside(spots, WIDE if crowded else INSIDE, [] if name in hidden else occupied)
         _add_points(figure, points, names, axis.label, color, style)
         for model in sorted(lines & values.keys()):
             _add_line(figure, model, values[model].value, across, color, style)
     figure.update_layout(showlegend=True)  # the text is named, also when there is but one
     figure.update_xaxes({"range": [across.low, across.high], **(LOGARITHMIC if across.logarithmic else {})})
     if decades:  # ends where what is shown does
-        shown = [end for values in list(known.values())[:1] for v in values.values() for end in v.ends]
         figure.update_yaxes(LOGARITHMIC | ({"dtick": "D1"} if max(shown) < 10 * min(shown) else {}))
     caption = f"{axis.caption} {'Higher' if key == 'answers' else 'Lower'} is better."
     if any(trace.error_y.visible for trace in figure.data):
         caption += " Bars: 95 % intervals."
     if crowded:
         caption += " A point tells its name when it is pointed at or tapped."
-    if hidden and len(known) > 1:
+    if hidden:
         caption += " Click a name above the figure to show or hide it."
     return Plot(f"{key}-by-{axis.key}", f"{title} against {axis.title}", caption, figure, wide=crowded)
+
+
+def _ends(series: Iterable[Mapping[str, Value]]) -> list[float]:
+    """Of all intervals."""
+    return [end for values in series for value in values.values() for end in value.ends]
 
 
 def _add_points(
@@ -159,29 +169,33 @@ def error_bars(values: Sequence[Value]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def beside(points: Sequence[tuple[float, float, str]], inside: tuple[int, int]) -> list[str]:
+def beside(
+    points: Sequence[tuple[float, float, str]], inside: tuple[int, int], occupied: list[Box] | None = None
+) -> list[str]:
     """Where the name of each point stands: where it covers least of points, earlier names and edges.
 
-    points: shares of the figure's inside (width and height in pixels) across and up, and a name.
+    points: shares of the figure's inside (width and height in pixels) across and up, and a name; occupied: by earlier
+    series, to which these are added.
     """
+    taken = [] if occupied is None else occupied
     spots = [(x * inside[0], (1 - y) * inside[1]) for x, y, _ in points]
-    beyond = [(-1000.0, -1000.0, 0.0, 2000.0), (inside[0], -1000.0, 3000.0, 2000.0)]
-    taken = [*beyond, *((x - 5, y - 5, x + 5, y + 5) for x, y in spots)]
+    taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    beyond = [(-1000.0, -1000.0, 0.0, 2000.0), (float(inside[0]), -1000.0, 3000.0, 2000.0)]
     places = []
     for (x, y), (_, _, name) in zip(spots, points, strict=True):
         boxes = {place: _box(x, y, len(name), *part) for place, part in PLACES.items()}
-        chosen = min(boxes, key=lambda place: sum(_overlap(boxes[place], other) for other in taken))
+        chosen = min(boxes, key=lambda place: sum(_overlap(boxes[place], other) for other in [*taken, *beyond]))
         taken.append(boxes[chosen])
         places.append(chosen)
     return places
 
 
-def _box(x: float, y: float, letters: int, left: float, above: float) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a name."""
+def _box(x: float, y: float, letters: int, left: float, above: float) -> Box:
+    """Of a name."""
     width = LETTER * letters
     return x - left * width, y - above * LINE, x + (1 - left) * width, y + (1 - above) * LINE
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _overlap(a: Box, b: Box) -> float:
     """The common area."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
