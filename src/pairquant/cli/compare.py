@@ -16,6 +16,7 @@ from .app import Device, Trust, app, console, quiet_libraries
 from .display import duration, followed, number, progress_bars, require_place, size
 from .evaluation_options import (
     AnsweringEngine,
+    AnswerTokens,
     Batch,
     ChainCount,
     ChainTokens,
@@ -44,6 +45,7 @@ def compare(
     chains: ChainCount = 0,
     chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
+    answer_tokens: AnswerTokens = 1024,
     tasks: TaskNames = None,
     batch: Batch = 8,
     engine: AnsweringEngine = "auto",
@@ -72,7 +74,7 @@ def compare(
             max_tokens=max_tokens,
             chains=ChainPlan(chains, chain_tokens, batch, seed) if chains else None,
             gsm8k=gsm8k or None,
-            answers=AnswerPlan(batch=batch, seed=seed),
+            answers=AnswerPlan(answer_tokens, batch, seed=seed),
             tasks=TaskPlan(names, batch=batch, seed=seed) if names else None,
             speed=Workload(seed=seed) if speed else None,
             engine=engine,

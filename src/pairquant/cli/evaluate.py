@@ -12,6 +12,7 @@ from .app import Device, Model, Trust, app, console, quiet_libraries
 from .display import followed, progress_bars, require_place
 from .evaluation_options import (
     AnsweringEngine,
+    AnswerTokens,
     Batch,
     ChainCount,
     ChainTokens,
@@ -39,7 +40,7 @@ def evaluate(
     boxed: Annotated[
         list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \boxed{}; repeat for more.")
     ] = None,
-    answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    answer_tokens: AnswerTokens = 1024,
     temperature: Annotated[float, typer.Option(help="Of answers; 0 is greedy.")] = 0.0,
     tasks: TaskNames = None,
     task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,

@@ -22,6 +22,7 @@ TaskNames = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval
 AnsweringEngine = Annotated[
     str, typer.Option("--engine", help="What answers and runs tasks: transformers (auto) or vllm.")
 ]
+AnswerTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Batch = Annotated[int, typer.Option(help="Chains, answers or questions at once.")]
 Seed = Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
