@@ -105,7 +105,8 @@ def test_differences_are_taken_window_for_window():
 def test_the_command_prints_a_table_and_writes_json(directory):
     arguments = [
         "compare", str(directory / "source"), str(directory / "near"), str(directory / "far"), "--text", str(TEXT),
-        "--seq-len", "64", "--max-tokens", "512", "--chains", "2", "--chain-tokens", "6", "--gsm8k", "1", "--answer-tokens", "4", "--device", "cpu", "--json", str(directory / "out.json"),
+        "--seq-len", "64", "--max-tokens", "512", "--chains", "2", "--chain-tokens", "6", "--gsm8k", "1",
+        "--answer-tokens", "4", "--device", "cpu", "--json", str(directory / "out.json"),
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
