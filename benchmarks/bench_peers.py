@@ -338,7 +338,7 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
         lines.append(
             f"| {peer.label} | {peer.method} | {row['group_size'] or '–'} | {row['bits_per_weight']:.2f} | "
             f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f}{half(wiki['kl_interval'])} | {behind[peer.name]} | "
-            f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {along_chains(row)} | {row['seconds']:.0f} |"
+            f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {along_chains(row)} | {row['seconds']:.3g} |"
         )
     for row in here:
         if "reason" in row:
