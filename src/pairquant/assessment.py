@@ -72,12 +72,33 @@ def evaluate(
     their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
     be wrong with what is asked is told before a model is loaded.
     """
-    asked = prepare(
-        model, reference, texts, seq_len=seq_len, max_tokens=max_tokens, chains=chains, gsm8k=gsm8k, boxed=boxed,
-        answers=answers, tasks=tasks, engine=engine, seed=seed, device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    results, _ = assess(asked, on_windows)
+    measures = Measures(
+        tuple(texts), seq_len, max_tokens, chains, gsm8k, tuple(boxed), answers or AnswerPlan(), tasks, engine, seed
+    )
+    results, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
     return results
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is to be measured of a model: the arguments of `evaluate`. Raises `ConfigError`."""
+
+    texts: tuple[str, ...]
+    seq_len: int
+    max_tokens: int | None
+    chains: ChainPlan | None
+    gsm8k: int | None
+    boxed: tuple[str | Path, ...]
+    answers: AnswerPlan
+    tasks: TaskPlan | None
+    engine: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2 or (self.max_tokens is not None and self.max_tokens < self.seq_len):
+            raise ConfigError(
+                f"max_tokens is {self.max_tokens}, seq_len {self.seq_len}: allowed is 2 ≤ seq_len ≤ max_tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,41 +130,26 @@ class Assessment:
 
 
 def prepare(
-    model: str | Path,
-    reference: str | Path | None,
-    texts: Iterable[str],
-    *,
-    seq_len: int,
-    max_tokens: int | None,
-    chains: ChainPlan | None,
-    gsm8k: int | None,
-    boxed: Iterable[str | Path],
-    answers: AnswerPlan | None,
-    tasks: TaskPlan | None,
-    engine: str,
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
+    model: str | Path, reference: str | Path | None, measures: Measures, device: str, trust_remote_code: bool
 ) -> Assessment:
-    """The arguments and errors of `evaluate`; no weight is read."""
-    target = resolve_device(device)
-    if seq_len < 2 or (max_tokens is not None and max_tokens < seq_len):
-        raise ConfigError(f"max_tokens is {max_tokens}, seq_len {seq_len}: allowed is 2 ≤ seq_len ≤ max_tokens")
+    """Raises what `evaluate` does; no weight is read."""
+    target, chains, answers = resolve_device(device), measures.chains, measures.answers
     if chains and reference is None:
         raise ConfigError("chains are sampled from the original model, and none is given. Add --reference.")
     files = ModelFiles.find(str(model), trust_remote_code)
     original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
-    tokenizer, answers = files.tokenizer(), answers or AnswerPlan()
-    windows = {name: _windows(tokenizer, name, seq_len, max_tokens) for name in tuple(texts) or (BUNDLED_TEST,)}
+    tokenizer, texts = files.tokenizer(), measures.texts or (BUNDLED_TEST,)
+    windows = {name: _windows(tokenizer, name, measures.seq_len, measures.max_tokens) for name in texts}
     prompts = chain_prompts(original.tokenizer(), chains) if chains and original else []
-    sets = _problem_sets(tokenizer, gsm8k, boxed)
+    sets = _problem_sets(tokenizer, measures.gsm8k, measures.boxed)
     both = [files, *([original] if original else [])]
     _check_contexts(both, chains, prompts, answers, sets)
     _check_vocabularies(both)
-    engine = _engine(engine, both, asked=bool(sets or tasks))
+    engine = _engine(measures.engine, both, asked=bool(sets or measures.tasks))
+    tasks = Tasks(measures.tasks) if measures.tasks else None
     return Assessment(
         str(model), None if reference is None else str(reference), files, original, tokenizer, target, windows, chains,
-        prompts, sets, answers, Tasks(tasks) if tasks else None, engine, seed,
+        prompts, sets, answers, tasks, engine, measures.seed,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from .assessment import Assessment, OnPart, assess, prepare
+from .assessment import Assessment, Measures, OnPart, assess, prepare
 from .benchmark import bench
 from .checkpoint.read import Checkpoint, ModelFiles
 from .engines.engine import context_of
@@ -52,14 +52,13 @@ def compare(
         raise ConfigError("no models to compare with the original. Give their directories after it.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]!r} is given twice. Name the original and each model once.")
-    asked = {
-        name: prepare(
-            name, original if place else None, texts, seq_len=seq_len, max_tokens=max_tokens,
-            chains=chains if place else None, gsm8k=gsm8k, boxed=(), answers=answers, tasks=tasks, engine=engine, seed=seed,
-            device=device, trust_remote_code=trust_remote_code,
-        )
-        for place, name in enumerate(names)
-    }  # fmt: skip
+    measures = Measures(
+        tuple(texts), seq_len, max_tokens, chains, gsm8k, (), answers or AnswerPlan(), tasks, engine, seed
+    )
+    alone = replace(measures, chains=None)
+    asked = {names[0]: prepare(original, None, alone, device, trust_remote_code)} | {
+        name: prepare(name, original, measures, device, trust_remote_code) for name in names[1:]
+    }
     for each in asked.values():
         if speed:
             speed.check_context(context_of(each.files.config))

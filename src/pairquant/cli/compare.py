@@ -83,20 +83,25 @@ def compare(
             trust_remote_code=trust_remote_code,
             on_part=followed(bars),
         )
+    _show(results)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _show(results: dict[str, Any]) -> None:
+    """A table for each part that was asked for."""
     rows = results["rows"]
     named = list(zip(map(escape, distinct_ends([Path(row["name"]) for row in rows])), rows, strict=True))
     console.print(_models(named))
     for name, ranking in results["closest"].items():
         console.print()
         console.print(_text(name, named, ranking))
-    if chains:
+    if "closest_along_chains" in results:
         console.print()
         console.print(_chains(named, results["closest_along_chains"]))
     if (answered := _answers(named)).row_count:
         console.print()
         console.print(answered)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _models(rows: Rows) -> Table:
