@@ -16,7 +16,7 @@ from pathlib import Path
 from recipes import config_from
 from setting import SETTING
 
-from pairquant.config import QuantConfig
+from pairquant.spec.options import QuantConfig
 
 #: Table → row label → recipe. Stage 2 trains weights and quantizers after the transform.
 STAGES = {"off": "training.weight_epochs=0", "on": "training.weight_epochs=10"}

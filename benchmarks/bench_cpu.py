@@ -18,7 +18,7 @@ import torch
 
 from pairquant.core.rotation import rotate_dense
 from pairquant.kernels import ops  # noqa: F401  registers the operators
-from pairquant.kernels.cpu import CpuWeights
+from pairquant.kernels.run.cpu import CpuWeights
 
 SHAPES = [(4096, 4096), (4096, 14336)]
 TOKENS = (1, 4, 16, 128)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
-from pairquant.environment import device_name, versions
 from pairquant.evaluation import quality
 from pairquant.evaluation.speed import PeakMemory
+from pairquant.support.environment import device_name, versions
 
 BODY = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

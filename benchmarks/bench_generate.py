@@ -21,8 +21,9 @@ import triton
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from pairquant.layout import LinearLayout, PackedLinear
-from pairquant.nn import RotatedLinear, link_siblings, prepare, replace_module
+from pairquant.layers.linear import RotatedLinear
+from pairquant.layers.model import link_siblings, prepare, replace_module
+from pairquant.spec.linear import LinearLayout, PackedLinear
 
 CONFIG = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

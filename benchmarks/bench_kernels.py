@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import triton
 
-from pairquant.kernels import launch, ops
-from pairquant.kernels.table import choose
-from pairquant.kernels.tune import random_weights
-from pairquant.kernels.weights import KernelWeights
+from pairquant.kernels.run import launch, ops
+from pairquant.kernels.run.table import choose
+from pairquant.kernels.run.tune import random_weights
+from pairquant.kernels.run.weights import KernelWeights
 
 MODELS = {
     "LLaMA-3-8B": [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)],

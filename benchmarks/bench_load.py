@@ -50,8 +50,8 @@ def write(directory: Path, shape: str) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from pairquant.checkpoint.write import Entry, write_checkpoint
-    from pairquant.config import CheckpointConfig
-    from pairquant.layout import Field
+    from pairquant.spec.checkpoint import CheckpointConfig
+    from pairquant.spec.fields import Field
 
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]

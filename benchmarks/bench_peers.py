@@ -33,18 +33,18 @@ from peers.table import PEERS, Peer
 from safetensors.torch import save_file
 from setting import CALIBRATION, EVALUATION, SETTING, evaluation_windows, numbers
 
-from pairquant.assessment import chain_prompts
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.comparison import ranked
-from pairquant.devices import resolve_device
 from pairquant.engines.engine import context_of
-from pairquant.environment import device_name
 from pairquant.evaluation import chains
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.generation import check_context
 from pairquant.evaluation.quality import measure
+from pairquant.jobs.compare import ranked
+from pairquant.jobs.evaluate import chain_prompts
 from pairquant.optimize.calibration import calibrate
-from pairquant.wording import departure
+from pairquant.support.devices import resolve_device
+from pairquant.support.environment import device_name
+from pairquant.support.formatting import departure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -22,10 +22,10 @@ from bench_kernels import DEVICE, GROUP, MODELS, ROTATIONS, copies, measure, ran
 from torch import nn
 
 from pairquant import __version__
-from pairquant.config import CheckpointConfig
 from pairquant.core.linear import decode
 from pairquant.integrations.vllm import compat
-from pairquant.layout import TRANSFORM, LinearLayout, PackedLinear
+from pairquant.spec.checkpoint import CheckpointConfig
+from pairquant.spec.linear import TRANSFORM, LinearLayout, PackedLinear
 
 REQUESTS = (1, 8, 32)
 TOLERANCE = 5e-3

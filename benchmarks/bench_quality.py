@@ -22,11 +22,11 @@ from recipes import config_from
 from setting import SETTING, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.devices import resolve_device
 from pairquant.evaluation.quality import measure
-from pairquant.layout import bits_per_weight
 from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.layerwise import Walk, needs_text
+from pairquant.optimize.walk import Walk, needs_text
+from pairquant.spec.linear import bits_per_weight
+from pairquant.support.devices import resolve_device
 
 
 def main() -> None:

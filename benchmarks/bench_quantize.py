@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pairquant
-from pairquant.pipeline import Silent
+from pairquant.jobs.quantize import Silent
 
 #: Name → hidden size, MLP size, key/value share of the heads, blocks of the whole model.
 SHAPES = {

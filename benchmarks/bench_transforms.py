@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.config import QuantConfig, Recipe
 from pairquant.core.rotation import givens_positions, rotation_matrix
+from pairquant.models.blocks import find_blocks
 from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.capture import find_blocks
-from pairquant.optimize.proxy import Problem, loss_and_gradients, select_for
+from pairquant.optimize.search import Problem, loss_and_gradients, select_for
 from pairquant.optimize.streams import Streams
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import Recipe
 
 G = 64
 CONFIG = QuantConfig(group_size=G, samples=16, seq_len=1024, recipe=Recipe())

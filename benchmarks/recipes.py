@@ -7,7 +7,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from pairquant.config import QuantConfig, recipe_with
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import recipe_with
 
 
 def config_from(text: str, **setting: Any) -> QuantConfig:

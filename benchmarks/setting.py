@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pairquant.evaluation.quality import Quality
-from pairquant.text import documents, token_windows
+from pairquant.support.text import documents, token_windows
 
 DATA = Path(__file__).parent / "data"
 CALIBRATION = (str(DATA / "wikitext2-valid.txt"), "default")

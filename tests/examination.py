@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import pairquant
-from pairquant.errors import PairQuantError
+from pairquant.support.errors import PairQuantError
 
 TOKENS = torch.tensor([[5, 9, 44, 17, 3]])
 #: Where the code of the two packages lies.

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-from models import SIZES, TEXT, byte_tokenizer
+from tiny_models import SIZES, TEXT, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pairquant
-from pairquant.config import recipe_with
+from pairquant.spec.recipe import recipe_with
 
 #: Recipes short enough to be killed many times: the default's path, and block-wise training with norms.
 RECIPES = {
@@ -50,7 +50,7 @@ def work(source: Path, output: Path, preset: str) -> None:
 
 def start(source: Path, output: Path, preset: str) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing", "pairquant.pipeline", "pairquant.integrations.transformers"])
+    context.set_forkserver_preload(["killing", "pairquant.jobs.quantize", "pairquant.integrations.transformers"])
     process = context.Process(target=work, args=(source, output, preset))
     process.start()
     return process

@@ -20,9 +20,9 @@ from safetensors.torch import save as bytes_of_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from pairquant.config import CheckpointConfig
 from pairquant.core.linear import decode
-from pairquant.layout import TENSOR_NAMES, PackedLinear
+from pairquant.spec.checkpoint import CheckpointConfig
+from pairquant.spec.linear import TENSOR_NAMES, PackedLinear
 
 WEIGHTS, INDEX, REPORT = "model.safetensors", "model.safetensors.index.json", "pairquant.json"
 GROUP, ROTATIONS = 32, 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pairquant.layout import LinearLayout, PackedLinear
+from pairquant.spec.linear import LinearLayout, PackedLinear
 
 
 def random_packed(out_features, in_features, group_size, rotations=8, seed=0, bias=False) -> PackedLinear:

@@ -1,4 +1,4 @@
-"""What a process of several does in tests/test_ranks.py; a module of its own, as processes import it by name."""
+"""What a process of several does in tests/optimize/test_ranks.py; a module of its own, as processes import it by name."""
 
 import torch
 from packed import random_packed

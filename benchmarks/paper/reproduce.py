@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pairquant.errors import ConfigError, PairQuantError
+from pairquant.support.errors import ConfigError, PairQuantError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this folder as a package, and the benchmarks beside it
 from embedded_model import gguf_file

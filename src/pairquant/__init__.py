@@ -9,31 +9,31 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .integrations.discovery import register
+from .support.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .assessment import evaluate as evaluate
     from .checkpoint.export import export as export
-    from .config import PRESETS as PRESETS
-    from .config import QuantConfig as QuantConfig
-    from .config import Recipe as Recipe
-    from .errors import PairQuantError as PairQuantError
     from .hub.upload import push as push
-    from .pipeline import quantize as quantize
-    from .verbs import inspect as inspect
+    from .jobs.evaluate import evaluate as evaluate
+    from .jobs.inspect import inspect as inspect
+    from .jobs.quantize import quantize as quantize
+    from .spec.options import QuantConfig as QuantConfig
+    from .spec.recipe import PRESETS as PRESETS
+    from .spec.recipe import Recipe as Recipe
+    from .support.errors import PairQuantError as PairQuantError
 
 _HOME = {
-    "PRESETS": "config",
-    "QuantConfig": "config",
-    "Recipe": "config",
-    "PairQuantError": "errors",
-    "quantize": "pipeline",
-    "evaluate": "assessment",
-    "inspect": "verbs",
+    "PRESETS": "spec.recipe",
+    "QuantConfig": "spec.options",
+    "Recipe": "spec.recipe",
+    "PairQuantError": "support.errors",
+    "quantize": "jobs.quantize",
+    "evaluate": "jobs.evaluate",
+    "inspect": "jobs.inspect",
     "export": "checkpoint.export",
     "push": "hub.upload",
 }
 __all__ = [*_HOME]
-__version__ = "0.1.0"
 
 register()
 

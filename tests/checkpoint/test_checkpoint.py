@@ -8,17 +8,17 @@ import sys
 
 import pytest
 import torch
-from models import TEXT, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny_models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant
-from pairquant import verbs
 from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.checkpoint.write import Entry, require_space, write_checkpoint
-from pairquant.errors import CheckpointError, ConfigError, ResourceError, SourceError
-from pairquant.layout import Field
+from pairquant.jobs.inspect import inspect
+from pairquant.spec.fields import Field
+from pairquant.support.errors import CheckpointError, ConfigError, ResourceError, SourceError
 
 QUICK = pairquant.QuantConfig(
     preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
@@ -77,7 +77,7 @@ def test_each_damage_is_named_by_both_readers(checkpoint, damage):
     name, change, message = DAMAGES[damage]
     change_tensor(checkpoint, name, change)
     with pytest.raises(CheckpointError, match=message):
-        verbs.inspect(checkpoint)
+        inspect(checkpoint)
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
@@ -87,7 +87,7 @@ def test_a_truncated_shard_is_named(checkpoint, keep):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read.*truncated"):
-        verbs.inspect(checkpoint)
+        inspect(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,18 @@ def test_each_bad_entry_of_config_json_is_named(checkpoint, entry, value, messag
     config["quantization_config"][entry] = value
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
-        verbs.inspect(checkpoint)
+        inspect(checkpoint)
 
 
 def test_a_checkpoint_with_the_originals_four_keys_is_enough(checkpoint):
-    expected = verbs.inspect(checkpoint).checkpoint.packed(PATH).tensors()
+    expected = inspect(checkpoint).checkpoint.packed(PATH).tensors()
     file = checkpoint / "config.json"
     config = json.loads(file.read_text())
     keys = ("quant_method", "bits", "group_size", "krot")
     config["quantization_config"] = {key: config["quantization_config"][key] for key in keys}
     file.write_text(json.dumps(config))
     (checkpoint / "pairquant.json").unlink()
-    found = verbs.inspect(checkpoint)
+    found = inspect(checkpoint)
     assert found.linears[PATH]["error"] is None
     assert all(torch.equal(t, expected[name]) for name, t in found.checkpoint.packed(PATH).tensors().items())
 
@@ -149,7 +149,7 @@ def test_unknown_linear_gets_a_suggestion(pristine):
 
 def test_a_plain_model_is_no_checkpoint(pristine):
     with pytest.raises(CheckpointError, match="not quantized with pairwise rotations"):
-        verbs.inspect(pristine / "source")
+        inspect(pristine / "source")
 
 
 def test_an_existing_output_is_kept_unless_overwrite_is_asked_for(pristine, tmp_path):
@@ -160,7 +160,7 @@ def test_an_existing_output_is_kept_unless_overwrite_is_asked_for(pristine, tmp_
     assert (target / "model.safetensors").read_bytes() == before
     rtn = pairquant.QuantConfig(preset="rtn", group_size=32)
     pairquant.quantize(pristine / "source", target, rtn, overwrite=True)
-    assert verbs.inspect(target).checkpoint.config.rotations == 0
+    assert inspect(target).checkpoint.config.rotations == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from models import TEXT, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny_models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant

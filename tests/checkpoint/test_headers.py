@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from pairquant.checkpoint import files
 from pairquant.checkpoint.files import read_json
 from pairquant.checkpoint.headers import StoredTensors
-from pairquant.errors import CheckpointError
+from pairquant.support.errors import CheckpointError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from packed import random_packed
 
 from pairquant.checkpoint import files
 from pairquant.checkpoint.journal import Journal
-from pairquant.errors import CheckpointError, ConfigError, ResourceError
+from pairquant.support.errors import CheckpointError, ConfigError, ResourceError
 
 IDENTITY = {"config": {"samples": 64, "recipe": {"steps": 150}}, "source": "abc"}
 PACKED = {f"layers.{i}.up": random_packed(64, 128, 64, 4, i) for i in range(3)}

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from mutations import KINDS, PICKLE, Mutation
 
 import pairquant
-from pairquant.errors import CheckpointError
+from pairquant.support.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from killing import save_source
 from pairquant.checkpoint import source as module
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.checkpoint.source import SourceWeights
-from pairquant.errors import SourceError
-from pairquant.optimize.capture import find_blocks
+from pairquant.models.blocks import find_blocks
+from pairquant.support.errors import SourceError
 
 CPU = torch.device("cpu")
 

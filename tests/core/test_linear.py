@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pairquant.config import Recipe
 from pairquant.core.linear import Transform, decode, encode, forward, rotated_weight, transform_of
 from pairquant.core.packing import unpack
 from pairquant.core.pairs import random_rank, select_pairs
 from pairquant.core.rotation import rotation_matrix
 from pairquant.core.rounding import proxy_error
-from pairquant.layout import LinearLayout, PackedLinear
+from pairquant.spec.linear import LinearLayout, PackedLinear
+from pairquant.spec.recipe import Recipe
 
 N, C = 64, 256
 # Spelled out, so that these tests hold whatever the presets become.

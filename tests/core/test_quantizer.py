@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pairquant.core.quantizer import (
+from pairquant.core.grid import (
     MIN_SCALE,
     affine_parameters,
     dequantize,

@@ -5,18 +5,9 @@ import itertools
 import pytest
 import torch
 
-from pairquant.core.quantizer import group_range
-from pairquant.core.rounding import (
-    Grid,
-    gptq,
-    inverse_factor,
-    nearest,
-    proxy_error,
-    refine,
-    search_range,
-    stored,
-)
-from pairquant.errors import CalibrationError
+from pairquant.core.grid import group_range
+from pairquant.core.rounding import Grid, gptq, inverse_factor, nearest, proxy_error, refine, search_range, stored
+from pairquant.support.errors import CalibrationError
 
 ORDERS = pytest.mark.parametrize("by_activation", [False, True], ids=["natural", "by_activation"])
 DAMPING = 0.01

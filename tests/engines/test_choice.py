@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from models import byte_tokenizer, save_tiny
+from tiny_models import byte_tokenizer, save_tiny
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines import choice
 from pairquant.engines.engine import EngineOptions, chat_tokens
-from pairquant.errors import CheckpointError, ConfigError, SourceError
+from pairquant.support.errors import CheckpointError, ConfigError, SourceError
 
 
 @pytest.fixture(scope="module")

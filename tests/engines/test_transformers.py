@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from models import TEXT, save_tiny
+from tiny_models import TEXT, save_tiny
 
 import pairquant
 from pairquant.checkpoint.read import ModelFiles

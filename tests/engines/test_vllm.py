@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from models import save_tiny
+from tiny_models import save_tiny
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
@@ -19,7 +19,7 @@ from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines import vllm
 from pairquant.engines.vllm import VllmEngine, arguments, cache_bytes
-from pairquant.errors import ConfigError
+from pairquant.support.errors import ConfigError
 from pairquant.evaluation.reasoning import AnswerPlan
 
 files = ModelFiles.find(sys.argv[1])

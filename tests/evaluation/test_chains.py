@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import tiny_model
+from tiny_models import tiny_model
 
-from pairquant.errors import ConfigError
 from pairquant.evaluation.chains import ChainPlan, measure, sample
 from pairquant.evaluation.generation import GREEDY, SAMPLED, Continuation, generate
 from pairquant.evaluation.quality import score
+from pairquant.support.errors import ConfigError
 
 PROMPTS = [[5, 9, 11], [40, 41, 42, 43, 44, 45], [7]]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import FAMILIES, SIZES, tiny_model
+from tiny_models import FAMILIES, SIZES, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig

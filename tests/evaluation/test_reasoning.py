@@ -4,12 +4,12 @@ import json
 import threading
 
 import pytest
-from models import byte_tokenizer, tiny_model
+from tiny_models import byte_tokenizer, tiny_model
 
-from pairquant.errors import ConfigError, TextError
 from pairquant.evaluation.grading import boxed, same_boxed, same_number
 from pairquant.evaluation.problems import Problem, from_file, gsm8k
 from pairquant.evaluation.reasoning import AnswerPlan, answer, compare
+from pairquant.support.errors import ConfigError, TextError
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pairquant.errors import ConfigError
 from pairquant.evaluation.speed import Generation, PeakMemory, Workload, measure, summarize
+from pairquant.support.errors import ConfigError
 
 
 class Scripted:

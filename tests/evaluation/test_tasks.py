@@ -4,12 +4,12 @@ import json
 
 import pytest
 from local_task import TASK
-from models import save_tiny
+from tiny_models import save_tiny
 
 import pairquant
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.errors import ConfigError, TextError
 from pairquant.evaluation.tasks import Metric, TaskPlan, Tasks, paired
+from pairquant.support.errors import ConfigError, TextError
 
 pytest.importorskip("lm_eval")
 

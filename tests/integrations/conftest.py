@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import TEXT, save_tiny
+from tiny_models import TEXT, save_tiny
 
 import pairquant
 

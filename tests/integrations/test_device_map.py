@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pairquant
-from pairquant.nn import rotated_linears
+from pairquant.layers.model import rotated_linears
 
 EXPLICIT = {
     "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",

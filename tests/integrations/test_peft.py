@@ -13,7 +13,8 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 import pairquant
-from pairquant.nn import RotatedLinear, link_siblings, rotated_linears
+from pairquant.layers.linear import RotatedLinear
+from pairquant.layers.model import link_siblings, rotated_linears
 
 TARGETS = ["q_proj", "down_proj"]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from models import FAMILIES, TEXT, save_tiny
 from safetensors.torch import load_file
+from tiny_models import FAMILIES, TEXT, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pairquant
-from pairquant.nn import rotated_linears
+from pairquant.layers.model import rotated_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 

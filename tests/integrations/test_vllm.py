@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SIZES, TEXT, byte_tokenizer, save_tiny
 from original_layout import write_original
+from tiny_models import SIZES, TEXT, byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm_worker import PROMPT
 
 import pairquant
-from pairquant.config import CheckpointConfig
-from pairquant.errors import CheckpointError, ConfigError
-from pairquant.nn import RotatedLinear, rotated_linears
+from pairquant.layers.linear import RotatedLinear
+from pairquant.layers.model import rotated_linears
+from pairquant.spec.checkpoint import CheckpointConfig
+from pairquant.support.errors import CheckpointError, ConfigError
 
 pytest.importorskip("vllm", reason="needs vLLM")
 WORKER = Path(__file__).parent.parent / "vllm_worker.py"
@@ -243,7 +244,7 @@ def test_the_plugin_is_found_and_importing_it_loads_neither_kernels_nor_transfor
     code = (
         "from importlib.metadata import entry_points; import sys; "
         "(own,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'pairquant']; register = own.load(); "
-        "print(sorted({'torch', 'transformers', 'vllm', 'pairquant.nn'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'vllm', 'pairquant.layers.linear'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,16 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import tiny_model
+from tiny_models import tiny_model
 
-from pairquant.config import QuantConfig, Recipe, Refit, Training
+from pairquant.core.grid import dequantize, fake_quantize, quantize
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.packing import unpack
-from pairquant.core.quantizer import dequantize, fake_quantize, quantize
-from pairquant.errors import ConfigError
+from pairquant.models.blocks import find_blocks, first_inputs_and_calls
 from pairquant.optimize.blockwise import BlockData, refit_block, train_block
-from pairquant.optimize.capture import find_blocks, first_inputs_and_calls
-from pairquant.optimize.trained_linear import LearnedQuantize, Transforms
+from pairquant.optimize.stages import LearnedQuantize, Transforms
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import Recipe, Refit, Training
+from pairquant.support.errors import ConfigError
 
 TRAINING = Training(epochs=4, weight_epochs=3, weight_rate=1e-3, quantizer_rate=1e-4, batch=4)
 ONLY_TRANSFORM = replace(TRAINING, weight_epochs=0)

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from pairquant.errors import TextError
 from pairquant.optimize.calibration import calibrate
-from pairquant.text import SHORT_NAMES, documents
+from pairquant.support.errors import TextError
+from pairquant.support.text import SHORT_NAMES, documents
 
 SEQ_LEN = 10
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from models import tiny_model
+from tiny_models import tiny_model
 
-from pairquant.config import PRESETS, QuantConfig
-from pairquant.optimize.capture import find_blocks
+from pairquant.models.blocks import find_blocks
 from pairquant.optimize.memory import demand
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import PRESETS
 
 CUDA = torch.device("cuda")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import tiny_model
+from tiny_models import tiny_model
 
-from pairquant.optimize.capture import find_blocks
+from pairquant.models.blocks import find_blocks
 from pairquant.optimize.streams import Streams
 
 CPU = torch.device("cpu")

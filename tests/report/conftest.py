@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from models import TEXT, save_tiny
+from tiny_models import TEXT, save_tiny
 
 import pairquant
-from pairquant.config import recipe_with
+from pairquant.spec.recipe import recipe_with
 
 BASE = {"group_size": 32, "rotations": 2, "samples": 4, "seq_len": 32, "calibration": (str(TEXT),)}
 

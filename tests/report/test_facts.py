@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode, rotated_weight, transform_of
-from pairquant.errors import CheckpointError, ConfigError, PairQuantError
 from pairquant.report.facts import BINS, gather, group_range, labels, magnitudes, outlier_ratio
+from pairquant.support.errors import CheckpointError, ConfigError, PairQuantError
 
 PATH = "model.layers.1.mlp.down_proj"
 CHAINS = {
@@ -84,7 +84,7 @@ def test_without_the_source_the_decoded_weight_stands_in(moved):
 
 
 def test_a_source_that_has_become_another_model_is_not_taken_for_the_original(quick, moved, tmp_path):
-    from models import save_tiny
+    from tiny_models import save_tiny
 
     other = save_tiny(tmp_path / "other", "phi3")
     config = json.loads((moved / "config.json").read_text())

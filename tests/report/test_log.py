@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pairquant.errors import CheckpointError
 from pairquant.report.log import BlockRecord, Epoch, read_log
+from pairquant.support.errors import CheckpointError
 
 
 def write(directory, *events):

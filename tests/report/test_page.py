@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
-from pairquant.errors import ConfigError, PairQuantError
 from pairquant.report import images
 from pairquant.report.facts import gather
 from pairquant.report.figures import checkpoint_plots, comparison_plots
 from pairquant.report.page import write_report
+from pairquant.support.errors import ConfigError, PairQuantError
 
 MOST_BYTES = 5_000_000
 

@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
-from pairquant.errors import ConfigError
 from pairquant.report.evidence import against_size_and_speed, measured_plots
 from pairquant.report.facts import gather
 from pairquant.report.page import write_report
 from pairquant.report.results import read
 from pairquant.report.scatter import Scale, _overlap, beside
 from pairquant.report.style import far_apart
+from pairquant.support.errors import ConfigError
 
 
 def test_an_evaluation_tells_of_chains_answers_and_tasks(quick, evaluated, write_json):

@@ -17,7 +17,8 @@ QUICK = {
 
 
 def config_of(job: Job) -> Any:
-    from pairquant.config import QuantConfig, recipe_with
+    from pairquant.spec.options import QuantConfig
+    from pairquant.spec.recipe import recipe_with
 
     preset = job.options["preset"]
     changes = [*job.options.get("changes", ()), *(QUICK.get(preset, ()) if job.quick else ())]
@@ -27,8 +28,8 @@ def config_of(job: Job) -> Any:
 
 
 def quantize(job: Job) -> Outcome:
-    from pairquant.layout import bits_per_weight
-    from pairquant.optimize.layerwise import Walk, needs_text
+    from pairquant.optimize.walk import Walk, needs_text
+    from pairquant.spec.linear import bits_per_weight
 
     config, device = config_of(job), torch.device(job.device)
     model = job.load(torch.float32).to(device)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.linear import decode
-from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..layout import TENSOR_NAMES, Field
+from ..spec.fields import Field
+from ..spec.linear import TENSOR_NAMES
+from ..support.errors import CheckpointError, ConfigError, did_you_mean
 from .files import read_json
 from .read import REPORT_FILE, Checkpoint, ModelFiles
 from .write import Entry, require_apart, require_free, require_space, write_checkpoint

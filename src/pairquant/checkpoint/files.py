@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, ResourceError
+from ..support.errors import CheckpointError, ResourceError
 
 PARTIAL = ".partial"
 #: Largest JSON file that is read: as large as safetensors lets a header be.

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..layout import TENSOR_NAMES, Field
+from ..spec.fields import Field
+from ..spec.linear import TENSOR_NAMES
+from ..support.errors import CheckpointError
 from .files import read_json
 
 #: safetensors' names of the dtypes that a checkpoint may hold.

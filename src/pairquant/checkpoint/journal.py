@@ -19,8 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..support.errors import CheckpointError, ConfigError
 from .files import PARTIAL, checksum, durable, write_error, write_json, write_tensors
 from .headers import StoredTensors
 

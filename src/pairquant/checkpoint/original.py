@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import PairQuantError
+from ..support.errors import PairQuantError
 from .headers import StoredTensors
 from .read import Checkpoint, ModelFiles
 

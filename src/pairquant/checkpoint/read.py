@@ -16,9 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
-from ..config import QUANT_METHOD, CheckpointConfig
-from ..errors import CheckpointError, SourceError, did_you_mean
-from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight, finite
+from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ..spec.fields import finite
+from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
+from ..support.errors import CheckpointError, SourceError, did_you_mean
 from .files import read_json
 from .headers import REMEDY, StoredTensors
 

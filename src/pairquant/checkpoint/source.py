@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SourceError
-from ..layout import Field
+from ..spec.fields import Field
+from ..support.errors import CheckpointError, SourceError
 from .files import write_tensors
 from .headers import StoredTensors
 from .read import ModelFiles

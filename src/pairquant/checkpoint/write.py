@@ -13,8 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import ConfigError, ResourceError
-from ..layout import Field
+from ..spec.fields import Field
+from ..support.errors import ConfigError, ResourceError
 from .files import sync, write_error, write_json, write_tensors
 from .read import REPORT_FILE, ModelFiles
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .. import __version__
-from ..errors import PairQuantError
+from ..support.errors import PairQuantError
+from ..support.version import __version__
 
 from . import quantize, evaluate, compare, chat, serve, bench, inspect, report, export, push, tune  # isort: skip  # noqa: F401  # in the order of the help
 from .app import app, console, problems

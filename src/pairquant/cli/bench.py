@@ -36,8 +36,8 @@ def bench(
 ) -> None:
     """Speed and memory of MODEL, beside the original's."""
     quiet_libraries()
-    from ..benchmark import bench as run
     from ..evaluation.speed import Workload
+    from ..jobs.bench import bench as run
 
     require_place(json_file)
     with console.status("looking at the model") as status:

@@ -24,9 +24,9 @@ def chat(
     """Talk to MODEL; the answer appears as it is generated."""
     quiet_libraries()
     from ..checkpoint.read import ModelFiles
-    from ..devices import resolve_device
     from ..engines import choice
     from ..engines.engine import EngineOptions, Turn
+    from ..support.devices import resolve_device
 
     options = EngineOptions(device, dtype)
     resolve_device(device)

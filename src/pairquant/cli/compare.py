@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..wording import departure, distinct_ends
+from ..support.formatting import departure, distinct_ends
 from .app import Device, Trust, app, console, quiet_libraries
 from .display import duration, followed, number, progress_bars, require_place, size
 from .evaluation_options import (
@@ -57,11 +57,11 @@ def compare(
 ) -> None:
     """Several models beside the original: divergence, perplexity, chains of thought, answers, size, speed."""
     quiet_libraries()
-    from ..comparison import compare as run
     from ..evaluation.chains import ChainPlan
     from ..evaluation.reasoning import AnswerPlan
     from ..evaluation.speed import Workload
     from ..evaluation.tasks import TaskPlan
+    from ..jobs.compare import compare as run
 
     require_place(json_file)
     names = names_in(tasks)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..wording import duration, number, percent, plain, scientific, short_name, size
+from ..support.formatting import duration, number, percent, plain, scientific, short_name, size
 from .app import console
 
 __all__ = [

@@ -54,10 +54,10 @@ def evaluate(
 ) -> None:
     """Accuracy of MODEL, alone and beside the original."""
     quiet_libraries()
-    from ..assessment import evaluate as run
     from ..evaluation.chains import ChainPlan
     from ..evaluation.reasoning import AnswerPlan
     from ..evaluation.tasks import TaskPlan
+    from ..jobs.evaluate import evaluate as run
     from .evaluation_tables import show
 
     require_place(json_file)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..wording import departs
+from ..support.formatting import departs
 from .app import console
 from .display import number
 

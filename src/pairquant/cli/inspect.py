@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..wording import block_and_rest
+from ..support.formatting import block_and_rest
 from .app import Model, app, console, quiet_libraries
 from .display import duration, number, percent, plain, scientific, short_name, size
 
@@ -20,14 +20,15 @@ def inspect(
 ) -> None:
     """What a checkpoint holds; every stored tensor is checked."""
     quiet_libraries()
-    from .. import verbs
+    from ..jobs.inspect import inspect as open_and_check
+    from ..jobs.trace import trace
 
     if linear is not None:
-        steps, remark = verbs.trace(model, linear)
+        steps, remark = trace(model, linear)
         console.print(_life_table(linear, steps))
         console.print(f"[dim]spread: max|w| / rms; error: relative to the original. {escape(remark)}[/]")
         return
-    found = verbs.inspect(model)
+    found = open_and_check(model)
     config, report = found.checkpoint.config, found.checkpoint.report
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     provenance = config.provenance or {}

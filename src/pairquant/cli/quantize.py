@@ -63,8 +63,9 @@ def quantize(
 
     torchrun --nproc-per-node N -m pairquant quantize … spreads it over N GPUs.
     """
-    from ..config import QuantConfig, recipe_with
-    from ..loggers import logger
+    from ..spec.options import QuantConfig
+    from ..spec.recipe import recipe_with
+    from ..support.loggers import logger
 
     config = QuantConfig(
         preset=preset,
@@ -83,7 +84,7 @@ def quantize(
         seed=seed,
     )
     quiet_libraries()
-    from ..pipeline import quantize as run
+    from ..jobs.quantize import quantize as run
 
     leads = os.environ.get("RANK", "0") == "0"
     if push_to_hub and leads:
@@ -116,8 +117,8 @@ def quantize(
 
 
 def _push(output: Path, name: str, private: bool) -> None:
-    from ..errors import HubError
     from ..hub.upload import push
+    from ..support.errors import HubError
 
     try:
         with console.status(f"uploading {output}"):
@@ -133,7 +134,7 @@ def presets(
     name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
 ) -> None:
     """What each preset does, setting by setting: the names that `quantize --set` takes."""
-    from ..config import PRESETS, flat, preset_named
+    from ..spec.recipe import PRESETS, flat, preset_named
 
     chosen = {name: preset_named(name)} if name else PRESETS
     columns = {title: flat(recipe) for title, recipe in chosen.items()}

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Recipe
-from ..errors import ConfigError
-from ..layout import LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
+from ..spec.recipe import Recipe
+from ..support.errors import ConfigError
 from . import rounding
+from .grid import dequantize
 from .packing import pack, unpack
-from .quantizer import dequantize
 from .rotation import rotate, rotate_dense, rotation_matrix
 from .rounding import SOLVERS, Solvers, stored
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import AWQ_ORDER, columns_per_block
+from ..spec.linear import AWQ_ORDER, columns_per_block
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

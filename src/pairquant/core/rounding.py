@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
-from .quantizer import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
+from ..support.errors import CalibrationError
+from .grid import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
 
 #: Columns compensated one by one before the rest is updated by one matrix product.
 BLOCK = 64

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.read import Checkpoint, ModelFiles
-from ..config import QUANT_METHOD
-from ..errors import ConfigError, did_you_mean
-from ..layout import check_fields
+from ..spec.checkpoint import QUANT_METHOD
+from ..spec.linear import check_fields
+from ..support.errors import ConfigError, did_you_mean
 from .engine import Engine, EngineOptions
 
 #: Name → module here and class in it.

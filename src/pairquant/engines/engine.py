@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoint.read import ModelFiles
-from ..errors import ConfigError, did_you_mean
 from ..evaluation.speed import Generates
+from ..support.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: vLLM tells missing tensors of quantized models only when asked to.

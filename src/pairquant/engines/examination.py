@@ -11,7 +11,7 @@ from ..checkpoint.read import ModelFiles
 from ..evaluation.generation import Continuation, generate
 from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.tasks import Metrics, TaskPlan, Tasks
-from ..processes import in_own_process
+from ..support.processes import in_own_process
 from .engine import EngineOptions
 
 #: Set of problems → each prompt's token ids.

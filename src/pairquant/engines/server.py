@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.read import ModelFiles
-from ..errors import ConfigError
+from ..support.errors import ConfigError
 from .engine import VLLM_LOADER, check_dtype
 
 #: What vLLM's cache may take on a CPU, GiB, unless the user says otherwise; vLLM would take most of the machine.

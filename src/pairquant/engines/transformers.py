@@ -15,8 +15,8 @@ from transformers import CompileConfig, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.read import ModelFiles
-from ..devices import current, resolve_device
 from ..evaluation.speed import Generation
+from ..support.devices import current, resolve_device
 from .engine import EngineOptions, Turn, chat_tokens, context_of
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.read import ModelFiles
-from ..devices import free_bytes, resolve_device
-from ..errors import ConfigError, PairQuantError
 from ..evaluation.generation import Continuation
 from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.speed import Generation
+from ..support.devices import free_bytes, resolve_device
+from ..support.errors import ConfigError, PairQuantError
 from .engine import VLLM_LOADER, EngineOptions, Turn, chat_tokens, context_of
 
 # Read when vLLM is imported, or when it starts. Without OMP_NUM_THREADS it would lower PyTorch to one thread.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..support.errors import ConfigError
 from .generation import GREEDY, SAMPLED, Continuation, generate
 from .quality import by_position, score
 from .statistics import Interval, bootstrap_mean

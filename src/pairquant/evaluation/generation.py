@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import current
-from ..errors import ConfigError
+from ..support.devices import current
+from ..support.errors import ConfigError
 
 GREEDY: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 #: The model's own distribution, whatever it recommends for answering.

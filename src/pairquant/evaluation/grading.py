@@ -7,7 +7,7 @@ import threading
 from decimal import Decimal
 from importlib.util import find_spec
 
-from ..errors import ConfigError
+from ..support.errors import ConfigError
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
 #: Seconds for one answer: a power tower takes longer than the universe.

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, TextError
-from ..text import BUNDLED_TEST
+from ..support.errors import ConfigError, TextError
+from ..support.text import BUNDLED_TEST
 
 #: Asks for an answer that a grader finds.
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."

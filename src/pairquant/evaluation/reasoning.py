@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..support.errors import ConfigError
 from .generation import GREEDY, Continuation, generate
 from .statistics import Interval, bootstrap_mean, mcnemar, probability_no_worse, wilson
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..support.errors import ConfigError
 
 
 @dataclass(frozen=True)

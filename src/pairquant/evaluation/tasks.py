@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..devices import current
-from ..errors import ConfigError, TextError, did_you_mean
+from ..support.devices import current
+from ..support.errors import ConfigError, TextError, did_you_mean
 from .reasoning import Paired, compare
 
 #: Requests that vLLM is given at once; how many of them run at once is its own matter.

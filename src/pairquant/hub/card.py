@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoint.files import read_json
 from ..checkpoint.read import Checkpoint
-from ..errors import CheckpointError, ConfigError
+from ..support.errors import CheckpointError, ConfigError
 
 TEMPLATE = Path(__file__).with_name("card.md")
 #: Tells a card that may be rendered anew from one that somebody has edited.

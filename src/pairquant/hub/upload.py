@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.files import read_json
 from ..checkpoint.read import REPORT_FILE, Checkpoint, ModelFiles
-from ..errors import ConfigError, HubError, SourceError, did_you_mean
+from ..support.errors import ConfigError, HubError, SourceError, did_you_mean
 from .card import Origin, write_card
 
 #: Left where they are: what a run that was killed has left behind, and hidden files.

@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from ..errors import ConfigError, did_you_mean
-from ..nn import RotatedLinear, rotated_linears
+from ..layers.linear import RotatedLinear
+from ..layers.model import rotated_linears
+from ..support.errors import ConfigError, did_you_mean
 
 #: Ways to begin an adapter that leave the layer's own weight alone.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")

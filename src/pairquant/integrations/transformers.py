@@ -20,9 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.headers import REMEDY, StoredTensors
-from ..config import QUANT_METHOD, CheckpointConfig, matches
-from ..errors import CheckpointError, ConfigError
-from ..layout import Field, check_fields, finite
+from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ..spec.fields import Field, finite
+from ..spec.linear import check_fields
+from ..spec.patterns import matches
+from ..support.errors import CheckpointError, ConfigError
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,7 +136,7 @@ class ParoQuantizer(HfQuantizer):
 
 def _layers() -> ModuleType:
     """Our layers. Their module takes 0.2 s to register operators, which who only imports Transformers is spared."""
-    from .. import nn as layers
+    from ..layers import model as layers
 
     return layers
 

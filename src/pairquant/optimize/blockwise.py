@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..config import QuantConfig, Refit, Training
 from ..core.linear import decode
-from ..errors import ConfigError
-from ..layout import PackedLinear
-from .capture import Block, Call
+from ..models.blocks import Block, Call
+from ..spec.linear import PackedLinear
+from ..spec.options import QuantConfig
+from ..spec.recipe import Refit, Training
+from ..support.errors import ConfigError
 from .ranks import ALONE, Ranks
-from .trained_linear import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
+from .stages import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
 
 Report = Callable[[dict], None]
 Weights = dict[str, Tensor]

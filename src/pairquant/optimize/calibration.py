@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import TextError
-from ..text import documents, expand, token_windows
+from ..support.errors import TextError
+from ..support.text import documents, expand, token_windows
 
 
 @dataclass(frozen=True)

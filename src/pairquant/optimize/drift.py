@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.rounding import damped_cholesky, proxy_terms, ratio
-from .capture import Moments
+from .moments import Moments
 from .ranks import Ranks
 
 #: Share of the mean diagonal of H added before solving for the drift correction.

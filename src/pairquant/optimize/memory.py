@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import QuantConfig
-from ..devices import free_bytes
-from .capture import Block
-from .layerwise import compares, compute_dtype
+from ..models.blocks import Block
+from ..spec.options import QuantConfig
+from ..support.devices import free_bytes
 from .streams import MICRO_BATCH_TOKENS
+from .walk import compares, compute_dtype
 
 #: What kernels' workspaces, fragmentation and the allocator's rounding add.
 MARGIN = 1.15

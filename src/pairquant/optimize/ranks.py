@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout import LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
 
 
 @dataclass(frozen=True)

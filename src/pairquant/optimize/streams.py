@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Block, Call, MomentSum, first_inputs_and_calls, recorded_inputs
+from ..models.blocks import Block, Call, first_inputs_and_calls
+from ..models.inputs import recorded_inputs
+from .moments import MomentSum
 
 #: Tokens per forward pass through one block, until memory asks for fewer.
 MICRO_BATCH_TOKENS = 8192

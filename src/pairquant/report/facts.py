@@ -14,9 +14,9 @@ from torch import Tensor
 from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..core.linear import Transform, rotated_weight, transform_of
-from ..errors import ConfigError
-from ..layout import TENSOR_NAMES, LinearLayout, PackedLinear
-from ..wording import block_and_rest, distinct_ends, short_name
+from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..support.errors import ConfigError
+from ..support.formatting import block_and_rest, distinct_ends, short_name
 from .log import BlockRecord, read_log
 from .results import Measured, read
 

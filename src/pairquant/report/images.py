@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ResourceError
+from ..support.errors import ConfigError, ResourceError
 
 WIDTH, WIDE = 760, 1180
 #: Pixels from a figure's inside to the legend below: ticks, their labels, the axis' title.

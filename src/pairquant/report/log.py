@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..support.errors import CheckpointError
 
 LOG_FILE = "pairquant.jsonl"
 REMEDY = "The model runs without this file: delete it for a report without times and loss curves."

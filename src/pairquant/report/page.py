@@ -12,11 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .. import __version__
 from ..checkpoint.files import durable
-from ..errors import ConfigError
-from ..layout import bits_per_weight
-from ..wording import departs, departure, duration, number, percent, plain, size
+from ..spec.linear import bits_per_weight
+from ..support.errors import ConfigError
+from ..support.formatting import departs, departure, duration, number, percent, plain, size
+from ..support.version import __version__
 from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
 from .results import CHAINS, Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint.files import read_json
 from ..checkpoint.read import ModelFiles
-from ..errors import CheckpointError, ConfigError
 from ..hub.card import read_results
-from ..wording import distinct_ends
+from ..support.errors import CheckpointError, ConfigError
+from ..support.formatting import distinct_ends
 
 Interval = tuple[float, float]
 #: What is raised for JSON of another shape.

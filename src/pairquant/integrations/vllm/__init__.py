@@ -8,7 +8,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Make vLLM know the quantization method `paroquant`. Idempotent; loads nothing that runs layers."""
-    from ...config import QUANT_METHOD
+    from ...spec.checkpoint import QUANT_METHOD
     from .compat import is_registered, register_quantization_config
 
     if not is_registered(QUANT_METHOD):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...config import QUANT_METHOD, CheckpointConfig, matches
-from ...errors import CheckpointError
+from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ...spec.patterns import matches
+from ...support.errors import CheckpointError
 from .compat import QuantizationConfig, tensor_names
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import CheckpointConfig
 from ...core.linear import decode
-from ...errors import CheckpointError, ConfigError
-from ...kernels.launches import Launch, launches
-from ...layout import TRANSFORM, LinearLayout, PackedLinear
+from ...kernels.run.launches import Launch, launches
+from ...spec.checkpoint import CheckpointConfig
+from ...spec.linear import TRANSFORM, LinearLayout, PackedLinear
+from ...support.errors import CheckpointError, ConfigError
 from .compat import (
     GroupQuantScaleParameter,
     LinearMethodBase,

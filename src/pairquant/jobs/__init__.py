@@ -1,0 +1,1 @@
+"""The main jobs, a file each: quantize, evaluate, compare, bench, inspect, trace, tune."""

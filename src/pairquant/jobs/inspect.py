@@ -1,0 +1,33 @@
+"""What a packed checkpoint holds, with every tensor checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.read import Checkpoint, ModelFiles
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, all of its linears verified. linears: path → {"error" (None if not recorded), "bytes"}."""
+
+    checkpoint: Checkpoint
+    linears: dict[str, dict[str, Any]]
+    size: int
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Open a packed checkpoint and check every tensor in it; raises `CheckpointError` naming the first fault."""
+    files = ModelFiles.find(str(model))
+    checkpoint = Checkpoint.open(files)
+    recorded = checkpoint.report.get("linears", {})
+    in_order = {path: rank for rank, path in enumerate(recorded)}
+    linears = {}
+    for path in sorted(checkpoint.stored.linears(), key=lambda path: in_order.get(path, len(in_order))):
+        packed = checkpoint.packed(path)
+        error = recorded.get(path, {}).get("error")
+        linears[path] = {"error": error, "bytes": packed.layout.stored_bits() // 8}
+    checkpoint.check_plain()
+    return Inspection(checkpoint, linears, files.size_bytes())

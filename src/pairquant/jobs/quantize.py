@@ -1,0 +1,419 @@
+"""The main job on one page: source → checks → calibration → walk → checkpoint.
+
+Everything that can be refused is refused before any work; every finished block is kept in a journal, so that a run that
+was stopped, however, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.journal import Journal, copy_log
+from ..checkpoint.read import ModelFiles
+from ..checkpoint.source import SourceWeights, plain_fields
+from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
+from ..models.blocks import Block, find_blocks
+from ..optimize.calibration import Calibration, calibrate
+from ..optimize.memory import Demand, demand
+from ..optimize.ranks import Ranks, joined
+from ..optimize.streams import Streams
+from ..optimize.walk import BlockResult, Walk, needs_text
+from ..spec.checkpoint import CheckpointConfig
+from ..spec.linear import SUPPORTED_GROUP_SIZES, LinearLayout, bits_per_weight
+from ..spec.options import QuantConfig
+from ..spec.patterns import matches
+from ..support.devices import current, resolve_device
+from ..support.errors import ConfigError, ResourceError, SourceError, did_you_mean
+from ..support.version import __version__, code_digest
+
+
+class Progress(Protocol):
+    """What `quantize` tells while it works. The default says nothing."""
+
+    def stage(self, text: str) -> None: ...
+    def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
+    def block(self, result: BlockResult) -> None: ...
+    def notice(self, text: str) -> None: ...
+
+
+class Silent:
+    def stage(self, text: str) -> None: ...
+    def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
+    def block(self, result: BlockResult) -> None: ...
+    def notice(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class QuantizationSummary:
+    """What came out. sizes in bytes; errors: relative output error by linear path."""
+
+    output: Path
+    config: QuantConfig
+    bits_per_weight: float
+    size_before: int
+    size_after: int
+    seconds: float
+    errors: dict[str, float]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    log_to: Callable[[Mapping[str, Any]], None] | None = None,
+) -> QuantizationSummary:
+    """Quantize a model and write the checkpoint to `output`.
+
+    model: a Transformers directory, a hub name, or a `.gguf` file; device: "auto", "cpu", "cuda", "cuda:1", …;
+    fresh: start over instead of continuing a stopped run; log_to: called with every event of the log.
+    Raises a `PairQuantError` that says what to mend; whatever happens, an incomplete output is never left behind.
+    Started by torchrun, the processes share the work, and each returns the summary.
+    """
+    config, output = config or QuantConfig(), Path(output)
+    require_free(output, overwrite)
+    target = resolve_device(device)
+    files = ModelFiles.find(str(model), trust_remote_code)
+    files.require_plain()
+    require_apart(output, files)
+    tokenizer, skeleton = files.tokenizer(), files.skeleton()
+    config, blocks = _plan(skeleton, config)
+    require_space(output, _needed_bytes(files, blocks, config))
+    with current(target), joined(target) as ranks, _out_of_memory_explained(config):
+        if not ranks.leads:
+            progress = None
+        job = Job(files, tokenizer, skeleton, blocks, config, output, target, ranks, progress or Silent(), log_to)
+        return job.run(overwrite, fresh)
+
+
+@dataclass
+class Job:
+    """One call of `quantize`, once its arguments are known to be good."""
+
+    files: ModelFiles
+    tokenizer: Any
+    skeleton: Any
+    blocks: list[Block]
+    config: QuantConfig
+    output: Path
+    device: torch.device
+    ranks: Ranks
+    progress: Progress
+    log_to: Callable[[Mapping[str, Any]], None] | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
+        calibration, validation = self._texts()
+        directory = Journal.beside(self.output)
+        with self._journal_kept(directory, fresh) as spill:
+            self.progress.stage("source weights")
+            self.source = self._source(spill)
+            self._require_finite()
+            self._open_journal(calibration, validation)
+            try:
+                self._walk(calibration, validation)
+            finally:
+                self.source.close()
+            self.progress.stage("writing")
+            report = self._report(calibration)
+            if self.ranks.leads:
+                self._write(report, calibration, overwrite)
+            self.ranks.wait()
+        errors = {path: entry["error"] for path, entry in report["linears"].items()}
+        size_after = sum(file.stat().st_size for file in self.output.glob("*.safetensors"))
+        return QuantizationSummary(
+            self.output, self.config, report["bits_per_weight"], self.files.size_bytes(), size_after,
+            time.perf_counter() - self.started, errors,
+        )  # fmt: skip
+
+    def _texts(self) -> tuple[Calibration | None, Tensor | None]:
+        """Windows to fit on, and those that choose the best epoch."""
+        config = self.config
+        if not needs_text(config):
+            return None, None
+        self.progress.stage("calibration text")
+        held_out = config.recipe.training.validation_samples if config.recipe.training else 0
+        if (config.recipe.training or config.recipe.refit) and (
+            config.samples % self.ranks.size or held_out % self.ranks.size
+        ):
+            raise ConfigError(
+                f"{config.samples} samples and {held_out} validation samples do not share out evenly to {self.ranks.size} "
+                f"processes, as block-wise training needs: choose multiples of {self.ranks.size}"
+            )
+        inside = 0 if config.validation else held_out
+        calibration = calibrate(
+            self.tokenizer, config.calibration, config.samples + inside, config.seq_len, config.seed
+        )
+        validation = calibration.tokens[config.samples :]
+        if held_out and config.validation:
+            validation = calibrate(self.tokenizer, config.validation, held_out, config.seq_len, config.seed).tokens
+        return calibration.first(config.samples), validation if len(validation) else None
+
+    def _source(self, spill: Path) -> SourceWeights:
+        """The weights on disk; a copy of them is made by one rank for all."""
+        if self.ranks.leads:
+            source = SourceWeights.open(self.files, self.skeleton, spill)
+            self.ranks.wait()
+            return source
+        self.ranks.wait()
+        return SourceWeights.open(self.files, self.skeleton, spill, spilled=True)
+
+    def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
+        identity = {
+            "source": self.source.digest(),
+            "config": self.config.to_dict(),
+            "calibration": calibration.digest if calibration else None,
+            "validation": hashlib.sha256(validation.numpy().tobytes()).hexdigest() if validation is not None else None,
+            "device": self.device.type,
+            "ranks": self.ranks.size,
+            "versions": {"pairquant": f"{__version__}+{code_digest()}", "torch": torch.__version__},
+        }
+        if self.ranks.leads:
+            self.journal.begin(identity)
+        self.ranks.wait()
+        if not self.ranks.leads:
+            self.journal.read()
+
+    def _layout(self, path: str) -> LinearLayout:
+        linear = self.skeleton.get_submodule(path)
+        return self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+
+    def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
+        linears = sum(len(block.linears) for block in self.blocks)
+        share = self.ranks.windows(calibration.tokens) if calibration else None
+        held_out = self.ranks.windows(validation) if validation is not None else None
+        memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
+        self.progress.plan(len(self.blocks), linears, self.journal.count, memory)
+        self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
+        if self.journal.count == len(self.blocks):
+            return
+        self.source.fill_all_but(self.skeleton, self.blocks)
+        walk = Walk(
+            self.skeleton, self.config, self.device, share, held_out,
+            home=self.source, finished=_Finished(self.journal), ranks=self.ranks, store=memory.store,
+            notice=self._notice, kept=self._keep_streams,
+        )  # fmt: skip
+        for result in walk.run():
+            self._keep(result)
+            self.progress.block(result)
+        self.journal.settle()
+
+    def _keep(self, result: BlockResult) -> None:
+        entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
+        tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors().items()}
+        for name, value in result.parameters.items():
+            tensors[name] = value.to(self.source.stored.fields[name].dtype)
+        if self.ranks.leads:
+            self.journal.append(tensors, entry)
+        else:
+            self.journal.entries.append(entry)
+        self._log({"event": "block", **entry})
+        self._last_seconds = result.seconds
+
+    def _keep_streams(self, index: int, streams: Streams) -> None:
+        if self.ranks.size == 1:
+            self.journal.keep_streams(index + 1, streams.tensors(), self._last_seconds)
+
+    def _notice(self, text: str) -> None:
+        self.progress.notice(text)
+        self._log({"event": "notice", "text": text})
+
+    def _log(self, event: Mapping[str, Any]) -> None:
+        if self.ranks.leads:
+            self.journal.log(event)
+            if self.log_to is not None:
+                self.log_to(event)
+
+    def _require_finite(self) -> None:
+        names = [f"{path}.weight" for block in self.blocks for path in block.linears]
+        if self.ranks.leads and (found := self.source.not_finite(names, self.device)):
+            raise SourceError(f"{found[0]} has {found[1]} values that are NaN or infinite: the source is damaged.")
+
+    def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
+        entries = self._entries()
+        plain = [e.field.dtype for name, e in entries.items() if name.endswith(".weight")]
+        dtype = plain[0] if plain else torch.float32
+        quantization = self._checkpoint_config(calibration).to_dict()
+
+        def describe(directory: Path) -> None:
+            self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization)
+            copy_log(self.journal, directory)
+
+        self._log({"event": "end", "seconds": report["seconds"], "bits_per_weight": report["bits_per_weight"]})
+        kept = "Finished blocks are kept: run the same command again to continue."
+        write_checkpoint(self.output, entries, describe, report, overwrite, kept)
+
+    def _entries(self) -> dict[str, Entry]:
+        """Every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
+        entries = {}
+        paths = [path for block in self.blocks for path in block.linears]
+        for name, stored in plain_fields(self.source.stored, paths).items():
+            entries[name] = Entry(stored, lambda name=name: self.source.load(name))  # type: ignore[misc]
+        for index in range(self.journal.count):
+            block = self.journal.stored(index)
+            for name, stored in block.fields.items():
+                entries[name] = Entry(stored, lambda block=block, name=name: block.load(name))  # type: ignore[misc]
+        return entries
+
+    def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
+        config = self.config
+        quantized = {path for block in self.blocks for path in block.linears}
+        plain = [p for p, m in self.skeleton.named_modules() if isinstance(m, nn.Linear) and p not in quantized]
+        return CheckpointConfig(
+            bits=config.bits,
+            group_size=int(config.group_size),
+            rotations=config.rotations,
+            zero_point=not config.symmetric,
+            modules_to_not_convert=tuple(plain),
+            shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
+            provenance=_provenance(config, calibration, self.files),
+        )
+
+    def _report(self, calibration: Calibration | None) -> dict[str, Any]:
+        """The content of pairquant.json: recipe, provenance, and each linear's error and size."""
+        layouts = {path: self._layout(path) for block in self.blocks for path in block.linears}
+        errors = {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
+        return {
+            "config": self.config.to_dict(),
+            "provenance": _provenance(self.config, calibration, self.files),
+            "bits_per_weight": bits_per_weight(layouts.values()),
+            "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
+            "linears": {
+                path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
+            },
+        }
+
+    @contextmanager
+    def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
+        """The journal outlives an error if a block is finished, and nothing if none is; success removes it."""
+        existed = directory.exists()
+        self.journal = Journal(directory, self._layout)
+        if self.ranks.leads:
+            self.journal.lock()
+            if fresh:
+                self.journal.clear()
+        self.ranks.wait()
+        try:
+            yield directory / "source"
+        except BaseException:
+            self.journal.close()
+            if self.ranks.leads and (fresh or not existed) and not self.journal.count:
+                self.journal.remove()
+            raise
+        if self.ranks.leads:
+            self.journal.remove()
+
+
+class _Finished:
+    """The journal, as the walk asks for it."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.count = journal.count  # those of earlier runs
+
+    def result(self, index: int) -> BlockResult:
+        entry = self.journal.entries[index]
+        packed, parameters = self.journal.packed(index)
+        return BlockResult(index, entry["path"], packed, entry["errors"], entry["shared"], parameters)
+
+    def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
+        return self.journal.streams()
+
+
+def _needed_bytes(files: ModelFiles, blocks: list[Block], config: QuantConfig) -> int:
+    """Disk for the checkpoint, the journal and, where the source cannot be streamed, a copy of it."""
+    linears = {path: m for block in blocks for path, m in block.linears.items()}
+    packed = sum(config.layout(m.in_features, m.out_features).stored_bits() for m in linears.values()) // 8
+    weights = sum(math.prod(m.weight.shape) for m in linears.values()) * 2
+    size = files.size_bytes()
+    plain = max(size - weights, size // 10)
+    return 2 * packed + plain + (4 * size if files.gguf else 0)
+
+
+def _plan(skeleton: nn.Module, config: QuantConfig) -> tuple[QuantConfig, list[Block]]:
+    """Resolve the group size and check every linear's shape, on a model without weights."""
+    blocks = find_blocks(skeleton, config.ignore)
+    _require_known_patterns(skeleton, config)
+    linears = {path: linear for block in blocks for path, linear in block.linears.items()}
+    if not linears:
+        raise ConfigError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize")
+    inputs = {linear.in_features for linear in linears.values()}
+    dividing = [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in inputs)]
+    if config.group_size == "auto" and dividing:
+        config = config.with_group_size(dividing[-1])
+    layout_of = config if config.group_size != "auto" else config.with_group_size(SUPPORTED_GROUP_SIZES[0])
+    faults = {path: layout_of.layout(m.in_features, m.out_features).misfits() for path, m in linears.items()}
+    faults = {path: reasons for path, reasons in faults.items() if reasons}
+    if faults:
+        suggestion = f"--group-size {dividing[-1]}" if dividing else "a smaller --group-size (none divides all layers)"
+        raise ConfigError(
+            f"{len(faults)} of {len(linears)} linear layers do not fit:\n{_grouped_by_reason(faults)}\n"
+            f"Remedies: {suggestion}, or leave these layers as they are with --ignore."
+        )
+    return config, blocks
+
+
+def _grouped_by_reason(faults: dict[str, list[str]]) -> str:
+    """One line per kind of layer: how many, which, why."""
+    lines = []
+    for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
+        paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]
+        lines.append(f"  {count} × {reason}:\n    " + "\n    ".join(paths))
+    return "\n".join(lines)
+
+
+def _require_known_patterns(skeleton: nn.Module, config: QuantConfig) -> None:
+    """A pattern that names nothing is a typing error; found now, not after hours."""
+    paths = [path for path, module in skeleton.named_modules() if path]
+    for pattern in config.ignore:
+        if pattern not in QuantConfig.ignore and not any(matches(path, (pattern,)) for path in paths):
+            names = {part for path in paths for part in (path, path.rpartition(".")[2])}
+            raise ConfigError(f"ignore pattern {pattern!r} names no module of this model{did_you_mean(pattern, names)}")
+
+
+class _out_of_memory_explained:
+    """Turns the allocator's error into what to lower."""
+
+    def __init__(self, config: QuantConfig):
+        self.config = config
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise ResourceError(
+                f"out of memory with {self.config.samples} samples of {self.config.seq_len} tokens. Lower --samples "
+                "(128 to 64 costs little accuracy) or --seq-len, or choose --device cpu."
+            ) from error
+
+
+def _provenance(config: QuantConfig, calibration: Calibration | None, files: ModelFiles) -> dict[str, Any]:
+    provenance = {
+        "tool": f"pairquant {__version__}",
+        "source": files.name,
+        "preset": config.preset,
+        "seed": config.seed,
+    }
+    if calibration is not None:
+        provenance |= {
+            "calibration": list(calibration.sources),
+            "calibration_tokens": list(calibration.tokens.shape),
+            "calibration_sha256": calibration.digest,
+        }
+    return provenance

@@ -1,0 +1,1 @@
+"""Kernels that fit transforms and round weights."""

@@ -1,0 +1,178 @@
+"""Fitting and rounding weights, fast: Triton's kernels for CUDA tensors, the functions of `core` for all others.
+
+`compensate`, `descend`, `fake_quantize_forward` and `fake_quantize_backward` start the kernels on whatever device the
+tensors are, which in Triton's interpreter may be a CPU. They need Triton; importing this module does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core import grid as quantizer
+from ...core import rounding
+from ...core.grid import MIN_SCALE
+from ...core.rounding import Solvers
+from ...support.devices import current
+from ...support.errors import KernelError
+from ..run.ops import triton_missing
+
+#: Rows per program, which is one warp: 32 registers hold a lane's quarter of 128 columns (16 rows: spills for sm_90).
+ROWS = 8
+#: Weights per program of fake quantization.
+TILE = 4096
+
+
+def solvers(device: torch.device) -> Solvers:
+    """The loops of GPTQ and refinement for tensors on this device."""
+    return Solvers(compensate, descend) if _by_triton(device) else rounding.SOLVERS
+
+
+def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
+    """`core.quantizer.fake_quantize`, by kernels where w [N, C] is float32 on a GPU; differentiable."""
+    if w.dtype == torch.float32 and _by_triton(w.device):
+        return FakeQuantize.apply(w, bits, group_size, symmetric)
+    return quantizer.fake_quantize(w, bits, group_size, symmetric)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """As `core.quantizer.FakeQuantize`, but keeps only w, and computes range and codes again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:  # w: [N, C]
+        ctx.save_for_backward(w)
+        ctx.options = bits, group_size, symmetric
+        return fake_quantize_forward(w, bits, group_size, symmetric)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        return fake_quantize_backward(w, grad, *ctx.options), None, None, None
+
+
+def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """`core.rounding.compensate` by a kernel, which leaves todo as it was. All float32."""
+    from .triton_loops import compensate_kernel
+
+    _check_float32(todo=todo, factor=factor, scale=scale, zero=zero)
+    todo, scale, zero = todo.contiguous(), scale.contiguous(), zero.contiguous()
+    factor = _unit_columns(factor)
+    (columns, rows), tile = todo.shape, _tile(todo)
+    codes, errors = torch.empty_like(todo, dtype=torch.uint8), torch.empty_like(todo)
+    with current(todo.device):
+        compensate_kernel[(_cdiv(rows, tile),)](
+            todo,
+            factor,
+            scale,
+            zero,
+            codes,
+            errors,
+            top,
+            columns,
+            rows,
+            factor.stride(0),
+            B=_power_of_two(columns),
+            ROWS=tile,
+            num_warps=1,
+        )
+    return codes, errors
+
+
+def descend(
+    k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
+) -> None:
+    """`core.rounding.descend` by a kernel. All float32; m with unit stride in its last dimension."""
+    from .triton_loops import descend_kernel
+
+    _check_float32(k=k, m=m, local=local, curvature=curvature, scale=scale, lowest=lowest, highest=highest)
+    if m.stride(1) != 1:
+        raise KernelError(f"m has strides {m.stride()}, the last must be 1; pass m.contiguous()")
+    local = _unit_columns(local)
+    (columns, rows), tile = k.shape, _tile(k)
+    with current(k.device):
+        descend_kernel[(_cdiv(rows, tile),)](
+            k,
+            m,
+            local,
+            curvature.contiguous(),
+            scale.contiguous(),
+            lowest.contiguous(),
+            highest.contiguous(),
+            columns,
+            rows,
+            *k.stride(),
+            m.stride(0),
+            local.stride(0),
+            G=_power_of_two(columns),
+            ROWS=tile,
+            num_warps=1,
+        )
+
+
+def fake_quantize_forward(w: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    """ŵ [N, C] of w [N, C] float32."""
+    from .triton_loops import fake_quantize_kernel
+
+    w = w.contiguous()
+    out = torch.empty_like(w)
+    _by_groups(fake_quantize_kernel, (w, out), bits, group_size, symmetric)
+    return out
+
+
+def fake_quantize_backward(w: Tensor, grad: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    """The gradient of w, for that of ŵ; all float32 [N, C]."""
+    from .triton_loops import fake_quantize_backward_kernel
+
+    w, grad = w.contiguous(), grad.contiguous()
+    out = torch.empty_like(w)
+    _by_groups(fake_quantize_backward_kernel, (w, grad, out), bits, group_size, symmetric)
+    return out
+
+
+def _by_groups(kernel, tensors: tuple[Tensor, ...], bits: int, group_size: int, symmetric: bool) -> None:
+    """Starts a kernel on float32 tensors [N, C], contiguous: every group is a row of them."""
+    w = tensors[0]
+    _check_float32(**{f"tensor {i}": t for i, t in enumerate(tensors)})
+    if group_size not in (32, 64, 128) or w.shape[-1] % group_size:
+        raise KernelError(f"group size is {group_size}, allowed: 32, 64, 128, dividing the {w.shape[-1]} channels")
+    groups = w.numel() // group_size
+    tile = TILE // group_size
+    with current(w.device):
+        kernel[(_cdiv(groups, tile),)](
+            *tensors,
+            groups,
+            G=group_size,
+            TILE=tile,
+            TOP=2**bits - 1,
+            SYMMETRIC=symmetric,
+            MIN_SCALE=MIN_SCALE,
+            num_warps=4,
+        )
+
+
+def _by_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and not triton_missing()
+
+
+def _check_float32(**tensors: Tensor) -> None:
+    """Rounding in the kernels relies on the precision of float32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise KernelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, allowed: float32")
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _tile(columns: Tensor) -> int:
+    """Rows per program for columns [B, N]; the interpreter's time is per program."""
+    return ROWS if columns.is_cuda else min(_power_of_two(columns.shape[1]), 128)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

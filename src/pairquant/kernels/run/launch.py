@@ -1,0 +1,316 @@
+"""Launching the Triton kernels: tile choices and tensors in, tensors out. Nothing here looks at a table.
+
+Tensors must be checked already (`ops`): 16-bit or float32 x of two dimensions with unit stride in the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...support.devices import current
+from ...support.errors import KernelError
+from .layout import KernelLayout
+from .table import Dense, Narrow, Wide
+from .triton_decode import decode_kernel
+from .triton_linear import narrow_kernel, wide_kernel
+from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
+from .weights import KernelWeights, RotationWeights
+
+#: From here on, building R and multiplying by it beats shuffles (H100, 4096 channels: 7.6 against 2.7 + 4 us at 256).
+DENSE_ROTATION_TOKENS = 256
+BACKWARD_TOKENS = 32
+#: `decode_kernel`: rows per tile, tiles of 128 rows per program, buffered stages, warps (the best of nine on an H100).
+DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
+
+
+@lru_cache
+def _features(device: torch.device) -> dict[str, bool]:
+    """Assembly needs CUDA's bf16x2 (8.0), dependent launches Hopper (9.0); the interpreter has neither."""
+    if device.type != "cuda" or torch.version.hip:
+        return {"NATIVE": False, "DEPENDENT": False}
+    capability = torch.cuda.get_device_capability(device)
+    return {"NATIVE": capability >= (8, 0), "DEPENDENT": capability >= (9, 0)}
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Launch options of a kernel that may start before the one before it has ended."""
+    on = wanted and _features(device)["DEPENDENT"]
+    return {"DEPENDENT": True, "launch_pdl": True} if on else {"DEPENDENT": False}
+
+
+def rotate(x: Tensor, rotation: RotationWeights) -> Tensor:
+    """x [M, C] → [T, M, C] in x's dtype."""
+    out = torch.empty(rotation.transforms, *x.shape, dtype=x.dtype, device=x.device)
+    with current(x.device):
+        if x.shape[0] >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and x.shape[1] % 128 == 0:
+            matrix = rotation_blocks(rotation, x.shape[1], torch.float16, mma_order=False)
+            _dense_rotate(x, rotation, matrix, out, overlap=False)
+        else:
+            _givens(x, rotation, out, mma_order=False)
+    return out
+
+
+def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tensor:
+    """x [M, C] → [T, M, 128 KB] in the order that the kernel of `choice` reads, zeros beyond C."""
+    rotation, width = weights.rotation, weights.layout.k_blocks * 128
+    out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
+    with current(x.device):
+        if isinstance(choice, Wide) and rotation.matrix is not None:
+            _dense_rotate(x, rotation, rotation.matrix, out, overlap=_overlaps(choice, rotation.transforms))
+        else:
+            _givens(x, rotation, out, isinstance(choice, Wide), overlap=_overlaps(choice, rotation.transforms))
+    return out
+
+
+def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
+    """Whether rotation and product may start early. Several transforms keep more multiprocessors busy when the product
+    is spread over them, and it comes out uneven: 18.1 instead of 10.3 us for q, k, v of an 8B model on an H100."""
+    return transforms == 1 and (isinstance(choice, Wide) or choice.overlap)
+
+
+def _givens(
+    x: Tensor,
+    rotation: RotationWeights,
+    out: Tensor,
+    mma_order: bool,
+    identity: bool = False,
+    overlap: bool = True,
+) -> None:
+    transforms, tokens, width = out.shape
+    rows = 1 if tokens <= 16 else 4
+    if not _features(x.device)["NATIVE"]:
+        rows = 1 << (min(tokens, 128) - 1).bit_length()  # the interpreter's time is per program
+    blocks = rotation.coefficients.shape[1]
+    givens_kernel[(blocks, _cdiv(tokens, rows), transforms)](
+        x,
+        rotation.coefficients,
+        rotation.partners,
+        rotation.scales,
+        out,
+        tokens,
+        rotation.channels // 32,
+        x.stride(0),
+        blocks,
+        K=rotation.rotations,
+        TOKENS=rows,
+        PADDED=width % 128 == 0,
+        MMA_ORDER=mma_order,
+        IDENTITY=identity,
+        num_warps=1,
+        **_dependent(x.device, overlap),
+    )
+
+
+def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
+    """diag(1/a) R as dense blocks of 128 channels: [T, 128, channels], row = input channel within its block.
+
+    Never overlaps with what follows: kernels read the matrix before they wait for their predecessor.
+    """
+    out = torch.empty(rotation.transforms, 128, channels, dtype=dtype, device=rotation.scales.device)
+    _givens(out[0], rotation, out, mma_order, identity=True, overlap=False)
+    return out
+
+
+def with_matrix(weights: KernelWeights) -> KernelWeights:
+    """The same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
+    with current(weights.words.device):
+        matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
+    return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
+
+
+def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Tensor, overlap: bool = True) -> None:
+    transforms, tokens, width = out.shape
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    blocks = width // 128 * transforms
+    tiles = max(1, _cdiv(tokens, rows) * blocks // (4 * _multiprocessors(x.device)))
+    dense_rotate_kernel[(width // 128, _cdiv(tokens, rows * tiles), transforms)](
+        x,
+        matrix,
+        out,
+        tokens,
+        rotation.channels // 32,
+        x.stride(0),
+        width // 128,
+        TOKENS=rows,
+        TILES=tiles,
+        STAGES=3,
+        NATIVE=_features(x.device)["NATIVE"],
+        num_warps=4,
+        **_dependent(x.device, overlap),
+    )
+
+
+def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """y, grad [T, M, C] → gradients of x [M, C], coefficients [T, KB, K, 2, 128] and scales [T, C], all float32."""
+    transforms, tokens, channels = y.shape
+    blocks, steps = rotation.coefficients.shape[1:3]
+    programs = _cdiv(tokens, BACKWARD_TOKENS)
+    grad_x = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+    grad_coefficients = grad_x.new_empty(programs, *rotation.coefficients.shape)
+    grad_scales = grad_x.new_empty(programs, transforms, channels)
+    with current(y.device):
+        givens_backward_kernel[(blocks, programs, transforms)](
+            y,
+            grad,
+            rotation.coefficients,
+            rotation.partners,
+            rotation.scales,
+            grad_x,
+            grad_coefficients,
+            grad_scales,
+            tokens,
+            channels // 32,
+            K=steps,
+            TOKENS=BACKWARD_TOKENS,
+            num_warps=4,
+        )
+    return grad_x.sum(0), grad_coefficients.sum(0), grad_scales.sum(0)
+
+
+def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
+    """x [M, C] → [M, sum of out_features] in x's dtype, bias in x's dtype."""
+    if isinstance(choice, Dense):
+        return _dense(x, weights, bias, choice)
+    return product(rotate_for(choice, x, weights), weights, bias, choice)
+
+
+def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
+    """The product alone; x_rot as `rotate_for` returns it."""
+    layout = weights.layout
+    transforms, tokens, _ = x_rot.shape
+    device = x_rot.device
+    out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
+    before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
+    after = (
+        weights.arrivals,
+        tokens,
+        layout.k_blocks,
+        layout.padded_rows // 128,
+        out.shape[1] // 8,
+        *_segments(layout),
+    )
+    options = {
+        "BN": choice.rows,
+        "STAGES": choice.stages,
+        "GROUPS": layout.groups_per_block,
+        "SHARED": transforms == 1,
+        "HAS_BIAS": bias is not None,
+        "NATIVE": _features(device)["NATIVE"],
+        "num_warps": choice.warps,
+        **_dependent(device, _overlaps(choice, transforms)),
+    }
+    with current(device):
+        if isinstance(choice, Narrow):
+            split = choice.split
+            partial = out if split == 1 else _scratch(device, split, tokens, layout.padded_rows)
+            narrow_kernel[(layout.padded_rows // choice.rows, split)](
+                *before,
+                partial,
+                *after,
+                choice.prefetch,
+                **options,
+                WARPS=choice.warps,
+                BM=8 if tokens <= 8 else 16,
+                ONE=tokens == 1,
+                SPLIT=split > 1,
+                EVEN=layout.k_blocks % (choice.warps * split) == 0,
+            )
+        else:
+            tiles = layout.padded_rows // choice.rows * _cdiv(tokens, choice.tokens)
+            if tiles > weights.arrivals.numel():
+                raise KernelError(f"{tokens} tokens in tiles of {choice.tokens} are too many for {choice}")
+            programs = min(_multiprocessors(device) * choice.waves, tiles * layout.k_blocks)
+            partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
+            wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
+    return out
+
+
+def _segments(layout: KernelLayout) -> tuple[int, ...]:
+    """start1, start2 in tiles of 128 rows, size0, size1, size2 in octets."""
+    row_tiles = layout.padded_rows // 128
+    starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
+    sizes = (*(size // 8 for size in layout.out_features), 0, 0)[:3]
+    return starts + sizes
+
+
+def _scratch(device: torch.device, *shape: int) -> Tensor:
+    """Partial sums."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def decode(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
+    """The dense weight of all linears, one below the other: [N, C] in the original basis."""
+    out = torch.empty(sum(weights.out_features), weights.rotation.channels, dtype=dtype, device=weights.words.device)
+    _decode_tiles(weights, _matrix(weights, dtype), 0, weights.layout.padded_rows // 128, out)
+    return out
+
+
+def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
+    kind = torch.float32 if dtype == torch.float32 else torch.float16
+    if kind == torch.float16 and weights.rotation.matrix is not None:
+        return weights.rotation.matrix
+    with current(weights.words.device):
+        return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
+
+
+def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int, out: Tensor) -> None:
+    """Rows of the tiles (of 128 padded rows) [first, last) into out."""
+    layout = weights.layout
+    shared = len(matrix) == 1
+    rows = 64 if matrix.dtype == torch.float32 else DECODE_ROWS
+    tiles = 128 // rows * (DECODE_TILES if shared else 1)
+    with current(out.device):
+        decode_kernel[(layout.k_blocks, _cdiv((last - first) * 128 // rows, tiles))](
+            weights.words,
+            weights.grid,
+            matrix,
+            out,
+            first,
+            last,
+            layout.k_blocks,
+            layout.padded_rows // 128,
+            out.shape[1] // 32,
+            *_segments(layout),
+            BN=rows,
+            TILES=tiles,
+            GROUPS=layout.groups_per_block,
+            SHARED=shared,
+            STAGES=DECODE_STAGES,
+            NATIVE=_features(out.device)["NATIVE"],
+            num_warps=DECODE_WARPS,
+        )
+
+
+def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
+    """Decode a chunk of rows into a workspace, multiply, go on."""
+    layout = weights.layout
+    matrix = _matrix(weights, x.dtype)
+    out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
+    step = max(1, choice.rows // 128)
+    workspace = torch.empty(min(step * 128, out.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
+    column = 0
+    for first in range(0, layout.padded_rows // 128, step):
+        last = min(first + step, layout.padded_rows // 128)
+        rows = layout.real_rows(first * 128, last * 128)
+        weight = workspace[:rows]
+        _decode_tiles(weights, matrix, first, last, weight)
+        columns = slice(column, column + rows)
+        if bias is None:
+            torch.mm(x, weight.T, out=out[:, columns])
+        else:
+            torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
+        column += rows
+    return out

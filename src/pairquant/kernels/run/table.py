@@ -1,0 +1,191 @@
+"""Which kernel with which tiles: a measured table by device class, shape and number of tokens, never a search at run time.
+
+`pairquant tune` measures the shapes of a model on the GPU at hand and writes what it finds into a file that is read
+beside the table below (`user_table`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ...support.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """`narrow_kernel`: rows per program, warps (each takes its own part of K), programs that share K, buffered stages,
+    whether rotation and product start before their predecessors have ended (which can leave a large product unevenly
+    spread over the multiprocessors), and how many blocks are then prefetched."""
+
+    rows: int
+    warps: int
+    split: int = 1
+    stages: int = 3
+    overlap: bool = False
+    prefetch: int = 0
+
+
+@dataclass(frozen=True)
+class Wide:
+    """`wide_kernel`: rows and tokens per tile, warps, buffered stages, programs per multiprocessor."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int = 3
+    waves: int = 1
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Decode `rows` rows at a time into a workspace of that many times in_features, then a dense product."""
+
+    rows: int
+
+
+Choice = Narrow | Wide | Dense
+
+#: Upper ends of the ranges of tokens that one entry serves. Beyond the last: `DENSE`.
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+#: At most 16384 rows: 128 MiB of workspace for 4096 channels in 16 bits. Smaller chunks were slower on an H100.
+DENSE = Dense(16384)
+
+
+def _row(*choices: Choice) -> dict[int, Choice]:
+    return dict(zip(TOKENS, choices, strict=True))
+
+
+_N, _W = Narrow, Wide
+#: Device class → (out_features, in_features) → choices by `TOKENS`. Measured on an H100, revised on an H200
+#: where that gained 2 % or more (benchmarks/bench_kernels.py).
+MEASURED: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {
+    "sm90": {
+        (2048, 2048): _row(
+            _N(16, 4, 1, 5, True, 8), _N(32, 4, 1, 4, True, 8), _W(64, 16, 4, 4, 1), _W(64, 32, 4, 4, 1), _W(64, 64, 4, 4, 1),
+            _W(64, 128, 4, 3, 1), _W(64, 128, 4, 3, 1), _W(64, 128, 4, 3, 1),
+        ),
+        (4096, 2048): _row(
+            _N(16, 4, 1, 5, True, 8), _N(32, 2, 1, 4, True, 8), _W(64, 16, 4, 4, 2), _W(64, 32, 4, 4, 1), _W(64, 64, 4, 4, 1),
+            _W(64, 128, 4, 3, 1), _W(64, 128, 4, 3, 1), _W(128, 128, 8, 3, 1),
+        ),
+        (12288, 2048): _row(
+            _N(32, 2, 1, 4, True), _N(32, 2, 1, 4), _W(64, 16, 4, 4, 3), _W(64, 32, 4, 4, 3), _W(64, 64, 4, 3, 3),
+            _W(128, 128, 8, 3, 1), _W(128, 128, 8, 3, 1), _W(128, 256, 8, 3, 1),
+        ),
+        (2048, 6144): _row(
+            _N(32, 2, 4, 4), _N(32, 2, 4, 4), _W(64, 16, 4, 4, 2), _W(64, 32, 4, 4, 1), _W(64, 64, 4, 4, 1),
+            _W(64, 128, 4, 3, 2), _W(64, 128, 4, 3, 2), _W(128, 128, 8, 3, 1),
+        ),
+        (2560, 4096): _row(
+            _N(16, 4, 1, 5, True, 8), _N(32, 4, 1, 4), _W(64, 16, 4, 3, 3), _W(64, 32, 4, 4, 3), _W(64, 64, 4, 4, 1),
+            _W(64, 128, 4, 3, 2), _W(64, 128, 4, 3, 1), _W(128, 128, 8, 3, 1),
+        ),
+        (6144, 2560): _row(
+            _N(32, 2, 1, 4, True), _N(32, 2, 1, 4), _W(64, 16, 4, 3, 4), _W(64, 32, 4, 4, 3), _W(64, 64, 4, 3, 3),
+            _W(64, 128, 4, 3, 2), _W(64, 128, 4, 3, 2), _W(128, 128, 8, 3, 1),
+        ),
+        (19456, 2560): _row(
+            _N(32, 2, 1, 4, True), _N(32, 2, 1, 4), _W(128, 16, 4, 4, 3), _W(128, 32, 4, 4, 2), _W(128, 64, 8, 4, 1),
+            _W(128, 128, 8, 3, 1), _W(128, 256, 8, 3, 1), _W(128, 256, 8, 3, 1),
+        ),
+        (2560, 9728): _row(
+            _N(32, 4, 4, 4), _N(32, 2, 4, 4), _W(64, 16, 4, 4, 3), _W(64, 32, 4, 4, 2), _W(64, 64, 4, 4, 2),
+            _W(64, 128, 4, 3, 2), _W(128, 128, 8, 3, 1), _W(128, 128, 8, 3, 1),
+        ),
+        (4096, 4096): _row(
+            _N(32, 4, 1, 4), _N(32, 4, 1, 4), _W(128, 16, 4, 4, 1), _W(64, 32, 4, 4, 2), _W(64, 64, 4, 4, 1),
+            _W(64, 128, 4, 3, 2), _W(64, 128, 4, 3, 1), _W(64, 128, 4, 3, 2),
+        ),
+        (6144, 4096): _row(
+            _N(32, 4, 1, 4, True), _N(32, 4, 2, 5, True), _W(64, 16, 4, 3, 3), _W(64, 32, 4, 4, 3), _W(64, 64, 4, 3, 3),
+            _W(128, 128, 8, 3, 1), _W(128, 128, 8, 3, 1), _W(128, 128, 8, 3, 1),
+        ),
+        (28672, 4096): _row(
+            _N(64, 2, 1, 4), _N(32, 2, 1, 4, True), _W(128, 16, 4, 4, 3), _W(128, 32, 4, 4, 2), _W(128, 64, 4, 3, 2),
+            _W(128, 128, 8, 3, 1), _W(128, 256, 8, 3, 1), _W(128, 256, 8, 3, 1),
+        ),
+        (4096, 14336): _row(
+            _N(32, 2, 4, 4), _N(32, 2, 4, 4), _W(128, 16, 4, 3, 2), _W(128, 32, 4, 4, 1), _W(128, 64, 8, 4, 1),
+            _W(128, 128, 8, 3, 1), _W(128, 256, 8, 3, 1), _W(128, 256, 8, 3, 1),
+        ),
+    },
+}  # fmt: skip
+#: Where nothing was measured: tiles that fit into 48 KiB of shared memory and need no Hopper.
+UNMEASURED = _row(
+    _N(32, 2, 1, 3), _N(32, 2, 1, 3), _W(64, 16, 4, 3, 2), _W(64, 32, 4, 2, 2), _W(64, 32, 4, 2, 2),
+    _W(64, 64, 4, 2, 1), _W(64, 64, 4, 2, 1), _W(64, 64, 4, 2, 1),
+)  # fmt: skip
+
+
+def choose(device_class: str, out_features: int, in_features: int, tokens: int) -> Choice:
+    """The entry of the nearest measured shape (by the logarithms of both sides) for this many tokens."""
+    return _choices(device_class, out_features, in_features).get(_range_of(tokens), DENSE)
+
+
+def _range_of(tokens: int) -> int:
+    return next((end for end in TOKENS if tokens <= end), 0)
+
+
+@lru_cache(maxsize=4096)
+def _choices(device_class: str, out_features: int, in_features: int) -> Mapping[int, Choice]:
+    measured = {**MEASURED.get(device_class, {}), **user_table(device_class)}
+    if not measured:
+        return UNMEASURED
+
+    def distance(shape: tuple[int, int]) -> float:
+        return math.hypot(math.log(shape[0] / out_features), math.log(shape[1] / in_features))
+
+    return {**UNMEASURED, **measured[min(measured, key=distance)]}
+
+
+def user_path(device_class: str) -> Path:
+    """Where `pairquant tune` keeps what it measured on this machine."""
+    return Path.home() / ".cache" / "pairquant" / f"kernels-{device_class}.json"
+
+
+@lru_cache
+def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
+    """The user's own measurements; raises `ConfigError` if the file cannot be read as such."""
+    path = user_path(device_class)
+    if not path.is_file():
+        return {}
+    kinds = {"narrow": Narrow, "wide": Wide, "dense": Dense}
+    try:
+        return {
+            (entry["out_features"], entry["in_features"]): {
+                int(tokens): kinds[choice.pop("kernel")](**choice) for tokens, choice in entry["choices"].items()
+            }
+            for entry in json.loads(path.read_text())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a table of kernel choices ({error!r}). Delete it, or run `pairquant tune` again."
+        ) from None
+
+
+def save_user_table(device_class: str, table: Mapping[tuple[int, int], Mapping[int, Choice]]) -> Path:
+    """Add to the user's measurements; written all or nothing."""
+    merged = {**user_table(device_class), **table}
+    entries = [
+        {
+            "out_features": n,
+            "in_features": c,
+            "choices": {
+                str(t): {"kernel": type(choice).__name__.lower(), **asdict(choice)} for t, choice in row.items()
+            },
+        }
+        for (n, c), row in sorted(merged.items())
+    ]
+    path = user_path(device_class)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".partial")
+    staged.write_text(json.dumps(entries, indent=1))
+    staged.replace(path)
+    user_table.cache_clear()
+    _choices.cache_clear()
+    return path

@@ -1,0 +1,95 @@
+"""Measuring which tiles are fastest for a shape on this GPU; what is found goes into the user's table (`table`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...support.errors import ResourceError
+from . import launch, table
+from .layout import KernelLayout
+from .table import Choice, Dense, Narrow, Wide
+from .weights import KernelWeights, RotationWeights
+
+#: Milliseconds of one call, the L2 cache being cold.
+Timer = Callable[[Callable[[], object]], float]
+
+
+def candidates(tokens: int) -> list[Choice]:
+    """Tiles worth trying for up to this many tokens; those that won somewhere on an H100, and their neighbours."""
+    if tokens <= 8:
+        tiles = [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 4, 5), (16, 4, 5), (16, 8, 4), (64, 2, 4)]
+        return [
+            Narrow(rows, warps, split, stages, overlap)
+            for rows, warps, stages in tiles
+            for split in (1, 2, 4, 8)
+            for overlap in (False, True)
+        ]
+    width = max(16, min(128, tokens))
+    wide: list[Choice] = [
+        Wide(rows, width, warps, stages, waves)
+        for rows, warps in ((64, 4), (128, 4), (128, 8))
+        for stages in (2, 3, 4)
+        for waves in (1, 2, 3, 4)
+    ]
+    if tokens > 128:
+        wide += [Wide(128, 256, 8, 3), table.DENSE, Dense(4096)]
+    return wide
+
+
+def random_weights(
+    out_features: tuple[int, ...],
+    channels: int,
+    group_size: int,
+    device: torch.device,
+    rotations: int = 8,
+    transforms: int = 1,
+) -> KernelWeights:
+    """Random codes, scales, zero points and rotations, in the kernels' layout."""
+    layout = KernelLayout(channels, out_features, group_size)
+    shape = (layout.padded_rows // 16, layout.k_blocks, 2, 8, 4, 4)
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
+    scales = torch.rand(layout.grid_rows, layout.padded_rows, device=device).mul_(0.01).half().view(torch.int16)
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.int32, device=device)
+    order = torch.rand(transforms, rotations, channels // group_size, group_size, device=device).argsort(-1)
+    rotation = RotationWeights.build(
+        torch.randn(transforms, rotations, channels // 2, device=device),
+        order.view(transforms, rotations, channels).to(torch.int16),
+        torch.rand(transforms, channels, device=device).add_(0.5).half(),
+        group_size,
+    )
+    arrivals = torch.zeros(shape[0] * 4, dtype=torch.int32, device=device)
+    grid = scales.to(torch.int32).bitwise_and_(0xFFFF) | (zeros << 16)
+    return launch.with_matrix(KernelWeights(words, grid, arrivals, rotation, out_features))
+
+
+def tune_shape(
+    out_features: tuple[int, ...],
+    channels: int,
+    group_size: int,
+    device: torch.device,
+    timer: Timer | None = None,
+) -> dict[int, Choice]:
+    """The fastest choice for each range of `table.TOKENS`. Raises `ResourceError` if none of a range runs at all."""
+    timer = timer or _median
+    weights = random_weights(out_features, channels, group_size, device)
+    found = {}
+    for tokens in table.TOKENS:
+        x = torch.randn(tokens, channels, device=device, dtype=torch.half)
+        times: dict[Choice, float] = {}
+        for choice in candidates(tokens):
+            try:
+                times[choice] = timer(lambda choice=choice, x=x: launch.linear(x, weights, None, choice))  # type: ignore[misc]
+            except Exception as error:  # out of shared memory or registers: Triton has no common class for it
+                failure = error
+        if not times:
+            raise ResourceError(f"no tile for {tokens} tokens runs on {device}: {failure}")
+        found[tokens] = min(times, key=times.__getitem__)
+    return found
+
+
+def _median(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")

@@ -1,0 +1,169 @@
+"""Packed linears made ready for the kernels: repacked once at load, merged where they read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.packing import pack, unpack
+from ...core.rotation import channel_form
+from ...spec.linear import LinearLayout, PackedLinear
+from .layout import KERNEL_ROWS, KernelLayout
+
+MAX_SEGMENTS = 3
+
+
+@dataclass(frozen=True)
+class RotationWeights:
+    """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
+
+    By blocks of 128 channels, the last one padded: coefficients: float32 [T, KB, K, 2, 128], cosines and signed sines;
+    partners: int32 [T, KB, K, 128], counted from the block's first channel; scales: [T, C], the 1/a that multiplies
+    activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
+    128 channels, its columns in `mma_order`.
+    """
+
+    coefficients: Tensor
+    partners: Tensor
+    scales: Tensor
+    group_size: int
+    matrix: Tensor | None = None
+
+    @classmethod
+    def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
+        """theta [T, K, C/2], pairs [T, K, C], scales [T, C]; differentiable in theta and scales."""
+        rotations, channels = pairs.shape[1:]
+        padding = -channels % 128
+        coefficients, partners = [], []
+        for one_theta, one_pairs in zip(theta, pairs, strict=True):
+            by_channel, partner = channel_form(one_theta, one_pairs, group_size)
+            first_in_block = torch.arange(channels, device=pairs.device) // group_size * group_size % 128
+            by_channel = torch.nn.functional.pad(by_channel.float(), (0, padding))
+            partner = torch.nn.functional.pad(partner.to(torch.int32) + first_in_block.to(torch.int32), (0, padding))
+            coefficients.append(by_channel.view(rotations, 2, (channels + padding) // 128, 128).permute(2, 0, 1, 3))
+            partners.append(partner.view(rotations, (channels + padding) // 128, 128).transpose(0, 1))
+        return cls(torch.stack(coefficients).contiguous(), torch.stack(partners).contiguous(), scales, group_size)
+
+    @property
+    def transforms(self) -> int:
+        return self.coefficients.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.scales.shape[-1]
+
+    @property
+    def rotations(self) -> int:
+        return self.coefficients.shape[2]
+
+
+@dataclass(frozen=True)
+class KernelWeights:
+    """One to three packed linears that read the same input, in `KernelLayout`.
+
+    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP]; arrivals: int32 zeros, in which the programs of
+    a launch count each other (so one linear must not run on two streams at once); rotation: T = 1 if all share one transform,
+    else one per linear; out_features: of each linear.
+    """
+
+    words: Tensor
+    grid: Tensor
+    arrivals: Tensor
+    rotation: RotationWeights
+    out_features: tuple[int, ...]
+
+    @classmethod
+    def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
+        """Repack; the linears must agree in everything but out_features, and have 4 bits."""
+        parts = [_repacked(linear) for linear in linears]
+        first = linears[0]
+        shared = all(linear.shares_transform_with(first) for linear in linears[1:])
+        distinct = linears[:1] if shared else linears
+        rotation = RotationWeights.build(
+            torch.stack([linear.theta.float() for linear in distinct]),
+            torch.stack([linear.pairs for linear in distinct]),
+            torch.cat([linear.channel_scales for linear in distinct]),
+            first.layout.group_size,
+        )
+        words = torch.cat([words for words, _ in parts])
+        arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
+        grid = torch.cat([grid for _, grid in parts], dim=1)
+        return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
+
+    @property
+    def layout(self) -> KernelLayout:
+        return KernelLayout(self.rotation.channels, self.out_features, self.rotation.group_size)
+
+    def stored(self, index: int, layout: LinearLayout) -> dict[str, Tensor]:
+        """qweight, qzeros and scales of one linear, bit for bit as they were loaded."""
+        start = self.layout.starts[index]
+        rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
+        qweight = _stored_words(self.words[rows])[: layout.in_features, : layout.out_features // 8]
+        grid = self.grid[: layout.num_groups, start : start + layout.out_features]
+        return {
+            "qweight": qweight.contiguous(),
+            "qzeros": pack((grid >> 16).to(torch.uint8), 4),
+            "scales": grid.to(torch.int16).view(torch.float16),
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which `pairquant::rotated_linear` takes them."""
+        r = self.rotation
+        matrix = [] if r.matrix is None else [r.matrix]
+        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *matrix]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
+        """The inverse of `tensors`."""
+        words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
+        rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
+        return cls(words, grid, arrivals, rotation, tuple(out_features))
+
+
+#: Rows repacked at a time; bounds the temporaries to about 150 MB for 16384 input channels.
+ROWS_AT_A_TIME = 4096
+
+
+def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
+    """Stored tensors → (words, grid) of one linear, rows padded."""
+    s = linear.layout
+    layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
+    words = [_fragments(part) for part in linear.qweight.split(ROWS_AT_A_TIME // 8, dim=1)]
+    zeros = unpack(linear.qzeros, 4).to(torch.int32)
+    scales = linear.scales.view(torch.int16).to(torch.int32) & 0xFFFF
+    grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
+    grid[: s.num_groups, : s.out_features] = scales | (zeros << 16)
+    return torch.cat(words), grid
+
+
+def _fragments(qweight: Tensor) -> Tensor:
+    """int32 [C, N / 8] → int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] (see `KernelLayout`), padded with zero codes.
+
+    Never unpacked: byte (b1, b0) of a stored word holds rows 4 b0 + 2 e + b1 of its eight, for e = 0, 1 (AWQ's order);
+    byte (i0, h) of a kernel's word holds channels 2 i1 + i0, for i1 = 0, 1. So nibbles change places between two bytes,
+    then bytes are put in order.
+    """
+    channels, words = qweight.shape
+    padded = torch.nn.functional.pad(qweight, (0, -words % (KERNEL_ROWS // 8), 0, -channels % 128))
+    rows = padded.shape[1] // 2
+    stored = padded.view(torch.uint8).view(-1, 4, 2, 4, 2, 2, rows, 2, 2, 2)  # KB c h t i1 i0 R rh b1 b0
+    first, second = _exchanged(*stored.unbind(4))
+    placed = torch.stack((first, second), dim=-1)  # KB c h t i0 R rh b1 b0 e
+    ordered = placed.permute(5, 0, 6, 8, 9, 7, 3, 1, 4, 2)  # R KB rh b0 e b1 t c i0 h
+    return ordered.flatten(-2).view(torch.int32).view(rows, -1, 2, 8, 4, 4)
+
+
+def _stored_words(words: Tensor) -> Tensor:
+    """The inverse of `_fragments`, padding included: int32 [128 KB, NP / 8]."""
+    ordered = words.view(torch.uint8).view(*words.shape[:3], 2, 2, 2, 4, 4, 2, 2)  # R KB rh b0 e b1 t c i0 h
+    placed = ordered.permute(1, 7, 9, 6, 8, 0, 2, 5, 3, 4)  # KB c h t i0 R rh b1 b0 e
+    stored = torch.stack(_exchanged(*placed.unbind(-1)), dim=4)
+    return stored.flatten(-2).view(torch.int32).view(words.shape[1] * 128, words.shape[0] * 2)
+
+
+def _exchanged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The high nibbles of the first for the low nibbles of the second; uint8, its own inverse."""
+    return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)

@@ -1,0 +1,1 @@
+"""The modules that run quantized weights inside a model."""

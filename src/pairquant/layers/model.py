@@ -1,0 +1,45 @@
+"""The quantized layers of a whole model: finding, linking, preparing and putting them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..kernels.run.weights import MAX_SEGMENTS
+from .linear import RotatedLinear
+from .merging import Merged
+
+#: Names of layers that read the same input and are called with it one after the other: run in one launch.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Merge the layers named in `SIBLINGS`, where they agree in all sizes but out_features."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), RotatedLinear)]
+            like = {(s.in_features, s.bits, s.group_size, s.rotations) for s in (layer.layout for layer in layers)}
+            if len(layers) == len(names) <= MAX_SEGMENTS and len(like) == 1:
+                merged = Merged(layers)
+                for layer in layers:
+                    layer._restore()
+                    layer._merged = merged
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Repack every layer that runs on a GPU now, instead of on its first forward."""
+    for _, layer in rotated_linears(model):
+        layer.prepare()
+    return model
+
+
+def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:
+    """Path and module of every quantized linear."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, RotatedLinear))
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,1 @@
+"""How models are built: their decoder blocks, and what the linears in them read."""

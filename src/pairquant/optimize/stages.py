@@ -1,0 +1,260 @@
+"""A block's weights as functions of what is trained: one class for each stage of block-wise training.
+
+Each has `trained`, the tensors and their learning rates, `weights()`, what the block computes with as long as they
+have these values, differentiable, and once they are final something to build packed linears from. All rounding to
+stored values (fp16, codes, whole zero points) happens inside `weights()`, straight-through, so that a loss measured in
+training is the loss of the packed block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.grid import MIN_SCALE, fake_quantize, group_range, quantize
+from ..core.linear import Transform, assemble
+from ..core.packing import unpack
+from ..core.rotation import rotate_dense
+from ..core.rounding import Grid, stored
+from ..kernels.fit.matrices import Matrices
+from ..models.blocks import Block
+from ..spec.linear import PackedLinear
+from ..spec.options import QuantConfig
+from ..spec.recipe import Refit, Training
+from .search import select_for
+
+Groups = list[tuple[str, ...]]
+
+
+class Stage(Protocol):
+    """trained: float32 leaf tensors with their learning rates."""
+
+    trained: list[tuple[Tensor, float]]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full parameter path → float32 tensor that stands for it, differentiable in what is trained."""
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Exactly `value`, with x's gradient."""
+    return value.detach() + (x - x.detach())
+
+
+class Transforms:
+    """The transforms of a block's groups, their channels side by side (ΣC in all), so that one product builds every R.
+
+    theta: float32 [K, ΣC/2]; log_scale: float32 [ΣC], the change of log a since `start_inverse`, from zero.
+    pairs: int16 [K, ΣC]; free: bool [K, ΣC/2], False where an angle must stay at zero.
+    """
+
+    def __init__(self, pairs: list[Tensor], free: list[Tensor], theta: list[Tensor], inverse: list[Tensor], g: int):
+        """One entry per group: pairs [K, C], free and theta [K, C/2], inverse channel scales [C]; g: group size."""
+        self.group_size, self.sizes = g, [len(scales) for scales in inverse]
+        self.pairs, self.free = torch.cat(pairs, dim=1), torch.cat(free, dim=1)
+        self.theta, self.start_inverse = torch.cat(theta, dim=1).float(), torch.cat(inverse).float()
+        self.log_scale = torch.zeros_like(self.start_inverse)
+        self.rotation_matrices = Matrices(self.pairs, g)
+
+    @classmethod
+    def untrained(cls, block: Block, groups: Groups, seeds: dict[str, int], config: QuantConfig) -> Transforms:
+        """Selected pairs, angles zero, channel scales one. seeds: by the first path of each group."""
+        pairs, free = [], []
+        for group in groups:
+            weight = torch.cat([block.linears[path].weight.detach().float() for path in group])
+            selection = select_for(weight, seeds[group[0]], config)
+            pairs.append(selection.pairs.to(weight.device))
+            free.append(selection.free.to(weight.device))
+        theta = [torch.zeros(f.shape, device=f.device) for f in free]
+        inverse = [torch.ones(p.shape[1], device=p.device) for p in pairs]
+        return cls(pairs, free, theta, inverse, int(config.group_size))
+
+    @classmethod
+    def stored_in(cls, packed: list[PackedLinear]) -> Transforms:
+        """Those of packed linears. Pairs that only fill up are known by their angle of zero."""
+        theta, inverse = [p.theta.float() for p in packed], [p.channel_scales.flatten() for p in packed]
+        return cls([p.pairs for p in packed], [t != 0 for t in theta], theta, inverse, packed[0].layout.group_size)
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Angles [K, ΣC/2] and inverse scales 1/a [ΣC] as fp16 keeps them."""
+        theta, inverse = self.theta * self.free, self.start_inverse * self.log_scale.neg().exp()
+        return straight_through(theta, stored(theta)), straight_through(inverse, stored(inverse))
+
+    def matrices(self) -> list[tuple[Tensor, Tensor]]:
+        """Into the rotated basis, diag(a) R, and out of it, Rᵀ diag(1/a): two [G, g, g] for each group of linears."""
+        theta, inverse = self.values()
+        matrix = self.rotation_matrices(theta)
+        inverse = inverse.view(-1, self.group_size)
+        counts = [size // self.group_size for size in self.sizes]
+        into, out_of = matrix / inverse[:, :, None], matrix.mT * inverse[:, None, :]
+        return list(zip(into.split(counts), out_of.split(counts), strict=True))
+
+    def build(self) -> list[Transform]:
+        """One for each group, with stored values."""
+        theta, inverse = self.values()
+        parts = theta.split([size // 2 for size in self.sizes], 1), self.pairs.split(self.sizes, 1)
+        return [
+            Transform.build(t, p, i, self.group_size) for t, p, i in zip(*parts, inverse.split(self.sizes), strict=True)
+        ]
+
+
+class TransformStage:
+    """Stage 1 (paper, section 4): angles and channel scales, the quantizer's range taken from the rotated weight."""
+
+    def __init__(self, block: Block, groups: Groups, transforms: Transforms, config: QuantConfig, training: Training):
+        self.block, self.groups, self.transforms, self.config = block, groups, transforms, config
+        self.trained = []
+        if config.rotations:
+            self.trained.append((transforms.theta, training.transform_rate))
+        if config.recipe.transform and config.recipe.channel_scales:
+            self.trained.append((transforms.log_scale, training.transform_rate))
+
+    def weights(self) -> dict[str, Tensor]:
+        result, config = {}, self.config
+        for group, (into, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
+            for path in group:
+                rotated = rotate_dense(self.block.linears[path].weight.float(), into)
+                rounded = fake_quantize(rotated, config.bits, int(config.group_size), config.symmetric)
+                result[f"{path}.weight"] = rotate_dense(rounded, out_of)
+        return result
+
+
+class LearnedQuantize(torch.autograd.Function):
+    """w → ŵ on a grid that is trained too, straight-through for rounding (LSQ; EfficientQAT's Block-AP).
+
+    With k = clamp(round(w / s) + z, 0, 2^b - 1) - z and ŵ = k s: where nothing is clipped dŵ/dw = 1, dŵ/ds = k - w / s,
+    dŵ/dz = 0; where it is dŵ/dw = 0, dŵ/ds = k, dŵ/dz = -s. By hand, as autograd would keep six tensors of w's size.
+    """
+
+    @staticmethod
+    def forward(ctx, w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:  # w: [N, C], scale, zero: [N, G]
+        ratio = w.view(*scale.shape, -1) / scale[..., None]
+        unclipped = ratio.round().add_(zero[..., None])
+        steps = unclipped.clamp(0, 2**bits - 1)
+        inside = steps == unclipped
+        steps.sub_(zero[..., None])
+        ctx.save_for_backward(steps - ratio * inside, inside, scale)
+        return (steps * scale[..., None]).view(w.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        scale_slope, inside, scale = ctx.saved_tensors
+        by_group = grad.reshape(inside.shape)
+        grad_w = by_group * inside
+        grad_zero = (grad_w - by_group).sum(-1) * scale
+        return grad_w.view(grad.shape), (by_group * scale_slope).sum(-1), grad_zero, None
+
+
+class WeightStage:
+    """Stage 2 (paper, section 4; EfficientQAT's Block-AP): weights, quantizer scales and zero points.
+
+    The transform is final. What is trained is the weight in the rotated basis, W_rot = (W · diag(a)) R, not W as in
+    the paper: for a gradient step that is a change of variables by an orthogonal matrix and scales, and the codes that
+    were trained are those that are stored.
+    """
+
+    def __init__(self, block: Block, groups: Groups, transforms: list[Transform], config: QuantConfig, rates: Training):
+        self.block, self.config = block, config
+        self.transforms = {p: t for group, t in zip(groups, transforms, strict=True) for p in group}
+        self.rotated = {p: t.weight_in(block.linears[p].weight.float()) for p, t in self.transforms.items()}
+        bits, g, symmetric = config.bits, int(config.group_size), config.symmetric
+        grids = {p: Grid.spanning(*group_range(w, g), bits, symmetric) for p, w in self.rotated.items()}
+        self.scales = {p: grid.scale for p, grid in grids.items()}
+        self.zeros = {p: grid.zero for p, grid in grids.items()}
+        self.trained = [(w, rates.weight_rate) for w in self.rotated.values()]
+        self.trained += [(s, rates.quantizer_rate) for s in self.scales.values()]
+        if not symmetric:
+            self.trained += [(z, rates.quantizer_rate) for z in self.zeros.values()]
+
+    def grid(self, path: str) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [N, G] as they are stored."""
+        scale, zero = self.scales[path], self.zeros[path]
+        whole = zero.round().clamp(0, 2**self.config.bits - 1)
+        return straight_through(scale, stored(scale.clamp(min=MIN_SCALE))), straight_through(zero, whole)
+
+    def weights(self) -> dict[str, Tensor]:
+        result = {}
+        for path, transform in self.transforms.items():
+            rounded = LearnedQuantize.apply(self.rotated[path], *self.grid(path), self.config.bits)
+            result[f"{path}.weight"] = transform.weight_out(rounded)
+        return result
+
+    def packed(self) -> dict[str, PackedLinear]:
+        result = {}
+        for path, transform in self.transforms.items():
+            linear, (scale, zero) = self.block.linears[path], self.grid(path)
+            layout = self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+            codes = quantize(self.rotated[path], scale, zero, layout.bits)
+            result[path] = assemble(layout, transform, codes, scale, zero, linear.bias)
+        return result
+
+
+class RefitStage:
+    """What is continuous in a rounded block: group scales, channel scales, angles and norm weights; codes are fixed."""
+
+    def __init__(
+        self,
+        block: Block,
+        groups: Groups,
+        packed: dict[str, PackedLinear],
+        config: QuantConfig,
+        rates: Refit,
+        kept_as: torch.dtype,
+    ):
+        """packed: on the block's device; kept_as: dtype that the norm weights will be stored in."""
+        self.groups, self.start, self.kept_as = groups, packed, kept_as
+        self.transforms = Transforms.stored_in([packed[group[0]] for group in groups])
+        self.steps = {path: _steps(p) for path, p in packed.items()}
+        self.log_scales = {path: torch.zeros_like(p.scales.T, dtype=torch.float32) for path, p in packed.items()}
+        self.norms = {name: p.detach().float().clone() for name, p in _norm_weights(block)}
+        self.trained = [(log_scale, rates.scale_rate) for log_scale in self.log_scales.values()]
+        self.trained += [(norm, rates.norm_rate) for norm in self.norms.values()]
+        if config.rotations:
+            self.trained.append((self.transforms.theta, rates.transform_rate))
+        if config.recipe.transform and config.recipe.channel_scales:
+            self.trained.append((self.transforms.log_scale, rates.transform_rate))
+
+    def scale(self, path: str) -> Tensor:
+        """Group scales [N, G] as they are stored."""
+        scale = self.start[path].scales.T.float() * self.log_scales[path].exp()
+        return straight_through(scale, stored(scale.clamp(min=MIN_SCALE)))
+
+    def weights(self) -> dict[str, Tensor]:
+        result = {name: straight_through(norm, self.as_kept(norm)) for name, norm in self.norms.items()}
+        for group, (_, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
+            for path in group:
+                rotated = (self.steps[path] * self.scale(path)[..., None]).flatten(1)
+                result[f"{path}.weight"] = rotate_dense(rotated, out_of)
+        return result
+
+    def as_kept(self, norm: Tensor) -> Tensor:
+        return norm.to(self.kept_as).float()
+
+    def packed(self) -> dict[str, PackedLinear]:
+        result = {}
+        for group, transform in zip(self.groups, self.transforms.build(), strict=True):
+            theta, inverse = transform.theta.half(), transform.inverse_scales.half()[None]
+            for path in group:
+                scales = self.scale(path).T.half().contiguous()
+                result[path] = replace(self.start[path], scales=scales, theta=theta, channel_scales=inverse)
+        return result
+
+
+def _steps(packed: PackedLinear) -> Tensor:
+    """q - z of every weight: int16 [N, G, g]."""
+    bits, g = packed.layout.bits, packed.layout.group_size
+    codes, zeros = unpack(packed.qweight, bits).T.short(), unpack(packed.qzeros, bits).T.short()
+    return codes.reshape(len(codes), -1, g) - zeros[..., None]
+
+
+def _norm_weights(block: Block) -> list[tuple[str, nn.Parameter]]:
+    """Full path and parameter of everything one-dimensional that is no linear's."""
+    return [
+        (".".join(filter(None, (block.path, path, name))), parameter)
+        for path, module in block.module.named_modules()
+        if not isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 1
+    ]

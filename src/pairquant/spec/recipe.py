@@ -1,0 +1,169 @@
+"""How transforms are found and weights are rounded: `Recipe`, and the presets as a table."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..support.errors import ConfigError, did_you_mean
+from .checks import require_between, require_choice, require_whole
+
+
+@dataclass(frozen=True)
+class Training:
+    """Block-wise training in two stages, the paper's recipe (section 4; method, "Fitting, paper recipe").
+
+    Minimises `loss` between the quantized block on the quantized model's activations and the original block on the
+    original's. Stage 1 trains angles and channel scales at `transform_rate` for `epochs`; stage 2 trains weights at
+    `weight_rate`, quantizer scales and zero points at `quantizer_rate`, for `weight_epochs`.
+    AdamW with `beta1`, `beta2`, `eps`, `weight_decay`; `batch` samples a step; cosine decay to `final_rate` times the
+    rate within each stage. The best epoch on `validation_samples` held-out windows is kept (0: on those trained on).
+    """
+
+    epochs: int = 10
+    transform_rate: float = 0.05
+    weight_epochs: int = 10
+    weight_rate: float = 1e-5
+    quantizer_rate: float = 1e-6
+    batch: int = 16
+    loss: Literal["smooth_l1", "mse"] = "smooth_l1"
+    final_rate: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-10
+    weight_decay: float = 0.01
+    validation_samples: int = 64
+
+    def __post_init__(self) -> None:
+        require_choice("loss", self.loss, ("smooth_l1", "mse"))
+        for name in ("epochs", "weight_epochs", "validation_samples"):
+            require_whole(name, getattr(self, name), 0, 1_000_000)
+        require_whole("batch", self.batch, 1, 1_000_000)
+        for name in ("transform_rate", "weight_rate", "quantizer_rate", "final_rate", "weight_decay", "eps"):
+            require_between(name, getattr(self, name), 0, 1000)
+        for name in ("beta1", "beta2"):
+            require_between(name, getattr(self, name), 0, 0.9999999)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A short block-wise training after rounding, the codes being fixed: group scales, channel scales, angles, norms.
+
+    epochs, batch, rates (relative steps of the logarithm for scales, radians for angles, absolute for norm weights),
+    cosine decay to `final_rate` times the rate. The best epoch on the training windows is kept.
+    """
+
+    epochs: int = 6
+    batch: int = 8
+    scale_rate: float = 1e-3
+    transform_rate: float = 1e-3
+    norm_rate: float = 1e-3
+    final_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_whole("epochs", self.epochs, 0, 1_000_000)
+        require_whole("batch", self.batch, 1, 1_000_000)
+        for name in ("scale_rate", "transform_rate", "norm_rate", "final_rate"):
+            require_between(name, getattr(self, name), 0, 1000)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
+
+    transform: fit channel scales and rotations at all; without, the checkpoint has K = 0.
+    channel_scales: fit channel scales beside the rotations.
+    training: find transforms and weights by block-wise training instead of the quadratic proxy.
+    refit: train the scales of the rounded block a little more.
+    steps, learning_rate, final_rate: AdamW on the quadratic proxy, cosine decay to `final_rate` times the rate.
+    rounding: "nearest" or "gptq".
+    damping: share of the Hessian's mean diagonal added before GPTQ.
+    by_activation: GPTQ takes the columns with the largest activations first.
+    shrinks: ranges tried per group before rounding, as factors of min and max.
+    sweeps: coordinate-descent passes after GPTQ; refit_scales: refit group scales in each.
+    drift: share of the earlier layers' error that a layer's weight is asked to correct, 0 to 1.
+    """
+
+    transform: bool = True
+    channel_scales: bool = True
+    training: Training | None = None
+    refit: Refit | None = None
+    steps: int = 150
+    learning_rate: float = 0.05
+    final_rate: float = 0.05
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    damping: float = 0.01
+    by_activation: bool = True
+    shrinks: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8)
+    sweeps: int = 2
+    refit_scales: bool = True
+    drift: float = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shrinks", tuple(self.shrinks))
+        require_choice("rounding", self.rounding, ("nearest", "gptq"))
+        require_whole("steps", self.steps, 0, 1_000_000)
+        require_whole("sweeps", self.sweeps, 0, 1000)
+        if not self.shrinks or not all(0 < shrink <= 1 for shrink in self.shrinks):
+            raise ConfigError(f"shrinks is {self.shrinks!r}, allowed: at least one factor above 0, up to 1")
+        for name, low, high in (("drift", 0, 1), ("damping", 0, 1), ("final_rate", 0, 1), ("learning_rate", 0, 1000)):
+            require_between(name, getattr(self, name), low, high)
+
+
+#: The presets, by name. "best" is "fast" and a refit of what is continuous; "paper" the original's recipe; "quick" is
+#: "fast" with a sixth of the steps and one stream of text, for trying things out; "gptq" and "rtn" (round to nearest)
+#: transform nothing: the baselines.
+PRESETS: dict[str, Recipe] = {
+    "fast": Recipe(),
+    "best": Recipe(refit=Refit()),
+    "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
+    "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
+    "gptq": Recipe(transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
+    "rtn": Recipe(transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
+}
+
+
+def preset_named(name: str) -> Recipe:
+    """The preset; raises `ConfigError` naming those there are."""
+    require_choice("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its name, nested ones dotted: {"steps": 150, "training.epochs": 10, …}."""
+    found: dict[str, Any] = {}
+    for name, value in vars(recipe).items():
+        if isinstance(value, (Training, Refit)):
+            found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
+    """The preset with some settings changed, each "name=value" with a Python literal or a word as value.
+
+    Raises `ConfigError` for names that the preset does not have, and values that are not allowed.
+    """
+    recipe = preset_named(preset)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        known = flat(recipe)
+        if not equals or name not in known:
+            raise ConfigError(
+                f"setting {setting!r} of preset {preset!r} is none of: {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        wanted = type(known[name])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ConfigError(f"setting {name} is {text!r}, allowed: a value such as {known[name]!r}")
+        outer, _, inner = name.rpartition(".")
+        recipe = replace(
+            recipe, **({outer: replace(getattr(recipe, outer), **{inner: value})} if outer else {name: value})
+        )
+    return recipe

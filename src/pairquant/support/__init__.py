@@ -1,0 +1,1 @@
+"""Small things that everything above may use: errors, devices, text, formatting."""
