@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import link_siblings, prepare, replace_module
-from pairquant.spec.linear import LinearLayout, PackedLinear
+from pairquant.spec.linear import LinearLayout, PackedLinear, Spec
 
 CONFIG = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -57,7 +57,7 @@ def rotated_model(config: LlamaConfig, rotations: int) -> LlamaForCausalLM:
         model = LlamaForCausalLM(config).half()
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and path != "lm_head"]
     for path, linear in linears:
-        layout = LinearLayout(linear.in_features, linear.out_features, 4, GROUP, rotations)
+        layout = Spec(4, GROUP, rotations).layout(linear.in_features, linear.out_features)
         seed = {"k_proj": 0, "v_proj": 0, "q_proj": 0, "gate_proj": 1, "up_proj": 1}.get(path.rpartition(".")[2], 2)
         replace_module(model, path, RotatedLinear.from_packed(random_packed(layout, seed)))
         layer = model.get_submodule(path.rpartition(".")[0])

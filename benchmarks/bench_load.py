@@ -52,10 +52,11 @@ def write(directory: Path, shape: str) -> None:
     from pairquant.checkpoint.write import Entry, write_checkpoint
     from pairquant.spec.checkpoint import CheckpointConfig
     from pairquant.spec.fields import Field
+    from pairquant.spec.linear import Spec
 
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
-    packed = CheckpointConfig(4, GROUP, ROTATIONS, modules_to_not_convert=("lm_head",))
+    packed = CheckpointConfig(Spec(4, GROUP, ROTATIONS), modules_to_not_convert=("lm_head",))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     made: dict[Any, Any] = {}

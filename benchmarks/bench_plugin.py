@@ -25,7 +25,7 @@ from pairquant import __version__
 from pairquant.core.linear import decode
 from pairquant.integrations.vllm import compat
 from pairquant.spec.checkpoint import CheckpointConfig
-from pairquant.spec.linear import TRANSFORM, LinearLayout, PackedLinear
+from pairquant.spec.linear import TRANSFORM, PackedLinear, Spec
 
 REQUESTS = (1, 8, 32)
 TOLERANCE = 5e-3
@@ -49,14 +49,14 @@ def plugin_method(sizes: tuple[int, ...], channels: int) -> Any:
         )
     from pairquant.integrations.vllm.linear import PairQuantLinearMethod
 
-    return PairQuantLinearMethod(CheckpointConfig(4, GROUP, ROTATIONS), f"{'+'.join(map(str, sizes))}x{channels}")
+    return PairQuantLinearMethod(CheckpointConfig(Spec(4, GROUP, ROTATIONS)), f"{'+'.join(map(str, sizes))}x{channels}")
 
 
 def random_linears(sizes: tuple[int, ...], channels: int, shared: bool) -> list[PackedLinear]:
     """4-bit linears of one input; shared: one transform for all."""
     linears: list[PackedLinear] = []
     for size in sizes:
-        layout = LinearLayout(channels, size, 4, GROUP, ROTATIONS)
+        layout = Spec(4, GROUP, ROTATIONS).layout(channels, size)
         tensors = {name: random_field(name, field) for name, field in layout.fields().items()}
         if shared and linears:
             tensors |= {name: linears[0].tensors()[name] for name in TRANSFORM}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pairquant.core.linear import decode
 from pairquant.spec.checkpoint import CheckpointConfig
-from pairquant.spec.linear import TENSOR_NAMES, PackedLinear
+from pairquant.spec.linear import TENSOR_NAMES, PackedLinear, Spec
 
 WEIGHTS, INDEX, REPORT = "model.safetensors", "model.safetensors.index.json", "pairquant.json"
 GROUP, ROTATIONS = 32, 2
@@ -131,7 +131,7 @@ def undamaged(sharded: bool) -> Draft:
     config.architectures, config.dtype = ["Qwen2ForCausalLM"], torch.float32
     entries = json.loads(config.to_json_string()) | {"model_type": "qwen2"}
     entries["quantization_config"] = CheckpointConfig(
-        4, GROUP, ROTATIONS, modules_to_not_convert=("lm_head",), provenance={"tool": "pairquant", "seed": 0}
+        Spec(4, GROUP, ROTATIONS), modules_to_not_convert=("lm_head",), provenance={"tool": "pairquant", "seed": 0}
     ).to_dict()
     draft = Draft({})
     draft.put_json(entries)
@@ -846,7 +846,7 @@ def plain_value(draw) -> Mutation:
 
 def _packed_linear(path: str) -> PackedLinear:
     tensors = {name: UNDAMAGED[f"{path}.{name}"] for name in TENSOR_NAMES if f"{path}.{name}" in UNDAMAGED}
-    config = CheckpointConfig(4, GROUP, ROTATIONS)
+    config = CheckpointConfig(Spec(4, GROUP, ROTATIONS))
     layout = config.layout(tensors["qweight"].shape[0], tensors["scales"].shape[1], "bias" in tensors)
     return PackedLinear.from_tensors(path, layout, tensors)
 

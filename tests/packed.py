@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from pairquant.spec.linear import LinearLayout, PackedLinear
+from pairquant.spec.linear import PackedLinear, Spec
 
 
 def random_packed(out_features, in_features, group_size, rotations=8, seed=0, bias=False) -> PackedLinear:
     """A 4-bit linear of random codes, zero points, scales and rotations."""
-    layout = LinearLayout(in_features, out_features, 4, group_size, rotations, bias)
+    layout = Spec(4, group_size, rotations).layout(in_features, out_features, bias)
     fields = layout.fields()
     g = torch.Generator().manual_seed(seed)
     words = {

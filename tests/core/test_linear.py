@@ -12,7 +12,7 @@ from pairquant.core.packing import unpack
 from pairquant.core.pairs import random_rank, select_pairs
 from pairquant.core.rotation import rotation_matrix
 from pairquant.core.rounding import proxy_error
-from pairquant.spec.linear import LinearLayout, PackedLinear
+from pairquant.spec.linear import PackedLinear, Spec
 from pairquant.spec.recipe import Recipe
 
 N, C = 64, 256
@@ -45,7 +45,7 @@ def draw_packed(generator, bits=4, g=128, k=8, recipe=NEAREST, symmetric=False, 
     """(weight, hessian, transform, packed)."""
     weight, hessian = torch.randn(N, C, generator=generator), draw_hessian(generator)
     transform = draw_transform(generator, k, g)
-    layout = LinearLayout(C, N, bits, g, k, bias)
+    layout = Spec(bits, g, k).layout(C, N, bias)
     offset = torch.randn(N, generator=generator) if bias else None
     return weight, hessian, transform, encode(weight, transform, hessian, layout, recipe, symmetric, offset)
 
@@ -93,7 +93,7 @@ def test_better_recipes_have_lower_proxy_errors(generator):
 
 def test_nearest_needs_no_hessian(generator):
     weight, transform = torch.randn(N, C, generator=generator), draw_transform(generator)
-    packed = encode(weight, transform, None, LinearLayout(C, N, 4, 128, 8), NEAREST)
+    packed = encode(weight, transform, None, Spec(4, 128, 8).layout(C, N), NEAREST)
     assert relative(decode(packed), weight) < 0.15
 
 
@@ -145,7 +145,7 @@ def test_decode_reads_the_stored_weight_in_its_own_basis(generator):
 def test_bfloat16_weights_are_encoded_as_their_values(generator):
     weight, transform = torch.randn(N, C, generator=generator).bfloat16(), draw_transform(generator)
     packed, expected = (
-        encode(w, transform, None, LinearLayout(C, N, 4, 128, 8), NEAREST) for w in (weight, weight.float())
+        encode(w, transform, None, Spec(4, 128, 8).layout(C, N), NEAREST) for w in (weight, weight.float())
     )
     assert torch.equal(packed.qweight, expected.qweight)
 
@@ -202,6 +202,6 @@ def test_the_identity_changes_nothing(k, generator):
     w = torch.randn(N, C, generator=generator)
     transform = Transform.identity(C, 64, k)
     assert torch.equal(transform.weight_in(w), w)
-    packed = encode(w, transform, None, LinearLayout(C, N, 8, 64, k), NEAREST)
+    packed = encode(w, transform, None, Spec(8, 64, k).layout(C, N), NEAREST)
     PackedLinear.from_tensors("linear", packed.layout, packed.tensors())
     assert relative(decode(packed), w) < 0.015

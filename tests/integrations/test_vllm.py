@@ -18,6 +18,7 @@ import pairquant
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import rotated_linears
 from pairquant.spec.checkpoint import CheckpointConfig
+from pairquant.spec.linear import Spec
 from pairquant.support.errors import CheckpointError, ConfigError
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -146,7 +147,7 @@ def test_the_plain_layers_of_the_mixed_checkpoint_are_plain(checkpoints):
 def settings(**changes):
     from pairquant.integrations.vllm.config import PairQuantConfig
 
-    config = PairQuantConfig(replace(CheckpointConfig(4, 32, 2), **changes))
+    config = PairQuantConfig(replace(CheckpointConfig(Spec(4, 32, 2)), **changes))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     return config
 
@@ -204,7 +205,7 @@ def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
 def test_a_transform_of_another_width_is_refused(channels):
     from pairquant.integrations.vllm.linear import _Pending
 
-    layer, layout = torch.nn.Module(), CheckpointConfig(4, 32, 2).layout(64, 8)
+    layer, layout = torch.nn.Module(), CheckpointConfig(Spec(4, 32, 2)).layout(64, 8)
     loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
     parameter = torch.nn.Parameter(torch.empty(1, 2, 32, dtype=torch.float16), requires_grad=False)
     with pytest.raises(CheckpointError, match=r"a.o_proj.theta has shape \[2, \d+\], must be \[2, 32\]"):
@@ -214,7 +215,7 @@ def test_a_transform_of_another_width_is_refused(channels):
 def test_each_rank_takes_its_channels_of_a_transform():
     from pairquant.integrations.vllm.linear import _Pending
 
-    layer, layout = torch.nn.Module(), CheckpointConfig(4, 32, 2).layout(32, 8)
+    layer, layout = torch.nn.Module(), CheckpointConfig(Spec(4, 32, 2)).layout(32, 8)
     layer.tp_rank = 1
     loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
     parameter = torch.nn.Parameter(torch.empty(1, 2, 16, dtype=torch.float16), requires_grad=False)
@@ -235,7 +236,7 @@ def test_names_follow_the_models_mapper():
 def test_tensor_parallelism_that_would_split_a_group_is_refused():
     from pairquant.integrations.vllm.linear import PairQuantLinearMethod
 
-    method = PairQuantLinearMethod(CheckpointConfig(4, 64, 2), "a.down_proj")
+    method = PairQuantLinearMethod(CheckpointConfig(Spec(4, 64, 2)), "a.down_proj")
     with pytest.raises(ConfigError, match=r"a.down_proj \(192 → 128\).*in_features 96.*tensor-parallel-size"):
         method.create_weights(torch.nn.Module(), 96, [128], 192, 128, torch.bfloat16, weight_loader=None)
 

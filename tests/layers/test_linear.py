@@ -5,14 +5,14 @@ import torch
 
 from pairquant.core.linear import Transform, encode, forward
 from pairquant.layers.linear import RotatedLinear
-from pairquant.spec.linear import LinearLayout
+from pairquant.spec.linear import Spec
 from pairquant.spec.recipe import PRESETS
 
 
 @pytest.fixture
 def packed():
     generator = torch.Generator().manual_seed(0)
-    layout = LinearLayout(128, 64, bits=4, group_size=64, rotations=4, bias=True)
+    layout = Spec(4, 64, 4).layout(128, 64, True)
     transform = Transform.identity(128, 64, rotations=4)
     theta = torch.randn(4, 64, generator=generator)
     transform = Transform.build(theta, transform.pairs, torch.rand(128, generator=generator) + 0.5, 64)

@@ -5,11 +5,18 @@ import torch
 
 from pairquant.core.packing import pack, unpack
 from pairquant.spec.fields import finite
-from pairquant.spec.linear import AWQ_ORDER, SUPPORTED_BITS, TENSOR_NAMES, LinearLayout, PackedLinear, columns_per_block
+from pairquant.spec.linear import (
+    AWQ_ORDER,
+    SUPPORTED_BITS,
+    TENSOR_NAMES,
+    PackedLinear,
+    Spec,
+    columns_per_block,
+)
 from pairquant.support.errors import CheckpointError
 
 PATH = "model.layers.0.mlp.up_proj"
-LAYOUT = LinearLayout(in_features=128, out_features=64, bits=4, group_size=64, rotations=2, bias=True)
+LAYOUT = Spec(4, 64, 2).layout(128, 64, True)
 
 
 @pytest.fixture
@@ -44,12 +51,12 @@ def test_fields_follow_the_format_table():
 
 
 def test_fields_have_no_bias_unless_the_linear_has_one():
-    assert "bias" not in LinearLayout(128, 64, 4, 64, 2).fields()
+    assert "bias" not in Spec(4, 64, 2).layout(128, 64).fields()
 
 
 @pytest.mark.parametrize(("bits", "words"), [(2, 4), (3, 6), (4, 8), (8, 16)])
 def test_codes_take_their_bits_and_no_more(bits, words):
-    fields = LinearLayout(128, 64, bits, 64, 2).fields()
+    fields = Spec(bits, 64, 2).layout(128, 64).fields()
     assert fields["qweight"].shape == (128, words)
     assert fields["qzeros"].shape == (2, words)
 
@@ -58,19 +65,19 @@ def test_stored_bits_counts_every_tensor_but_the_bias():
     codes, zeros, scales = 128 * 64 * 4, 1 * 64 * 4, 1 * 64 * 16
     angles, pairs, channel_scales = 8 * 64 * 16, 8 * 128 * 16, 128 * 16
     for bias in (False, True):
-        layout = LinearLayout(128, 64, bits=4, group_size=128, rotations=8, bias=bias)
+        layout = Spec(4, 128, 8).layout(128, 64, bias)
         assert layout.stored_bits() == codes + zeros + scales + angles + pairs + channel_scales == 60672
 
 
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (LinearLayout(128, 64, 4, 128, 8), []),
-        (LinearLayout(160, 64, 4, 32, 0), []),
-        (LinearLayout(160, 64, 4, 128, 8), [("in_features 160", "128")]),
-        (LinearLayout(128, 60, 4, 128, 8), [("out_features 60", "8", "4 bits")]),
-        (LinearLayout(128, 72, 3, 128, 8), [("out_features 72", "32", "3 bits")]),
-        (LinearLayout(100, 6, 8, 64, 8), [("in_features 100", "64"), ("out_features 6", "4", "8 bits")]),
+        (Spec(4, 128, 8).layout(128, 64), []),
+        (Spec(4, 32, 0).layout(160, 64), []),
+        (Spec(4, 128, 8).layout(160, 64), [("in_features 160", "128")]),
+        (Spec(4, 128, 8).layout(128, 60), [("out_features 60", "8", "4 bits")]),
+        (Spec(3, 128, 8).layout(128, 72), [("out_features 72", "32", "3 bits")]),
+        (Spec(8, 64, 8).layout(100, 6), [("in_features 100", "64"), ("out_features 6", "4", "8 bits")]),
     ],
 )
 def test_misfits_name_the_size_and_what_it_must_divide_by(layout, said):
@@ -87,7 +94,7 @@ def test_undamaged_tensors_come_back_as_given(tensors):
 
 
 def test_a_layout_without_rotations_needs_no_pairs_inside(tensors):
-    layout = LinearLayout(128, 64, 4, 64, rotations=0)
+    layout = Spec(4, 64, 0).layout(128, 64)
     del tensors["bias"]
     tensors["theta"], tensors["pairs"] = tensors["theta"][:0], tensors["pairs"][:0]
     assert PackedLinear.from_tensors(PATH, layout, tensors).bias is None
@@ -139,14 +146,14 @@ def test_a_zero_channel_scale_is_refused(tensors):
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_thinned_keeps_every_third_block_of_rows(bits, generator):
     block = columns_per_block(bits)
-    layout = LinearLayout(64, 8 * block, bits, 32, 0, bias=True)
+    layout = Spec(bits, 32, 0).layout(64, 8 * block, True)
     codes = torch.randint(0, 2**bits, (64, 8 * block), generator=generator).to(torch.uint8)
     zeros = torch.randint(0, 2**bits, (2, 8 * block), generator=generator).to(torch.uint8)
     plain = {name: torch.rand(f.shape, generator=generator).to(f.dtype) for name, f in layout.fields().items()}
     linear = PackedLinear(layout, **{**plain, "qweight": pack(codes, bits), "qzeros": pack(zeros, bits)})
     kept = torch.cat([torch.arange(start * block, (start + 1) * block) for start in (0, 3, 6)])
     thin = linear.thinned(3)
-    assert thin.layout == LinearLayout(64, 3 * block, bits, 32, 0)
+    assert thin.layout == Spec(bits, 32, 0).layout(64, 3 * block)
     assert thin.bias is None
     assert torch.equal(unpack(thin.qweight, bits), codes[:, kept])
     assert torch.equal(unpack(thin.qzeros, bits), zeros[:, kept])

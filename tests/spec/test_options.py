@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pairquant.spec.checkpoint import CheckpointConfig
-from pairquant.spec.linear import LinearLayout
+from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.patterns import matches
 from pairquant.spec.recipe import PRESETS, Recipe, Training, flat, recipe_with
@@ -109,7 +109,7 @@ def test_resolving_auto_changes_the_group_size_only():
 
 def test_quant_config_gives_the_layout_of_a_linear():
     config = QuantConfig(bits=3, group_size=64, rotations=5)
-    assert config.layout(128, 96, bias=True) == LinearLayout(128, 96, 3, 64, 5, True)
+    assert config.layout(128, 96, bias=True) == Spec(3, 64, 5).layout(128, 96, True)
 
 
 def test_quant_config_comes_back_from_json():
@@ -121,12 +121,10 @@ def test_quant_config_comes_back_from_json():
 @pytest.mark.parametrize(
     "config",
     [
-        CheckpointConfig(bits=4, group_size=128, rotations=8),
-        CheckpointConfig(bits=3, group_size=32, rotations=0, zero_point=False),
+        CheckpointConfig(Spec(4, 128, 8)),
+        CheckpointConfig(Spec(3, 32, 0, symmetric=True)),
         CheckpointConfig(
-            bits=4,
-            group_size=128,
-            rotations=8,
+            Spec(4, 128, 8),
             modules_to_not_convert=("lm_head",),
             shared_rotations=(("a.q_proj", "a.k_proj"), ("a.gate_proj", "a.up_proj")),
             provenance={"preset": "fast", "seed": 0, "calibration": ["default"], "nested": {"digest": "ab"}},
@@ -138,16 +136,16 @@ def test_checkpoint_config_comes_back_from_json(config):
 
 
 def test_checkpoint_config_writes_the_keys_that_every_reader_knows():
-    written = CheckpointConfig(bits=4, group_size=64, rotations=0).to_dict()
+    written = CheckpointConfig(Spec(4, 64, 0)).to_dict()
     assert written == {"quant_method": "paroquant", "bits": 4, "group_size": 64, "krot": 0}
 
 
 def test_checkpoint_config_says_when_there_is_no_zero_point():
-    assert CheckpointConfig(bits=4, group_size=64, rotations=8, zero_point=False).to_dict()["zero_point"] is False
+    assert CheckpointConfig(Spec(4, 64, 8, symmetric=True)).to_dict()["zero_point"] is False
 
 
 def test_unconverted_modules_are_also_named_exactly_for_gptqmodel():
-    written = CheckpointConfig(4, 128, 8, modules_to_not_convert=("model.layers.1.mlp.gate", "lm_head")).to_dict()
+    written = CheckpointConfig(Spec(4, 128, 8), modules_to_not_convert=("model.layers.1.mlp.gate", "lm_head")).to_dict()
     paths = [
         "model.layers.1.mlp.gate",
         "lm_head",
@@ -167,7 +165,9 @@ def test_a_foreign_config_with_the_four_keys_reads():
 
 
 def test_entries_of_other_tools_are_ignored():
-    assert CheckpointConfig.from_dict(FOREIGN | {"version": "gemm", "rotations": "many"}) == CheckpointConfig(4, 128, 8)
+    assert CheckpointConfig.from_dict(FOREIGN | {"version": "gemm", "rotations": "many"}) == CheckpointConfig(
+        Spec(4, 128, 8)
+    )
 
 
 @pytest.mark.parametrize("entry", ["bits", "group_size", "krot"])
@@ -222,7 +222,7 @@ def test_another_quantization_method_is_refused(entries):
 
 
 def test_checkpoint_config_gives_the_layout_of_a_linear():
-    assert CheckpointConfig(3, 64, 5).layout(128, 96, bias=True) == LinearLayout(128, 96, 3, 64, 5, True)
+    assert CheckpointConfig(Spec(3, 64, 5)).layout(128, 96, bias=True) == Spec(3, 64, 5).layout(128, 96, True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ SNAPSHOT_SHARE = 0.05
 
 
 class Journal:
-    """One output's. entries: finished blocks, each the content of its json file; layout: linear path → its layout."""
+    """One output's. entries: finished blocks, each the content of its json file; layouts: of the linears, by path."""
 
-    def __init__(self, directory: Path, layout: Callable[[str], LinearLayout]):
-        self.directory, self.layout = directory, layout
+    def __init__(self, directory: Path, layouts: Mapping[str, LinearLayout]):
+        self.directory, self.layouts = directory, layouts
         self.entries: list[dict[str, Any]] = []
         self._lock: Any = None
         self._writer = ThreadPoolExecutor(1, "journal")
@@ -134,9 +134,7 @@ class Journal:
         stored = self.stored(index)
         linears = {
             path: PackedLinear.from_tensors(
-                path,
-                self.layout(path),
-                {name: stored.load(f"{path}.{name}") for name in TENSOR_NAMES if f"{path}.{name}" in stored.fields},
+                path, self.layouts[path], {name: stored.load(f"{path}.{name}") for name in stored.fields_of(path)}
             )
             for path in stored.linears()
         }

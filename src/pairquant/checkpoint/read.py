@@ -177,7 +177,8 @@ class Checkpoint:
         shape = fields["qweight"].shape
         if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"tensor {path}.qweight has shape {list(shape)}, must have 2 dimensions. {REMEDY}")
-        layout = self.config.layout(shape[0], shape[1] * 32 // self.config.bits, "bias" in fields)
+        bits = self.config.spec_of(path).bits
+        layout = self.config.layout(path, shape[0], shape[1] * 32 // bits, "bias" in fields)
         if faults := layout.misfits():
             raise CheckpointError(f"{path}: {'; '.join(faults)}. {REMEDY}")
         return layout

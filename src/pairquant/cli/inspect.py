@@ -33,7 +33,7 @@ def inspect(
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     provenance = config.provenance or {}
     shared = f", {len(config.shared_rotations)} shared transforms" if config.shared_rotations else ""
-    table.add_row("format", f"{config.bits} bits, groups of {config.group_size}, {config.rotations} rotations{shared}")
+    table.add_row("format", f"{config.spec}{shared}")
     table.add_row(
         "bits per weight", f"{found.checkpoint.bits_per_weight():.2f} in {len(found.linears)} quantized layers"
     )

@@ -13,7 +13,8 @@ def tune(model: Model, device: Device = "auto") -> None:
     """Measure the kernels' tiles for the shapes of a checkpoint on this GPU; they are used from then on."""
     quiet_libraries()
     from ..jobs import tune as job
-    from ..kernels.run import ops, table
+    from ..kernels.availability import device_class
+    from ..kernels.run import table
     from ..support.devices import resolve_device
 
     rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -24,4 +25,4 @@ def tune(model: Model, device: Device = "auto") -> None:
             tiles = (f"{type(choice).__name__.lower()} {choice.rows}" for choice in choices.values())
             rows.add_row("+".join(map(str, sizes)), str(channels), *tiles)
     console.print(rows)
-    console.print(f"kept in {escape(str(table.user_path(ops.device_class(resolve_device(device)))))}")
+    console.print(f"kept in {escape(str(table.user_path(device_class(resolve_device(device)))))}")

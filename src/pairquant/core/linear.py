@@ -7,7 +7,7 @@ forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,29 @@ class Transform:
         scales = torch.ones(channels, device=device, dtype=torch.float32)
         return cls.build(theta, pairs.view(rotations, channels), scales, group_size)
 
+    def times(self, factor: float) -> Transform:
+        """The transform of `factor` times the weight: the factor, a power of two, goes into the channel scales.
+
+        Raises `ConfigError` where fp16 cannot hold them.
+        """
+        if factor == 1:
+            return self
+        inverse = stored(self.inverse_scales * factor)
+        if not inverse.isfinite().all() or not (inverse != 0).all():
+            raise ConfigError(
+                f"channel scales of {(self.inverse_scales * factor).abs().aminmax()} do not fit fp16: the weight is too "
+                "large or too small. Rescale the layer in the source model, or leave it as it is with --ignore."
+            )
+        return replace(self, inverse_scales=inverse)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored: theta, pairs, channel_scales."""
+        return {
+            "theta": self.theta.half().contiguous(),
+            "pairs": self.pairs.to(torch.int16).contiguous(),
+            "channel_scales": self.inverse_scales.half()[None],
+        }
+
     def weight_in(self, w: Tensor) -> Tensor:
         """(W · diag(a)) R, for w [N, C]."""
         return rotate_dense(w / self.inverse_scales, self.matrix)
@@ -70,18 +93,17 @@ def encode(
     hessian: Tensor | None,
     layout: LinearLayout,
     recipe: Recipe,
-    symmetric: bool = False,
     bias: Tensor | None = None,
     solvers: Solvers = SOLVERS,
 ) -> PackedLinear:
     """Transform, round and pack one linear.
 
     weight: [N, C]; hessian: XᵀX of its inputs [C, C], needed for GPTQ and for weighing a range search; solvers: the
-    inner loops of GPTQ and refinement.
+    inner loops of GPTQ and refinement. Raises `ConfigError` for GPTQ without a Hessian.
     """
     w_rot = transform.weight_in(weight.float())
     h_rot = transform.hessian_in(hessian.float()) if hessian is not None else None
-    grid = rounding.search_range(w_rot, h_rot, layout.bits, layout.group_size, symmetric, recipe.shrinks)
+    grid = rounding.search_range(w_rot, h_rot, layout.bits, layout.group_size, layout.spec.symmetric, recipe.shrinks)
     if recipe.rounding == "nearest":
         codes = rounding.nearest(w_rot, grid)
     elif h_rot is None:
@@ -97,28 +119,25 @@ def assemble(
     layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
 ) -> PackedLinear:
     """Codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
-    return PackedLinear(
-        layout=layout,
-        qweight=pack(codes.T.contiguous(), layout.bits),
-        qzeros=pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
-        scales=scale.T.half().contiguous(),
-        theta=transform.theta.half().contiguous(),
-        pairs=transform.pairs.to(torch.int16).contiguous(),
-        channel_scales=transform.inverse_scales.half()[None],
-        bias=bias.half() if bias is not None else None,
-    )
+    tensors = {
+        "qweight": pack(codes.T.contiguous(), layout.bits),
+        "qzeros": pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
+        "scales": scale.T.half().contiguous(),
+        **transform.tensors(),
+    }
+    return PackedLinear(layout, tensors if bias is None else {**tensors, "bias": bias.half()})
 
 
 def transform_of(packed: PackedLinear) -> Transform:
     """The stored transform, ready to use."""
-    return Transform.build(packed.theta, packed.pairs, packed.channel_scales, packed.layout.group_size)
+    return Transform.build(packed["theta"], packed["pairs"], packed["channel_scales"], packed.layout.group_size)
 
 
 def rotated_weight(packed: PackedLinear) -> Tensor:
     """ŵ = (q - z) · s in the rotated basis: float32 [N, C]."""
     bits = packed.layout.bits
-    codes, zeros = unpack(packed.qweight, bits).T.contiguous(), unpack(packed.qzeros, bits).T.float()
-    return dequantize(codes, packed.scales.T.float(), zeros)
+    codes, zeros = unpack(packed["qweight"], bits).T.contiguous(), unpack(packed["qzeros"], bits).T.float()
+    return dequantize(codes, packed["scales"].T.float(), zeros)
 
 
 def decode(packed: PackedLinear) -> Tensor:
@@ -128,8 +147,7 @@ def decode(packed: PackedLinear) -> Tensor:
 
 def forward(packed: PackedLinear, x: Tensor) -> Tensor:
     """The reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
-    x_rot = rotate(
-        x.float() * packed.channel_scales.float(), packed.theta.float(), packed.pairs, packed.layout.group_size
-    )
+    scaled = x.float() * packed["channel_scales"].float()
+    x_rot = rotate(scaled, packed["theta"].float(), packed["pairs"], packed.layout.group_size)
     y = x_rot @ rotated_weight(packed).T
     return y + packed.bias.float() if packed.bias is not None else y

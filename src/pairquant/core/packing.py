@@ -1,11 +1,11 @@
-"""Codes ↔ 32-bit words, exact inverses (bit order: see `layout`)."""
+"""Codes ↔ 32-bit words, exact inverses (bit order: see `spec.codes`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..spec.linear import AWQ_ORDER, columns_per_block
+from ..spec.codes import AWQ_ORDER, columns_per_block
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -16,7 +16,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for column in range(per_block):
         word, shift = divmod(column * bits, 32)
         words[..., word] |= columns[..., column] << shift
-        if shift + bits > 32:  # a 3-bit code can straddle two words
+        if shift + bits > 32:  # a code of 3, 5 or 6 bits can straddle two words
             words[..., word + 1] |= columns[..., column] >> (32 - shift)
     # Keep the low 32 bits, then read them as a signed number: what int32 storage means by these bits.
     words &= 0xFFFFFFFF

@@ -4,7 +4,7 @@ A Givens rotation on channels (i, j) with angle t:  y_i = cos t · x_i + sin t �
 K sets of disjoint ones, in order, act on row vectors from the right as R = P_1 P_2 … P_K, orthogonal and
 block-diagonal over groups (paper, section 3).
 
-Everywhere: theta floating [K, C/2]; pairs integer [K, C], group-local (see `layout`).
+Everywhere: theta floating [K, C/2]; pairs integer [K, C], group-local (see `spec.rotation`).
 """
 
 from __future__ import annotations

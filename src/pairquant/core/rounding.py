@@ -12,7 +12,7 @@ Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], grid scale and zer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from ..support.errors import CalibrationError
 from .grid import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
 
+#: A relative error of a layer's output from which on a user must be told: rounding alone stays far below it.
+POOR_ERROR = 0.2
 #: Columns compensated one by one before the rest is updated by one matrix product.
 BLOCK = 64
 
@@ -241,6 +243,12 @@ def proxy_terms(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
 def ratio(terms: Tensor) -> float:
     """The first of two numbers over the second, which may be zero."""
     return (terms[0] / terms[1].clamp(min=1e-30)).item()
+
+
+def poor_errors(errors: Mapping[str, float | None]) -> dict[str, float]:
+    """Those of these errors, by path, that are above `POOR_ERROR`, worst first."""
+    poor = {path: error for path, error in errors.items() if error is not None and error > POOR_ERROR}
+    return dict(sorted(poor.items(), key=lambda item: -item[1]))
 
 
 def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:

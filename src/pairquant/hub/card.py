@@ -48,7 +48,7 @@ def _card(checkpoint: Checkpoint, name: str, origin: Origin, results: dict[str, 
         base_model_relation="quantized" if origin.base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["paroquant", "pairquant", "quantized", f"{checkpoint.config.bits}-bit"],
+        tags=["paroquant", "pairquant", "quantized", f"{checkpoint.config.spec.bits}-bit"],
     )
     config = checkpoint.report.get("config")
     recipe = config.get("recipe") if isinstance(config, dict) else None
@@ -69,7 +69,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     config, provenance = checkpoint.config, checkpoint.config.provenance or {}
     weights = sum(file.stat().st_size for file in checkpoint.directory.glob("*.safetensors"))
     facts = {
-        "format": f"{config.bits} bits, groups of {config.group_size}, {config.rotations} rotations",
+        "format": str(config.spec),
         "bits per weight": f"{checkpoint.bits_per_weight():.2f} in {len(checkpoint.stored.linears())} linear layers",
         "size": f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.1f} MB",
     }

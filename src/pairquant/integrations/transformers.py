@@ -63,20 +63,19 @@ class ParoQuantizer(HfQuantizer):
         config = self.quantization_config.checkpoint
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
         quantized = stored.linears() if stored else _by_config(model, config)
-        linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+        sites = {site.path: site for site in _sites().sites_in(model)}
         for path in quantized:
-            if path not in linears:
+            if path not in sites:
                 raise CheckpointError(
                     f"the checkpoint holds {path}.qweight, but {type(model).__name__} has no linear layer {path}."
                 )
-            linear = linears[path]
-            layout = config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+            size = sites[path].size
+            layout = config.layout(path, size.in_features, size.out_features, size.bias)
             if stored:
                 if faults := layout.misfits():
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
-            packed = _layers().RotatedLinear(layout, linear.weight.device, linear.weight.dtype)
-            _layers().replace_module(model, path, packed)
+            _layers().replace_module(model, path, sites[path].packed_module(layout))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
@@ -112,7 +111,7 @@ class ParoQuantizer(HfQuantizer):
         if not any(_layers().rotated_linears(model)):
             self.remove_quantization_config(model)
             return None, {}
-        plain = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        plain = {path for path, module in model.named_modules() if _sites().is_linear(module)}
         checkpoint = self.quantization_config.checkpoint
         self.quantization_config.checkpoint = replace(
             checkpoint,
@@ -139,6 +138,13 @@ def _layers() -> ModuleType:
     from ..layers import model as layers
 
     return layers
+
+
+def _sites() -> ModuleType:
+    """Where weights live in models, loaded as late as `_layers`."""
+    from ..models import sites
+
+    return sites
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
@@ -190,7 +196,7 @@ def _by_config(model: Any, config: CheckpointConfig) -> list[str]:
     """Without files to look into (a state dict was passed): every linear but those named, and the output embedding."""
     output = model.get_output_embeddings()
     return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and not matches(path, config.modules_to_not_convert)
+        site.path
+        for site in _sites().sites_in(model)
+        if site.module is not output and not matches(site.path, config.modules_to_not_convert)
     ]

@@ -7,9 +7,7 @@ was stopped, however, goes on where it was.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,24 +15,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights, plain_fields
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
-from ..models.blocks import Block, find_blocks
+from ..core.range import require_fp16, require_representable
+from ..core.rounding import poor_errors
+from ..layers.model import unlike_siblings
+from ..models.blocks import Block
+from ..models.planning import plan_model
+from ..models.sites import is_linear
 from ..optimize.calibration import Calibration, calibrate
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
-from ..optimize.walk import BlockResult, Walk, needs_text
+from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
-from ..spec.linear import SUPPORTED_GROUP_SIZES, LinearLayout, bits_per_weight
+from ..spec.linear import bits_per_weight
 from ..spec.options import QuantConfig
-from ..spec.patterns import matches
+from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
-from ..support.errors import ConfigError, ResourceError, SourceError, did_you_mean
+from ..support.errors import ConfigError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 
 
@@ -66,6 +69,11 @@ class QuantizationSummary:
     seconds: float
     errors: dict[str, float]
 
+    @property
+    def poor(self) -> dict[str, float]:
+        """The linears that were represented badly, worst first: errors above `POOR_ERROR`."""
+        return poor_errors(self.errors)
+
 
 def quantize(
     model: str | Path,
@@ -93,12 +101,13 @@ def quantize(
     files.require_plain()
     require_apart(output, files)
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
-    config, blocks = _plan(skeleton, config)
-    require_space(output, _needed_bytes(files, blocks, config))
+    plan, blocks = plan_model(skeleton, config)
+    config = config.with_group_size(plan.default.group_size)
+    require_space(output, _needed_bytes(files, plan))
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
-        job = Job(files, tokenizer, skeleton, blocks, config, output, target, ranks, progress or Silent(), log_to)
+        job = Job(files, tokenizer, skeleton, plan, blocks, config, output, target, ranks, progress or Silent(), log_to)
         return job.run(overwrite, fresh)
 
 
@@ -109,6 +118,7 @@ class Job:
     files: ModelFiles
     tokenizer: Any
     skeleton: Any
+    plan: Plan
     blocks: list[Block]
     config: QuantConfig
     output: Path
@@ -124,7 +134,7 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
-            self._require_finite()
+            self._require_storable()
             self._open_journal(calibration, validation)
             try:
                 self._walk(calibration, validation)
@@ -132,6 +142,8 @@ class Job:
                 self.source.close()
             self.progress.stage("writing")
             report = self._report(calibration)
+            for path, error in poor_errors(self._errors()).items():
+                self._notice(f"{path}: the output's relative error is {error:.0%}; try more bits or --ignore for it")
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
             self.ranks.wait()
@@ -145,7 +157,7 @@ class Job:
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
         """Windows to fit on, and those that choose the best epoch."""
         config = self.config
-        if not needs_text(config):
+        if not config.recipe.needs_text:
             return None, None
         self.progress.stage("calibration text")
         held_out = config.recipe.training.validation_samples if config.recipe.training else 0
@@ -190,22 +202,19 @@ class Job:
         if not self.ranks.leads:
             self.journal.read()
 
-    def _layout(self, path: str) -> LinearLayout:
-        linear = self.skeleton.get_submodule(path)
-        return self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-
     def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
-        linears = sum(len(block.linears) for block in self.blocks)
         share = self.ranks.windows(calibration.tokens) if calibration else None
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
-        self.progress.plan(len(self.blocks), linears, self.journal.count, memory)
+        self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
+        for line in _exceptions(self.plan):
+            self._notice(line)
         self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
         if self.journal.count == len(self.blocks):
             return
         self.source.fill_all_but(self.skeleton, self.blocks)
         walk = Walk(
-            self.skeleton, self.config, self.device, share, held_out,
+            self.skeleton, self.blocks, self.plan, self.config, self.device, share, held_out,
             home=self.source, finished=_Finished(self.journal), ranks=self.ranks, store=memory.store,
             notice=self._notice, kept=self._keep_streams,
         )  # fmt: skip
@@ -216,7 +225,7 @@ class Job:
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
-        tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors().items()}
+        tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors.items()}
         for name, value in result.parameters.items():
             tensors[name] = value.to(self.source.stored.fields[name].dtype)
         if self.ranks.leads:
@@ -240,10 +249,21 @@ class Job:
             if self.log_to is not None:
                 self.log_to(event)
 
-    def _require_finite(self) -> None:
-        names = [f"{path}.weight" for block in self.blocks for path in block.linears]
-        if self.ranks.leads and (found := self.source.not_finite(names, self.device)):
-            raise SourceError(f"{found[0]} has {found[1]} values that are NaN or infinite: the source is damaged.")
+    def _require_storable(self) -> None:
+        """Refuse weights that are not finite, or that fp16 scales cannot represent, before the work."""
+        if not self.ranks.leads:
+            return
+        for path, layout in self.plan.layouts.items():
+            for name in ("weight", "bias") if layout.bias else ("weight",):
+                value = self.source.load(f"{path}.{name}", self.device)
+                if wrong := int((~value.isfinite()).sum()):
+                    raise SourceError(
+                        f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged."
+                    )
+                try:
+                    require_representable(value, layout.bits) if name == "weight" else require_fp16(value)
+                except ConfigError as error:
+                    raise ConfigError(f"{path}.{name} {error}: --ignore {path}") from error
 
     def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
         entries = self._entries()
@@ -262,8 +282,7 @@ class Job:
     def _entries(self) -> dict[str, Entry]:
         """Every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
-        paths = [path for block in self.blocks for path in block.linears]
-        for name, stored in plain_fields(self.source.stored, paths).items():
+        for name, stored in plain_fields(self.source.stored, self._errors()).items():
             entries[name] = Entry(stored, lambda name=name: self.source.load(name))  # type: ignore[misc]
         for index in range(self.journal.count):
             block = self.journal.stored(index)
@@ -273,22 +292,23 @@ class Job:
 
     def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
         config = self.config
-        quantized = {path for block in self.blocks for path in block.linears}
-        plain = [p for p, m in self.skeleton.named_modules() if isinstance(m, nn.Linear) and p not in quantized]
-        return CheckpointConfig(
-            bits=config.bits,
-            group_size=int(config.group_size),
-            rotations=config.rotations,
-            zero_point=not config.symmetric,
+        quantized = self._errors()
+        plain = [p for p, module in self.skeleton.named_modules() if is_linear(module) and p not in quantized]
+        return CheckpointConfig.of_plan(
+            self.plan,
             modules_to_not_convert=tuple(plain),
             shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
             provenance=_provenance(config, calibration, self.files),
         )
 
+    def _errors(self) -> dict[str, float]:
+        """The error of each quantized linear."""
+        return {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
+
     def _report(self, calibration: Calibration | None) -> dict[str, Any]:
         """The content of pairquant.json: recipe, provenance, and each linear's error and size."""
-        layouts = {path: self._layout(path) for block in self.blocks for path in block.linears}
-        errors = {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
+        errors = self._errors()
+        layouts = {path: self.plan.layouts[path] for path in errors}
         return {
             "config": self.config.to_dict(),
             "provenance": _provenance(self.config, calibration, self.files),
@@ -303,7 +323,7 @@ class Job:
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
         """The journal outlives an error if a block is finished, and nothing if none is; success removes it."""
         existed = directory.exists()
-        self.journal = Journal(directory, self._layout)
+        self.journal = Journal(directory, self.plan.layouts)
         if self.ranks.leads:
             self.journal.lock()
             if fresh:
@@ -330,61 +350,36 @@ class _Finished:
     def result(self, index: int) -> BlockResult:
         entry = self.journal.entries[index]
         packed, parameters = self.journal.packed(index)
-        return BlockResult(index, entry["path"], packed, entry["errors"], entry["shared"], parameters)
+        return BlockResult(
+            index, entry["path"], packed, entry["errors"], entry["shared"], entry["uncalled"], parameters
+        )
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()
 
 
-def _needed_bytes(files: ModelFiles, blocks: list[Block], config: QuantConfig) -> int:
+def _needed_bytes(files: ModelFiles, plan: Plan) -> int:
     """Disk for the checkpoint, the journal and, where the source cannot be streamed, a copy of it."""
-    linears = {path: m for block in blocks for path, m in block.linears.items()}
-    packed = sum(config.layout(m.in_features, m.out_features).stored_bits() for m in linears.values()) // 8
-    weights = sum(math.prod(m.weight.shape) for m in linears.values()) * 2
+    packed = sum(layout.stored_bits() for layout in plan.layouts.values()) // 8
+    weights = sum(layout.in_features * layout.out_features for layout in plan.layouts.values()) * 2
     size = files.size_bytes()
     plain = max(size - weights, size // 10)
     return 2 * packed + plain + (4 * size if files.gguf else 0)
 
 
-def _plan(skeleton: nn.Module, config: QuantConfig) -> tuple[QuantConfig, list[Block]]:
-    """Resolve the group size and check every linear's shape, on a model without weights."""
-    blocks = find_blocks(skeleton, config.ignore)
-    _require_known_patterns(skeleton, config)
-    linears = {path: linear for block in blocks for path, linear in block.linears.items()}
-    if not linears:
-        raise ConfigError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize")
-    inputs = {linear.in_features for linear in linears.values()}
-    dividing = [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in inputs)]
-    if config.group_size == "auto" and dividing:
-        config = config.with_group_size(dividing[-1])
-    layout_of = config if config.group_size != "auto" else config.with_group_size(SUPPORTED_GROUP_SIZES[0])
-    faults = {path: layout_of.layout(m.in_features, m.out_features).misfits() for path, m in linears.items()}
-    faults = {path: reasons for path, reasons in faults.items() if reasons}
-    if faults:
-        suggestion = f"--group-size {dividing[-1]}" if dividing else "a smaller --group-size (none divides all layers)"
-        raise ConfigError(
-            f"{len(faults)} of {len(linears)} linear layers do not fit:\n{_grouped_by_reason(faults)}\n"
-            f"Remedies: {suggestion}, or leave these layers as they are with --ignore."
+def _exceptions(plan: Plan) -> list[str]:
+    """What differs from the default, for the user: how many layers, which spec, by which option."""
+    kinds: dict[tuple[str, str], int] = {}
+    for path, spec in plan.exceptions.items():
+        kind = (plan.reasons[path], str(spec))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    lines = [f"{count} layers at {spec}: {reason}" for (reason, spec), count in kinds.items()]
+    if mixed := unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
+        lines.append(
+            f"{' and '.join(mixed[0])} differ in bits, group size or rotations; vLLM runs them as one layer and will refuse "
+            f"this checkpoint ({len(mixed)} such groups). Transformers runs it."
         )
-    return config, blocks
-
-
-def _grouped_by_reason(faults: dict[str, list[str]]) -> str:
-    """One line per kind of layer: how many, which, why."""
-    lines = []
-    for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
-        paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]
-        lines.append(f"  {count} × {reason}:\n    " + "\n    ".join(paths))
-    return "\n".join(lines)
-
-
-def _require_known_patterns(skeleton: nn.Module, config: QuantConfig) -> None:
-    """A pattern that names nothing is a typing error; found now, not after hours."""
-    paths = [path for path, module in skeleton.named_modules() if path]
-    for pattern in config.ignore:
-        if pattern not in QuantConfig.ignore and not any(matches(path, (pattern,)) for path in paths):
-            names = {part for path in paths for part in (path, path.rpartition(".")[2])}
-            raise ConfigError(f"ignore pattern {pattern!r} names no module of this model{did_you_mean(pattern, names)}")
+    return lines
 
 
 class _out_of_memory_explained:

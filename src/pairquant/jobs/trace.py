@@ -52,10 +52,10 @@ def _life(packed: PackedLinear, weight: Tensor | None) -> Iterable[Step]:
         yield _step("① source", "W", weight)
         yield _step("② scaled", "W · diag(a)", weight / transform.inverse_scales)
         yield _step("③ rotated", "(W · diag(a)) R", turned, error(transform.weight_out(turned), weight))
-    yield _step("④ grid", "scales", packed.scales.T)
-    yield _step("⑤ rounded", "codes q", unpack(packed.qweight, layout.bits).T)
+    yield _step("④ grid", "scales", packed["scales"].T)
+    yield _step("⑤ rounded", "codes q", unpack(packed["qweight"], layout.bits).T)
     yield _step("", "(q - z) · s", rotated, error(rotated, turned), spread=True)
-    for name, tensor in packed.tensors().items():
+    for name, tensor in packed.tensors.items():
         yield _step("⑥ stored" if name == "qweight" else "", name, tensor)
     yield _step("⑧ decoded", "Ŵ", decoded, error(decoded, weight), spread=True)
     x = torch.randn(16, layout.in_features, generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.model import SIBLINGS
 from ..support.devices import resolve_device
@@ -18,24 +20,33 @@ def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, .
     Yields (out_features of the linears of one launch, in_features, {tokens: choice}) as each shape is done and saved.
     Raises `ResourceError` without an NVIDIA GPU and Triton.
     """
-    from ..kernels.run import ops, table
+    from ..backends.table import BY_NAME
+    from ..kernels.availability import device_class, triton_missing
+    from ..kernels.run import table
 
     target = resolve_device(device)
     if target.type != "cuda":
         raise ResourceError("measuring kernels needs an NVIDIA GPU, and none was found")
-    if reason := ops.triton_missing():
+    if reason := triton_missing():
         raise ResourceError(f"measuring kernels needs Triton: {reason}")
     from ..kernels.run.tune import tune_shape
 
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
-    if checkpoint.config.bits != 4:
-        raise ConfigError(f"the checkpoint has {checkpoint.config.bits} bits; kernels exist for 4")
+    tuned = BY_NAME["triton-int4"]
     layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears()}
-    linears = {path: (s.out_features, s.in_features) for path, s in layouts.items()}
-    for sizes, channels in launched_shapes(linears):
-        choices = tune_shape(sizes, channels, checkpoint.config.group_size, target)
-        table.save_user_table(ops.device_class(target), {(sum(sizes), channels): choices})
-        yield sizes, channels, choices
+    refusals = {path: tuned.refusal(layout, target, torch.float16) for path, layout in layouts.items()}
+    if all(refusals.values()):
+        raise ConfigError(f"no layer runs on the kernels that are tuned: {next(iter(refusals.values()))}")
+    for group_size in sorted({layout.group_size for layout in layouts.values()}):
+        linears = {
+            path: (s.out_features, s.in_features)
+            for path, s in layouts.items()
+            if s.group_size == group_size and not refusals[path]
+        }
+        for sizes, channels in launched_shapes(linears):
+            choices = tune_shape(sizes, channels, group_size, target)
+            table.save_user_table(device_class(target), {(sum(sizes), channels): choices})
+            yield sizes, channels, choices
 
 
 def launched_shapes(linears: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], int]]:

@@ -1,5 +1,4 @@
-"""Kernels: the operators `pairquant::…` (`ops`), and what they run on each device.
+"""Kernels, and what they need around them: `run` has those of quantized layers, `fit` those of fitting and rounding.
 
-`weights` repacks checkpoints for them, `table` chooses tiles, `launch` starts the Triton kernels of `triton_rotate`,
-`triton_linear` and `triton_decode`, `cpu` has the rest. Importing compiles nothing and touches no GPU.
+Importing compiles nothing and touches no GPU. Who uses which kernel is decided in `backends` and in `fit`.
 """

@@ -1,4 +1,4 @@
-"""Layers that read the same input: merged, so that the kernels run them in one launch."""
+"""Layers that read the same input: merged, so that their backend runs them in one launch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..kernels.run.weights import KernelWeights
+from ..backends.base import Backend
+from ..backends.ops import run
 
 if TYPE_CHECKING:
     from .linear import RotatedLinear
-
-#: Stored tensors that the kernels' layout replaces; all others are small.
-REPACKED = ("qweight", "qzeros", "scales")
 
 
 class Merged:
@@ -25,12 +23,15 @@ class Merged:
     What was computed is handed out only for the very same tensor, unchanged since, in the same gradient mode, and is
     dropped as soon as every layer has had its part; any other input is computed anew. In inference mode and inside a
     compiled graph changes cannot be seen: there nobody may change x in place between two of the layers.
+
+    backend: who runs them, once it has replaced their stored tensors; None before.
     """
 
     def __init__(self, members: Sequence[RotatedLinear]):
         self.members = list(members)
-        self.weights: KernelWeights | None = None
+        self.backend: Backend | None = None
         self.tensors: list[Tensor] = []
+        self.sizes = [member.out_features for member in self.members]
         self.bias: Tensor | None = None
         self.latest: _Computed | None = None
 
@@ -48,44 +49,39 @@ class Merged:
             self.latest = None
         return y
 
-    def gathered(self, device_type: str) -> bool:
-        """Whether all stored tensors are on one device of this type, to stay."""
+    def gathered(self) -> bool:
+        """Whether all stored tensors are on one device, to stay."""
         devices = {tensor.device for member in self.members for tensor in member.buffers()}
-        return len(devices) == 1 and devices.pop().type == device_type and not any(map(offloaded, self.members))
+        return len(devices) == 1 and not any(map(offloaded, self.members))
 
-    def build(self) -> None:
-        """Repack all members; they give up the stored tensors that this replaces."""
-        from ..kernels.run.launch import with_matrix
-
+    def build(self, backend: Backend) -> None:
+        """Let the backend prepare all members; they give up the stored tensors that it replaces."""
         with plain_tensors():
-            self.weights = with_matrix(KernelWeights.build([member.packed for member in self.members]))
-            self.tensors = self.weights.tensors()
-            self.sizes = list(self.weights.out_features)
+            self.tensors = backend.prepare([member.packed for member in self.members], self.members[0].dtype)
             if any(member.bias is not None for member in self.members):
                 parts = [m.bias if m.bias is not None else m.scales.new_zeros(m.out_features) for m in self.members]
                 self.bias = torch.cat(parts)
+        self.backend = backend
         for member in self.members:
-            for name in REPACKED:  # empty, but on the right device, by which PEFT places its adapters
+            for name in backend.replaces:  # empty, but on the right device, by which PEFT places its adapters
                 member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
-        """The tensors that `member` gave up."""
-        assert self.weights is not None, "stored tensors are asked of weights that were not repacked"
-        return self.weights.stored(self.members.index(member), member.layout)
+        """The tensors that `member` gave up; none before `build`."""
+        if self.backend is None:
+            return {}
+        return self.backend.stored(self.tensors, self.sizes, self.members.index(member), member.layout)
 
     def dissolve(self) -> None:
         """Give every member its stored tensors back."""
         self.latest = None
-        if self.weights is None:
-            return
         for member in self.members:
             member._buffers.update(self.stored(member))
-        self.weights, self.tensors, self.bias = None, [], None
+        self.backend, self.tensors, self.bias = None, [], None
 
     def _linear(self, x: Tensor) -> Tensor:
-        return torch.ops.pairquant.rotated_linear(
-            x, self.tensors, self.bias, self.sizes, self.members[0].layout.group_size
-        )
+        assert self.backend is not None, "merged layers run once they are built"
+        return run(self.backend, x, self.tensors, self.bias, self.sizes, self.members[0].layout.group_size)
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from ..kernels.run.weights import MAX_SEGMENTS
+from ..spec.linear import Spec
 from .linear import RotatedLinear
 from .merging import Merged
 
@@ -15,16 +16,27 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def link_siblings(model: nn.Module) -> None:
-    """Merge the layers named in `SIBLINGS`, where they agree in all sizes but out_features."""
+    """Merge the layers named in `SIBLINGS`, where they agree in all but their out_features."""
     for parent in model.modules():
         for names in SIBLINGS:
             layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), RotatedLinear)]
-            like = {(s.in_features, s.bits, s.group_size, s.rotations) for s in (layer.layout for layer in layers)}
+            like = {(layer.in_features, layer.layout.spec) for layer in layers}
             if len(layers) == len(names) <= MAX_SEGMENTS and len(like) == 1:
                 merged = Merged(layers)
                 for layer in layers:
-                    layer._restore()
-                    layer._merged = merged
+                    layer.merge_into(merged)
+
+
+def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
+    """Groups of quantized layers that engines run as one, but whose specs, by path, differ."""
+    found: dict[tuple[str, ...], None] = {}
+    for path in specs:
+        parent, _, name = path.rpartition(".")
+        names = next((names for names in SIBLINGS if name in names), ())
+        group = tuple(f"{parent}.{other}" for other in names if f"{parent}.{other}" in specs)
+        if len({specs[other] for other in group}) > 1:
+            found[group] = None
+    return list(found)
 
 
 def prepare(model: nn.Module) -> nn.Module:

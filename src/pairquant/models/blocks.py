@@ -1,12 +1,11 @@
-"""Where a model's decoder blocks are, what each block is called with, and what its linears read.
+"""Where a model's decoder blocks are, and what each block is called with.
 
-Everything is found by looking, never by class name: the blocks are the `nn.ModuleList` that holds most of the model's
-linear weights; linears that are handed the very same tensor in one forward pass read the same input.
+Found by looking, never by class name: the blocks are the `nn.ModuleList` that holds most of the model's linear weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,16 @@ from torch import Tensor, nn
 
 from ..spec.patterns import matches
 from ..support.errors import SourceError
+from .sites import Site, sites_in
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block, its path, and the linears to quantize in it: full path → module."""
+    """One decoder block, its path, and the weights to quantize in it, by path."""
 
     path: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    sites: dict[str, Site]
 
 
 @dataclass
@@ -70,67 +70,98 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
-    """The decoder blocks in order; raises `SourceError` when there are none with linears."""
+    """The decoder blocks in order, each with the sites that `ignore` does not name.
+
+    Raises `SourceError` when there are none with linears, and when one block stands at several places.
+    """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    weights = {path: _linear_parameters(m) for path, m in stacks}
+    weights = {path: sum(site.weight.numel() for site in sites_in(m)) for path, m in stacks}
     if not any(weights.values()):
         raise SourceError(
-            f"{type(model).__name__} has no list of blocks with nn.Linear layers: nothing to quantize. "
+            f"{type(model).__name__} has no list of blocks with linear layers: nothing to quantize. "
             "Decoder-only Transformers models are supported."
         )
     path, stack = max(stacks, key=lambda item: weights[item[0]])
+    _require_distinct(path, stack)
     return [
         Block(
-            f"{path}.{i}", block, {name: m for name, m in _linears(block, f"{path}.{i}") if not matches(name, ignore)}
+            f"{path}.{i}",
+            block,
+            {site.path: site for site in sites_in(block, f"{path}.{i}") if not matches(site.path, ignore)},
         )
         for i, block in enumerate(stack)
     ]
 
 
-def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Linear]]:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            yield f"{prefix}.{name}", child
-
-
-def _linear_parameters(module: nn.Module) -> int:
-    return sum(linear.weight.numel() for _, linear in _linears(module, ""))
+def _require_distinct(path: str, stack: nn.ModuleList) -> None:
+    first: dict[int, int] = {}
+    for i, block in enumerate(stack):
+        if id(block) in first:
+            raise SourceError(
+                f"{path}.{first[id(block)]} and {path}.{i} are the same block. Blocks that share their weights cannot be "
+                "quantized one after the other: give each place a copy of its own (copy.deepcopy) in the model's code."
+            )
+        first[id(block)] = i
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the last block has been reached."""
+    """Ends a forward pass that has gone far enough."""
+
+
+@dataclass
+class Entry:
+    """What the calibration text meets at the first block.
+
+    hidden: states that enter it, one [B, T, H] per micro-batch; calls: of each block; passes: how many times a forward
+    pass runs through the blocks, more than once in looped decoders.
+    """
+
+    hidden: list[Tensor]
+    calls: list[Call]
+    passes: int
 
 
 @torch.no_grad()
-def first_inputs_and_calls(
-    model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: int
-) -> tuple[list[Tensor], list[Call]]:
-    """Hidden states that enter the first block, one [B, T, H] per micro-batch, and each block's `Call`.
+def enter(model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: int) -> Entry:
+    """Run what precedes the blocks. tokens: int64 [samples, T].
 
-    tokens: int64 [samples, T]. The blocks themselves are skipped: what they are called with does not depend on their
-    outputs; their weights may be absent.
+    The blocks themselves are skipped: what they are called with does not depend on their outputs; their weights may be
+    absent, and those of the output embedding.
     """
     hidden: list[Tensor] = []
     calls: dict[int, Call] = {}
+    runs = [0] * len(blocks)
 
-    def skip(index: int, last: bool):
-        def forward(states: Tensor, *args, **kwargs):
-            if index == 0:
+    def skip(index: int) -> Callable[..., Tensor]:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            runs[index] += 1
+            if index == 0 and len(hidden) < batches:
                 hidden.append(states.detach())
             calls.setdefault(index, Call(args, kwargs, states.shape[0]))
-            if last:
-                raise _Stop
+            if index == len(blocks) - 1 and batches > 1:
+                raise _Stop  # the first micro-batch goes on, to count the passes
             return states
 
         return forward
 
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    handle = head.register_forward_pre_hook(stop) if head is not None else None
+    batches, passes = 0, 1
     try:
         for i, block in enumerate(blocks):
-            block.module.forward = skip(i, last=i == len(blocks) - 1)
+            block.module.forward = skip(i)  # type: ignore[method-assign]
         for batch in tokens.split(micro_batch):
+            batches += 1
             with suppress(_Stop):
                 model(input_ids=batch, use_cache=False)
+            passes = runs[0] if batches == 1 else passes
     finally:
         for block in blocks:
             del block.module.forward
-    return hidden, [calls[i] for i in range(len(blocks))]
+        if handle is not None:
+            handle.remove()
+    return Entry(hidden, [calls[i] for i in range(len(blocks))], passes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from .sites import Site
 
 
 @dataclass
@@ -21,8 +23,8 @@ class Inputs:
 
 
 @contextmanager
-def recorded_inputs(linears: dict[str, nn.Linear]) -> Iterator[Inputs]:
-    """Collect what each of `linears` reads while the context is open."""
+def recorded_inputs(sites: Mapping[str, Site]) -> Iterator[Inputs]:
+    """Collect what the module of each site reads while the context is open."""
     inputs = Inputs()
     originals: list[Tensor] = []
 
@@ -38,7 +40,7 @@ def recorded_inputs(linears: dict[str, nn.Linear]) -> Iterator[Inputs]:
 
         return record
 
-    handles = [linear.register_forward_pre_hook(hook(path)) for path, linear in linears.items()]
+    handles = [site.module.register_forward_pre_hook(hook(path)) for path, site in sites.items()]
     try:
         yield inputs
     finally:

@@ -1,10 +1,9 @@
 """Block-wise training: the quantized block, on what the quantized model hands it, is to answer as the original does.
 
 `train_block` is the paper's recipe (section 4): transforms first, then weights and quantizers. `refit_block` trains
-what is continuous in a block that has been rounded by any other means. Both end with the block's linears holding
-their decoded weights.
+what is continuous in a block that has been rounded by any other means.
 
-A stage never touches the block: its weights are computed from what is trained (see `trained_linear`) and handed to
+A stage never touches the block: its weights are computed from what is trained (see `stages`) and handed to
 the block's forward pass for its duration. They are computed once a step; gradients gather on them over the step's
 micro-batches, then go back to what is trained, so that no graph is longer than one micro-batch.
 """
@@ -12,7 +11,7 @@ micro-batches, then go back to what is trained, so that no graph is longer than 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core.linear import decode
 from ..models.blocks import Block, Call
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.recipe import Refit, Training
 from ..support.errors import ConfigError
 from .ranks import ALONE, Ranks
-from .stages import Groups, RefitStage, Stage, Transforms, TransformStage, WeightStage
+from .stages import BlockTransforms, Groups, Layouts, RefitStage, Stage, TransformStage, WeightStage
 
 Report = Callable[[dict], None]
 Weights = dict[str, Tensor]
@@ -65,80 +63,75 @@ def _silent(_: dict) -> None:
     pass
 
 
-@torch.no_grad()
-def train_block(
-    block: Block,
-    call: Call,
-    data: BlockData,
-    config: QuantConfig,
-    groups: Groups,
-    seeds: dict[str, int],
-    report: Report = _silent,
-    ranks: Ranks = ALONE,
-) -> dict[str, PackedLinear]:
-    """Both stages of `config.recipe.training`: the packed linears by path, on the CPU.
+@dataclass
+class BlockTask:
+    """What to train: a block, on data.
 
-    groups: the linears (full paths) that share one transform, singletons included; seeds: for pair selection, by the
-    first path of each group. report: called with stage, epoch, loss (mean over the epoch's steps; None before
-    training) and validation (what chooses the epoch, see `BlockData.held_out`).
+    call: what the block is called with besides hidden states; layouts: of its linears, by path; groups: the linears
+    (full paths) that share one transform, singletons included; seeds: for pair selection, by the first path of each
+    group; report: called with stage, epoch, loss (mean over the epoch's steps; None before training) and validation
+    (what chooses the epoch, see `BlockData.held_out`).
     """
+
+    block: Block
+    call: Call
+    data: BlockData
+    layouts: Layouts
+    groups: Groups
+    seeds: Mapping[str, int]
+    config: QuantConfig
+    report: Report = _silent
+    ranks: Ranks = ALONE
+
+
+@torch.no_grad()
+def train_block(task: BlockTask, starts: list[float]) -> dict[str, PackedLinear]:
+    """Both stages of `recipe.training`: the packed linears by path, on the block's device; the block stays as it is.
+
+    starts: for each group, what its inverse channel scales start from.
+    """
+    block, config = task.block, task.config
     training = config.recipe.training or Training()
     block.module.requires_grad_(False).eval()
-    transforms = Transforms.untrained(block, groups, seeds, config)
-    first = TransformStage(block, groups, transforms, config, training)
-    fit(first, 1, block, call, data, training, config.seed, report, ranks)
-    second = WeightStage(block, groups, transforms.build(), config, training)
-    fit(second, 2, block, call, data, replace(training, epochs=training.weight_epochs), config.seed, report, ranks)
-    return _decoded_in_place(block, second.packed())
+    transforms = BlockTransforms.untrained(block, task.groups, task.layouts, task.seeds, starts, config.pair_selection)
+    first = TransformStage(block, task.groups, task.layouts, transforms, config.recipe, training.transform_rate)
+    fit(first, 1, task, training)
+    second = WeightStage(block, task.groups, task.layouts, transforms.build(), training)
+    fit(second, 2, task, replace(training, epochs=training.weight_epochs))
+    return second.packed()
 
 
 @torch.no_grad()
 def refit_block(
-    block: Block,
-    call: Call,
-    data: BlockData,
-    packed: dict[str, PackedLinear],
-    groups: Groups,
-    config: QuantConfig,
-    report: Report = _silent,
-    kept_as: torch.dtype = torch.float32,
-    ranks: Ranks = ALONE,
+    task: BlockTask, packed: Mapping[str, PackedLinear], kept_as: torch.dtype = torch.float32
 ) -> dict[str, PackedLinear]:
-    """Train scales, angles and norms by `config.recipe.refit`: new packed linears with the same codes, on the CPU.
+    """Train scales, angles and norms by `recipe.refit`: new packed linears with the same codes, on the block's device.
 
-    The norm weights stay in the block, with values that `kept_as`, the dtype of the checkpoint, can hold.
+    The block keeps its weights but for the norms', with values that `kept_as`, the dtype of the checkpoint, can hold.
     """
-    refit = config.recipe.refit or Refit()
+    block, refit = task.block, task.config.recipe.refit or Refit()
     block.module.requires_grad_(False).eval()
     device = next(block.module.parameters()).device
-    stage = RefitStage(block, groups, {p: _moved(x, device) for p, x in packed.items()}, config, refit, kept_as)
+    moved = {path: linear.to(device) for path, linear in packed.items()}
+    stage = RefitStage(block, task.groups, moved, task.config.recipe, refit, kept_as)
     optimizer = Training(epochs=refit.epochs, batch=refit.batch, final_rate=refit.final_rate, weight_decay=0.0)
-    fit(stage, 3, block, call, data, optimizer, config.seed, report, ranks)
+    fit(stage, 3, task, optimizer)
     for name, norm in stage.norms.items():
         parameter = block.module.get_parameter(name.removeprefix(f"{block.path}."))
         parameter.copy_(stage.as_kept(norm))
-    return _decoded_in_place(block, stage.packed())
+    return stage.packed()
 
 
-def fit(
-    stage: Stage,
-    number: int,
-    block: Block,
-    call: Call,
-    data: BlockData,
-    how: Training,
-    seed: int,
-    report: Report,
-    ranks: Ranks = ALONE,
-) -> None:
+def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
     """Train `stage.trained` for `how.epochs` and leave the values of the best epoch, the start counting as epoch 0.
 
     Several ranks hold equally many windows each; gradients and losses are averaged over them.
     """
     if not how.epochs or not stage.trained:
         return
+    data, ranks, report = task.data, task.ranks, task.report
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
-    objective = _Objective(block, call, how.loss)
+    objective = _Objective(task.block, task.call, how.loss)
     tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
     optimizer = torch.optim.AdamW(
         [{"params": [tensor], "lr": rate} for tensor, rate in stage.trained],
@@ -150,7 +143,7 @@ def fit(
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _cosine(how.final_rate, how.epochs * math.ceil(len(data.inputs) / per_step))
     )
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same order on every device
+    generator = torch.Generator().manual_seed(task.config.seed)  # on the CPU: the same order on every device
     best = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
     kept = [tensor.detach().clone() for tensor in tensors]
     report({"stage": number, "epoch": 0, "loss": None, "validation": best})
@@ -225,14 +218,3 @@ def _micro_batches_per_step(batch: int, size: int) -> int:
 def _cosine(final: float, steps: int) -> Callable[[int], float]:
     """Factor of the learning rate before each step: from 1 to `final` along half a cosine."""
     return lambda step: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _decoded_in_place(block: Block, packed: dict[str, PackedLinear]) -> dict[str, PackedLinear]:
-    """Give each linear its decoded weight; the packed linears, on the CPU."""
-    for path, linear in block.linears.items():
-        linear.weight.data = decode(packed[path]).to(linear.weight.dtype)
-    return {path: _moved(item, torch.device("cpu")) for path, item in packed.items()}
-
-
-def _moved(packed: PackedLinear, device: torch.device) -> PackedLinear:
-    return PackedLinear(packed.layout, **{name: tensor.to(device) for name, tensor in packed.tensors().items()})

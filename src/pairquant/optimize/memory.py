@@ -13,7 +13,7 @@ from ..models.blocks import Block
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .streams import MICRO_BATCH_TOKENS
-from .walk import compares, compute_dtype
+from .walk import compute_dtype
 
 #: What kernels' workspaces, fragmentation and the allocator's rounding add.
 MARGIN = 1.15
@@ -50,11 +50,11 @@ def demand(
     device: torch.device,
 ) -> Demand:
     """Predict the peak; streams that the device has no room for are kept on the host."""
-    itemsize = compute_dtype(model, config, device).itemsize
-    hidden = max(m.in_features for m in blocks[0].linears.values()) if blocks[0].linears else 0
+    itemsize = compute_dtype(blocks, config, device).itemsize
+    hidden = max((site.size.in_features for site in blocks[0].sites.values()), default=0)
     hidden = getattr(getattr(model, "config", None), "hidden_size", hidden)
     windows = sum(t.numel() for t in (tokens, validation) if t is not None)
-    streams = windows * hidden * itemsize * (2 if compares(config) else 1)
+    streams = windows * hidden * itemsize * (2 if config.recipe.compares else 1)
     work = max(_block_bytes(block, config, tokens, itemsize, device) for block in blocks)
     available = free_bytes(device)
     fits = work * MARGIN + streams < available
@@ -63,13 +63,14 @@ def demand(
 
 
 def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int, device: torch.device) -> int:
-    sizes = [(m.out_features, m.in_features) for m in block.linears.values()]
+    sizes = [(site.size.out_features, site.size.in_features) for site in block.sites.values()]
     if not sizes:
         return 0
     weights = sum(math.prod(size) for size in sizes)
     inputs: dict[tuple[str, int], int] = {}
-    for path, linear in block.linears.items():
-        inputs[path.rpartition(".")[0], linear.in_features] = linear.in_features**2 * 4
+    for path, site in block.sites.items():
+        channels = site.size.in_features
+        inputs[path.rpartition(".")[0], channels] = channels**2 * 4
     moments = sum(inputs.values()) * (2 if config.recipe.drift else 1)
     largest = max(math.prod(size) for size in sizes)
     fitting = largest * 4 * FITTING_COPIES

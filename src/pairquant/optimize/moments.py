@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.inputs import Inputs
 from ..support.errors import CalibrationError, ConfigError
@@ -44,19 +46,25 @@ class MomentSum:
             if moments.cross is not None:
                 moments.cross += product
 
-    def checked(self, linears: dict[str, nn.Linear]) -> list[Moments]:
-        """The sums; refuses linears that never ran, ran twice, or saw values that are not finite."""
-        read = [path for moments in self.moments for path in moments.readers]
-        for path in linears:
-            if read.count(path) != 1:
-                raise ConfigError(f"{path} runs {read.count(path)} times in a forward pass, must be once: --ignore it")
+    def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
+        """The sums, and those of the paths that the forward pass never called.
+
+        Raises `ConfigError` for a linear that runs several times, `CalibrationError` for inputs that are not finite.
+        """
+        runs = Counter(path for moments in self.moments for path in moments.readers)
+        for path, count in runs.items():
+            if count > 1:
+                raise ConfigError(
+                    f"{path} runs {count} times in one forward pass of its block, on inputs that may differ. "
+                    f"Leave it as it is: --ignore {path}"
+                )
         for moments in self.moments:
             if not moments.hessian.isfinite().all():
                 raise CalibrationError(
                     f"the inputs of {', '.join(moments.readers)} are not finite on the calibration text. "
                     "Check the source model, or load it in a wider dtype."
                 )
-        return self.moments
+        return self.moments, [path for path in paths if path not in runs]
 
 
 def second_moment(x: Tensor, y: Tensor) -> Tensor:

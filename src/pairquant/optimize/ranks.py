@@ -46,6 +46,11 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def largest(self, tensor: Tensor) -> None:
+        """The largest of all ranks' values, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
     def average(self, tensors: Sequence[Tensor | None]) -> None:
         """Mean over all ranks, in place."""
         for tensor in tensors:
@@ -94,12 +99,12 @@ class Ranks:
         if self.size == 1:
             assert packed is not None, "a single rank has everything"
             return packed
-        received = {}
+        received: dict[str, Tensor] = {}
         for name, field in layout.fields().items():
-            own = packed.tensors()[name].to(device).contiguous() if packed is not None else None
+            own = packed[name].to(device).contiguous() if packed is not None else None
             received[name] = torch.empty(field.shape, dtype=field.dtype, device=device) if own is None else own
             self._broadcast(received[name], owner)
-        return PackedLinear(layout, **received)
+        return PackedLinear(layout, received)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         if self.size > 1 and tensor.numel():

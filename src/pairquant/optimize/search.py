@@ -11,7 +11,7 @@ problems of a block are fitted together: their angles lie side by side, and one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from ..core.linear import Transform
 from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pairs
 from ..kernels.fit.loops import fake_quantize
 from ..kernels.fit.matrices import Matrices
+from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from .ranks import ALONE, Ranks
 
@@ -33,13 +34,15 @@ GRAPH_WEIGHTS, GRAPH_WARM_UP = 128_000_000, 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One transform to find. weight: float32 [N, C], the rows of all linears that will share it, or this rank's part of
-    them; hessian: [C, C].
+    """One transform to find, for a weight that will be stored as `spec`.
+
+    weight: float32 [N, C], the rows of all linears that will share it, or this rank's part of them; hessian: [C, C].
     """
 
     weight: Tensor
     hessian: Tensor
     seed: int
+    spec: Spec
 
     @property
     def channels(self) -> int:
@@ -62,7 +65,7 @@ class Problem:
 
 
 def loss_and_gradients(
-    problem: Problem, into: Tensor, out_of: Tensor, config: QuantConfig, slopes: bool = True
+    problem: Problem, into: Tensor, out_of: Tensor, slopes: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """tr(E H Eᵀ) with Ŵ = Q(W · into) · out_of, and its gradients with respect to the two, all [G, g, g] matrices.
 
@@ -77,7 +80,7 @@ def loss_and_gradients(
     rotated = torch.bmm(weight, into)  # [G, N, g]
     with torch.enable_grad():
         leaf = rotated.requires_grad_(slopes)
-        rounded = fake_quantize(leaf.view(-1, g), config.bits, g, config.symmetric).view_as(leaf)
+        rounded = fake_quantize(leaf.view(-1, g), problem.spec.bits, g, problem.spec.symmetric).view_as(leaf)
     error = torch.empty_like(problem.weight)
     torch.sub(weight, torch.bmm(rounded.detach(), out_of), out=_by_group(error, g))
     weighted = problem.weighted(error)
@@ -110,32 +113,44 @@ def _fast_products(device: torch.device) -> Iterator[None]:
 def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = ALONE) -> list[Transform]:
     """The best transform found for each problem, with fp16-rounded values, on the problems' device.
 
-    Several ranks have the same problems, each with rows of its own, and get the same transforms.
+    Several ranks have the same problems, each with rows of its own, and get the same transforms. Problems of one group
+    size and number of rotations are searched together.
     """
-    if not config.recipe.transform or not problems:
-        return [Transform.identity(p.channels, int(config.group_size), device=p.weight.device) for p in problems]
-    with _fast_products(problems[0].weight.device):
-        search = _Search(problems, config, ranks)
-        search.run()
-        search.losses = search.evaluate(slopes=False)
-        search.optimizer.zero_grad(set_to_none=True)
-        search.combine()
-        search.keep_best(search.losses)
-    return search.transforms()
+    if not config.recipe.transform:
+        return [Transform.identity(p.channels, p.spec.group_size, device=p.weight.device) for p in problems]
+    found: dict[int, Transform] = {}
+    for alike in alike_in_rotation([problem.spec for problem in problems]):
+        chosen = [problems[i] for i in alike]
+        with _fast_products(chosen[0].weight.device):
+            search = _Search(chosen, config, ranks)
+            search.run()
+            search.losses = search.evaluate(slopes=False)
+            search.optimizer.zero_grad(set_to_none=True)
+            search.combine()
+            search.keep_best(search.losses)
+        found |= dict(zip(alike, search.transforms(), strict=True))
+    return [found[i] for i in range(len(problems))]
 
 
-def select_for(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks = ALONE) -> PairSelection:
-    """The pairs of the transform of a weight [N, C], by the configured method, from a seed of its own.
+def alike_in_rotation(specs: Sequence[Spec]) -> list[list[int]]:
+    """Places of the specs with one group size and number of rotations, whose channels can lie side by side."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for i, spec in enumerate(specs):
+        places.setdefault((spec.group_size, spec.rotations), []).append(i)
+    return list(places.values())
+
+
+def select_for(weight: Tensor, seed: int, spec: Spec, method: str, ranks: Ranks = ALONE) -> PairSelection:
+    """The pairs of the transform of a weight [N, C], by a method of `PAIR_SELECTIONS`, from a seed of its own.
 
     Several ranks pass rows of their own, and select the same pairs.
     """
-    return select_pairs(_pair_rank(weight, seed, config, ranks), config.rotations)
+    return select_pairs(_pair_rank(weight, seed, spec.group_size, method, ranks), spec.rotations)
 
 
-def _pair_rank(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks) -> Tensor:
+def _pair_rank(weight: Tensor, seed: int, g: int, method: str, ranks: Ranks) -> Tensor:
     """The order in which pairs are considered, float32 [G, g, g]."""
-    g = int(config.group_size)
-    if config.pair_selection == "magnitude":
+    if method == "magnitude":
         magnitudes = weight.abs().sum(0)
         ranks.add(magnitudes)
         return magnitude_rank(magnitudes, g)
@@ -143,15 +158,19 @@ def _pair_rank(weight: Tensor, seed: int, config: QuantConfig, ranks: Ranks) -> 
 
 
 class _Search:
-    """All problems' parameters, concatenated: theta [K, ΣC/2] from zero, log_scale (log a) [ΣC] from zero."""
+    """Problems of one group size and number of rotations, their parameters side by side.
+
+    theta: [K, ΣC/2] from zero; log_scale: log a, [ΣC] from zero.
+    """
 
     def __init__(self, problems: list[Problem], config: QuantConfig, ranks: Ranks):
         device = problems[0].weight.device
         self.problems, self.config, self.ranks = problems, config, ranks
-        self.group_size = int(config.group_size)
+        self.group_size, rotations = problems[0].spec.group_size, problems[0].spec.rotations
         self.sizes = [p.channels for p in problems]
-        order = torch.cat([_pair_rank(p.weight, p.seed, config, ranks) for p in problems])
-        selection = select_pairs(order, config.rotations)  # of all at once: the time goes into launches
+        method, g = config.pair_selection, self.group_size
+        order = torch.cat([_pair_rank(p.weight, p.seed, g, method, ranks) for p in problems])
+        selection = select_pairs(order, rotations)  # of all at once: the time goes into launches
         self.pairs, self.free = selection.pairs, selection.free
         self.matrices = Matrices(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
@@ -186,7 +205,7 @@ class _Search:
         for problem, norm, forth, back in zip(
             self.problems, self.norms, into.detach().split(counts), out_of.detach().split(counts), strict=True
         ):
-            loss, grad_into, grad_out_of = loss_and_gradients(problem, forth, back, self.config, slopes)
+            loss, grad_into, grad_out_of = loss_and_gradients(problem, forth, back, slopes)
             losses.append(loss / norm)
             if grad_into is not None and grad_out_of is not None:
                 grads_into.append(grad_into / norm)

@@ -8,8 +8,8 @@ training is the loss of the packed block.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from ..core.rotation import rotate_dense
 from ..core.rounding import Grid, stored
 from ..kernels.fit.matrices import Matrices
 from ..models.blocks import Block
-from ..spec.linear import PackedLinear
-from ..spec.options import QuantConfig
-from ..spec.recipe import Refit, Training
-from .search import select_for
+from ..models.sites import is_linear
+from ..spec.linear import LinearLayout, PackedLinear, Spec
+from ..spec.recipe import Recipe, Refit, Training
+from .search import alike_in_rotation, select_for
 
+#: The linears (full paths) of each transform.
 Groups = list[tuple[str, ...]]
+#: Of every linear, by path.
+Layouts = Mapping[str, LinearLayout]
 
 
 class Stage(Protocol):
@@ -44,10 +47,11 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
 
 
 class Transforms:
-    """The transforms of a block's groups, their channels side by side (ΣC in all), so that one product builds every R.
+    """The transforms of groups of linears with one group size and number of rotations, their channels side by side.
 
-    theta: float32 [K, ΣC/2]; log_scale: float32 [ΣC], the change of log a since `start_inverse`, from zero.
-    pairs: int16 [K, ΣC]; free: bool [K, ΣC/2], False where an angle must stay at zero.
+    There are ΣC channels in all, so that one product builds every R. theta: float32 [K, ΣC/2]; log_scale: float32 [ΣC],
+    the change of log a since `start_inverse`, from zero. pairs: int16 [K, ΣC]; free: bool [K, ΣC/2], False where an
+    angle must stay at zero.
     """
 
     def __init__(self, pairs: list[Tensor], free: list[Tensor], theta: list[Tensor], inverse: list[Tensor], g: int):
@@ -58,24 +62,9 @@ class Transforms:
         self.log_scale = torch.zeros_like(self.start_inverse)
         self.rotation_matrices = Matrices(self.pairs, g)
 
-    @classmethod
-    def untrained(cls, block: Block, groups: Groups, seeds: dict[str, int], config: QuantConfig) -> Transforms:
-        """Selected pairs, angles zero, channel scales one. seeds: by the first path of each group."""
-        pairs, free = [], []
-        for group in groups:
-            weight = torch.cat([block.linears[path].weight.detach().float() for path in group])
-            selection = select_for(weight, seeds[group[0]], config)
-            pairs.append(selection.pairs.to(weight.device))
-            free.append(selection.free.to(weight.device))
-        theta = [torch.zeros(f.shape, device=f.device) for f in free]
-        inverse = [torch.ones(p.shape[1], device=p.device) for p in pairs]
-        return cls(pairs, free, theta, inverse, int(config.group_size))
-
-    @classmethod
-    def stored_in(cls, packed: list[PackedLinear]) -> Transforms:
-        """Those of packed linears. Pairs that only fill up are known by their angle of zero."""
-        theta, inverse = [p.theta.float() for p in packed], [p.channel_scales.flatten() for p in packed]
-        return cls([p.pairs for p in packed], [t != 0 for t in theta], theta, inverse, packed[0].layout.group_size)
+    @property
+    def rotations(self) -> int:
+        return len(self.pairs)
 
     def values(self) -> tuple[Tensor, Tensor]:
         """Angles [K, ΣC/2] and inverse scales 1/a [ΣC] as fp16 keeps them."""
@@ -100,24 +89,94 @@ class Transforms:
         ]
 
 
+class BlockTransforms:
+    """The transforms of all groups of a block, in their order; those alike in group size and rotations lie together."""
+
+    def __init__(self, count: int, sets: list[tuple[list[int], Transforms]]):
+        """sets: places of the groups, of `count` in all, and the transforms of these groups."""
+        self.count, self.sets = count, sets
+
+    @classmethod
+    def untrained(
+        cls, block: Block, groups: Groups, layouts: Layouts, seeds: Mapping[str, int], starts: list[float], method: str
+    ) -> BlockTransforms:
+        """Selected pairs, angles zero, inverse channel scales at `starts`, a number for each group.
+
+        seeds: for pair selection, by the first path of each group; method: of `PAIR_SELECTIONS`.
+        """
+
+        def of(places: list[int]) -> Transforms:
+            pairs, free, inverse = [], [], []
+            for i in places:
+                weight = torch.cat([block.sites[path].weight.float() for path in groups[i]])
+                selection = select_for(weight / starts[i], seeds[groups[i][0]], layouts[groups[i][0]].spec, method)
+                pairs.append(selection.pairs.to(weight.device))
+                free.append(selection.free.to(weight.device))
+                inverse.append(torch.full((weight.shape[1],), starts[i], device=weight.device))
+            theta = [torch.zeros(f.shape, device=f.device) for f in free]
+            return Transforms(pairs, free, theta, inverse, layouts[groups[places[0]][0]].group_size)
+
+        alike = alike_in_rotation([layouts[group[0]].spec for group in groups])
+        return cls(len(groups), [(places, of(places)) for places in alike])
+
+    @classmethod
+    def stored_in(cls, packed: list[PackedLinear]) -> BlockTransforms:
+        """Those of one packed linear of each group. Pairs that only fill up are known by their angle of zero."""
+
+        def of(places: list[int]) -> Transforms:
+            some = [packed[i] for i in places]
+            theta, inverse = [p["theta"].float() for p in some], [p["channel_scales"].flatten() for p in some]
+            pairs = [p["pairs"] for p in some]
+            return Transforms(pairs, [t != 0 for t in theta], theta, inverse, some[0].layout.group_size)
+
+        alike = alike_in_rotation([p.layout.spec for p in packed])
+        return cls(len(packed), [(places, of(places)) for places in alike])
+
+    def angles(self) -> list[Tensor]:
+        """The trainable angles."""
+        return [transforms.theta for _, transforms in self.sets if transforms.rotations]
+
+    def log_scales(self) -> list[Tensor]:
+        """The trainable channel scales."""
+        return [transforms.log_scale for _, transforms in self.sets]
+
+    def matrices(self) -> list[tuple[Tensor, Tensor]]:
+        """See `Transforms.matrices`, for all groups."""
+        return self._ordered([transforms.matrices() for _, transforms in self.sets])
+
+    def build(self) -> list[Transform]:
+        """One for each group, with stored values."""
+        return self._ordered([transforms.build() for _, transforms in self.sets])
+
+    def _ordered(self, values: list[list[Any]]) -> list[Any]:
+        found = {
+            i: value
+            for (places, _), of_set in zip(self.sets, values, strict=True)
+            for i, value in zip(places, of_set, strict=True)
+        }
+        return [found[i] for i in range(self.count)]
+
+
 class TransformStage:
     """Stage 1 (paper, section 4): angles and channel scales, the quantizer's range taken from the rotated weight."""
 
-    def __init__(self, block: Block, groups: Groups, transforms: Transforms, config: QuantConfig, training: Training):
-        self.block, self.groups, self.transforms, self.config = block, groups, transforms, config
-        self.trained = []
-        if config.rotations:
-            self.trained.append((transforms.theta, training.transform_rate))
-        if config.recipe.transform and config.recipe.channel_scales:
-            self.trained.append((transforms.log_scale, training.transform_rate))
+    def __init__(
+        self, block: Block, groups: Groups, layouts: Layouts, transforms: BlockTransforms, recipe: Recipe, rate: float
+    ):
+        """rate: of learning, for both."""
+        self.block, self.groups, self.layouts, self.transforms = block, groups, layouts, transforms
+        self.trained = [(theta, rate) for theta in transforms.angles()]
+        if recipe.transform and recipe.channel_scales:
+            self.trained += [(log_scale, rate) for log_scale in transforms.log_scales()]
 
     def weights(self) -> dict[str, Tensor]:
-        result, config = {}, self.config
+        result = {}
         for group, (into, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
             for path in group:
-                rotated = rotate_dense(self.block.linears[path].weight.float(), into)
-                rounded = fake_quantize(rotated, config.bits, int(config.group_size), config.symmetric)
-                result[f"{path}.weight"] = rotate_dense(rounded, out_of)
+                site, spec = self.block.sites[path], self.layouts[path].spec
+                rotated = rotate_dense(site.weight.float(), into)
+                rounded = fake_quantize(rotated, spec.bits, spec.group_size, spec.symmetric)
+                result[f"{path}.weight"] = site.as_held(rotate_dense(rounded, out_of))
         return result
 
 
@@ -155,39 +214,40 @@ class WeightStage:
     were trained are those that are stored.
     """
 
-    def __init__(self, block: Block, groups: Groups, transforms: list[Transform], config: QuantConfig, rates: Training):
-        self.block, self.config = block, config
+    def __init__(self, block: Block, groups: Groups, layouts: Layouts, transforms: list[Transform], rates: Training):
+        self.block, self.layouts = block, layouts
         self.transforms = {p: t for group, t in zip(groups, transforms, strict=True) for p in group}
-        self.rotated = {p: t.weight_in(block.linears[p].weight.float()) for p, t in self.transforms.items()}
-        bits, g, symmetric = config.bits, int(config.group_size), config.symmetric
-        grids = {p: Grid.spanning(*group_range(w, g), bits, symmetric) for p, w in self.rotated.items()}
+        self.rotated = {p: t.weight_in(block.sites[p].weight.float()) for p, t in self.transforms.items()}
+        grids = {p: self._spanning(w, layouts[p].spec) for p, w in self.rotated.items()}
         self.scales = {p: grid.scale for p, grid in grids.items()}
         self.zeros = {p: grid.zero for p, grid in grids.items()}
         self.trained = [(w, rates.weight_rate) for w in self.rotated.values()]
         self.trained += [(s, rates.quantizer_rate) for s in self.scales.values()]
-        if not symmetric:
-            self.trained += [(z, rates.quantizer_rate) for z in self.zeros.values()]
+        self.trained += [(z, rates.quantizer_rate) for p, z in self.zeros.items() if not layouts[p].spec.symmetric]
+
+    @staticmethod
+    def _spanning(w: Tensor, spec: Spec) -> Grid:
+        return Grid.spanning(*group_range(w, spec.group_size), spec.bits, spec.symmetric)
 
     def grid(self, path: str) -> tuple[Tensor, Tensor]:
         """Scale and zero point [N, G] as they are stored."""
         scale, zero = self.scales[path], self.zeros[path]
-        whole = zero.round().clamp(0, 2**self.config.bits - 1)
+        whole = zero.round().clamp(0, 2 ** self.layouts[path].bits - 1)
         return straight_through(scale, stored(scale.clamp(min=MIN_SCALE))), straight_through(zero, whole)
 
     def weights(self) -> dict[str, Tensor]:
         result = {}
         for path, transform in self.transforms.items():
-            rounded = LearnedQuantize.apply(self.rotated[path], *self.grid(path), self.config.bits)
-            result[f"{path}.weight"] = transform.weight_out(rounded)
+            rounded = LearnedQuantize.apply(self.rotated[path], *self.grid(path), self.layouts[path].bits)
+            result[f"{path}.weight"] = self.block.sites[path].as_held(transform.weight_out(rounded))
         return result
 
     def packed(self) -> dict[str, PackedLinear]:
         result = {}
         for path, transform in self.transforms.items():
-            linear, (scale, zero) = self.block.linears[path], self.grid(path)
-            layout = self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
+            layout, (scale, zero) = self.layouts[path], self.grid(path)
             codes = quantize(self.rotated[path], scale, zero, layout.bits)
-            result[path] = assemble(layout, transform, codes, scale, zero, linear.bias)
+            result[path] = assemble(layout, transform, codes, scale, zero, self.block.sites[path].bias)
         return result
 
 
@@ -199,26 +259,25 @@ class RefitStage:
         block: Block,
         groups: Groups,
         packed: dict[str, PackedLinear],
-        config: QuantConfig,
+        recipe: Recipe,
         rates: Refit,
         kept_as: torch.dtype,
     ):
         """packed: on the block's device; kept_as: dtype that the norm weights will be stored in."""
-        self.groups, self.start, self.kept_as = groups, packed, kept_as
-        self.transforms = Transforms.stored_in([packed[group[0]] for group in groups])
+        self.block, self.groups, self.start, self.kept_as = block, groups, packed, kept_as
+        self.transforms = BlockTransforms.stored_in([packed[group[0]] for group in groups])
         self.steps = {path: _steps(p) for path, p in packed.items()}
-        self.log_scales = {path: torch.zeros_like(p.scales.T, dtype=torch.float32) for path, p in packed.items()}
+        self.log_scales = {path: torch.zeros_like(p["scales"].T, dtype=torch.float32) for path, p in packed.items()}
         self.norms = {name: p.detach().float().clone() for name, p in _norm_weights(block)}
         self.trained = [(log_scale, rates.scale_rate) for log_scale in self.log_scales.values()]
         self.trained += [(norm, rates.norm_rate) for norm in self.norms.values()]
-        if config.rotations:
-            self.trained.append((self.transforms.theta, rates.transform_rate))
-        if config.recipe.transform and config.recipe.channel_scales:
-            self.trained.append((self.transforms.log_scale, rates.transform_rate))
+        self.trained += [(theta, rates.transform_rate) for theta in self.transforms.angles()]
+        if recipe.transform and recipe.channel_scales:
+            self.trained += [(log_scale, rates.transform_rate) for log_scale in self.transforms.log_scales()]
 
     def scale(self, path: str) -> Tensor:
         """Group scales [N, G] as they are stored."""
-        scale = self.start[path].scales.T.float() * self.log_scales[path].exp()
+        scale = self.start[path]["scales"].T.float() * self.log_scales[path].exp()
         return straight_through(scale, stored(scale.clamp(min=MIN_SCALE)))
 
     def weights(self) -> dict[str, Tensor]:
@@ -226,7 +285,7 @@ class RefitStage:
         for group, (_, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
             for path in group:
                 rotated = (self.steps[path] * self.scale(path)[..., None]).flatten(1)
-                result[f"{path}.weight"] = rotate_dense(rotated, out_of)
+                result[f"{path}.weight"] = self.block.sites[path].as_held(rotate_dense(rotated, out_of))
         return result
 
     def as_kept(self, norm: Tensor) -> Tensor:
@@ -235,17 +294,16 @@ class RefitStage:
     def packed(self) -> dict[str, PackedLinear]:
         result = {}
         for group, transform in zip(self.groups, self.transforms.build(), strict=True):
-            theta, inverse = transform.theta.half(), transform.inverse_scales.half()[None]
             for path in group:
                 scales = self.scale(path).T.half().contiguous()
-                result[path] = replace(self.start[path], scales=scales, theta=theta, channel_scales=inverse)
+                result[path] = self.start[path].with_tensors(scales=scales, **transform.tensors())
         return result
 
 
 def _steps(packed: PackedLinear) -> Tensor:
     """q - z of every weight: int16 [N, G, g]."""
     bits, g = packed.layout.bits, packed.layout.group_size
-    codes, zeros = unpack(packed.qweight, bits).T.short(), unpack(packed.qzeros, bits).T.short()
+    codes, zeros = unpack(packed["qweight"], bits).T.short(), unpack(packed["qzeros"], bits).T.short()
     return codes.reshape(len(codes), -1, g) - zeros[..., None]
 
 
@@ -254,7 +312,7 @@ def _norm_weights(block: Block) -> list[tuple[str, nn.Parameter]]:
     return [
         (".".join(filter(None, (block.path, path, name))), parameter)
         for path, module in block.module.named_modules()
-        if not isinstance(module, nn.Linear)
+        if not is_linear(module)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 1
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block, Call, first_inputs_and_calls
+from ..models.blocks import Block, Call, enter
 from ..models.inputs import recorded_inputs
 from .moments import MomentSum
 
@@ -20,11 +20,21 @@ from .moments import MomentSum
 MICRO_BATCH_TOKENS = 8192
 
 
+@dataclass(frozen=True)
+class Places:
+    """device: where blocks run; store: where hidden states are kept between blocks; dtype: of the forward passes."""
+
+    device: torch.device
+    store: torch.device
+    dtype: torch.dtype
+
+
 @dataclass
 class Streams:
     """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
 
-    device: where blocks run; calls: what each block is called with; notice: told once when memory made the micro-batches smaller.
+    device: where blocks run; calls: what each block is called with; notice: told what a user should know, such as
+    smaller micro-batches for want of memory.
     """
 
     calls: list[Call]
@@ -42,30 +52,36 @@ class Streams:
         blocks: list[Block],
         tokens: Tensor,
         keep_original: bool,
-        device: torch.device,
-        store: torch.device,
-        dtype: torch.dtype,
+        places: Places,
         notice: Callable[[str], None],
     ) -> Streams:
         """tokens: int64 [samples, T]. What precedes the blocks runs where its weights are."""
         home = next(p.device for p in model.parameters() if not p.is_meta)
         micro_batch = min(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]), len(tokens))
-        hidden, calls = first_inputs_and_calls(model, blocks, tokens.to(home), micro_batch)
-        hidden = [h.to(store, dtype) for h in hidden]
-        calls = [call.to(device, dtype) for call in calls]
-        return cls(calls, hidden, list(hidden) if keep_original else None, device, store, notice)
+        entry = enter(model, blocks, tokens.to(home), micro_batch)
+        if entry.passes > 1:
+            notice(
+                f"a forward pass runs {entry.passes} times through the blocks; they are calibrated on what they read in the "
+                "first pass alone"
+            )
+        hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
+        calls = [call.to(places.device, places.dtype) for call in entry.calls]
+        return cls(calls, hidden, list(hidden) if keep_original else None, places.device, places.store, notice)
 
-    def moments(self, block: Block, index: int) -> MomentSum:
-        """Run the original block on the stream(s); the original stream moves on to the next block."""
+    def observe(self, block: Block, index: int) -> MomentSum:
+        """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
+
+        The original stream moves on to the next block with what that gives; the quantized one stays.
+        """
         total = MomentSum()
         for i, hidden in enumerate(self.quantized):
 
             def once(hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
                 reference = output = None
                 if original is not None:
-                    with recorded_inputs(block.linears) as reference:
+                    with recorded_inputs(block.sites) as reference:
                         output = self.calls[index].run(block.module, original)
-                with recorded_inputs(block.linears) as inputs:
+                with recorded_inputs(block.sites) as inputs:
                     self.calls[index].run(block.module, hidden)
                 total.add(inputs, reference)
                 return output

@@ -1,9 +1,9 @@
 """The walk over the decoder blocks: each is fitted on what the quantized blocks before it hand over.
 
-Per block: one pass of the calibration text collects the second moments of every distinct input; the transforms are
-fitted, the weights rounded, packed, and replaced by their decoded values; a second pass carries the text on. Recipes
-with block-wise training do it in place of the proxy, or after it. Blocks that an earlier run finished are taken as
-they are.
+Per block, in this order: the calibration text runs through the block as it was, which sums the second moments of every
+distinct input and moves the original model's stream on; the strategy of the recipe fits, rounds and packs the linears
+and leaves the block with its decoded weights; the quantized model's stream moves on. Blocks that an earlier run
+finished are taken as they are.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..core.linear import Transform, decode, encode
-from ..core.rounding import proxy_error, proxy_terms, ratio
-from ..kernels.fit.loops import solvers
-from ..models.blocks import Block, find_blocks
-from ..spec.linear import LinearLayout, PackedLinear, columns_per_block
+from ..core.linear import decode
+from ..models.blocks import Block
+from ..models.planning import plan_model
+from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
+from ..spec.plan import Plan
 from ..support.errors import ConfigError
-from .blockwise import BlockData, refit_block, train_block
-from .drift import drift_targets
+from .blockwise import BlockData
 from .moments import Moments, MomentSum
 from .ranks import Ranks
-from .search import Problem, fit_transforms
-from .streams import Streams
+from .stages import Groups, Layouts
+from .strategies import BlockWork, strategy_for
+from .streams import Places, Streams
 
 
 @dataclass
 class BlockResult:
     """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
 
-    shared: groups of linears with one transform; parameters: other parameters of the block that were trained, by path;
-    history: what block-wise training reported; gpu_peak: most GPU memory allocated so far, bytes.
+    shared: groups of linears with one transform; uncalled: linears that no forward pass runs, left plain; parameters:
+    other parameters of the block that were trained, by path; history: what block-wise training reported; gpu_peak: most
+    GPU memory allocated so far, bytes.
     """
 
     index: int
@@ -46,6 +48,7 @@ class BlockResult:
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     shared: list[tuple[str, ...]] = field(default_factory=list)
+    uncalled: list[str] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -73,7 +76,8 @@ class Finished(Protocol):
 class InPlace:
     """The model holds all its weights; a block goes to the device and comes back."""
 
-    stored_as: tuple[torch.device, torch.dtype] | None = None
+    def __init__(self) -> None:
+        self.stored_as: tuple[torch.device, torch.dtype] | None = None
 
     def dtype(self, block: Block) -> torch.dtype:
         return self.stored_as[1] if self.stored_as else next(block.module.parameters()).dtype
@@ -113,6 +117,8 @@ class Walk:
     """
 
     model: nn.Module
+    blocks: list[Block]
+    plan: Plan
     config: QuantConfig
     device: torch.device
     tokens: Tensor | None = None
@@ -125,13 +131,12 @@ class Walk:
     kept: Callable[[int, Streams], None] = lambda index, streams: None
 
     def __post_init__(self) -> None:
-        self.blocks = find_blocks(self.model, self.config.ignore)
-        self.dtype = compute_dtype(self.model, self.config, self.device)
+        self.dtype = compute_dtype(self.blocks, self.config, self.device)
 
     @torch.no_grad()
     def run(self) -> Iterator[BlockResult]:
         """Quantize block after block: after each yield the block holds its decoded weights."""
-        streams = self._start(self.tokens) if needs_text(self.config) else None
+        streams = self._start(self.tokens) if self.config.recipe.needs_text else None
         held_out = self._start(self.validation) if self.validation is not None and len(self.validation) else None
         first = self._restore(streams) if held_out is None else 0
         for index, block in enumerate(self.blocks):
@@ -151,9 +156,8 @@ class Walk:
     def _start(self, tokens: Tensor | None) -> Streams:
         if tokens is None:
             raise ConfigError(f"preset {self.config.preset!r} needs calibration tokens, none were given")
-        keep = compares(self.config)
-        store = self.store or self.device
-        return Streams.start(self.model, self.blocks, tokens, keep, self.device, store, self.dtype, self.notice)
+        places = Places(self.device, self.store or self.device, self.dtype)
+        return Streams.start(self.model, self.blocks, tokens, self.config.recipe.compares, places, self.notice)
 
     def _restore(self, streams: Streams | None) -> int:
         """The first block that the streams have yet to enter."""
@@ -179,7 +183,7 @@ class Walk:
         for stream in streams:
             stream.advance_original(block, index)
         for path, packed in result.packed.items():
-            install(block.linears[path], packed, self.device)
+            block.sites[path].put(decode(packed.to(self.device)))
         for path, value in result.parameters.items():
             parameter = block.module.get_parameter(path.removeprefix(f"{block.path}."))
             parameter.data = value.to(parameter.device, parameter.dtype)
@@ -188,155 +192,87 @@ class Walk:
 
     def _quantize(self, index: int, block: Block, streams: Streams | None, held_out: Streams | None) -> BlockResult:
         start = time.perf_counter()
-        result = BlockResult(index, block.path)
         before = _other_parameters(block)
-        moments = self._moments(index, block, streams)
+        moments, uncalled = self._moments(index, block, streams)
         if held_out is not None:
             held_out.advance_original(block, index)
-        groups = _groups(moments, self.config.share_rotations)
-        result.shared = [group for group in groups if len(group) > 1]
-        recipe = self.config.recipe
-        blockwise = streams is not None and groups and (recipe.training or recipe.refit)
-        trained = [path for group in groups for path in group] if blockwise else []
-        weights = {path: block.linears[path].weight.detach().float() for path in trained}
-        if recipe.training is None:
-            self._fit_and_round(block, moments, groups, result)
-        if blockwise:
-            assert streams is not None, "block-wise training has text"
-            data = _block_data(streams, held_out, self.config, self.ranks)
-            if recipe.training:
-                seeds = {group[0]: _seed(self.config.seed, group[0]) for group in groups}
-                call = streams.calls[index]
-                result.packed = train_block(
-                    block, call, data, self.config, groups, seeds, result.history.append, self.ranks
-                )
-            else:
-                result.packed = refit_block(
-                    block, streams.calls[index], data, result.packed, groups, self.config, result.history.append,
-                    self.home.dtype(block), self.ranks,
-                )  # fmt: skip
-            hessians = {path: m.hessian for m in moments for path in m.readers}
-            for path, weight in weights.items():
-                decoded = block.linears[path].weight.float()
-                result.errors[path] = proxy_error(weight, decoded, hessians[path])
-        result.packed = _on_cpu(result.packed, self.device)
+        work = self._work(index, block, moments, streams, held_out)
+        strategy_for(self.config).quantize(work)
         after = _other_parameters(block)
-        result.parameters = {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])}
-        result.seconds = time.perf_counter() - start
-        if self.device.type == "cuda":
-            result.gpu_peak = torch.cuda.max_memory_allocated(self.device)
-        return result
+        return BlockResult(
+            index,
+            block.path,
+            _on_cpu(work.packed, self.device),
+            work.errors,
+            [group for group in work.groups if len(group) > 1],
+            uncalled,
+            {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])},
+            work.history,
+            time.perf_counter() - start,
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+        )
 
-    def _moments(self, index: int, block: Block, streams: Streams | None) -> list[Moments]:
+    def _moments(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], list[str]]:
+        """Of every distinct input, summed over all ranks; and the linears that were never called."""
         if streams is None:
-            eye = {c: torch.eye(c, device=self.device) for c in {m.in_features for m in block.linears.values()}}
-            return [Moments([path], eye[linear.in_features]) for path, linear in block.linears.items()]
-        total = streams.moments(block, index)
+            eye = {c: torch.eye(c, device=self.device) for c in {s.size.in_features for s in block.sites.values()}}
+            return [Moments([path], eye[site.size.in_features]) for path, site in block.sites.items()], []
+        total = streams.observe(block, index)
         _add_over_ranks(total, self.ranks)
-        return total.checked(block.linears)
+        moments, uncalled = total.checked(block.sites)
+        if uncalled:
+            self.notice(f"{', '.join(uncalled)}: left as they are, since the forward pass never calls them")
+        return moments, uncalled
 
-    def _fit_and_round(
-        self, block: Block, moments: list[Moments], groups: list[tuple[str, ...]], result: BlockResult
-    ) -> None:
-        """Fit, round and replace all linears of the block; this rank fits on its rows of each."""
-        targets = {}
-        for m in moments:
-            weights = {path: self._rows(block.linears[path]).float() for path in m.readers}
-            targets.update(drift_targets(weights, m, self.config.recipe.drift, self.ranks))
-            m.cross = None
-        hessians = {path: m.hessian for m in moments for path in m.readers}
-        problems = [
-            Problem(_stacked([targets[p] for p in group]), hessians[group[0]], _seed(self.config.seed, group[0]))
-            for group in groups
-        ]
-        transforms = fit_transforms(problems, self.config, self.ranks)
-        del problems
-        of_linear = {path: t for group, t in zip(groups, transforms, strict=True) for path in group}
-        self._round(block, targets, of_linear, hessians, result)
-
-    def _round(
-        self,
-        block: Block,
-        targets: dict[str, Tensor],
-        transforms: dict[str, Transform],
-        hessians: dict[str, Tensor],
-        result: BlockResult,
-    ) -> None:
-        """Round and replace all linears; this rank rounds some, and gets the others. targets: its rows of each."""
-        ranks, linears = self.ranks, {path: block.linears[path] for path in transforms}
-        owners = ranks.dealt({p: m.in_features * (m.in_features + m.out_features) for p, m in linears.items()})
-        whole = {
-            path: ranks.collected(targets.pop(path), linear.out_features, self._unit, owners[path])
-            for path, linear in linears.items()
-        }
-        terms = torch.zeros(len(linears), 2, device=self.device)
-        packed: dict[str, PackedLinear] = {}
-        for i, (path, linear) in enumerate(linears.items()):
-            if (target := whole.pop(path)) is not None:
-                bias = None if linear.bias is None else linear.bias.detach()
-                packed[path] = encode(
-                    target, transforms[path], hessians[path], self._layout(linear), self.config.recipe,
-                    self.config.symmetric, bias, solvers=solvers(self.device),
-                )  # fmt: skip
-                terms[i] = proxy_terms(linear.weight.detach().float(), decode(packed[path]), hessians[path])
-        ranks.add(terms)
-        for (path, linear), pair in zip(linears.items(), terms, strict=True):
-            everywhere = ranks.shared(packed.pop(path, None), self._layout(linear), owners[path], self.device)
-            install(linear, everywhere, self.device)
-            result.packed[path], result.errors[path] = everywhere, ratio(pair)
-
-    def _layout(self, linear: nn.Linear) -> LinearLayout:
-        return self.config.layout(linear.in_features, linear.out_features, linear.bias is not None)
-
-    def _rows(self, linear: nn.Linear) -> Tensor:
-        """This rank's rows of a linear's weight."""
-        return linear.weight.detach()[self.ranks.rows(linear.out_features, self._unit)]
-
-    @property
-    def _unit(self) -> int:
-        """Rows are shared out in multiples of this."""
-        return columns_per_block(self.config.bits)
+    def _work(
+        self, index: int, block: Block, moments: list[Moments], streams: Streams | None, held_out: Streams | None
+    ) -> BlockWork:
+        groups = _groups(moments, self.plan.layouts, self.config.share_rotations)
+        data = None
+        if streams is not None and self.config.recipe.trains:
+            data = partial(_block_data, streams, held_out, self.config, self.ranks)
+        return BlockWork(
+            block=block,
+            call=streams.calls[index] if streams is not None else None,
+            layouts=self.plan.layouts,
+            moments=moments,
+            groups=groups,
+            seeds={group[0]: _seed(self.config.seed, group[0]) for group in groups},
+            config=self.config,
+            ranks=self.ranks,
+            device=self.device,
+            data=data,
+            kept_as=self.home.dtype(block),
+        )
 
 
 def quantize_blocks(
     model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
 ) -> Iterator[BlockResult]:
-    """Quantize a model in memory, in place. tokens: int64 [samples, T], not needed by `needs_text`-less recipes."""
-    yield from Walk(model, config, device, tokens).run()
+    """Quantize a model in memory, in place. tokens: int64 [samples, T]; recipes that look at no text need none."""
+    plan, blocks = plan_model(model, config)
+    yield from Walk(model, blocks, plan, config, device, tokens).run()
 
 
-def needs_text(config: QuantConfig) -> bool:
-    """Whether the recipe looks at activations at all."""
-    recipe = config.recipe
-    return recipe.transform or recipe.rounding != "nearest" or recipe.training is not None or recipe.refit is not None
-
-
-def compares(config: QuantConfig) -> bool:
-    """Whether the recipe looks at the original model's activations as well."""
-    return config.recipe.drift > 0 or config.recipe.training is not None or config.recipe.refit is not None
-
-
-def install(linear: nn.Linear, packed: PackedLinear, device: torch.device) -> None:
-    """Give the linear the weight that its packed form stands for."""
-    on_device = PackedLinear(packed.layout, **{name: t.to(device) for name, t in packed.tensors().items()})
-    linear.weight.data = decode(on_device).to(linear.weight.dtype)
-
-
-def compute_dtype(model: nn.Module, config: QuantConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device) -> torch.dtype:
     """Of the forward passes: bfloat16 where the model is and the device multiplies it fast, else float32."""
     if config.compute != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute]
-    stored = {linear.weight.dtype for block in find_blocks(model, config.ignore) for linear in block.linears.values()}
+    stored = {site.dtype for block in blocks for site in block.sites.values()}
     return torch.bfloat16 if device.type == "cuda" and stored == {torch.bfloat16} else torch.float32
 
 
-def _groups(moments: list[Moments], shared: bool) -> list[tuple[str, ...]]:
-    """The linears of each transform."""
-    return [tuple(m.readers) for m in moments] if shared else [(path,) for m in moments for path in m.readers]
-
-
-def _stacked(weights: list[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+def _groups(moments: list[Moments], layouts: Layouts, shared: bool) -> Groups:
+    """The linears of each transform; only those of one spec can share it."""
+    if not shared:
+        return [(path,) for m in moments for path in m.readers]
+    groups: Groups = []
+    for m in moments:
+        alike: dict[Any, list[str]] = {}
+        for path in m.readers:
+            alike.setdefault(layouts[path].spec, []).append(path)
+        groups += [tuple(paths) for paths in alike.values()]
+    return groups
 
 
 def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
@@ -347,7 +283,7 @@ def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
 
 
 def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig, ranks: Ranks) -> BlockData:
-    """After `moments` the original stream holds the block's outputs; the quantized one still enters it."""
+    """After `observe` the original stream holds the block's outputs; the quantized one still enters it."""
     how = config.recipe.training or config.recipe.refit
     assert streams.original is not None, "block-wise training compares with the original stream"
     assert how is not None, "asked for by the recipe"
@@ -369,21 +305,18 @@ def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
 
 def _other_parameters(block: Block) -> dict[str, Tensor]:
     """Every parameter that is not a quantized linear's, by full path."""
-    linears = set(map(id, block.linears.values()))
+    taken = {id(site.module) for site in block.sites.values()}
     return {
         f"{block.path}.{path}.{name}" if path else f"{block.path}.{name}": parameter.detach().clone()
         for path, module in block.module.named_modules()
-        if id(module) not in linears
+        if id(module) not in taken
         for name, parameter in module.named_parameters(recurse=False)
     }
 
 
 def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, PackedLinear]:
     """The linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
-    there = {
-        path: PackedLinear(linear.layout, **{n: t.to("cpu", non_blocking=True) for n, t in linear.tensors().items()})
-        for path, linear in packed.items()
-    }
+    there = {path: linear.to("cpu", non_blocking=True) for path, linear in packed.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return there

@@ -173,8 +173,8 @@ def _checkpoint_facts(
     for path in _in_order(checkpoint):
         packed = checkpoint.packed(path)
         linears.append(_linear_facts(checkpoint, path, packed, original.weight(path)))
-        angles.setdefault(linears[-1].kind, []).append(packed.theta.float().flatten())
-        scales.setdefault(linears[-1].kind, []).append(-packed.channel_scales.float().abs().log2().flatten())
+        angles.setdefault(linears[-1].kind, []).append(packed["theta"].float().flatten())
+        scales.setdefault(linears[-1].kind, []).append(-packed["channel_scales"].float().abs().log2().flatten())
         if advance:
             advance()
     chosen = linear or max(linears, key=lambda facts: facts.outliers_before).path
@@ -186,7 +186,7 @@ def _checkpoint_facts(
         linears,
         blocks,
         _close_up(chosen, checkpoint.packed(chosen), original.weight(chosen)),
-        _histogram(angles) if checkpoint.config.rotations else None,
+        _histogram(angles) if checkpoint.config.spec.rotations else None,
         _histogram(scales),
         original.remark,
         measured,
@@ -263,7 +263,7 @@ def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, in
         return None
     g = packed.layout.group_size
     start = torch.arange(0, packed.layout.in_features, g).repeat_interleave(g)
-    pairs = (packed.pairs.long() + start).view(-1, 2)
+    pairs = (packed["pairs"].long() + start).view(-1, 2)
     i, j = pairs[(magnitude[pairs[:, 0]] - magnitude[pairs[:, 1]]).abs().argmax()].tolist()
     return i, j
 

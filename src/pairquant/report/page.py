@@ -176,7 +176,7 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
         facts.checkpoint.report,
         facts.checkpoint.config.provenance or {},
     )
-    shape = f"{config.bits} bits, groups of {config.group_size}, {config.rotations} rotations"
+    shape = str(config.spec)
     shared = f", {len(config.shared_rotations)} shared transforms" if config.shared_rotations else ""
     cards = [
         Card("bits per weight", f"{facts.checkpoint.bits_per_weight():.2f}", f"in {len(facts.linears)} linear layers"),

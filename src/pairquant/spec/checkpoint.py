@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..support.errors import CheckpointError
 from .checks import are_strings
-from .linear import MAX_ROTATIONS, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, LinearLayout
+from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
+from .linear import LinearLayout, Spec
+from .plan import Plan
+from .rotation import MAX_ROTATIONS
 
 QUANT_METHOD = "paroquant"
 
 
+def _is_one_of(allowed: tuple[int, ...]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value in allowed
+
+
+#: Entry of config.json → the field of `Spec`, whether a value is allowed, and what is.
+SPEC_ENTRIES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "bits": ("bits", _is_one_of(SUPPORTED_BITS), f"one of {', '.join(map(str, SUPPORTED_BITS))}"),
+    "group_size": (
+        "group_size", _is_one_of(SUPPORTED_GROUP_SIZES), f"one of {', '.join(map(str, SUPPORTED_GROUP_SIZES))}",
+    ),
+    "krot": ("rotations", _is_one_of(tuple(range(MAX_ROTATIONS + 1))), f"a whole number from 0 to {MAX_ROTATIONS}"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`quantization_config` of config.json. The first four fields are all that a foreign checkpoint must have.
+    """`quantization_config` of config.json. A foreign checkpoint must have the entries of `spec` only.
 
-    modules_to_not_convert: linears that kept their plain weight, by path.
-    shared_rotations: groups of linears, by path, whose stored transforms are equal.
-    provenance: tool version, preset, seed, calibration and its hash; None for checkpoints from elsewhere.
+    spec: of every quantized linear that no override names; overrides: pairs of a regular expression that matches paths
+    from their start and the spec of these, of which the first match counts; modules_to_not_convert: linears that kept
+    their plain weight, by path; shared_rotations: groups of linears, by path, whose stored transforms are equal;
+    provenance: tool version, preset, seed, calibration and its hash, None for checkpoints from elsewhere.
     """
 
-    bits: int
-    group_size: int
-    rotations: int
-    zero_point: bool = True
+    spec: Spec
+    overrides: tuple[tuple[str, Spec], ...] = ()
     modules_to_not_convert: tuple[str, ...] = ()
     shared_rotations: tuple[tuple[str, ...], ...] = ()
     provenance: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("bits", SUPPORTED_BITS), ("group_size", SUPPORTED_GROUP_SIZES)):
-            if type(getattr(self, name)) is not int or getattr(self, name) not in allowed:
-                raise _bad_entry(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
-        if type(self.rotations) is not int or not 0 <= self.rotations <= MAX_ROTATIONS:
-            raise _bad_entry("krot", self.rotations, f"a whole number from 0 to {MAX_ROTATIONS}")
-        if not isinstance(self.zero_point, bool):
-            raise _bad_entry("zero_point", self.zero_point, "true or false")
         if not are_strings(self.modules_to_not_convert):
             raise _bad_entry("modules_to_not_convert", self.modules_to_not_convert, "a list of module paths")
         shared = self.shared_rotations
@@ -49,24 +59,36 @@ class CheckpointConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
         object.__setattr__(self, "shared_rotations", tuple(map(tuple, shared)))
 
+    @classmethod
+    def of_plan(cls, plan: Plan, **entries: Any) -> CheckpointConfig:
+        """The config of a checkpoint made by this plan, each exception under its exact path; entries: the other fields."""
+        exceptions = plan.exceptions.items()
+        return cls(plan.default, tuple((f"^{re.escape(path)}$", spec) for path, spec in exceptions), **entries)
+
+    def spec_of(self, path: str) -> Spec:
+        """The spec of one quantized linear."""
+        return next((spec for pattern, spec in self.overrides if re.match(pattern, path)), self.spec)
+
+    def layout(self, path: str, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
+        """The layout of the linear at `path`, of this size."""
+        return self.spec_of(path).layout(in_features, out_features, bias)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: the four entries that the original writes, and the others where they say something.
 
         `zero_point` is written only when false: it is true for every reader that is not told, and GPTQModel 7.7
-        refuses a file that says so. `dynamic` repeats `modules_to_not_convert` for GPTQModel, which would otherwise
-        run such layers with weights of zero.
+        refuses a file that says so. `dynamic`, GPTQModel's convention, has the overrides, and repeats
+        `modules_to_not_convert`, without which GPTQModel would run such layers with weights of zero.
         """
-        entries: dict[str, Any] = {
-            "quant_method": QUANT_METHOD,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "krot": self.rotations,
-        }
-        if not self.zero_point:
+        entries: dict[str, Any] = {"quant_method": QUANT_METHOD, **_as_entries(self.spec)}
+        if self.spec.symmetric:
             entries["zero_point"] = False
         if self.modules_to_not_convert:
             entries["modules_to_not_convert"] = list(self.modules_to_not_convert)
-            entries["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in self.modules_to_not_convert}
+        dynamic = {f"+:{pattern}": _differing(spec, self.spec) for pattern, spec in self.overrides}
+        dynamic |= {f"-:^{re.escape(path)}$": {} for path in self.modules_to_not_convert}
+        if dynamic:
+            entries["dynamic"] = dynamic
         if self.shared_rotations:
             entries["shared_rotations"] = [list(group) for group in self.shared_rotations]
         if self.provenance is not None:
@@ -79,17 +101,61 @@ class CheckpointConfig:
         if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
             method = entries.get("quant_method") if isinstance(entries, dict) else entries
             raise CheckpointError(f"config.json: quant_method is {reprlib.repr(method)}, must be {QUANT_METHOD!r}.")
-        for key in ("bits", "group_size", "krot"):
+        for key in SPEC_ENTRIES:
             if key not in entries:
                 raise CheckpointError(f"config.json: quantization_config has no {key!r}. The checkpoint is damaged.")
-        stored_as = {f.name: "krot" if f.name == "rotations" else f.name for f in fields(cls)}
-        given = {name: entries[key] for name, key in stored_as.items() if entries.get(key) is not None or key == "krot"}
-        given |= {name: entries[name] for name in ("bits", "group_size")}
-        return cls(**given)
+        zero_point = entries.get("zero_point")
+        if zero_point is not None and not isinstance(zero_point, bool):
+            raise _bad_entry("zero_point", zero_point, "true or false")
+        spec = Spec(**_spec_fields(entries, ""), symmetric=zero_point is False)
+        names = ("modules_to_not_convert", "shared_rotations", "provenance")
+        given = {name: entries[name] for name in names if entries.get(name) is not None}
+        return cls(spec, _overrides(entries.get("dynamic"), spec), **given)
 
-    def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
-        """The layout of a linear of this size."""
-        return LinearLayout(in_features, out_features, self.bits, self.group_size, self.rotations, bias)
+
+def _as_entries(spec: Spec) -> dict[str, int]:
+    return {key: getattr(spec, name) for key, (name, _, _) in SPEC_ENTRIES.items()}
+
+
+def _differing(spec: Spec, default: Spec) -> dict[str, int]:
+    usual = _as_entries(default)
+    return {key: value for key, value in _as_entries(spec).items() if value != usual[key]}
+
+
+def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
+    """Fields of `Spec` from entries of config.json, checked; prefix: where in the file they stand."""
+    found = {}
+    for key, (name, allowed, words) in SPEC_ENTRIES.items():
+        if key in entries:
+            if not allowed(entries[key]):
+                raise _bad_entry(f"{prefix}{key}", entries[key], words)
+            found[name] = entries[key]
+    return found
+
+
+def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
+    """Patterns and specs of `dynamic`. Its "-:" entries are for other readers: we see which linears are plain."""
+    if dynamic is None:
+        return ()
+    if not isinstance(dynamic, dict):
+        raise _bad_entry("dynamic", dynamic, "an object of patterns and their entries")
+    found = []
+    for key, entries in dynamic.items():
+        if key.startswith("-:"):
+            continue
+        pattern, place = key.removeprefix("+:"), f"dynamic[{key!r}]"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise _bad_entry(f"{place}'s pattern", pattern, f"a regular expression ({error})") from error
+        if not isinstance(entries, dict):
+            raise _bad_entry(place, entries, "an object")
+        found.append((pattern, _changed(default, _spec_fields(entries, f"{place}."))))
+    return tuple(found)
+
+
+def _changed(default: Spec, changes: Mapping[str, int]) -> Spec:
+    return replace(default, **changes)  # type: ignore[arg-type]  # only whole numbers can differ
 
 
 def _bad_entry(name: str, value: Any, allowed: str) -> CheckpointError:

@@ -1,38 +1,61 @@
-"""What one stored tensor is: dtype and shape, and how a fault in it is told."""
+"""One stored tensor: dtype, shape, and what each of its dimensions counts."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..support.errors import CheckpointError
 
+#: What a dimension of a stored tensor may count: output features, or input channels (also groups or pairs of them).
+ROWS, CHANNELS = "rows", "channels"
+
 
 @dataclass(frozen=True)
 class Field:
-    """dtype and shape of one stored tensor."""
+    """dtype and shape of one stored tensor.
+
+    axes: for each dimension `ROWS`, `CHANNELS` or None. Merging linears joins tensors along `ROWS`; tensor parallelism
+    cuts along either. Empty for tensors outside quantized layers.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    axes: tuple[str | None, ...] = field(default=(), compare=False)
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def axis(self, counted: str) -> int | None:
+        """The dimension that counts this, or None."""
+        return self.axes.index(counted) if counted in self.axes else None
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of one linear: N rows of C channels, with or without a bias."""
+
+    in_features: int
+    out_features: int
+    bias: bool = False
+
 
 def finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity in it: neither in its extremes, which takes 1/45 of `isfinite`'s time."""
+    """Whether a tensor has no NaN and no infinity. Looks at its extremes only, which takes 1/45 of `isfinite`'s time."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def damaged(tensor: str, fault: str) -> CheckpointError:
+    """The error that names a faulty stored tensor and its fault."""
     return CheckpointError(f"tensor {tensor} {fault}. The checkpoint is damaged: download or quantize it again.")
 
 
 def short(dtype: torch.dtype) -> str:
+    """torch.float16 → "float16"."""
     return str(dtype).removeprefix("torch.")

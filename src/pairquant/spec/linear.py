@@ -1,87 +1,153 @@
-"""The one statement of how a quantized linear layer is stored: names, shapes, dtypes, bit order.
+"""How a quantized linear layer is stored: `Spec`, the parts of one weight, and `PackedLinear`, its tensors.
 
 Symbols, used everywhere: N output features, C input features, g group size, G = C / g groups, K rotations, b bits.
 
-Codes are packed along the output dimension. `b` words of 32 bits hold 32 columns (or, where 32 / b is whole, each
-word holds 32 / b columns), least significant bits first. At 4 bits the eight columns of a word are stored in AWQ's
-order: nibble i holds column `AWQ_ORDER[i]`.
+A part (`codes`, `rotation`, the bias) states its tensors, what sizes it cannot store, and which values are faulty.
+Everything else about the stored form, such as sizes, checks, merging and cutting, follows from these statements.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .fields import Field, damaged, finite, short
-
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-SUPPORTED_BITS = (2, 3, 4, 8)
-
-
-SUPPORTED_GROUP_SIZES = (32, 64, 128)
+from ..support.errors import ConfigError
+from .checks import require_choice, require_whole
+from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, Codes, columns_per_block
+from .fields import CHANNELS, ROWS, Field, Size, damaged, finite, short
+from .rotation import MAX_ROTATIONS, Rotation
 
 
-MAX_ROTATIONS = 16
+class Part(Protocol):
+    """A part of what is stored for one weight."""
+
+    def fields(self, size: Size) -> dict[str, Field]:
+        """Name → dtype and shape of each tensor, in the order they are written."""
+
+    def misfits(self, size: Size) -> Iterator[str]:
+        """Why a linear of this size cannot be stored so, in words."""
+
+    def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        """Faulty values: name of the tensor, and what is wrong."""
 
 
-def columns_per_block(bits: int) -> int:
-    """Output columns that fill a whole number of 32-bit words: 8 at 4 bits, 32 at 3 bits."""
-    return 32 // math.gcd(32, bits)
+@dataclass(frozen=True)
+class Bias:
+    """The bias of a linear that has one."""
+
+    def fields(self, size: Size) -> dict[str, Field]:
+        return {"bias": Field(torch.float16, (size.out_features,), (ROWS,))}
+
+    def misfits(self, size: Size) -> Iterator[str]:
+        yield from ()
+
+    def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        if not finite(tensors["bias"]):
+            yield "bias", "has values that are not finite"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is stored for one weight, whatever its size.
+
+    bits: 2, 3, 4, 5, 6 or 8 for each code; group_size: 32, 64 or 128 channels for each scale, and for each group of
+    rotations; rotations: K, 0 to 16; symmetric: zero points are fixed in the middle. Raises `ConfigError`.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    rotations: int = 8
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("bits", self.bits, SUPPORTED_BITS)
+        require_choice("group_size", self.group_size, SUPPORTED_GROUP_SIZES)
+        require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
+        if not isinstance(self.symmetric, bool):
+            raise ConfigError(f"symmetric is {self.symmetric!r}, allowed: True, False")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return Codes(self.bits, self.group_size), Rotation(self.rotations, self.group_size)
+
+    def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
+        """The layout of a linear of this size."""
+        return LinearLayout(self, in_features, out_features, bias)
+
+    def __str__(self) -> str:
+        kind = ", symmetric" if self.symmetric else ""
+        return f"{self.bits} bits, groups of {self.group_size}, {self.rotations} rotations{kind}"
 
 
 @dataclass(frozen=True)
 class LinearLayout:
-    """What is needed to know every stored tensor's shape."""
+    """A `Spec` at the size of one linear, with or without a bias."""
 
+    spec: Spec
     in_features: int
     out_features: int
-    bits: int
-    group_size: int
-    rotations: int
     bias: bool = False
+
+    @property
+    def bits(self) -> int:
+        return self.spec.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.spec.group_size
+
+    @property
+    def rotations(self) -> int:
+        return self.spec.rotations
 
     @property
     def num_groups(self) -> int:
         return self.in_features // self.group_size
 
+    @property
+    def size(self) -> Size:
+        return Size(self.in_features, self.out_features, self.bias)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.spec.parts, Bias()) if self.bias else self.spec.parts
+
     def misfits(self) -> list[str]:
         """Why a linear of this size cannot be stored in this layout, in words; empty when it can."""
-        block = columns_per_block(self.bits)
-        faults = []
-        if self.in_features % self.group_size:
-            faults.append(f"in_features {self.in_features} is not a multiple of group size {self.group_size}")
-        if self.out_features % block:
-            faults.append(
-                f"out_features {self.out_features} is not a multiple of {block} (packing at {self.bits} bits)"
-            )
-        return faults
+        return [fault for part in self.parts for fault in part.misfits(self.size)]
 
     def fields(self) -> dict[str, Field]:
         """Name → dtype and shape of each stored tensor, in the order they are written."""
-        words = self.out_features * self.bits // 32
-        fields = {
-            "qweight": Field(torch.int32, (self.in_features, words)),
-            "qzeros": Field(torch.int32, (self.num_groups, words)),
-            "scales": Field(torch.float16, (self.num_groups, self.out_features)),
-            "theta": Field(torch.float16, (self.rotations, self.in_features // 2)),
-            "pairs": Field(torch.int16, (self.rotations, self.in_features)),
-            "channel_scales": Field(torch.float16, (1, self.in_features)),
-        }
-        if self.bias:
-            fields["bias"] = Field(torch.float16, (self.out_features,))
-        return fields
+        return dict(_fields(self))
+
+    def without_bias(self) -> LinearLayout:
+        """The same layout of a linear that has no bias."""
+        return replace(self, bias=False)
 
     def stored_bits(self) -> int:
         """Size of all stored tensors but the bias, in bits."""
-        return sum(
-            math.prod(field.shape) * field.dtype.itemsize * 8 for name, field in self.fields().items() if name != "bias"
-        )
+        return sum(field.nbytes * 8 for part in self.spec.parts for field in part.fields(self.size).values())
+
+    def numbers(self) -> list[int]:
+        """As whole numbers, for operators that take no other arguments; `of_numbers` reads them."""
+        spec = self.spec
+        return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> LinearLayout:
+        """The layout, without bias, that `numbers` returned."""
+        in_features, out_features, bits, group_size, rotations = numbers
+        return cls(Spec(bits, group_size, rotations), in_features, out_features)
+
+
+@lru_cache(maxsize=1024)
+def _fields(layout: LinearLayout) -> dict[str, Field]:
+    return {name: field for part in layout.parts for name, field in part.fields(layout.size).items()}
 
 
 def bits_per_weight(layouts: Iterable[LinearLayout]) -> float:
@@ -90,82 +156,79 @@ def bits_per_weight(layouts: Iterable[LinearLayout]) -> float:
     return sum(s.stored_bits() for s in layouts) / sum(s.in_features * s.out_features for s in layouts)
 
 
-#: Names of the stored tensors, bias last and optional.
-TENSOR_NAMES = ("qweight", "qzeros", "scales", "theta", "pairs", "channel_scales", "bias")
-
-
-#: Those of them that make up the transform; the others' last dimension counts output features.
-TRANSFORM = ("theta", "pairs", "channel_scales")
+#: Names of all tensors that a quantized linear may store, in the order they are written.
+TENSOR_NAMES = tuple(Spec().layout(128, 32, bias=True).fields())
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One quantized linear layer as it is stored (see `LinearLayout.fields` for shapes and dtypes)."""
+    """One quantized linear layer as it is stored: `packed["scales"]` is one of its tensors (see `LinearLayout.fields`)."""
 
     layout: LinearLayout
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    theta: Tensor
-    pairs: Tensor
-    channel_scales: Tensor
-    bias: Tensor | None = None
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """float16 [N], or None."""
+        return self.tensors.get("bias")
 
     @classmethod
     def from_tensors(cls, path: str, layout: LinearLayout, tensors: Mapping[str, Tensor]) -> PackedLinear:
         """Build and check; raises `CheckpointError` naming the faulty tensor as `<path>.<tensor>`."""
         check_fields(path, layout, {name: Field(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-        packed = cls(layout, **{name: tensors[name] for name in layout.fields()})
+        packed = cls(layout, {name: tensors[name] for name in layout.fields()})
         packed.check_values(path)
         return packed
 
     @classmethod
     def joined(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
         """One linear with the output features of all, which must have the first one's transform."""
-        tensors = [part.tensors() for part in parts]
-        rows = {name: torch.cat([t[name] for t in tensors], -1) for name in tensors[0] if name not in TRANSFORM}
         layout = replace(parts[0].layout, out_features=sum(part.layout.out_features for part in parts))
-        return cls(layout, **{**tensors[0], **rows})
+        tensors = {}
+        for name, field in layout.fields().items():
+            rows = field.axis(ROWS)
+            tensors[name] = parts[0][name] if rows is None else torch.cat([part[name] for part in parts], rows)
+        return cls(layout, tensors)
 
     def thinned(self, step: int) -> PackedLinear:
         """The linear with every `step`-th block of `columns_per_block` output features alone, without its bias."""
         blocks = self.layout.out_features // columns_per_block(self.layout.bits)
-
-        def thin(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(-1, (blocks, -1))[:, ::step].flatten(1)
-
-        rows = {name: thin(getattr(self, name)) for name in ("qweight", "qzeros", "scales")}
-        layout = replace(self.layout, out_features=rows["scales"].shape[1], bias=False)
-        return replace(self, layout=layout, bias=None, **rows)
+        layout = replace(self.layout, out_features=len(range(0, blocks, step)) * (self.layout.out_features // blocks))
+        layout = replace(layout, bias=False)
+        tensors = {}
+        for name, field in layout.fields().items():
+            tensor = self[name]
+            if field.axis(ROWS) is not None:
+                tensor = tensor.unflatten(-1, (blocks, -1))[:, ::step].flatten(1)
+            tensors[name] = tensor
+        return PackedLinear(layout, tensors)
 
     def shares_transform_with(self, other: PackedLinear) -> bool:
         """Whether both turn their input in the same way."""
-        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TRANSFORM)
+        return all(torch.equal(self[name], other[name]) for name in transform_names(self.layout))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored name → tensor."""
-        return {name: getattr(self, name) for name in self.layout.fields()}
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLinear:
+        """The same tensors on a device."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
+        return PackedLinear(self.layout, moved)
+
+    def with_tensors(self, **changed: Tensor) -> PackedLinear:
+        """A copy with some tensors replaced."""
+        return PackedLinear(self.layout, {**self.tensors, **changed})
 
     def check_values(self, path: str) -> None:
-        """Values that a shape cannot vouch for: finite floats, usable scales, disjoint pairs in range."""
-        for name in ("scales", "theta", "channel_scales", "bias"):
-            tensor = getattr(self, name)
-            if tensor is not None and not finite(tensor):
-                raise damaged(f"{path}.{name}", "has values that are not finite")
-        if not (self.channel_scales != 0).all():
-            raise damaged(f"{path}.channel_scales", "has zeros, which no weight can be divided by")
-        g = self.layout.group_size
-        local = self.pairs.reshape(-1, g)
-        if local.numel() == 0:
-            return
-        low, high = torch.aminmax(local)
-        if low < 0 or high >= g:
-            raise damaged(
-                f"{path}.pairs", f"has channel {_first_outside(local, g)}, outside 0 to {g - 1} (group size {g})"
-            )
-        used = torch.zeros(local.shape, dtype=torch.bool, device=local.device)
-        if not used.scatter_(-1, local.long(), True).all():
-            raise damaged(f"{path}.pairs", "uses a channel twice in one rotation; pairs must be disjoint")
+        """Raises `CheckpointError` for values that a shape cannot vouch for (see the parts' `faults`)."""
+        for part in self.layout.parts:
+            for name, fault in part.faults(self.tensors):
+                raise damaged(f"{path}.{name}", fault)
+
+
+def transform_names(layout: LinearLayout) -> tuple[str, ...]:
+    """Names of the stored tensors that say how the input is turned: those that no output feature owns."""
+    return tuple(name for name, field in layout.fields().items() if field.axis(ROWS) is None and CHANNELS in field.axes)
 
 
 def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) -> None:
@@ -181,7 +244,3 @@ def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) ->
     for name in found:
         if name in TENSOR_NAMES and name not in layout.fields():
             raise damaged(f"{path}.{name}", "is one too many: the layer has none")
-
-
-def _first_outside(local: Tensor, g: int) -> int:
-    return int(local[(local < 0) | (local >= g)][0])

@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from ..support.errors import ConfigError
+from ..support.errors import ConfigError, did_you_mean
 from .checks import are_strings, require_choice, require_whole
-from .linear import MAX_ROTATIONS, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, LinearLayout
+from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
+from .linear import Spec
 from .patterns import require_regular_expression
 from .recipe import PRESETS, Recipe
+from .rotation import MAX_ROTATIONS
 
 PAIR_SELECTIONS = ("random", "magnitude")
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another spec for the weights that a pattern names; None leaves the default.
+
+    pattern: a path, its first or last parts, or "re:" and a regular expression from the path's start; bits, group_size,
+    rotations: as in `Spec`. Raises `ConfigError` for values that are not allowed.
+    """
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+    rotations: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise ConfigError(f"an override's pattern is {self.pattern!r}, allowed: a path, its end, or re:…")
+        require_regular_expression("override", self.pattern)
+        if not self.changes:
+            raise ConfigError(f"override {self.pattern!r} changes nothing. Give {_settings_allowed()}.")
+        self.applied(Spec())
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """ "down_proj=bits:8,rotations:0" → an override; raises `ConfigError` naming the part that is wrong."""
+        pattern, equals, settings = text.rpartition("=")
+        if not equals or not pattern:
+            raise ConfigError(f"override {text!r} has no '='. Write PATTERN={_settings_allowed()}.")
+        values: dict[str, int] = {}
+        for setting in settings.split(","):
+            name, _, value = setting.strip().partition(":")
+            if name not in OVERRIDABLE or not value.strip().isdecimal() or name in values:
+                hint = did_you_mean(name, OVERRIDABLE) if name not in OVERRIDABLE else ""
+                raise ConfigError(f"override {text!r}: {setting!r} is none of {_settings_allowed()}{hint}")
+            values[name] = int(value)
+        return cls(pattern, **values)
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """What differs from the default, by name."""
+        return {name: value for name in OVERRIDABLE if (value := getattr(self, name)) is not None}
+
+    def applied(self, default: Spec) -> Spec:
+        """The default with this override's changes."""
+        return replace(default, **self.changes)  # type: ignore[arg-type]  # only whole numbers can be overridden
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={','.join(f'{name}:{value}' for name, value in self.changes.items())}"
+
+
+#: What an override can change.
+OVERRIDABLE = tuple(field.name for field in fields(Override) if field.name != "pattern")
+
+
+def _settings_allowed() -> str:
+    bits, sizes = ("|".join(map(str, values)) for values in (SUPPORTED_BITS, SUPPORTED_GROUP_SIZES))
+    return f"bits:{bits}, group_size:{sizes}, rotations:0 to {MAX_ROTATIONS} (commas between)"
 
 
 @dataclass(frozen=True)
@@ -19,7 +80,7 @@ class QuantConfig:
     """What to do to a model; refuses impossible values on construction with `ConfigError`.
 
     preset: a row of `PRESETS`; recipe: overrides that row, for experiments.
-    bits: 2, 3, 4 or 8 per weight; symmetric: zero point fixed in the middle.
+    bits: 2, 3, 4, 5, 6 or 8 per weight; symmetric: zero point fixed in the middle.
     group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
     rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
     share_rotations: one transform for all linears that read the same input.
@@ -27,6 +88,7 @@ class QuantConfig:
     validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
     compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, float32 elsewhere.
     ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
+    overrides: other bits, group sizes or rotations for the layers that a pattern names; the last match wins.
     """
 
     preset: str = "fast"
@@ -43,6 +105,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = ("lm_head",)
     seed: int = 0
     compute: str = "auto"
+    overrides: tuple[Override, ...] = ()
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -63,20 +126,48 @@ class QuantConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: a list or tuple of strings")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for pattern in self.ignore:
-            require_regular_expression(pattern)
+            require_regular_expression("ignore", pattern)
+        object.__setattr__(self, "overrides", tuple(_as_override(item) for item in self.overrides))
         if self.recipe is None:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
 
-    def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
-        """The layout of a linear of this size; `group_size` must have been resolved to a number."""
-        return LinearLayout(in_features, out_features, self.bits, int(self.group_size), self.rotations, bias)
+    @property
+    def spec(self) -> Spec:
+        """The default spec; the group size is a placeholder as long as it is "auto"."""
+        size = SUPPORTED_GROUP_SIZES[-1] if self.group_size == "auto" else int(self.group_size)
+        return Spec(self.bits, size, self.rotations, self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `QuantConfig(**d)` with `recipe=Recipe(**d["recipe"])` gives it back."""
-        return asdict(self)
+        """JSON-ready; `from_dict` reads it. Options that came later are left out while they say nothing."""
+        entries = asdict(self)
+        if not self.overrides:
+            del entries["overrides"]
+        return entries
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> QuantConfig:
+        """The config that `to_dict` wrote, with its recipe, `training` and `refit` included. Raises `ConfigError`."""
+        unknown = [name for name in entries if name not in {field.name for field in fields(cls)}]
+        if unknown:
+            raise ConfigError(
+                f"option {unknown[0]!r} is not known{did_you_mean(unknown[0], (f.name for f in fields(cls)))}"
+            )
+        recipe = entries.get("recipe")
+        return cls(**{**entries, "recipe": Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe})
 
     def with_group_size(self, group_size: int) -> QuantConfig:
         """A copy with "auto" resolved."""
         return replace(self, group_size=group_size)
+
+
+def _as_override(item: Any) -> Override:
+    """An override, given as one, as text (see `Override.parse`), or as the mapping that JSON has of it."""
+    if isinstance(item, Override):
+        return item
+    if isinstance(item, str):
+        return Override.parse(item)
+    if isinstance(item, Mapping) and set(item) <= {"pattern", *OVERRIDABLE}:
+        return Override(**item)
+    raise ConfigError(f"override is {item!r}, allowed: PATTERN={_settings_allowed()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -110,6 +110,31 @@ class Recipe:
             raise ConfigError(f"shrinks is {self.shrinks!r}, allowed: at least one factor above 0, up to 1")
         for name, low, high in (("drift", 0, 1), ("damping", 0, 1), ("final_rate", 0, 1), ("learning_rate", 0, 1000)):
             require_between(name, getattr(self, name), low, high)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the recipe looks at activations at all."""
+        return self.transform or self.rounding != "nearest" or self.trains
+
+    @property
+    def compares(self) -> bool:
+        """Whether the recipe looks at the original model's activations as well."""
+        return self.drift > 0 or self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained, before or after rounding."""
+        return self.training is not None or self.refit is not None
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
+        """The recipe whose `dataclasses.asdict` these entries are. Raises `ConfigError` for settings it does not have."""
+        kinds = {"training": Training, "refit": Refit}
+        given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise ConfigError(f"the recipe cannot be read: {error}") from error
 
 
 #: The presets, by name. "best" is "fast" and a refit of what is continuous; "paper" the original's recipe; "quick" is

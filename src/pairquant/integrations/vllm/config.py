@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ...spec.linear import Spec
 from ...spec.patterns import matches
 from ...support.errors import CheckpointError
 from .compat import QuantizationConfig, tensor_names
@@ -22,14 +23,14 @@ PACKED = ".qweight"
 
 
 class PairQuantConfig(QuantizationConfig):
-    """checkpoint: our view of the JSON object; quantized: paths of the packed linears, in vLLM's names once the model
-    has told its mapper; None where no file could be read: then all linears but `plain` are.
+    """checkpoint: our view of the JSON object; quantized: path → spec of the packed linears, in vLLM's names once the
+    model has told its mapper; None where no file could be read: then all linears but `plain` are.
     """
 
     def __init__(self, checkpoint: CheckpointConfig):
         super().__init__()
         self.checkpoint = checkpoint
-        self.quantized: frozenset[str] | None = None
+        self.quantized: dict[str, Spec] | None = None
         self.plain = checkpoint.modules_to_not_convert
 
     @classmethod
@@ -57,14 +58,18 @@ class PairQuantConfig(QuantizationConfig):
         """Look which linears the checkpoint holds packed."""
         names = tensor_names(model_name, revision)
         if names:
-            self.quantized = frozenset(name.removesuffix(PACKED) for name in names if name.endswith(PACKED))
+            paths = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
+            self.quantized = {path: self.checkpoint.spec_of(path) for path in paths}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the paths to those of vLLM's model."""
         self.plain = tuple(hf_to_vllm_mapper.apply_list(list(self.plain)))
         if self.quantized is not None:
-            names = hf_to_vllm_mapper.apply_list([path + PACKED for path in self.quantized])
-            self.quantized = frozenset(name.removesuffix(PACKED) for name in names)
+            renamed = {}
+            for path, spec in self.quantized.items():
+                for name in hf_to_vllm_mapper.apply_list([path + PACKED]):  # none, if vLLM's model has no such layer
+                    renamed[name.removesuffix(PACKED)] = spec
+            self.quantized = renamed
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> PairQuantLinearMethod | Any:
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
@@ -73,16 +78,20 @@ class PairQuantConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             self._require_plain(layer, prefix)
             return None
-        if not self._holds(prefix):
+        spec = self._spec(prefix)
+        if spec is None:
             return UnquantizedLinearMethod()
         from .linear import PairQuantLinearMethod
 
-        return PairQuantLinearMethod(self.checkpoint, prefix)
+        return PairQuantLinearMethod(spec, prefix)
 
-    def _holds(self, prefix: str) -> bool:
-        """Whether the layer, or everything that vLLM merges in it, is packed."""
+    def _spec(self, prefix: str) -> Spec | None:
+        """What the layer, or everything that vLLM merges in it, is stored as; None if it is plain.
+
+        Raises `CheckpointError`, before any weight is loaded, for linears that vLLM merges but that are stored differently.
+        """
         if self.quantized is not None and prefix in self.quantized:
-            return True  # fused on disk, whatever vLLM calls its parts
+            return self.quantized[prefix]  # fused on disk, whatever vLLM calls its parts
         members = self._members(prefix)
         packed = [path for path in members if self._is_packed(path)]
         if packed and len(packed) < len(members):
@@ -90,7 +99,17 @@ class PairQuantConfig(QuantizationConfig):
                 f"vLLM runs {', '.join(members)} as one layer, but only {', '.join(packed)} is quantized. Quantize all of "
                 "them or none (--ignore), or run the checkpoint with Transformers."
             )
-        return bool(packed)
+        specs = {path: self._spec_of(path) for path in packed}
+        if len(set(specs.values())) > 1:
+            stored = "; ".join(f"{path} has {spec}" for path, spec in specs.items())
+            raise CheckpointError(
+                f"vLLM runs {', '.join(members)} as one layer, but they are stored differently: {stored}. Quantize again with "
+                "one --override for all of them, or run the checkpoint with Transformers."
+            )
+        return next(iter(specs.values()), None)
+
+    def _spec_of(self, path: str) -> Spec:
+        return self.checkpoint.spec_of(path) if self.quantized is None else self.quantized[path]
 
     def _members(self, prefix: str) -> list[str]:
         """The linears of the checkpoint that vLLM merges into the layer at `prefix`, or the layer itself."""

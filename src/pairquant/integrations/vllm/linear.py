@@ -13,13 +13,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.linear import decode
-from ...kernels.run.launches import Launch, launches
-from ...spec.checkpoint import CheckpointConfig
-from ...spec.linear import TRANSFORM, LinearLayout, PackedLinear
+from ...backends.base import Prepared
+from ...backends.ops import run
+from ...backends.table import BY_NAME, DENSE, prepare_all
+from ...spec.fields import ROWS, Field
+from ...spec.linear import LinearLayout, PackedLinear, Spec
 from ...support.errors import CheckpointError, ConfigError
 from .compat import (
     GroupQuantScaleParameter,
@@ -36,8 +36,8 @@ ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 class PairQuantLinearMethod(LinearMethodBase):
     """Creates, loads, checks, repacks and runs the weights of one layer, at `prefix` in vLLM's model."""
 
-    def __init__(self, config: CheckpointConfig, prefix: str):
-        self.config, self.prefix = config, prefix
+    def __init__(self, spec: Spec, prefix: str):
+        self.spec, self.prefix = spec, prefix
 
     def create_weights(
         self,
@@ -50,18 +50,18 @@ class PairQuantLinearMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         """Parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
-        layouts = [self.config.layout(input_size_per_partition, size) for size in output_partition_sizes]
+        layouts = [self.spec.layout(input_size_per_partition, size) for size in output_partition_sizes]
         self._require_whole_groups(layouts, input_size, output_size)
         layer.pairquant = _Pending(self.prefix, layouts, params_dtype, input_size)
-        whole = self.config.layout(input_size_per_partition, sum(output_partition_sizes)).fields()
-        for name, stored in whole.items():
-            if name in TRANSFORM:
+        whole = self.spec.layout(input_size_per_partition, sum(output_partition_sizes))
+        for name, stored in whole.fields().items():
+            if stored.axis(ROWS) is None:
                 shape = (len(layouts), *stored.shape)
                 parameter = nn.Parameter(torch.empty(shape, dtype=stored.dtype), requires_grad=False)
                 parameter.weight_loader = layer.pairquant.transform_loader(name, layer)  # type: ignore[attr-defined]
             else:
                 loader = layer.pairquant.counting(name, extra["weight_loader"])
-                parameter = self._by_rows(name, torch.empty(stored.shape, dtype=stored.dtype), loader)
+                parameter = _by_rows(stored, whole.out_features, loader)
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -76,19 +76,10 @@ class PairQuantLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., C] → [..., N]."""
         ready: _Ready = layer.pairquant
-        if not ready.launches:
-            return F.linear(x, layer.weight, bias)
-        if len(ready.launches) == 1:
+        if len(ready.prepared) == 1:
             return ready.run(layer, 0, x, bias)
-        y = torch.cat([ready.run(layer, i, x, None) for i in range(len(ready.launches))], dim=-1)
+        y = torch.cat([ready.run(layer, i, x, None) for i in range(len(ready.prepared))], dim=-1)
         return y if bias is None else y + bias
-
-    def _by_rows(self, name: str, data: Tensor, loader: Callable) -> nn.Parameter:
-        """A parameter that vLLM's own loaders cut along inputs (0) and outputs (1)."""
-        cut: dict[str, Any] = {"data": data, "input_dim": 0, "output_dim": 1, "weight_loader": loader}
-        if name == "scales":
-            return GroupQuantScaleParameter(**cut)
-        return PackedvLLMParameter(packed_dim=1, packed_factor=Fraction(32, self.config.bits), **cut)
 
     def _require_whole_groups(self, layouts: Sequence[LinearLayout], input_size: int, output_size: int) -> None:
         for layout in layouts:
@@ -155,10 +146,11 @@ class _Pending:
         cut = {}
         for name, tensor in stored.items():
             widths = [layout.fields()[name].shape[-1] for layout in self.layouts]
-            cut[name] = list(tensor) if name in TRANSFORM else list(tensor.split(widths, dim=-1))
+            by_row = self.layouts[0].fields()[name].axis(ROWS) is not None
+            cut[name] = list(tensor.split(widths, dim=-1)) if by_row else list(tensor)
         found = []
         for i, layout in enumerate(self.layouts):
-            packed = PackedLinear(layout, **{name: parts[i].contiguous() for name, parts in cut.items()})
+            packed = PackedLinear(layout, {name: parts[i].contiguous() for name, parts in cut.items()})
             packed.check_values(self.prefix)
             found.append(packed)
         return found
@@ -173,32 +165,39 @@ class _Pending:
         )
 
 
-class _Ready:
-    """A layer that runs: its launches, whose tensors are buffers of the layer; none where it runs as a dense weight.
+def _by_rows(stored: Field, out_features: int, loader: Callable) -> nn.Parameter:
+    """A parameter [channels, rows] that vLLM's own loaders cut along inputs (0) and outputs (1)."""
+    data = torch.empty(stored.shape, dtype=stored.dtype)
+    cut: dict[str, Any] = {"data": data, "input_dim": 0, "output_dim": 1, "weight_loader": loader}
+    rows_per_entry = Fraction(out_features, stored.shape[1])
+    if rows_per_entry == 1:
+        return GroupQuantScaleParameter(**cut)
+    return PackedvLLMParameter(packed_dim=1, packed_factor=rows_per_entry, **cut)
 
-    The first buffer is called `qweight`, where vLLM looks for the device of a layer that gets LoRA adapters.
+
+class _Ready:
+    """A layer that runs: what its backend prepared, the tensors as buffers of the layer.
+
+    The first buffer is called `weight` where it is the dense weight, else `qweight`: vLLM looks there for the device of
+    a layer that gets LoRA adapters.
     """
 
-    def __init__(self, launches: list[Launch], group_size: int):
-        self.launches, self.group_size = launches, group_size
-        self.names = [[f"launch_{i}_{j}" for j in range(len(launch.tensors))] for i, launch in enumerate(launches)]
-        if launches:
-            self.names[0][0] = "qweight"
-        self.sizes = [list(launch.out_features) for launch in launches]
+    def __init__(self, prepared: list[Prepared]):
+        self.names = [[f"prepared_{i}_{j}" for j in range(len(p.tensors))] for i, p in enumerate(prepared)]
+        self.names[0][0] = "weight" if prepared[0].backend == DENSE.name else "qweight"
+        self.prepared = [replace(p, tensors=[]) for p in prepared]  # the layer holds the tensors
 
     @classmethod
     def build(cls, layer: Any, linears: list[PackedLinear], dtype: torch.dtype) -> _Ready:
-        made = launches(linears, dtype)
-        if not made:
-            dense = torch.cat([decode(linear) for linear in linears]).to(dtype)
-            layer.register_buffer("weight", dense, persistent=False)
-        ready = cls(made, linears[0].layout.group_size)
-        for launch, names in zip(made, ready.names, strict=True):
-            for name, tensor in zip(names, launch.tensors, strict=True):
+        """Prepare the linears for activations of this dtype, and give the layer the tensors."""
+        made = prepare_all(linears, dtype)
+        ready = cls(made)
+        for prepared, names in zip(made, ready.names, strict=True):
+            for name, tensor in zip(names, prepared.tensors, strict=True):
                 layer.register_buffer(name, tensor, persistent=False)
-        ready.launches = [Launch([], launch.out_features) for launch in made]  # the layer holds the tensors
         return ready
 
     def run(self, layer: Any, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        tensors = [getattr(layer, name) for name in self.names[index]]
-        return torch.ops.pairquant.rotated_linear(x, tensors, bias, self.sizes[index], self.group_size)
+        """x [..., C] → [..., N] of one of the prepared."""
+        tensors, prepared = [getattr(layer, name) for name in self.names[index]], self.prepared[index]
+        return run(BY_NAME[prepared.backend], x, tensors, bias, prepared.out_features, prepared.group_size)

@@ -15,7 +15,7 @@ from ...core.grid import MIN_SCALE
 from ...core.rounding import Solvers
 from ...support.devices import current
 from ...support.errors import KernelError
-from ..run.ops import triton_missing
+from ..availability import triton_missing
 
 #: Rows per program, which is one warp: 32 registers hold a lane's quarter of 128 columns (16 rows: spills for sm_90).
 ROWS = 8

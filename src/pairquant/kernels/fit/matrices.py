@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.rotation import givens_positions, rotation_matrix
 from ...support.devices import current
 from ...support.errors import KernelError
-from ..run.ops import triton_missing
+from ..availability import triton_missing
 
 #: Rows of a group's matrix per program.
 ROWS = 32

@@ -5,7 +5,6 @@ K steps of gathers cost 226 to 325 us for one token of 4096 channels on two thre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +13,10 @@ from torch import Tensor
 from ...core.linear import transform_of
 from ...core.packing import unpack
 from ...core.rotation import rotate_dense
-from ...spec.linear import LinearLayout, PackedLinear
+from ...spec.linear import PackedLinear
 
 #: PyTorch's int4 product on CPUs packs this many output rows together.
 INT4_ROWS = 16
-
-
-def available(layout: LinearLayout, dtype: torch.dtype) -> bool:
-    """Only bfloat16 is fast: float16 and float32 take 50 times as long. 4 bits, whole packs of rows."""
-    return (
-        dtype == torch.bfloat16
-        and layout.bits == 4
-        and layout.out_features % INT4_ROWS == 0
-        and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-    )
 
 
 @dataclass(frozen=True)
@@ -47,9 +36,9 @@ class CpuWeights:
     def build(cls, linear: PackedLinear) -> CpuWeights:
         transform = transform_of(linear)
         groups, g, _ = transform.matrix.shape
-        codes = unpack(linear.qweight, 4).T.contiguous().to(torch.int32)
+        codes = unpack(linear["qweight"], 4).T.contiguous().to(torch.int32)
         # The zero points times the rounded scales: then the rounding of a scale does not shift the whole group.
-        scales, zeros = linear.scales.bfloat16().float(), unpack(linear.qzeros, 4).float()
+        scales, zeros = linear["scales"].bfloat16().float(), unpack(linear["qzeros"], 4).float()
         return cls(
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
             torch.stack((scales, (8 - zeros) * scales), dim=-1).bfloat16(),
@@ -60,9 +49,15 @@ class CpuWeights:
         return [self.packed, self.grid, self.matrix]
 
 
-def rotated_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, group_size: int) -> Tensor:
+def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
     """x [M, C] bfloat16 → [M, N]."""
-    packed, grid, matrix = weight
-    x_rot = rotate_dense(x.float(), matrix).to(x.dtype)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_rot, packed, group_size, grid)
+    x_rot = rotate_dense(x.float(), weights.matrix).to(x.dtype)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_rot, weights.packed, group_size, weights.grid)
     return y if bias is None else y + bias
+
+
+def decode(weights: CpuWeights, group_size: int) -> Tensor:
+    """The dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
+    eye = torch.eye(len(weights.matrix) * group_size, dtype=torch.bfloat16)
+    rotated = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, weights.packed, group_size, weights.grid).T.float()
+    return rotate_dense(rotated, weights.matrix.mT)

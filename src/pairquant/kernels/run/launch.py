@@ -1,6 +1,6 @@
 """Launching the Triton kernels: tile choices and tensors in, tensors out. Nothing here looks at a table.
 
-Tensors must be checked already (`ops`): 16-bit or float32 x of two dimensions with unit stride in the last.
+Tensors must be checked already (`backends.ops`): 16-bit or float32 x of two dimensions with unit stride in the last.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from .layout import KernelLayout
 from .table import Dense, Narrow, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
-from .triton_rotate import dense_rotate_kernel, givens_backward_kernel, givens_kernel
+from .triton_rotate import dense_rotate_kernel, givens_kernel
 from .weights import KernelWeights, RotationWeights
 
-#: From here on, building R and multiplying by it beats shuffles (H100, 4096 channels: 7.6 against 2.7 + 4 us at 256).
-DENSE_ROTATION_TOKENS = 256
-BACKWARD_TOKENS = 32
 #: `decode_kernel`: rows per tile, tiles of 128 rows per program, buffered stages, warps (the best of nine on an H100).
 DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
 
@@ -44,18 +41,6 @@ def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Launch options of a kernel that may start before the one before it has ended."""
     on = wanted and _features(device)["DEPENDENT"]
     return {"DEPENDENT": True, "launch_pdl": True} if on else {"DEPENDENT": False}
-
-
-def rotate(x: Tensor, rotation: RotationWeights) -> Tensor:
-    """x [M, C] → [T, M, C] in x's dtype."""
-    out = torch.empty(rotation.transforms, *x.shape, dtype=x.dtype, device=x.device)
-    with current(x.device):
-        if x.shape[0] >= DENSE_ROTATION_TOKENS and x.dtype != torch.float32 and x.shape[1] % 128 == 0:
-            matrix = rotation_blocks(rotation, x.shape[1], torch.float16, mma_order=False)
-            _dense_rotate(x, rotation, matrix, out, overlap=False)
-        else:
-            _givens(x, rotation, out, mma_order=False)
-    return out
 
 
 def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tensor:
@@ -146,33 +131,6 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Ten
         num_warps=4,
         **_dependent(x.device, overlap),
     )
-
-
-def rotate_backward(y: Tensor, grad: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """y, grad [T, M, C] → gradients of x [M, C], coefficients [T, KB, K, 2, 128] and scales [T, C], all float32."""
-    transforms, tokens, channels = y.shape
-    blocks, steps = rotation.coefficients.shape[1:3]
-    programs = _cdiv(tokens, BACKWARD_TOKENS)
-    grad_x = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-    grad_coefficients = grad_x.new_empty(programs, *rotation.coefficients.shape)
-    grad_scales = grad_x.new_empty(programs, transforms, channels)
-    with current(y.device):
-        givens_backward_kernel[(blocks, programs, transforms)](
-            y,
-            grad,
-            rotation.coefficients,
-            rotation.partners,
-            rotation.scales,
-            grad_x,
-            grad_coefficients,
-            grad_scales,
-            tokens,
-            channels // 32,
-            K=steps,
-            TOKENS=BACKWARD_TOKENS,
-            num_warps=4,
-        )
-    return grad_x.sum(0), grad_coefficients.sum(0), grad_scales.sum(0)
 
 
 def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:

@@ -1,8 +1,8 @@
-"""Scale and rotate activations: y = (x · diag(1/a)) R, and its gradients (method, "Scaled pairwise rotation").
+"""Scale and rotate activations: y = (x · diag(1/a)) R (method, "Scaled pairwise rotation").
 
 Per channel c of a group, with partner p(c) and the signed sine s_c of its pair, one rotation is
 
-    y_c = cos_c · x_c + s_c · x_p(c)        inverse:  x_c = cos_c · y_c - s_c · y_p(c)
+    y_c = cos_c · x_c + s_c · x_p(c)
 
 Few tokens: one warp per (group, tokens, transform) keeps its tile in registers through all K rotations; a partner is
 fetched by warp shuffles. Many tokens: the shuffles would cost more than memory, so R is built once, by rotating the
@@ -26,7 +26,7 @@ def dot(a, b, NATIVE: tl.constexpr):
 
 @triton.jit
 def mma_order(c):
-    """Where channel c of a run of 16 is stored for `triton_linear.wide_kernel` (see layout.KernelLayout)."""
+    """Where channel c of a run of 16 is stored for `triton_linear.wide_kernel` (see `layout.KernelLayout`)."""
     return (c & ~15) + ((c >> 1) & 1) * 8 + ((c >> 2) & 3) * 2 + (c & 1)
 
 
@@ -121,46 +121,3 @@ def dense_rotate_kernel(
             y += dot(x, low, NATIVE)
         row = (transform * tokens + t).to(tl.int64)[:, None] * out_channels
         tl.store(out_ptr + row + c[None, :], y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
-
-
-@triton.jit(do_not_specialize=["tokens", "runs"])
-def givens_backward_kernel(
-    y_ptr,  # [T, M, C]: what the forward returned
-    grad_ptr,  # [T, M, C]
-    coefficients_ptr,
-    partners_ptr,
-    scales_ptr,
-    grad_x_ptr,  # float32 [T, M, C]
-    grad_coefficients_ptr,  # float32 [P, T, KB, K, 2, 128], one slice per program along the tokens
-    grad_scales_ptr,  # float32 [P, T, C]
-    tokens,
-    runs,
-    K: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    channels = runs * 32
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    local = tl.arange(0, 128)
-    c = block * 128 + local
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    transform, transforms = tl.program_id(2), tl.num_programs(2)
-    slot = tl.program_id(1) * transforms + transform
-    real = c < channels
-    here = (t < tokens)[:, None] & real[None, :]
-    at = (transform * tokens + t).to(tl.int64)[:, None] * channels + c[None, :]
-    scale = tl.load(scales_ptr + transform * channels + c, mask=real, other=1.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=here, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32)
-    for step in tl.static_range(K):
-        stored = (transform * blocks + block) * K + K - 1 - step
-        slope = grad_coefficients_ptr + ((slot * blocks + block).to(tl.int64) * K + K - 1 - step) * 256 + local
-        cos = tl.load(coefficients_ptr + stored * 256 + local)[None, :]
-        sin = tl.load(coefficients_ptr + stored * 256 + 128 + local)[None, :]
-        partner = tl.load(partners_ptr + stored * 128 + local)
-        partner = tl.broadcast_to(partner[None, :], (TOKENS, 128))
-        y = cos * y - sin * tl.gather(y, partner, axis=1)  # from here on, this rotation's input
-        tl.store(slope, tl.sum(grad * y, axis=0))
-        tl.store(slope + 128, tl.sum(grad * tl.gather(y, partner, axis=1), axis=0))
-        grad = cos * grad - sin * tl.gather(grad, partner, axis=1)
-    tl.store(grad_x_ptr + at, grad * scale[None, :], mask=here)
-    tl.store(grad_scales_ptr + slot * channels + c, tl.sum(grad * y, axis=0) / scale, mask=real)

@@ -34,7 +34,7 @@ class RotationWeights:
 
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
-        """theta [T, K, C/2], pairs [T, K, C], scales [T, C]; differentiable in theta and scales."""
+        """theta [T, K, C/2], pairs [T, K, C], scales [T, C]."""
         rotations, channels = pairs.shape[1:]
         padding = -channels % 128
         coefficients, partners = [], []
@@ -83,9 +83,9 @@ class KernelWeights:
         shared = all(linear.shares_transform_with(first) for linear in linears[1:])
         distinct = linears[:1] if shared else linears
         rotation = RotationWeights.build(
-            torch.stack([linear.theta.float() for linear in distinct]),
-            torch.stack([linear.pairs for linear in distinct]),
-            torch.cat([linear.channel_scales for linear in distinct]),
+            torch.stack([linear["theta"].float() for linear in distinct]),
+            torch.stack([linear["pairs"] for linear in distinct]),
+            torch.cat([linear["channel_scales"] for linear in distinct]),
             first.layout.group_size,
         )
         words = torch.cat([words for words, _ in parts])
@@ -131,9 +131,9 @@ def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
     """Stored tensors → (words, grid) of one linear, rows padded."""
     s = linear.layout
     layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
-    words = [_fragments(part) for part in linear.qweight.split(ROWS_AT_A_TIME // 8, dim=1)]
-    zeros = unpack(linear.qzeros, 4).to(torch.int32)
-    scales = linear.scales.view(torch.int16).to(torch.int32) & 0xFFFF
+    words = [_fragments(part) for part in linear["qweight"].split(ROWS_AT_A_TIME // 8, dim=1)]
+    zeros = unpack(linear["qzeros"], 4).to(torch.int32)
+    scales = linear["scales"].view(torch.int16).to(torch.int32) & 0xFFFF
     grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
     grid[: s.num_groups, : s.out_features] = scales | (zeros << 16)
     return torch.cat(words), grid

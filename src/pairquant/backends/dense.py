@@ -1,0 +1,58 @@
+"""Decode the weight once and multiply by it as by any other: takes every layer, at the cost of its full size in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.linear import decode
+from ..spec.linear import LinearLayout, PackedLinear
+from .base import Backend
+
+
+class Dense(Backend):
+    """The decoded weight, rotation undone, in the dtype of the activations."""
+
+    name = "decoded"
+    most = 1_000
+    opaque = False
+
+    def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
+        weights = [decoded(linear) for linear in linears]
+        return [(weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)]
+
+    def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
+        return tensors[0].shape[1]
+
+    def compute(
+        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+    ) -> Tensor:
+        return F.linear(x, tensors[0], bias)
+
+    def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
+        return grad @ tensors[0]
+
+
+def decoded(linear: PackedLinear) -> Tensor:
+    """The dense weight, float32 [N, C], by an operator: torch.compile need not look inside."""
+    layout = linear.layout.without_bias()
+    return torch.ops.pairquant.decode([linear[name] for name in layout.fields()], layout.numbers())
+
+
+@torch.library.custom_op("pairquant::decode", mutates_args=())
+def decode_op(stored: list[Tensor], layout: list[int]) -> Tensor:
+    """The dense weight, float32 [N, C]. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
+    known = LinearLayout.of_numbers(layout)
+    return decode(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))))
+
+
+@decode_op.register_fake
+def _(stored, layout):
+    known = LinearLayout.of_numbers(layout)
+    return stored[0].new_empty(known.out_features, known.in_features, dtype=torch.float32)

@@ -1,0 +1,92 @@
+"""Running prepared linears: the operator `pairquant::rotated_linear`, opaque to torch.compile and safe in CUDA graphs.
+
+It checks its input, then calls the backend it names. Backends that make what they keep from what is stored have
+operators for that, too (`dense`, `cpu_int4`): traced, the making took ten times as long to compile as the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec.fields import short
+from ..support.errors import KernelError
+from .base import Backend
+from .table import BY_NAME
+
+
+def run(
+    backend: Backend, x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+) -> Tensor:
+    """x [..., C] → [..., sum of sizes] in x's dtype, by this backend.
+
+    tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear.
+    """
+    if backend.opaque:
+        return torch.ops.pairquant.rotated_linear(x, tensors, bias, list(sizes), group_size, backend.name)
+    return backend.compute(x, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size)
+
+
+@torch.library.custom_op("pairquant::rotated_linear", mutates_args=())
+def rotated_linear(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: list[int], group_size: int, backend: str
+) -> Tensor:
+    """x [..., C] → [..., sum of sizes] in x's dtype: linears of one input, side by side (see `run`).
+
+    Differentiable in x and bias; the weight is frozen. Raises `KernelError` for an x of another dtype, shape or device.
+    """
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], sum(sizes))
+    runner = BY_NAME[backend]
+    rows = _rows(x, runner.channels(tensors, group_size), tensors[0].device, runner.dtypes)
+    y = runner.compute(rows, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size)
+    return y.view(*x.shape[:-1], sum(sizes))
+
+
+@rotated_linear.register_fake
+def _(x, tensors, bias, sizes, group_size, backend):
+    return x.new_empty(*x.shape[:-1], sum(sizes))
+
+
+@torch.library.custom_op("pairquant::rotated_linear_backward", mutates_args=())
+def rotated_linear_backward(
+    grad: Tensor, tensors: list[Tensor], sizes: list[int], group_size: int, backend: str, channels: int
+) -> Tensor:
+    """grad [..., N] → grad · Ŵ, [..., channels]."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return BY_NAME[backend].input_gradient(rows, tensors, sizes, group_size).view(*grad.shape[:-1], channels)
+
+
+@rotated_linear_backward.register_fake
+def _(grad, tensors, sizes, group_size, backend, channels):
+    return grad.new_empty(*grad.shape[:-1], channels)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, tensors, bias, sizes, group_size, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options, ctx.has_bias = (sizes, group_size, backend, x.shape[-1]), bias is not None
+
+
+def _backward(ctx, grad):
+    grad_x = torch.ops.pairquant.rotated_linear_backward(grad, list(ctx.saved_tensors), *ctx.options)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None
+
+
+rotated_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _rows(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """x as [M, C] with unit stride in the last dimension, checked."""
+    if x.dtype not in dtypes:
+        raise KernelError(f"x is {short(x.dtype)}, allowed on {x.device.type}: {', '.join(map(short, dtypes))}")
+    if x.dim() < 1 or x.shape[-1] != channels:
+        raise KernelError(f"x has shape {list(x.shape)}, its last dimension must be {channels}")
+    if x.device != device:
+        raise KernelError(f"x is on {x.device}, the weights are on {device}. Move one of them.")
+    rows = x.reshape(math.prod(x.shape[:-1]), channels)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

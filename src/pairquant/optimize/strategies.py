@@ -1,0 +1,207 @@
+"""How the linears of one block become packed ones: one strategy object for each kind of recipe.
+
+`Rounding` fits transforms on the quadratic proxy and rounds; `Refitting` trains what is continuous after that;
+`BlockTraining` is the paper's block-wise training. Each leaves every linear with its decoded weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.linear import Transform, decode, encode
+from ..core.range import power_of_two
+from ..core.rounding import proxy_terms, ratio
+from ..kernels.fit.loops import solvers
+from ..models.blocks import Block, Call
+from ..spec.codes import columns_per_block
+from ..spec.linear import LinearLayout, PackedLinear
+from ..spec.options import QuantConfig
+from .blockwise import BlockData, BlockTask, refit_block, train_block
+from .drift import drift_targets
+from .moments import Moments
+from .ranks import Ranks
+from .search import Problem, fit_transforms
+from .stages import Groups
+
+
+@dataclass
+class BlockWork:
+    """One block to quantize, and what comes of it.
+
+    layouts: of its linears; moments: of their inputs; groups: the linears of each transform; seeds: for each group, by
+    its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
+    block's other parameters are stored in. packed, errors: by path, filled in by `settle`; history: reports of training.
+    """
+
+    block: Block
+    call: Call | None
+    layouts: Mapping[str, LinearLayout]
+    moments: list[Moments]
+    groups: Groups
+    seeds: Mapping[str, int]
+    config: QuantConfig
+    ranks: Ranks
+    device: torch.device
+    data: Callable[[], BlockData] | None
+    kept_as: torch.dtype
+    packed: dict[str, PackedLinear] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def training(self) -> BlockTask:
+        """The block as block-wise training wants it."""
+        assert self.data is not None, "recipes that train a block have text"
+        assert self.call is not None, "recipes that train a block have text"
+        return BlockTask(
+            self.block, self.call, self.data(), self.layouts, self.groups, self.seeds, self.config, self.history.append,
+            self.ranks,
+        )  # fmt: skip
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for group in self.groups for path in group]
+
+    @property
+    def hessians(self) -> dict[str, Tensor]:
+        return {path: m.hessian for m in self.moments for path in m.readers}
+
+    def unit(self, path: str) -> int:
+        """Rows of a linear are shared out in multiples of this."""
+        return columns_per_block(self.layouts[path].bits)
+
+    def rows(self, path: str) -> Tensor:
+        """This rank's rows of a linear's weight."""
+        weight = self.block.sites[path].weight
+        return weight[self.ranks.rows(len(weight), self.unit(path))]
+
+    def owners(self) -> dict[str, int]:
+        """The rank that rounds, and measures, each linear."""
+        sizes = {path: self.layouts[path] for path in self.paths}
+        return self.ranks.dealt({p: s.in_features * (s.in_features + s.out_features) for p, s in sizes.items()})
+
+    def settle(self, packed: Mapping[str, PackedLinear], trained: bool) -> None:
+        """Decode each linear, once: measure its error and give the block the weight.
+
+        trained: measure the weight in the dtype that the block computes in, as training does.
+        """
+        owners, hessians = self.owners(), self.hessians
+        terms = torch.zeros(len(packed), 2, device=self.device)
+        for i, (path, linear) in enumerate(packed.items()):
+            site = self.block.sites[path]
+            weight = decode(linear.to(self.device))
+            if trained:
+                weight = weight.to(site.dtype).float()
+            if owners[path] == self.ranks.rank:
+                terms[i] = proxy_terms(site.weight.float(), weight, hessians[path])
+            site.put(weight)
+        self.ranks.add(terms)
+        self.packed = dict(packed)
+        self.errors = {path: ratio(pair) for path, pair in zip(packed, terms, strict=True)}
+
+
+class Strategy(Protocol):
+    """What is done to each block."""
+
+    def quantize(self, work: BlockWork) -> None:
+        """Fill in `work.packed` and `work.errors`, and leave the block with its decoded weights."""
+
+
+class Rounding:
+    """Fit transforms on the quadratic proxy, then round each linear on its inputs' second moments."""
+
+    def quantize(self, work: BlockWork) -> None:
+        if work.groups:
+            work.settle(self.rounded(work), trained=False)
+
+    def rounded(self, work: BlockWork) -> dict[str, PackedLinear]:
+        """The packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
+        targets: dict[str, Tensor] = {}
+        for m in work.moments:
+            weights = {path: work.rows(path).float() for path in m.readers}
+            targets.update(drift_targets(weights, m, work.config.recipe.drift, work.ranks))
+            m.cross = None
+        transforms = self._transforms(work, targets)
+        return self._round(work, targets, transforms)
+
+    def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
+        """The transform of each linear; weights out of fp16's range are fitted in range (see `core.range`)."""
+        hessians, problems, factors = work.hessians, [], starts(work)
+        for group, factor in zip(work.groups, factors, strict=True):
+            rows = [targets[path] for path in group]
+            stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
+            weight = stacked if factor == 1 else stacked / factor
+            problems.append(Problem(weight, hessians[group[0]], work.seeds[group[0]], work.layouts[group[0]].spec))
+        found = fit_transforms(problems, work.config, work.ranks)
+        return {
+            path: transform.times(factor)
+            for group, transform, factor in zip(work.groups, found, factors, strict=True)
+            for path in group
+        }
+
+    def _round(
+        self, work: BlockWork, targets: dict[str, Tensor], transforms: Mapping[str, Transform]
+    ) -> dict[str, PackedLinear]:
+        """Round all linears; this rank rounds some, and gets the others. targets: its rows of each."""
+        ranks, owners, hessians = work.ranks, work.owners(), work.hessians
+        whole = {
+            path: ranks.collected(targets.pop(path), work.layouts[path].out_features, work.unit(path), owners[path])
+            for path in transforms
+        }
+        packed: dict[str, PackedLinear] = {}
+        for path, transform in transforms.items():
+            if (target := whole.pop(path)) is not None:
+                bias = work.block.sites[path].bias
+                packed[path] = encode(
+                    target,
+                    transform,
+                    hessians[path],
+                    work.layouts[path],
+                    work.config.recipe,
+                    bias,
+                    solvers(work.device),
+                )
+        return {p: ranks.shared(packed.pop(p, None), work.layouts[p], owners[p], work.device) for p in transforms}
+
+
+class Refitting(Rounding):
+    """`Rounding`, then a short training of scales, angles and norms, the codes being fixed."""
+
+    def quantize(self, work: BlockWork) -> None:
+        if work.groups:
+            work.settle(refit_block(work.training(), self.rounded(work), work.kept_as), trained=True)
+
+
+class BlockTraining:
+    """Block-wise training in two stages, the paper's recipe (section 4)."""
+
+    def quantize(self, work: BlockWork) -> None:
+        if work.groups:
+            work.settle(train_block(work.training(), starts(work)), trained=True)
+
+
+def starts(work: BlockWork) -> list[float]:
+    """For each group the power of two that brings its weights into fp16's range, and is moved into channel scales."""
+    factors = []
+    for group in work.groups:
+        rows = [work.rows(path) for path in group]
+        sums = torch.tensor(
+            [sum(r.float().square().sum().item() for r in rows), sum(r.numel() for r in rows)], dtype=torch.float64
+        ).to(work.device)
+        peak = torch.tensor([max((r.abs().max().item() for r in rows if r.numel()), default=0.0)]).to(work.device)
+        work.ranks.add(sums)
+        work.ranks.largest(peak)
+        rms = (sums[0] / sums[1].clamp(min=1)).sqrt().item()
+        factors.append(power_of_two(rms, peak.item(), work.layouts[group[0]].bits))
+    return factors
+
+
+def strategy_for(config: QuantConfig) -> Strategy:
+    """The strategy of a recipe."""
+    if config.recipe.training is not None:
+        return BlockTraining()
+    return Refitting() if config.recipe.refit is not None else Rounding()

@@ -1,0 +1,120 @@
+"""The plan: what every weight of a model will be stored as, resolved once, before any work.
+
+`plan_for` starts from the default `Spec` of the options and applies the overrides, the last match winning. Everything
+downstream asks the plan; nothing asks the options about bits, group sizes or rotations again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..support.errors import ConfigError, did_you_mean
+from .codes import SUPPORTED_GROUP_SIZES
+from .fields import Size
+from .linear import LinearLayout, Spec, bits_per_weight
+from .options import Override, QuantConfig
+from .patterns import matches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each weight of a model will be.
+
+    default: the spec of all that no override names; layouts: of every weight to be quantized, by path; reasons: why a
+    weight differs from the default (the override's text) or stays plain, by path.
+    """
+
+    default: Spec
+    layouts: Mapping[str, LinearLayout]
+    reasons: Mapping[str, str]
+
+    @property
+    def exceptions(self) -> dict[str, Spec]:
+        """Path → spec of the weights that differ from the default."""
+        return {path: layout.spec for path, layout in self.layouts.items() if layout.spec != self.default}
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Path → reason of the weights that stay as they are."""
+        return {path: reason for path, reason in self.reasons.items() if path not in self.layouts}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all quantized weights over their number."""
+        return bits_per_weight(self.layouts.values())
+
+
+def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str]) -> Plan:
+    """The plan for weights of these sizes, by path.
+
+    plain: path → reason of the weights that stay as they are. Raises `ConfigError` for an override that names nothing,
+    and when weights do not fit, with all of them and the remedies.
+    """
+    _require_used(config.overrides, sizes)
+    default = replace(config.spec, group_size=_group_size(config, sizes))
+    specs, reasons = {}, dict(plain)
+    for path in sizes:
+        specs[path] = default
+        for override in config.overrides:
+            if matches(path, (override.pattern,)):
+                specs[path], reasons[path] = override.applied(default), f"--override {override}"
+    if not config.recipe.transform:  # such presets round the weight as it is
+        specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
+    layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}
+    _require_fit(layouts, default)
+    return Plan(default, layouts, reasons)
+
+
+def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
+    """The default group size, with "auto" resolved: the largest that divides every weight it is for."""
+    if config.group_size != "auto":
+        return int(config.group_size)
+    own = [override.pattern for override in config.overrides if override.group_size is not None]
+    dividing = _dividing(size.in_features for path, size in sizes.items() if not matches(path, own))
+    return dividing[-1] if dividing else SUPPORTED_GROUP_SIZES[0]
+
+
+def _dividing(channels: Iterable[int]) -> list[int]:
+    """The group sizes that divide all of these numbers of channels, ascending."""
+    distinct = set(channels)
+    return [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in distinct)]
+
+
+def _require_used(overrides: Iterable[Override], sizes: Mapping[str, Size]) -> None:
+    """Refuse an override that names no weight: a typing error, found before hours of work."""
+    for override in overrides:
+        if not any(matches(path, (override.pattern,)) for path in sizes):
+            names = {part for path in sizes for part in (path, path.rpartition(".")[2])}
+            hint = did_you_mean(override.pattern, names)
+            raise ConfigError(f"override {str(override)!r} names no weight that will be quantized{hint}")
+
+
+def _require_fit(layouts: Mapping[str, LinearLayout], default: Spec) -> None:
+    faults = {path: layout.misfits() for path, layout in layouts.items()}
+    faults = {path: reasons for path, reasons in faults.items() if reasons}
+    if not faults:
+        return
+    dividing = _dividing(layout.in_features for layout in layouts.values())
+    smaller = f"--group-size {dividing[-1]}" if dividing else "a smaller --group-size (none divides all layers)"
+    remedies = [f"leave these layers as they are with {' '.join(f'--ignore {name}' for name in _last_names(faults))}"]
+    if any(layout.in_features % default.group_size for path, layout in layouts.items() if path in faults):
+        remedies.insert(0, smaller)
+    raise ConfigError(
+        f"{len(faults)} of {len(layouts)} linear layers do not fit:\n{_grouped_by_reason(faults)}\n"
+        f"Remedies: {', or '.join(remedies)}."
+    )
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def _grouped_by_reason(faults: Mapping[str, list[str]]) -> str:
+    """One line per kind of layer: how many, which, why."""
+    lines = []
+    for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
+        paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]
+        lines.append(f"  {count} × {reason}:\n    " + "\n    ".join(paths))
+    return "\n".join(lines)
