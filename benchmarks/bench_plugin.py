@@ -83,7 +83,7 @@ def loaded_layer(method: Any, linears: list[PackedLinear]) -> nn.Module:
         method.create_weights(layer, channels, sizes, channels, rows, torch.half, weight_loader=place)
     starts = dict.fromkeys(linears[0].tensors(), 0)
     for slot, linear in enumerate(linears):
-        for name, tensor in linear.tensors().items():
+        for name, tensor in linear.tensors.items():
             parameter = getattr(layer, name)
             parameter.start = starts[name]
             parameter.weight_loader(parameter, tensor, slot)

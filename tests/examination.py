@@ -103,7 +103,7 @@ class Bench:
     def _inspect(self, directory: Path) -> str:
         found = pairquant.inspect(directory)
         found.checkpoint.bits_per_weight()
-        tensors = {path: found.checkpoint.packed(path).tensors() for path in found.linears}
+        tensors = {path: found.checkpoint.packed(path).tensors for path in found.linears}
         same = tensors.keys() == set(PACKED_PATHS) and all(
             _equal(tensor, UNDAMAGED.get(f"{path}.{name}")) for path, t in tensors.items() for name, tensor in t.items()
         )

@@ -103,7 +103,7 @@ def tiny_checkpoint() -> dict[str, Tensor]:
         if isinstance(module, torch.nn.Linear) and path != "lm_head":
             bias = module.bias is not None
             packed = random_packed(module.out_features, module.in_features, GROUP, ROTATIONS, seed, bias)
-            tensors |= {f"{path}.{name}": tensor for name, tensor in packed.tensors().items()}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in packed.tensors.items()}
         else:
             tensors |= {
                 f"{path}.{name}": parameter.detach().clone()
@@ -829,7 +829,7 @@ def plain_or_packed(draw) -> Mutation:
     def pack(draft: Draft) -> None:
         tensors = draft.tensors()
         del tensors[f"{path}.weight"]
-        draft.put_tensors(tensors | {f"{path}.{name}": tensor for name, tensor in packed.tensors().items()})
+        draft.put_tensors(tensors | {f"{path}.{name}": tensor for name, tensor in packed.tensors.items()})
 
     transformers = "loads" if fits and path == "lm_head" else "refused"
     return Mutation("packed for plain", f"{path}, {'right' if fits else 'wrong'} size", pack, "loads", transformers)
@@ -846,8 +846,8 @@ def plain_value(draw) -> Mutation:
 
 def _packed_linear(path: str) -> PackedLinear:
     tensors = {name: UNDAMAGED[f"{path}.{name}"] for name in TENSOR_NAMES if f"{path}.{name}" in UNDAMAGED}
-    config = CheckpointConfig(Spec(4, GROUP, ROTATIONS))
-    layout = config.layout(tensors["qweight"].shape[0], tensors["scales"].shape[1], "bias" in tensors)
+    spec = Spec(4, GROUP, ROTATIONS)
+    layout = spec.layout(tensors["qweight"].shape[0], tensors["scales"].shape[1], "bias" in tensors)
     return PackedLinear.from_tensors(path, layout, tensors)
 
 

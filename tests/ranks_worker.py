@@ -17,5 +17,5 @@ def exchange(rank, size, file):
     for bias in (False, True):
         packed = random_packed(64, 32, 32, bias=bias)
         found = ranks.shared(packed if rank == size - 1 else None, packed.layout, size - 1, torch.device("cpu"))
-        assert all(torch.equal(tensor, packed.tensors()[name]) for name, tensor in found.tensors().items())
+        assert all(torch.equal(tensor, packed.tensors[name]) for name, tensor in found.tensors.items())
     torch.distributed.destroy_process_group()

@@ -34,12 +34,12 @@ def test_the_life_of_one_weight(tmp_path):
     transform = transform_of(packed)
     turned = transform.weight_in(weight)
     torch.testing.assert_close(transform.weight_out(turned), weight, rtol=1e-4, atol=1e-5)
-    assert packed.theta.abs().sum() > 0
+    assert packed["theta"].abs().sum() > 0
 
     # ④ ⑤ each rotated weight lies on the grid, its code within range
-    codes, zeros = unpack(packed.qweight, 4), unpack(packed.qzeros, 4)
+    codes, zeros = unpack(packed["qweight"], 4), unpack(packed["qzeros"], 4)
     assert codes.max() <= 15
-    by_hand = (codes[70, 5].float() - zeros[1, 5].float()) * packed.scales[1, 5].float()
+    by_hand = (codes[70, 5].float() - zeros[1, 5].float()) * packed["scales"][1, 5].float()
     assert rotated_weight(packed)[5, 70] == by_hand
 
     # ⑥ ⑦ what is on disk is what was packed, and config.json says how to read it

@@ -93,7 +93,7 @@ def test_a_truncated_shard_is_named(checkpoint, keep):
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("bits", 5, "bits is 5"),
+        ("bits", 7, "bits is 7"),
         ("bits", None, "bits is None"),
         ("group_size", 0, "group_size is 0"),
         ("krot", -1, "krot is -1"),
@@ -111,7 +111,7 @@ def test_each_bad_entry_of_config_json_is_named(checkpoint, entry, value, messag
 
 
 def test_a_checkpoint_with_the_originals_four_keys_is_enough(checkpoint):
-    expected = inspect(checkpoint).checkpoint.packed(PATH).tensors()
+    expected = inspect(checkpoint).checkpoint.packed(PATH).tensors
     file = checkpoint / "config.json"
     config = json.loads(file.read_text())
     keys = ("quant_method", "bits", "group_size", "krot")
@@ -120,7 +120,7 @@ def test_a_checkpoint_with_the_originals_four_keys_is_enough(checkpoint):
     (checkpoint / "pairquant.json").unlink()
     found = inspect(checkpoint)
     assert found.linears[PATH]["error"] is None
-    assert all(torch.equal(t, expected[name]) for name, t in found.checkpoint.packed(PATH).tensors().items())
+    assert all(torch.equal(t, expected[name]) for name, t in found.checkpoint.packed(PATH).tensors.items())
 
 
 def test_files_are_readable_by_whom_the_umask_lets(pristine):
@@ -160,7 +160,7 @@ def test_an_existing_output_is_kept_unless_overwrite_is_asked_for(pristine, tmp_
     assert (target / "model.safetensors").read_bytes() == before
     rtn = pairquant.QuantConfig(preset="rtn", group_size=32)
     pairquant.quantize(pristine / "source", target, rtn, overwrite=True)
-    assert inspect(target).checkpoint.config.rotations == 0
+    assert inspect(target).checkpoint.config.spec.rotations == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -18,11 +18,11 @@ PACKED = {f"layers.{i}.up": random_packed(64, 128, 64, 4, i) for i in range(3)}
 
 def tensors(index):
     path = f"layers.{index}.up"
-    return {f"{path}.{name}": t for name, t in PACKED[path].tensors().items()} | {f"layers.{index}.norm": torch.ones(4)}
+    return {f"{path}.{name}": t for name, t in PACKED[path].tensors.items()} | {f"layers.{index}.norm": torch.ones(4)}
 
 
 def opened(directory, identity=IDENTITY):
-    journal = Journal(directory, lambda path: PACKED[path].layout)
+    journal = Journal(directory, {path: packed.layout for path, packed in PACKED.items()})
     journal.lock()
     journal.begin(identity)
     return journal
@@ -41,7 +41,7 @@ def test_what_was_finished_comes_back(directory):
     journal = opened(directory)
     assert [entry["path"] for entry in journal.entries] == ["layers.0", "layers.1"]
     packed, others = journal.packed(1)
-    assert torch.equal(packed["layers.1.up"].qweight, PACKED["layers.1.up"].qweight)
+    assert torch.equal(packed["layers.1.up"]["qweight"], PACKED["layers.1.up"]["qweight"])
     assert torch.equal(others["layers.1.norm"], torch.ones(4))
 
 

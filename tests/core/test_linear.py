@@ -45,9 +45,9 @@ def draw_packed(generator, bits=4, g=128, k=8, recipe=NEAREST, symmetric=False, 
     """(weight, hessian, transform, packed)."""
     weight, hessian = torch.randn(N, C, generator=generator), draw_hessian(generator)
     transform = draw_transform(generator, k, g)
-    layout = Spec(bits, g, k).layout(C, N, bias)
+    layout = Spec(bits, g, k, symmetric).layout(C, N, bias)
     offset = torch.randn(N, generator=generator) if bias else None
-    return weight, hessian, transform, encode(weight, transform, hessian, layout, recipe, symmetric, offset)
+    return weight, hessian, transform, encode(weight, transform, hessian, layout, recipe, offset)
 
 
 def relative(approximation, exact) -> float:
@@ -60,10 +60,10 @@ def relative(approximation, exact) -> float:
 )
 def test_encoded_tensors_obey_the_layout(bits, g, k, bias, recipe, generator):
     _, _, _, packed = draw_packed(generator, bits, g, k, recipe, bias=bias)
-    stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.tensors().items()}
+    stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.tensors.items()}
     assert stored == {name: (field.dtype, field.shape) for name, field in packed.layout.fields().items()}
-    assert all(tensor.is_contiguous() for tensor in packed.tensors().values())
-    PackedLinear.from_tensors("linear", packed.layout, packed.tensors())
+    assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
+    PackedLinear.from_tensors("linear", packed.layout, packed.tensors)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -99,15 +99,15 @@ def test_nearest_needs_no_hessian(generator):
 
 def test_symmetric_zero_points_lie_in_the_middle(generator):
     _, _, _, packed = draw_packed(generator, symmetric=True)
-    assert (unpack(packed.qzeros, 4) == 8).all()
+    assert (unpack(packed["qzeros"], 4) == 8).all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_encoding_what_was_decoded_gives_the_same_codes(bits, symmetric, generator):
     _, _, transform, packed = draw_packed(generator, bits=bits, symmetric=symmetric)
-    again = encode(decode(packed), transform, None, packed.layout, NEAREST, symmetric)
-    codes, codes_again = (unpack(p.qweight, bits).T.reshape(N, -1, 128) for p in (packed, again))
+    again = encode(decode(packed), transform, None, packed.layout, NEAREST)
+    codes, codes_again = (unpack(p["qweight"], bits).T.reshape(N, -1, 128) for p in (packed, again))
     # The grid comes back where a group's codes reach the ends that it was laid out by; else its step is another one.
     top = 2**bits - 1
     if symmetric:
@@ -116,7 +116,7 @@ def test_encoding_what_was_decoded_gives_the_same_codes(bits, symmetric, generat
         stays = (codes.amin(-1) == 0) & (codes.amax(-1) == top)
     assert stays.float().mean() > 0.9
     assert torch.equal(codes[stays], codes_again[stays])
-    torch.testing.assert_close(again.scales.T[stays], packed.scales.T[stays], rtol=1e-3, atol=0)  # one fp16 step
+    torch.testing.assert_close(again["scales"].T[stays], packed["scales"].T[stays], rtol=1e-3, atol=0)  # one fp16 step
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -147,7 +147,7 @@ def test_bfloat16_weights_are_encoded_as_their_values(generator):
     packed, expected = (
         encode(w, transform, None, Spec(4, 128, 8).layout(C, N), NEAREST) for w in (weight, weight.float())
     )
-    assert torch.equal(packed.qweight, expected.qweight)
+    assert torch.equal(packed["qweight"], expected["qweight"])
 
 
 @pytest.mark.parametrize("k", [0, 1, 8, 16])
@@ -203,5 +203,5 @@ def test_the_identity_changes_nothing(k, generator):
     transform = Transform.identity(C, 64, k)
     assert torch.equal(transform.weight_in(w), w)
     packed = encode(w, transform, None, Spec(8, 64, k).layout(C, N), NEAREST)
-    PackedLinear.from_tensors("linear", packed.layout, packed.tensors())
+    PackedLinear.from_tensors("linear", packed.layout, packed.tensors)
     assert relative(decode(packed), w) < 0.015

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairquant.core.packing import pack, unpack
-from pairquant.spec.linear import SUPPORTED_BITS, columns_per_block
+from pairquant.spec.codes import SUPPORTED_BITS, columns_per_block
 
 
 def words(*unsigned: int) -> torch.Tensor:

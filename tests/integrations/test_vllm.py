@@ -164,7 +164,15 @@ def test_layers_are_quantized_where_the_checkpoint_holds_them_packed():
     from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
 
     config = settings(modules_to_not_convert=("a.o_proj",))
-    config.quantized = frozenset({"a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj"})
+    config.quantized = dict.fromkeys(
+        (
+            "a.q_proj",
+            "a.k_proj",
+            "a.v_proj",
+            "a.o_proj",
+        ),
+        Spec(4, 32, 2),
+    )
     for prefix, plain in (("a.qkv_proj", False), ("a.o_proj", False), ("a.down_proj", True)):
         assert isinstance(config.get_quant_method(bare_linear(), prefix), UnquantizedLinearMethod) is plain
     assert config.get_quant_method(torch.nn.Identity(), "a.attn") is None
@@ -180,14 +188,30 @@ def test_without_files_the_configuration_says_which_layers_are_plain():
 
 def test_layers_that_are_merged_but_quantized_in_part_are_refused():
     config = settings()
-    config.quantized = frozenset({"a.q_proj", "a.k_proj"})
+    config.quantized = dict.fromkeys(
+        (
+            "a.q_proj",
+            "a.k_proj",
+        ),
+        Spec(4, 32, 2),
+    )
     with pytest.raises(CheckpointError, match=r"only a.q_proj, a.k_proj is quantized"):
         config.get_quant_method(bare_linear(), "a.qkv_proj")
 
 
+def test_layers_that_are_merged_but_stored_differently_are_refused_before_loading():
+    config = settings()
+    config.quantized = dict.fromkeys(("a.q_proj", "a.k_proj"), Spec(4, 32, 2)) | {"a.v_proj": Spec(8, 32, 2)}
+    with pytest.raises(CheckpointError, match=r"a.v_proj has 8 bits.*one --override for all of them"):
+        config.get_quant_method(bare_linear(), "a.qkv_proj")
+    same = dict.fromkeys(("a.q_proj", "a.k_proj", "a.v_proj"), Spec(8, 64, 0))
+    config.quantized = same | {"a.o_proj": Spec(4, 32, 2)}
+    assert config.get_quant_method(bare_linear(), "a.qkv_proj").spec == Spec(8, 64, 0)
+
+
 def test_quantized_experts_are_refused():
     config = settings()
-    config.quantized = frozenset({"a.mlp.experts.0.up_proj"})
+    config.quantized = dict.fromkeys(("a.mlp.experts.0.up_proj",), Spec(4, 32, 2))
     with pytest.raises(CheckpointError, match="no kernel yet"):
         config.get_quant_method(torch.nn.Identity(), "a.mlp.experts")
     assert config.get_quant_method(torch.nn.Identity(), "b.mlp.experts") is None
@@ -197,7 +221,7 @@ def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
     from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
 
     config = settings()
-    config.quantized = frozenset({"a.qkv_proj"})
+    config.quantized = dict.fromkeys(("a.qkv_proj",), Spec(4, 32, 2))
     assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
 
 
@@ -205,7 +229,7 @@ def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
 def test_a_transform_of_another_width_is_refused(channels):
     from pairquant.integrations.vllm.linear import _Pending
 
-    layer, layout = torch.nn.Module(), CheckpointConfig(Spec(4, 32, 2)).layout(64, 8)
+    layer, layout = torch.nn.Module(), Spec(4, 32, 2).layout(64, 8)
     loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
     parameter = torch.nn.Parameter(torch.empty(1, 2, 32, dtype=torch.float16), requires_grad=False)
     with pytest.raises(CheckpointError, match=r"a.o_proj.theta has shape \[2, \d+\], must be \[2, 32\]"):
@@ -215,7 +239,7 @@ def test_a_transform_of_another_width_is_refused(channels):
 def test_each_rank_takes_its_channels_of_a_transform():
     from pairquant.integrations.vllm.linear import _Pending
 
-    layer, layout = torch.nn.Module(), CheckpointConfig(Spec(4, 32, 2)).layout(32, 8)
+    layer, layout = torch.nn.Module(), Spec(4, 32, 2).layout(32, 8)
     layer.tp_rank = 1
     loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
     parameter = torch.nn.Parameter(torch.empty(1, 2, 16, dtype=torch.float16), requires_grad=False)
@@ -228,15 +252,15 @@ def test_names_follow_the_models_mapper():
     from vllm.model_executor.models.utils import WeightsMapper
 
     config = settings()
-    config.quantized = frozenset({"model.language_model.layers.0.o_proj"})
+    config.quantized = dict.fromkeys(("model.language_model.layers.0.o_proj",), Spec(4, 32, 2))
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
-    assert config.quantized == {"language_model.model.layers.0.o_proj"}
+    assert config.quantized == {"language_model.model.layers.0.o_proj": Spec(4, 32, 2)}
 
 
 def test_tensor_parallelism_that_would_split_a_group_is_refused():
     from pairquant.integrations.vllm.linear import PairQuantLinearMethod
 
-    method = PairQuantLinearMethod(CheckpointConfig(Spec(4, 64, 2)), "a.down_proj")
+    method = PairQuantLinearMethod(Spec(4, 64, 2), "a.down_proj")
     with pytest.raises(ConfigError, match=r"a.down_proj \(192 → 128\).*in_features 96.*tensor-parallel-size"):
         method.create_weights(torch.nn.Module(), 96, [128], 192, 128, torch.bfloat16, weight_loader=None)
 

@@ -32,14 +32,14 @@ def test_forward_equals_the_reference(packed, dtype, tolerance):
 
 def test_casting_and_moving_keeps_the_stored_bits(packed):
     module = RotatedLinear.from_packed(packed).to(torch.bfloat16).half().double().to("cpu")
-    for name, tensor in packed.tensors().items():
+    for name, tensor in packed.tensors.items():
         assert torch.equal(module.state_dict()[name], tensor)
 
 
 def test_state_dict_holds_the_stored_tensors_and_nothing_else(packed):
     module = RotatedLinear.from_packed(packed)
     module(torch.randn(2, 128))  # whatever forward caches must not be saved
-    assert set(module.state_dict()) == set(packed.tensors())
+    assert set(module.state_dict()) == set(packed.tensors)
 
 
 def test_a_new_state_dict_is_seen_by_the_next_forward(packed):
@@ -48,8 +48,8 @@ def test_a_new_state_dict_is_seen_by_the_next_forward(packed):
     expected = 2 * forward(packed, x)  # before loading: the module shares memory with `packed`
     module(x)
     other = {
-        **{k: v.clone() for k, v in packed.tensors().items()},
-        "scales": packed.scales * 2,
+        **{k: v.clone() for k, v in packed.tensors.items()},
+        "scales": packed["scales"] * 2,
         "bias": packed.bias * 2,
     }
     module.load_state_dict(other)

@@ -12,6 +12,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from pairquant.backends.table import BY_NAME
 from pairquant.core.linear import decode, forward
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import link_siblings, prepare, rotated_linears
@@ -38,7 +39,7 @@ def built(bias=False):
     link_siblings(module)
     module.to(DEVICE)
     for layer in (module.q_proj, module.o_proj):
-        layer._merged.build()
+        layer._merged.build(BY_NAME["triton-int4"])
     return module, packed
 
 
@@ -115,7 +116,7 @@ def test_an_adapter_beside_a_merged_layer():
         assert error(getattr(module, name)(x).detach().cpu(), x.cpu() @ want.T.detach()) < 1e-3
     module.v_proj(x)
     assert module.k_proj._merged.latest is None, "the input is kept alive"
-    assert module.k_proj._merged.weights is not None
+    assert module.k_proj._merged.backend is not None
     dense = module.q_proj.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     assert error(dense(x).detach().cpu(), x.cpu() @ (decode(packed["q_proj"]) + delta).T.detach()) < 1e-3
     assert module.k_proj._merged.members == [module.k_proj, module.v_proj]
@@ -127,20 +128,20 @@ def test_stored_tensors_survive_repacking_saving_and_moving():
     assert module.q_proj.qweight.numel() == 0, "the stored codes are still held beside the repacked ones"
     state = module.state_dict()
     for name, linear in packed.items():
-        for key, tensor in linear.tensors().items():
+        for key, tensor in linear.tensors.items():
             assert torch.equal(state[f"{name}.{key}"].cpu(), tensor), f"{name}.{key}"
             assert state[f"{name}.{key}"].dtype == tensor.dtype
     module.to("cpu").half()
-    assert module.q_proj._merged.weights is None
+    assert module.q_proj._merged.backend is None
     for name, linear in packed.items():
-        for key, tensor in linear.tensors().items():
+        for key, tensor in linear.tensors.items():
             assert torch.equal(getattr(getattr(module, name), key), tensor)
 
 
 def test_loading_into_repacked_layers():
     module, _ = built()
     other = {name: random_packed(layer.out_features, 128, 64, 2, seed=9) for name, layer in rotated_linears(module)}
-    module.load_state_dict({f"{n}.{k}": t for n, p in other.items() for k, t in p.tensors().items()})
+    module.load_state_dict({f"{n}.{k}": t for n, p in other.items() for k, t in p.tensors.items()})
     x = torch.randn(2, 128)
     module.to("cpu")
     assert error(module.k_proj(x), forward(other["k_proj"], x)) < 1e-5
@@ -158,7 +159,7 @@ def test_nothing_is_repacked_on_a_cpu():
     module = Attention()
     link_siblings(module)
     prepare(module)
-    assert module.q_proj._merged.weights is None
+    assert module.q_proj._merged.backend is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
-from pairquant.models.blocks import find_blocks, first_inputs_and_calls
+from pairquant.models.blocks import enter, find_blocks
 from pairquant.models.inputs import recorded_inputs
 from pairquant.optimize.moments import MomentSum
 from pairquant.optimize.walk import quantize_blocks
@@ -24,13 +24,14 @@ def test_running_the_blocks_one_by_one_equals_the_model(family, tokens):
     model = tiny_model(family)
     blocks = find_blocks(model)
     assert len(blocks) == 2
-    hidden, calls = first_inputs_and_calls(model, blocks, tokens, micro_batch=2)
+    entry = enter(model, blocks, tokens, micro_batch=2)
+    assert entry.passes == 1
     last = []
     blocks[-1].module.register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         model(input_ids=tokens[:2], use_cache=False)
-        states = hidden[0]
-        for block, call in zip(blocks, calls, strict=True):
+        states = entry.hidden[0]
+        for block, call in zip(blocks, entry.calls, strict=True):
             states = call.run(block.module, states)
     torch.testing.assert_close(states, last[0])
 
@@ -39,7 +40,7 @@ def test_running_the_blocks_one_by_one_equals_the_model(family, tokens):
 def test_linears_that_read_the_same_tensor_are_grouped(family, tokens):
     model = tiny_model(family)
     block = find_blocks(model)[0]
-    with torch.no_grad(), recorded_inputs(block.linears) as inputs:
+    with torch.no_grad(), recorded_inputs(block.sites) as inputs:
         model(input_ids=tokens, use_cache=False)
     groups = {frozenset(path.rpartition(".")[2] for path in readers) for readers in inputs.readers}
     attention = {"qkv_proj"} if family == "phi3" else {"q_proj", "k_proj", "v_proj"}
@@ -54,18 +55,18 @@ def test_moments_equal_the_sum_over_all_tokens(tokens):
     handle = block.module.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         for batch in tokens.split(2):
-            with recorded_inputs(block.linears) as inputs:
+            with recorded_inputs(block.sites) as inputs:
                 model(input_ids=batch, use_cache=False)
             total.add(inputs)
     handle.remove()
     x = torch.cat(seen).double()
-    (moments,) = [m for m in total.checked(block.linears) if m.readers == ["model.layers.0.mlp.down_proj"]]
+    (moments,) = [m for m in total.checked(block.sites)[0] if m.readers == ["model.layers.0.mlp.down_proj"]]
     torch.testing.assert_close(moments.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_ignored_linears_are_left_alone():
     blocks = find_blocks(tiny_model(), ("down_proj", r"re:model\.layers\.1\."))
-    assert [p for b in blocks for p in b.linears] == [
+    assert [p for b in blocks for p in b.sites] == [
         f"model.layers.0.{name}"
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     ] + ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
@@ -80,8 +81,55 @@ def test_a_linear_that_never_runs_is_named(tokens):
     model = tiny_model()
     model.model.layers[0].mlp.spare = nn.Linear(128, 128)
     config = QuantConfig(group_size=32, recipe=Recipe(steps=1))
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.spare runs 0 times"):
+    first, _ = quantize_blocks(model, tokens, config, torch.device("cpu"))
+    assert first.uncalled == ["model.layers.0.mlp.spare"]
+    assert len(first.packed) == 7
+
+
+def test_a_linear_that_runs_twice_is_refused_with_the_remedy(tokens):
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + mlp.up_proj(x * 2).sum() * 0
+    config = QuantConfig(group_size=32, recipe=Recipe(steps=1))
+    with pytest.raises(ConfigError, match=r"up_proj runs 2 times.*--ignore model.layers.0.mlp.up_proj"):
         list(quantize_blocks(model, tokens, config, torch.device("cpu")))
+
+
+def test_a_block_at_two_places_is_refused():
+    model = tiny_model()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(SourceError, match=r"layers\.0 and model\.layers\.1 are the same block"):
+        find_blocks(model)
+
+
+def test_blocks_that_run_several_times_are_counted(tokens):
+    class Looped(nn.Module):
+        """Runs through the blocks three times."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+            plain = model.model.forward
+
+            def loop(input_ids=None, inputs_embeds=None, **kwargs):
+                out = plain(input_ids=input_ids, **kwargs)
+                for _ in range(2):
+                    out = plain(inputs_embeds=out.last_hidden_state, **kwargs)
+                return out
+
+            model.model.forward = loop
+
+        def forward(self, **kwargs):
+            return self.model(**kwargs)
+
+        def get_output_embeddings(self):
+            return self.model.get_output_embeddings()
+
+    model = Looped(tiny_model())
+    entry = enter(model, find_blocks(model), tokens, micro_batch=2)
+    assert entry.passes == 3
+    assert [len(hidden) for hidden in entry.hidden] == [2, 2]
 
 
 def test_activations_that_are_not_finite_name_the_layers(tokens):

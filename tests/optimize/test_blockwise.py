@@ -11,9 +11,9 @@ from tiny_models import tiny_model
 from pairquant.core.grid import dequantize, fake_quantize, quantize
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.packing import unpack
-from pairquant.models.blocks import find_blocks, first_inputs_and_calls
-from pairquant.optimize.blockwise import BlockData, refit_block, train_block
-from pairquant.optimize.stages import LearnedQuantize, Transforms
+from pairquant.models.blocks import enter, find_blocks
+from pairquant.optimize.blockwise import BlockData, BlockTask, refit_block, train_block
+from pairquant.optimize.stages import BlockTransforms, LearnedQuantize
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe, Refit, Training
 from pairquant.support.errors import ConfigError
@@ -40,8 +40,8 @@ class Scene:
         model = tiny_model(family)
         blocks = find_blocks(model, ("lm_head",))
         tokens = torch.randint(3, 259, (14, 24), generator=torch.Generator().manual_seed(1))
-        states, (self.call, _) = first_inputs_and_calls(model, blocks, tokens, MICRO_BATCH)
-        self.block = blocks[0]
+        entry = enter(model, blocks, tokens, MICRO_BATCH)
+        states, self.call, self.block = entry.hidden, entry.calls[0], blocks[0]
         with torch.no_grad():
             targets = [self.call.run(self.block.module, hidden) for hidden in states]
         generator = torch.Generator().manual_seed(2)
@@ -52,17 +52,30 @@ class Scene:
 
     def groups(self, shared=False):
         if not shared:
-            return [(path,) for path in self.block.linears]
-        return [tuple(path for name in names for path in self.block.linears if path.endswith(name)) for names in SHARED]
+            return [(path,) for path in self.block.sites]
+        return [tuple(path for name in names for path in self.block.sites if path.endswith(name)) for names in SHARED]
+
+    def task(self, config, shared=False):
+        groups = self.groups(shared)
+        layouts = {
+            path: config.spec.layout(site.size.in_features, site.size.out_features, site.size.bias)
+            for path, site in self.block.sites.items()
+        }
+        seeds = {group[0]: number for number, group in enumerate(groups)}
+        return BlockTask(self.block, self.call, self.data, layouts, groups, seeds, config, self.epochs.append)
 
     def train(self, config, shared=False):
-        groups = self.groups(shared)
-        seeds = {group[0]: number for number, group in enumerate(groups)}
-        return train_block(self.block, self.call, self.data, config, groups, seeds, self.epochs.append)
+        """Train, and give the block the decoded weights."""
+        task = self.task(config, shared)
+        return self.settled(train_block(task, [1.0] * len(task.groups)))
 
     def refit(self, packed, config, shared=False, **others):
-        groups = self.groups(shared)
-        return refit_block(self.block, self.call, self.data, packed, groups, config, self.epochs.append, **others)
+        return self.settled(refit_block(self.task(config, shared), packed, **others))
+
+    def settled(self, packed):
+        for path, linear in packed.items():
+            self.block.sites[path].put(decode(linear))
+        return packed
 
     @torch.no_grad()
     def loss(self, kind=F.smooth_l1_loss):
@@ -81,7 +94,7 @@ def rounded(**others):
 
 
 def words(packed):
-    return {(path, name): t for path, p in packed.items() for name, t in p.tensors().items()}
+    return {(path, name): t for path, p in packed.items() for name, t in p.tensors.items()}
 
 
 def same(first, second):
@@ -127,15 +140,15 @@ def test_the_best_epoch_is_kept_when_training_only_does_harm(validation):
 
 def test_without_training_it_is_round_to_nearest():
     scene = Scene()
-    weights = {path: linear.weight.detach().clone() for path, linear in scene.block.linears.items()}
+    weights = {path: linear.weight.clone() for path, linear in scene.block.sites.items()}
     config = options(NONE, transform=False)
     packed = scene.train(config)
     assert scene.epochs == []
     for path, weight in weights.items():
         recipe = replace(config.recipe, shrinks=(1.0,), sweeps=0)
         identity = Transform.identity(weight.shape[1], 32)
-        expected = encode(weight, identity, None, config.layout(weight.shape[1], weight.shape[0]), recipe)
-        assert same(packed[path].tensors(), expected.tensors())
+        expected = encode(weight, identity, None, config.spec.layout(weight.shape[1], weight.shape[0]), recipe)
+        assert same(packed[path].tensors, expected.tensors)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +174,21 @@ def test_variants_end_no_worse_than_they_start(changes, stages):
     assert {e["stage"] for e in scene.epochs} == stages
     assert scene.loss() <= untrained.loss() * 1.0001
     for path, p in packed.items():
-        assert p.theta.shape[0] == config.rotations
-        assert config.recipe.channel_scales or (p.channel_scales == 1).all()
-        assert not config.symmetric or (unpack(p.qzeros, 4) == 8).all()
+        assert p["theta"].shape[0] == config.rotations
+        assert config.recipe.channel_scales or (p["channel_scales"] == 1).all()
+        assert not config.symmetric or (unpack(p["qzeros"], 4) == 8).all()
         p.check_values(path)
 
 
 def test_angles_of_pairs_that_only_fill_up_stay_at_zero():
     scene, config = Scene(), options(ONLY_TRANSFORM, rotations=16)
-    seeds = {path: number for number, path in enumerate(scene.block.linears)}
-    free = Transforms.untrained(scene.block, scene.groups(), seeds, config).free
+    task = scene.task(config)
+    seeds, starts = task.seeds, [1.0] * len(task.groups)
+    untrained = BlockTransforms.untrained(scene.block, task.groups, task.layouts, seeds, starts, "random")
+    ((_, transforms),) = untrained.sets
+    free = transforms.free
     packed = scene.refit(scene.train(config), config)
-    theta = torch.cat([packed[path].theta for path in seeds], dim=1)
+    theta = torch.cat([packed[path]["theta"] for path in seeds], dim=1)
     assert 0 < (~free).sum() < 0.2 * free.numel()
     assert torch.equal(theta != 0, free)
 
@@ -186,9 +202,9 @@ def test_shared_transforms_are_equal(stage):
         assert not same(words(before), words(packed))
     for group in scene.groups(shared=True):
         for name in ("theta", "pairs", "channel_scales"):
-            first, *others = (getattr(packed[path], name) for path in group)
+            first, *others = (packed[path][name] for path in group)
             assert all(torch.equal(first, other) for other in others)
-    thetas = [packed[group[0]].theta for group in scene.groups(shared=True)]
+    thetas = [packed[group[0]]["theta"] for group in scene.groups(shared=True)]
     assert not any(torch.equal(thetas[0], theta) for theta in thetas[1:])
 
 
@@ -228,9 +244,9 @@ def test_refit_lowers_the_loss_and_keeps_the_codes(validation):
     assert scene.loss() == pytest.approx(scene.chosen(stage=3), rel=1e-4)
     for path, old in packed.items():
         new = refitted[path]
-        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in ("qweight", "qzeros", "pairs"))
-        assert not torch.equal(old.scales, new.scales)
-        torch.testing.assert_close(scene.block.linears[path].weight.data, decode(new), rtol=0, atol=0)
+        assert all(torch.equal(old[name], new[name]) for name in ("qweight", "qzeros", "pairs"))
+        assert not torch.equal(old["scales"], new["scales"])
+        torch.testing.assert_close(scene.block.sites[path].weight, decode(new), rtol=0, atol=0)
 
 
 def test_refit_trains_everything_that_is_continuous():
@@ -241,7 +257,7 @@ def test_refit_trains_everything_that_is_continuous():
     refitted = scene.refit(packed, options(), kept_as=torch.bfloat16)
     assert scene.loss() < start
     for name in ("scales", "theta", "channel_scales"):
-        assert not any(torch.equal(getattr(packed[path], name), getattr(refitted[path], name)) for path in packed)
+        assert not any(torch.equal(packed[path][name], refitted[path][name]) for path in packed)
     assert not torch.equal(norm, before)
     assert torch.equal(norm, norm.bfloat16().float())
 
@@ -284,6 +300,6 @@ def test_stage_one_measures_what_the_plain_quantizer_gives():
     """At epoch 0, all angles zero and scales one, the block computes with W rounded to nearest."""
     scene, plain = Scene(), Scene()
     scene.train(options(replace(TRAINING, epochs=1)))
-    for linear in plain.block.linears.values():
-        linear.weight.data = fake_quantize(linear.weight.data, 3, 32)
+    for linear in plain.block.sites.values():
+        linear.put(fake_quantize(linear.weight, 3, 32))
     assert scene.epochs[0]["validation"] == pytest.approx(plain.loss(), rel=1e-4)

@@ -10,6 +10,8 @@ from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.rotation import rotate_dense
 from pairquant.core.rounding import proxy_error
 from pairquant.optimize.search import Problem, fit_transforms, loss_and_gradients, select_for
+from pairquant.spec.codes import SUPPORTED_BITS
+from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe
 
@@ -20,19 +22,19 @@ FEW_STEPS = QuantConfig(group_size=64, rotations=4, recipe=Recipe(steps=12, **RO
 FULL = QuantConfig(group_size=64, rotations=8, recipe=Recipe(steps=80, **ROUNDING))
 
 
-def draw_problem(generator, seed=0, rows=N, channels=C) -> Problem:
+def draw_problem(generator, seed=0, rows=N, channels=C, config=FEW_STEPS) -> Problem:
     """A weight whose every sixteenth input channel is an outlier, behind inputs of uneven size."""
     weight = torch.randn(rows, channels, generator=generator)
     weight[:, ::16] *= 12
     x = torch.randn(4 * channels, channels, generator=generator) * torch.rand(channels, generator=generator).exp()
     x += torch.randn(4 * channels, 1, generator=generator)
-    return Problem(weight, x.T @ x / len(x), seed)
+    return Problem(weight, x.T @ x / len(x), seed, config.spec)
 
 
 def rounding_error(problem: Problem, transform: Transform, config: QuantConfig) -> float:
     """Relative proxy error after storing the weight by this transform."""
-    layout = config.layout(*problem.weight.shape[::-1])
-    packed = encode(problem.weight, transform, problem.hessian, layout, config.recipe, config.symmetric)
+    layout = config.spec.layout(*problem.weight.shape[::-1])
+    packed = encode(problem.weight, transform, problem.hessian, layout, config.recipe)
     return proxy_error(problem.weight, decode(packed), problem.hessian)
 
 
@@ -47,9 +49,9 @@ def equal(one: Transform, other: Transform) -> bool:
 def test_losses_and_gradients_of_parts_of_the_rows_add_up(generator):
     problem = draw_problem(generator)
     into, out_of = (torch.randn(2, 64, 64, generator=generator) for _ in range(2))
-    whole = loss_and_gradients(problem, into, out_of, FULL)
+    whole = loss_and_gradients(problem, into, out_of)
     parts = [
-        loss_and_gradients(replace(problem, weight=problem.weight[rows]), into, out_of, FULL)
+        loss_and_gradients(replace(problem, weight=problem.weight[rows]), into, out_of)
         for rows in (slice(0, 8), slice(8, 8), slice(8, N))
     ]
     for value, *shares in zip(whole, *parts, strict=True):
@@ -58,14 +60,15 @@ def test_losses_and_gradients_of_parts_of_the_rows_add_up(generator):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_loss_and_gradients_equal_those_of_autograd(symmetric, generator):
-    problem, config = draw_problem(generator), replace(FULL, symmetric=symmetric)
+    config = replace(FULL, symmetric=symmetric)
+    problem = draw_problem(generator, config=config)
     into, out_of = (torch.randn(2, 64, 64, generator=generator, requires_grad=True) for _ in range(2))
     rounded = fake_quantize(rotate_dense(problem.weight, into), config.bits, 64, symmetric)
     error = problem.weight - rotate_dense(rounded, out_of)
     expected = ((error @ problem.hessian) * error).sum()
     expected.backward()
     with torch.no_grad():
-        loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach(), config)
+        loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach())
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(grad_into, into.grad, rtol=1e-3, atol=1e-3 * float(into.grad.abs().max()))
     torch.testing.assert_close(grad_out_of, out_of.grad, rtol=1e-3, atol=1e-3 * float(out_of.grad.abs().max()))
@@ -74,29 +77,32 @@ def test_loss_and_gradients_equal_those_of_autograd(symmetric, generator):
 @pytest.mark.parametrize("pair_selection", ["random", "magnitude"])
 def test_fitting_lowers_the_error_clearly(pair_selection, generator):
     problem, config = draw_problem(generator), replace(FULL, pair_selection=pair_selection)
-    (transform,) = fit_transforms([problem], config)
+    (transform,) = fit_transforms([replace(problem, spec=config.spec)], config)
     assert rounding_error(problem, transform, config) < 0.2 * unrotated(problem, config)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_fitting_lowers_the_error_at_every_width(bits, symmetric, generator):
     problem = draw_problem(generator)
     config = replace(FEW_STEPS, bits=bits, symmetric=symmetric, recipe=replace(FEW_STEPS.recipe, steps=30))
-    (transform,) = fit_transforms([problem], config)
+    (transform,) = fit_transforms([replace(problem, spec=config.spec)], config)
     assert rounding_error(problem, transform, config) < 0.7 * unrotated(problem, config)
 
 
 def test_rotations_help_beyond_channel_scales(generator):
     problem, scales_only = draw_problem(generator), replace(FULL, rotations=0)
-    errors = [rounding_error(problem, fit_transforms([problem], config)[0], config) for config in (FULL, scales_only)]
+    errors = [
+        rounding_error(problem, fit_transforms([replace(problem, spec=config.spec)], config)[0], config)
+        for config in (FULL, scales_only)
+    ]
     assert errors[0] < errors[1] < unrotated(problem, FULL)
 
 
 def test_more_steps_never_hurt_the_same_start(generator):
     problem = draw_problem(generator)
     no_steps = replace(FULL, recipe=replace(FULL.recipe, steps=0))
-    (transform,) = fit_transforms([problem], no_steps)
+    (transform,) = fit_transforms([replace(problem, spec=no_steps.spec)], no_steps)
     assert rounding_error(problem, transform, no_steps) == pytest.approx(unrotated(problem, FULL))
     assert (transform.theta == 0).all()
     assert (transform.inverse_scales == 1).all()
@@ -118,21 +124,21 @@ def test_the_same_seed_gives_the_same_transform(generator):
 
 def test_another_seed_gives_other_pairs(generator):
     problem = draw_problem(generator)
-    one, other = (select_for(problem.weight, seed, FEW_STEPS).pairs for seed in (1, 2))
+    one, other = (select_for(problem.weight, seed, FEW_STEPS.spec, "random").pairs for seed in (1, 2))
     assert not torch.equal(one, other)
 
 
 def test_the_fitted_pairs_are_the_selected_ones(generator):
     problems = [draw_problem(generator, seed) for seed in (3, 4)]
     for problem, transform in zip(problems, fit_transforms(problems, FEW_STEPS), strict=True):
-        assert torch.equal(transform.pairs, select_for(problem.weight, problem.seed, FEW_STEPS).pairs)
+        assert torch.equal(transform.pairs, select_for(problem.weight, problem.seed, FEW_STEPS.spec, "random").pairs)
 
 
 def test_angles_of_filling_pairs_stay_zero(generator):
     config = replace(FEW_STEPS, group_size=32, rotations=16)
     problem = draw_problem(generator)
-    free = select_for(problem.weight, problem.seed, config).free
-    (transform,) = fit_transforms([problem], config)
+    free = select_for(problem.weight, problem.seed, config.spec, "random").free
+    (transform,) = fit_transforms([replace(problem, spec=config.spec)], config)
     assert not free.all()
     assert (transform.theta[~free] == 0).all()
     assert (transform.theta[free] != 0).float().mean() > 0.9
@@ -156,28 +162,38 @@ def test_problems_fitted_together_are_fitted_as_well_as_alone(generator):
         assert errors[0] == pytest.approx(errors[1], rel=0.1)
 
 
+def test_problems_of_several_group_sizes_and_rotations_come_back_in_order(generator):
+    specs = [Spec(4, 64, 4), Spec(8, 32, 2), Spec(3, 64, 4), Spec(4, 64, 0)]
+    problems = [replace(draw_problem(generator, seed), spec=spec) for seed, spec in enumerate(specs)]
+    for problem, transform in zip(problems, fit_transforms(problems, FEW_STEPS), strict=True):
+        (alone,) = fit_transforms([problem], FEW_STEPS)
+        assert transform.matrix.shape[-1] == problem.spec.group_size
+        assert len(transform.theta) == problem.spec.rotations
+        assert torch.equal(transform.pairs, alone.pairs)
+
+
 def test_transforms_fitted_together_are_stored_separately(generator):
     problems = [draw_problem(generator, seed) for seed in (1, 2)]
     for problem, transform in zip(problems, fit_transforms(problems, FEW_STEPS), strict=True):
-        packed = encode(problem.weight, transform, None, FEW_STEPS.layout(C, N), FEW_STEPS.recipe)
-        for tensor in packed.tensors().values():
+        packed = encode(problem.weight, transform, None, FEW_STEPS.spec.layout(C, N), FEW_STEPS.recipe)
+        for tensor in packed.tensors.values():
             assert tensor.is_contiguous()
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_a_shared_transform_is_that_of_the_stacked_rows(generator):
     first, second = draw_problem(generator), draw_problem(generator, rows=16)
-    stacked = Problem(torch.cat((first.weight, second.weight)), first.hessian, seed=0)
+    stacked = Problem(torch.cat((first.weight, second.weight)), first.hessian, 0, FEW_STEPS.spec)
     (shared,) = fit_transforms([stacked], FEW_STEPS)
-    whole = encode(stacked.weight, shared, None, FEW_STEPS.layout(C, N + 16), FEW_STEPS.recipe)
+    whole = encode(stacked.weight, shared, None, FEW_STEPS.spec.layout(C, N + 16), FEW_STEPS.recipe)
     parts = [
-        encode(part.weight, shared, None, FEW_STEPS.layout(C, len(part.weight)), FEW_STEPS.recipe)
+        encode(part.weight, shared, None, FEW_STEPS.spec.layout(C, len(part.weight)), FEW_STEPS.recipe)
         for part in (first, second)
     ]
     for name in ("qweight", "qzeros", "scales"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts], dim=1))
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts], dim=1))
     for name in ("theta", "pairs", "channel_scales"):
-        assert all(torch.equal(getattr(whole, name), getattr(part, name)) for part in parts)
+        assert all(torch.equal(whole[name], part[name]) for part in parts)
     assert rounding_error(stacked, shared, FEW_STEPS) < unrotated(stacked, FEW_STEPS)
 
 
@@ -202,16 +218,16 @@ def test_problems_are_left_as_they_were(generator):
 def test_all_zeros_give_a_usable_transform(part, generator):
     problem = replace(draw_problem(generator), **{part: torch.zeros(N if part == "weight" else C, C)})
     (transform,) = fit_transforms([problem], FEW_STEPS)
-    packed = encode(problem.weight, transform, None, FEW_STEPS.layout(C, N), FEW_STEPS.recipe)
+    packed = encode(problem.weight, transform, None, FEW_STEPS.spec.layout(C, N), FEW_STEPS.recipe)
     packed.check_values("linear")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
 def test_a_replayed_step_finds_what_single_steps_find(generator, monkeypatch):
     problem = draw_problem(generator, rows=256, channels=512)
-    problem = Problem(problem.weight.cuda(), problem.hessian.cuda(), 0)
-    replayed = fit_transforms([problem], FULL)[0]
+    problem = replace(problem, weight=problem.weight.cuda(), hessian=problem.hessian.cuda())
+    replayed = fit_transforms([replace(problem, spec=FULL.spec)], FULL)[0]
     monkeypatch.setattr("pairquant.optimize.search.GRAPH_WEIGHTS", 0)
-    single = fit_transforms([problem], FULL)[0]
+    single = fit_transforms([replace(problem, spec=FULL.spec)], FULL)[0]
     assert rounding_error(problem, replayed, FULL) == pytest.approx(rounding_error(problem, single, FULL), rel=0.02)
     torch.testing.assert_close(replayed.theta, single.theta, rtol=0.05, atol=0.05)

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from pairquant.models.blocks import find_blocks
-from pairquant.optimize.streams import Streams
+from pairquant.optimize.streams import Places, Streams
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def streams(notices):
     blocks = find_blocks(model)
     tokens = torch.randint(3, 259, (7, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        yield blocks, Streams.start(model, blocks, tokens, True, CPU, CPU, torch.float32, notices.append)
+        yield blocks, Streams.start(model, blocks, tokens, True, Places(CPU, CPU, torch.float32), notices.append)
 
 
 def limited(block, most):
@@ -52,10 +52,10 @@ def test_micro_batches_halve_until_they_fit_and_nothing_else_changes(streams, no
 def test_moments_do_not_depend_on_the_pieces(streams):
     blocks, stream = streams
     before = list(stream.original)
-    whole = stream.moments(blocks[0], 0).checked(blocks[0].linears)
+    whole = stream.observe(blocks[0], 0).checked(blocks[0].sites)[0]
     stream.original = before
     limited(blocks[0], 2)
-    pieces = stream.moments(blocks[0], 0).checked(blocks[0].linears)
+    pieces = stream.observe(blocks[0], 0).checked(blocks[0].sites)[0]
     for one, other in zip(whole, pieces, strict=True):
         assert one.readers == other.readers
         torch.testing.assert_close(one.hessian, other.hessian, rtol=1e-4, atol=1e-3)

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
+from pairquant.models.planning import plan_model
 from pairquant.optimize.walk import Walk, quantize_blocks
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, Recipe, Refit, Training
@@ -25,6 +26,11 @@ def tokens():
 def run(model, tokens, **options):
     config = QuantConfig(**{"group_size": 32, "bits": 3, "recipe": SHORT, **options})
     return list(quantize_blocks(model, tokens, config, CPU))
+
+
+def walk(model, config, *tokens):
+    plan, blocks = plan_model(model, config)
+    return Walk(model, blocks, plan, config, CPU, *tokens).run()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +57,7 @@ def test_blocks_hold_the_decoded_weights_and_all_else_is_untouched(tokens):
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tokens):
     def words(seed):
         results = run(tiny_model(), tokens, seed=seed)
-        return {(path, name): t for r in results for path, p in r.packed.items() for name, t in p.tensors().items()}
+        return {(path, name): t for r in results for path, p in r.packed.items() for name, t in p.tensors.items()}
 
     first, again, other = words(0), words(0), words(1)
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -64,7 +70,7 @@ def test_shared_transforms_are_equal_and_listed(tokens):
     assert names == [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
     for group in result.shared:
         for name in ("theta", "pairs", "channel_scales"):
-            first, *others = (getattr(result.packed[path], name) for path in group)
+            first, *others = (result.packed[path][name] for path in group)
             assert all(torch.equal(first, other) for other in others)
 
 
@@ -96,7 +102,7 @@ def test_a_block_that_is_left_as_it_is_only_carries_the_text_on(recipe, tokens):
     model = tiny_model()
     before = copy.deepcopy(model.model.layers[0].state_dict())
     config = QuantConfig(group_size=32, ignore=("lm_head", r"re:.*layers\.0\..*"), recipe=BLOCKWISE[recipe])
-    first, second = Walk(model, config, CPU, tokens, tokens[:4]).run()
+    first, second = walk(model, config, tokens, tokens[:4])
     assert not first.packed
     assert not first.parameters
     assert len(second.packed) == 7
@@ -106,12 +112,12 @@ def test_a_block_that_is_left_as_it_is_only_carries_the_text_on(recipe, tokens):
 @pytest.mark.parametrize("recipe", BLOCKWISE)
 def test_more_windows_to_validate_than_to_train_on(recipe, tokens):
     config = QuantConfig(group_size=32, recipe=BLOCKWISE[recipe])
-    results = list(Walk(tiny_model(), config, CPU, tokens[:2], tokens[2:]).run())
+    results = list(walk(tiny_model(), config, tokens[:2], tokens[2:]))
     assert all(result.history for result in results)
 
 
 @pytest.mark.parametrize("recipe", BLOCKWISE)
 def test_block_wise_training_in_bfloat16(recipe, tokens):
     config = QuantConfig(group_size=32, compute="bfloat16", recipe=BLOCKWISE[recipe])
-    results = list(Walk(tiny_model(dtype=torch.bfloat16), config, CPU, tokens).run())
+    results = list(walk(tiny_model(dtype=torch.bfloat16), config, tokens))
     assert all(0 < error < 0.5 for result in results for error in result.errors.values())

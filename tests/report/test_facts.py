@@ -46,7 +46,7 @@ def test_a_linear_is_described_by_its_record_and_its_weight(quick, source):
     assert linear.outliers_after == pytest.approx(outlier_ratio(magnitudes(turned)))
     assert linear.range_before == pytest.approx(group_range(weight, 32))
     assert linear.range_after == pytest.approx(group_range(turned, 32))
-    assert linear.largest_angle == checkpoint.packed(PATH).theta.abs().max()
+    assert linear.largest_angle == checkpoint.packed(PATH)["theta"].abs().max()
 
 
 def test_the_close_up_is_the_originals_weight_in_both_bases(quick, source):
@@ -65,7 +65,7 @@ def test_the_pair_is_one_that_is_turned_together_and_none_differs_more(quick):
     close_up = of(quick, linear=PATH).close_up
     packed = Checkpoint.open(ModelFiles.find(str(quick))).packed(PATH)
     pairs = set()
-    for rotation in packed.pairs.tolist():
+    for rotation in packed["pairs"].tolist():
         for place in range(0, len(rotation), 2):
             start = place // 32 * 32
             pairs.add((start + rotation[place], start + rotation[place + 1]))
@@ -106,8 +106,8 @@ def test_histograms_count_every_angle_and_scale(quick):
     checkpoint = facts.checkpoint
     packed = [checkpoint.packed(path) for path in checkpoint.stored.linears() if path.endswith("q_proj")]
     for histogram, values in (
-        (facts.angles, torch.cat([p.theta.float().flatten() for p in packed])),
-        (facts.scales, torch.cat([-p.channel_scales.float().log2().flatten() for p in packed])),
+        (facts.angles, torch.cat([p["theta"].float().flatten() for p in packed])),
+        (facts.scales, torch.cat([-p["channel_scales"].float().log2().flatten() for p in packed])),
     ):
         half = (histogram.centers[1] - histogram.centers[0]) / 2
         low, high = (histogram.centers[0] - half).item(), (histogram.centers[-1] + half).item()

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from pairquant.core.packing import pack, unpack
+from pairquant.spec.codes import AWQ_ORDER, SUPPORTED_BITS, columns_per_block
 from pairquant.spec.fields import finite
-from pairquant.spec.linear import (
-    AWQ_ORDER,
-    SUPPORTED_BITS,
-    TENSOR_NAMES,
-    PackedLinear,
-    Spec,
-    columns_per_block,
-)
+from pairquant.spec.linear import TENSOR_NAMES, PackedLinear, Spec
 from pairquant.support.errors import CheckpointError
 
 PATH = "model.layers.0.mlp.up_proj"
@@ -27,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return filled
 
 
-@pytest.mark.parametrize(("bits", "columns"), [(2, 16), (3, 32), (4, 8), (8, 4)])
+@pytest.mark.parametrize(("bits", "columns"), [(2, 16), (3, 32), (4, 8), (5, 32), (6, 16), (8, 4)])
 def test_a_block_of_columns_fills_whole_words(bits, columns):
     assert columns_per_block(bits) == columns
 
@@ -54,7 +48,7 @@ def test_fields_have_no_bias_unless_the_linear_has_one():
     assert "bias" not in Spec(4, 64, 2).layout(128, 64).fields()
 
 
-@pytest.mark.parametrize(("bits", "words"), [(2, 4), (3, 6), (4, 8), (8, 16)])
+@pytest.mark.parametrize(("bits", "words"), [(2, 4), (3, 6), (4, 8), (5, 10), (6, 12), (8, 16)])
 def test_codes_take_their_bits_and_no_more(bits, words):
     fields = Spec(bits, 64, 2).layout(128, 64).fields()
     assert fields["qweight"].shape == (128, words)
@@ -89,8 +83,8 @@ def test_misfits_name_the_size_and_what_it_must_divide_by(layout, said):
 
 def test_undamaged_tensors_come_back_as_given(tensors):
     packed = PackedLinear.from_tensors(PATH, LAYOUT, tensors)
-    assert packed.tensors().keys() == tensors.keys()
-    assert all(packed.tensors()[name] is tensors[name] for name in tensors)
+    assert packed.tensors.keys() == tensors.keys()
+    assert all(packed.tensors[name] is tensors[name] for name in tensors)
 
 
 def test_a_layout_without_rotations_needs_no_pairs_inside(tensors):
@@ -150,14 +144,14 @@ def test_thinned_keeps_every_third_block_of_rows(bits, generator):
     codes = torch.randint(0, 2**bits, (64, 8 * block), generator=generator).to(torch.uint8)
     zeros = torch.randint(0, 2**bits, (2, 8 * block), generator=generator).to(torch.uint8)
     plain = {name: torch.rand(f.shape, generator=generator).to(f.dtype) for name, f in layout.fields().items()}
-    linear = PackedLinear(layout, **{**plain, "qweight": pack(codes, bits), "qzeros": pack(zeros, bits)})
+    linear = PackedLinear(layout, {**plain, "qweight": pack(codes, bits), "qzeros": pack(zeros, bits)})
     kept = torch.cat([torch.arange(start * block, (start + 1) * block) for start in (0, 3, 6)])
     thin = linear.thinned(3)
     assert thin.layout == Spec(bits, 32, 0).layout(64, 3 * block)
     assert thin.bias is None
-    assert torch.equal(unpack(thin.qweight, bits), codes[:, kept])
-    assert torch.equal(unpack(thin.qzeros, bits), zeros[:, kept])
-    assert torch.equal(thin.scales, linear.scales[:, kept])
+    assert torch.equal(unpack(thin["qweight"], bits), codes[:, kept])
+    assert torch.equal(unpack(thin["qzeros"], bits), zeros[:, kept])
+    assert torch.equal(thin["scales"], linear["scales"][:, kept])
     assert thin.shares_transform_with(linear)
 
 

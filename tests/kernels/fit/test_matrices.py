@@ -5,10 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from pairquant.kernels.fit.loops.matrices import BuildMatrices, Matrices, Plan, build
-
 from pairquant.core.pairs import random_rank, select_pairs
 from pairquant.core.rotation import rotation_matrix
+from pairquant.kernels.fit.matrices import BuildMatrices, Matrices, Plan, build
 from pairquant.support.errors import KernelError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,11 +26,11 @@ def test_codes_are_where_the_layout_says_and_come_back(monkeypatch, rows, channe
     weights = KernelWeights.build([packed])
     row, channel = torch.meshgrid(torch.arange(rows), torch.arange(channels), indexing="ij")
     indices, nibble = place(row, channel)
-    assert torch.equal((weights.words[indices] >> (4 * nibble)) & 15, unpack(packed.qweight, 4).T.int())
+    assert torch.equal((weights.words[indices] >> (4 * nibble)) & 15, unpack(packed["qweight"], 4).T.int())
     everything = sum(((weights.words >> shift) & 15).sum() for shift in range(0, 32, 4))
-    assert everything == unpack(packed.qweight, 4).sum()  # padding is zero
+    assert everything == unpack(packed["qweight"], 4).sum()  # padding is zero
     stored = weights.stored(0, packed.layout)
-    assert all(torch.equal(tensor, getattr(packed, name)) for name, tensor in stored.items())
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in stored.items())
 
 
 def test_each_linear_of_a_launch_comes_back():
@@ -38,4 +38,4 @@ def test_each_linear_of_a_launch_comes_back():
     weights = KernelWeights.build(linears)
     for index, linear in enumerate(linears):
         stored = weights.stored(index, linear.layout)
-        assert all(torch.equal(tensor, getattr(linear, name)) for name, tensor in stored.items())
+        assert all(torch.equal(tensor, linear[name]) for name, tensor in stored.items())
