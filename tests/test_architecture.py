@@ -27,7 +27,13 @@ FLOORS = {
 }
 #: Library → the only files, or folders, that may import it.
 DOORS = {
-    "transformers": {"checkpoint/read.py", "integrations/transformers.py", "engines/", "cli/"},
+    "transformers": {
+        "checkpoint/read.py",
+        "checkpoint/architecture.py",
+        "integrations/transformers.py",
+        "engines/",
+        "cli/",
+    },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
     "typer": {"cli/"},

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import reprlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -46,6 +46,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.js
 #: Written beside the weights: recipe, errors and sizes of every linear.
 REPORT_FILE = "pairquant.json"
 WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,9 @@ class ModelFiles:
         if self.gguf and dtype == "auto":
             dtype = torch.float16
         model, missing = self._loaded(dtype=dtype)
-        if self.quantization is None:  # a quantizer says itself what is missing: ours does
-            self._require_none(missing)
         require_named_class(self.config, model, self.name)
+        if self.quantization is None:  # a quantizer says itself what is missing: ours does
+            self._require_nothing_missing(missing)
         if self.gguf:  # a plain model from here on, also when it is saved
             model.hf_quantizer.remove_quantization_config(model)
         return model.eval().to(device)
@@ -154,17 +156,30 @@ class ModelFiles:
             model = self._built()
         if self.gguf or not (self.is_packed or self.quantization is None):
             return
-        stored = StoredTensors.of_directory(self.directory)
+        stored = self.stored()
         packed = {f"{path}.weight" for path in stored.linears()} if self.is_packed else set()
         missing = [name for name in expected_fields(model) if name not in stored.fields and name not in packed]
         if missing and not self.is_packed:  # or stored under names that Transformers converts on loading: it knows
             with quiet_transformers():
                 missing = self._loaded(device_map="meta")[1]
-        self._require_none(missing)
+        self._require_nothing_missing(missing)
+
+    def stored(self) -> StoredTensors:
+        """What a directory's weights are, from the headers; raises `SourceError` (`CheckpointError` if packed) if unreadable."""
+        return self._read(StoredTensors.of_directory)
 
     def weight_files(self) -> list[Path]:
-        """The files that are read, whatever else lies beside them; raises `CheckpointError` if there are none."""
-        return [self.directory / self.gguf] if self.gguf else weight_files(self.directory)
+        """The files that are read, whatever else lies beside them; raises as `stored` does if there are none."""
+        return [self.directory / self.gguf] if self.gguf else self._read(weight_files)
+
+    def _read(self, read: Callable[[Path], T]) -> T:
+        """What a function reads from the directory; of a plain model, its `CheckpointError` as a `SourceError`."""
+        try:
+            return read(self.directory)
+        except CheckpointError as error:
+            if self.is_packed:
+                raise
+            raise SourceError(f"the weights of {self.name!r} cannot be loaded: {error}") from error
 
     def size_bytes(self) -> int:
         """Size of the weight files."""
@@ -199,7 +214,7 @@ class ModelFiles:
         model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
         return model, sorted(found["missing_keys"])
 
-    def _require_none(self, missing: Iterable[str]) -> None:
+    def _require_nothing_missing(self, missing: Iterable[str]) -> None:
         names = list(missing)
         if names:
             kind = CheckpointError if self.is_packed else SourceError
@@ -212,10 +227,10 @@ class ModelFiles:
     def _remote(self) -> dict[str, bool]:
         return {"trust_remote_code": self.trust_remote_code}
 
-    def _load(self, auto_class, what: str, **kwargs):
+    def _load(self, auto, what: str, **kwargs):
         if self.gguf:
             kwargs["gguf_file"] = self.gguf
-        return self._build(lambda: auto_class.from_pretrained(self.directory, **self._remote, **kwargs), what)
+        return self._build(lambda: auto.from_pretrained(self.directory, **self._remote, **kwargs), what)
 
     def _build(self, build, what: str):
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.fields import Field
-from ..support.errors import CheckpointError, SourceError
+from ..support.errors import SourceError
 from .architecture import expected_fields
 from .files import write_tensors
 from .headers import StoredTensors
@@ -47,10 +47,7 @@ class SourceWeights:
 
         spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read, or some are missing.
         """
-        try:
-            found = None if files.gguf else StoredTensors.of_directory(files.directory)
-        except CheckpointError as error:
-            raise SourceError(f"the weights of {files.name!r} cannot be loaded: {error}") from error
+        found = None if files.gguf else files.stored()
         if found is not None and _streamable(found, skeleton):
             return cls(found)
         if not spilled:
