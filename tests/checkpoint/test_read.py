@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen3MoeConfig,
 )
 
@@ -183,6 +185,19 @@ class TestClasses:
         pairquant.quantize(source, source.parent / "out", RTN, device="cpu")
         written = json.loads((source.parent / "out" / "config.json").read_text())
         assert written["architectures"] == ["LLaMAForCausalLM"]
+
+    def test_a_language_model_with_a_vision_tower_keeps_its_class(self, tmp_path):
+        vision = {
+            "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 64,
+        }  # fmt: skip
+        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=287)
+        source = self.save(LlavaForConditionalGeneration(config), tmp_path / "llava")
+        pairquant.quantize(source, tmp_path / "out", RTN, device="cpu")
+        assert type(ModelFiles.find(str(tmp_path / "out")).model()) is LlavaForConditionalGeneration
+        found = pairquant.inspect(tmp_path / "out")
+        assert found.unknown is None
+        assert all(path.startswith("model.language_model.layers.") for path in found.linears)
 
     def test_a_gguf_file_with_experts(self):
         config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
