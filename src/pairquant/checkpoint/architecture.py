@@ -26,7 +26,7 @@ def auto_class(config: Any) -> Any:
 
     named = set(config.architectures or ())
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        built = auto._model_mapping.get(type(config), None) or ()
+        built: Any = auto._model_mapping.get(type(config), None) or ()
         if named & {each.__name__ for each in (built if isinstance(built, tuple) else (built,))}:
             return auto
     return AutoModelForCausalLM
