@@ -28,7 +28,14 @@ FLOORS = {
 }
 #: Library → the only files, or folders, that may import it.
 DOORS = {
-    "transformers": {"models/sites.py", "checkpoint/read.py", "integrations/transformers.py", "engines/", "cli/"},
+    "transformers": {
+        "models/sites.py",
+        "checkpoint/read.py",
+        "checkpoint/architecture.py",
+        "integrations/transformers.py",
+        "engines/",
+        "cli/",
+    },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
     "typer": {"cli/"},

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pairquant.checkpoint import files
 from pairquant.checkpoint.files import read_json
-from pairquant.checkpoint.headers import StoredTensors
+from pairquant.checkpoint.headers import StoredTensors, weight_files
 from pairquant.support.errors import CheckpointError
 
 
@@ -36,9 +36,25 @@ def test_a_single_file_comes_before_an_index(shards):
     assert StoredTensors.of_directory(shards).fields.keys() == {"c"}
 
 
-def test_without_an_index_all_files_are(shards):
+def test_without_an_index_files_are_named_and_not_guessed_at(shards):
     (shards / "model.safetensors.index.json").unlink()
-    assert StoredTensors.of_directory(shards).fields.keys() == {"a", "b", "other.a"}
+    with pytest.raises(
+        CheckpointError, match=r"neither model\.safetensors nor .*, only consolidated\.safetensors, model-1"
+    ):
+        StoredTensors.of_directory(shards)
+
+
+def test_weights_in_other_formats_alone_are_named(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin\. .*pickles, are not read.*save_pretrained"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_8_bit_floats_are_told_apart_from_damage(tmp_path, dtype):
+    save_file({"a": torch.ones(3).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="quantized to 8-bit floats already, .*Use the original model in 16 bits"):
+        StoredTensors.of_directory(tmp_path)
 
 
 @pytest.mark.parametrize("home", ["../model-1.safetensors", "/tmp/x.safetensors", "..", "", 7, None])

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from tiny_models import TEXT, save_tiny
 
 import pairquant
+from pairquant.checkpoint.describe import readme_digest
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.hub import upload
-from pairquant.hub.card import MARKER
+from pairquant.hub.card import MARKER, ORIGINAL
 
 RESULTS = {
     "model": "out", "reference": "/home/somebody/original",
@@ -137,6 +138,56 @@ def test_a_card_that_somebody_wrote_is_kept(checkpoint, hub):
     readme.write_text(rendered.replace(MARKER, "") + "and a word of mine\n")
     pairquant.push(checkpoint, "tiny")
     assert hub.repos["ann/tiny"]["files"]["README.md"].decode().endswith("and a word of mine\n")
+
+
+SOURCE_CARD = """---
+license: llama3.1
+language: [en, de]
+tags: [chat, quantized]
+base_model: org/older
+model-index:
+- name: original
+  results: []
+---
+# The original
+
+{{ not a template }} was trained with care.
+"""
+
+
+def with_source_card(checkpoint, content):
+    """As `quantize` leaves it: the source's card, and its digest in the report."""
+    (checkpoint / "README.md").write_text(content)
+    report = json.loads((checkpoint / "pairquant.json").read_text())
+    (checkpoint / "pairquant.json").write_text(json.dumps(report | {"readme_sha256": readme_digest(checkpoint)}))
+
+
+def test_the_sources_own_card_stays_below_ours(checkpoint, hub):
+    with_source_card(checkpoint, SOURCE_CARD)
+    for _ in range(2):  # rendered from the source's card, then from the rendered one
+        pairquant.push(checkpoint, "tiny")
+        card = card_of(hub, "ann/tiny")
+        assert card.data.license == "llama3.1"
+        assert card.data.language == ["en", "de"]
+        assert card.data.base_model == "org/older"
+        assert card.data.tags == ["chat", "quantized", "paroquant", "pairquant", "4-bit"]
+        assert "model-index" not in card.data.to_dict()
+        ours, theirs = card.text.split(ORIGINAL)
+        assert "# ann/tiny" in ours
+        assert theirs.strip() == "# The original\n\n{{ not a template }} was trained with care."
+    pairquant.push(checkpoint, "tiny", base_model="org/original")
+    card = card_of(hub, "ann/tiny")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/original", "quantized")
+    assert card.data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("front", ["", "---\n- a list\n---\n", "---\na: [\n---\n"])
+def test_a_source_card_without_front_matter_or_with_a_broken_one(checkpoint, hub, front):
+    with_source_card(checkpoint, f"{front}# The original\n")
+    pairquant.push(checkpoint, "tiny")
+    card = card_of(hub, "ann/tiny")
+    assert card.data.license == "unknown"
+    assert card.text.split(ORIGINAL)[1].strip() == "# The original"
 
 
 @pytest.mark.parametrize(

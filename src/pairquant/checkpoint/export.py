@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +13,14 @@ from ..core.linear import decode
 from ..spec.fields import Field
 from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError, ConfigError, did_you_mean
+from .describe import README, readme_digest, state_dtype, write_config
 from .files import read_json
-from .read import REPORT_FILE, Checkpoint, ModelFiles
+from .read import Checkpoint, ModelFiles
+from .side_files import copy_side_files
 from .write import Entry, require_apart, require_free, require_space, write_checkpoint
 
 #: What a plain checkpoint can be stored in.
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-#: Files that speak of the packed weights, or are written anew.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", REPORT_FILE, "pairquant.jsonl", "README.md")
 
 
 def export(
@@ -124,20 +121,14 @@ def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entr
 
 
 def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
-    """config.json without the quantization, and every file that does not speak of packed weights."""
+    """config.json without the quantization, and every file that does not speak of packed weights.
+
+    A model card does, unless it is the source's own.
+    """
     config = read_json(checkpoint.directory / "config.json")
     del config["quantization_config"]
-    _state_dtype(config, str(dtype).removeprefix("torch."))
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in checkpoint.directory.iterdir():
-        if file.is_file() and not file.name.startswith(".") and not any(map(file.match, REPLACED)):
-            shutil.copy(file, directory)
-
-
-def _state_dtype(config: dict[str, Any], dtype: str) -> None:
-    """In the configuration and those within it (of models with several parts), under the name used since Transformers 5."""
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    for inner in config.values():
-        if isinstance(inner, dict) and ("dtype" in inner or "torch_dtype" in inner):
-            _state_dtype(inner, dtype)
+    state_dtype(config, dtype)
+    write_config(directory, config)
+    digest = readme_digest(checkpoint.directory)
+    own = digest is not None and digest == checkpoint.report.get("readme_sha256")
+    copy_side_files(checkpoint.directory, directory, without=frozenset() if own else frozenset({README}))

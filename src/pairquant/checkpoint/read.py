@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import reprlib
-import shutil
 import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,11 +20,22 @@ from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.fields import finite
 from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
 from ..support.errors import CheckpointError, SourceError, did_you_mean
+from .architecture import (
+    auto_class,
+    expected_fields,
+    require_decoder_only,
+    require_named_class,
+    require_one_tensor_a_name,
+)
+from .describe import describe_anew, describe_copy
 from .files import read_json
-from .headers import REMEDY, StoredTensors
+from .headers import REMEDY, StoredTensors, weight_files
+from .side_files import WEIGHTS, side_files
 
-#: Files worth downloading: weights as safetensors only, never pickles.
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "tokenizer*")
+#: What is not downloaded: weights in other formats (pickles above all), or once more in the publisher's own layout.
+NOT_DOWNLOADED = (*(p for p in WEIGHTS if p != "*.safetensors"), "consolidated*", "original/*", "onnx/*", "openvino/*")
+#: What tells that a directory holds a LoRA adapter.
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 #: What Transformers raises for files that make no sense: it checks little, and so fails anywhere.
 BUILD_ERRORS = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError,
@@ -35,6 +46,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.js
 #: Written beside the weights: recipe, errors and sizes of every linear.
 REPORT_FILE = "pairquant.json"
 WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,12 +68,22 @@ class ModelFiles:
                 raise SourceError(f"model file {name!r} does not exist{_nearby(path, '*.gguf')}")
             return cls(name, path.parent, path.name, trust_remote_code)
         if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise SourceError(f"{name!r} is no model directory: it holds no config.json")
-            return cls(name, path, None, trust_remote_code)
+            return cls._of_directory(name, path, trust_remote_code)
         if path.exists():
             raise SourceError(f"{name!r} is neither a model directory, a .gguf file, nor a hub name")
-        return cls(name, _download(name), None, trust_remote_code)
+        return cls._of_directory(name, _download(name), trust_remote_code)
+
+    @classmethod
+    def _of_directory(cls, name: str, directory: Path, trust_remote_code: bool) -> ModelFiles:
+        if found := [adapter for adapter in ADAPTERS if (directory / adapter).is_file()]:
+            raise SourceError(
+                f"{name!r} holds a LoRA adapter ({found[0]}). Merge it into its base model first, with PEFT: "
+                f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(NEW), and the base "
+                "model's tokenizer beside it. Or take the adapter's files away to go on without it."
+            )
+        if not (directory / "config.json").is_file():
+            raise SourceError(f"{name!r} is no model directory: it holds no config.json")
+        return cls(name, directory, None, trust_remote_code)
 
     @cached_property
     def config(self):
@@ -73,6 +96,12 @@ class ModelFiles:
     def quantization(self) -> Any:
         """`quantization_config` of config.json, which may hold anything; None for plain models and GGUF files."""
         return None if self.gguf else read_json(self.directory / "config.json").get("quantization_config")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether config.json says that this is one of our checkpoints."""
+        entries = self.quantization
+        return isinstance(entries, dict) and entries.get("quant_method") == QUANT_METHOD
 
     def require_plain(self) -> None:
         """Refuse a source that is quantized already: its rounding errors would be fitted as if they were weights."""
@@ -89,52 +118,119 @@ class ModelFiles:
         return self._load(AutoTokenizer, "tokenizer")
 
     def skeleton(self) -> Any:
-        """The model in evaluation mode with its buffers, but without weights (meta device), in a moment."""
+        """The model in evaluation mode with its buffers, but without weights (meta device), in a moment.
+
+        Raises `SourceError` for a model that is no decoder, or would be built as another class than config.json names.
+        """
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM, GenerationConfig
 
         with init_empty_weights(include_buffers=False):
-            model = self._build(lambda: AutoModelForCausalLM.from_config(self.config, **self._remote), "architecture")
-        if not self.gguf and (self.directory / "generation_config.json").is_file():
-            model.generation_config = self._load(GenerationConfig, "generation configuration")
+            model = self._built()
+        if self.gguf:
+            require_one_tensor_a_name(model, self.name)
         return model.eval()
 
     def model(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
-        """The model in evaluation mode. GGUF weights are dequantized; "auto" then means float16."""
-        from transformers import AutoModelForCausalLM
+        """The model in evaluation mode. GGUF weights are dequantized; "auto" then means float16.
 
+        Raises `SourceError` if a weight is missing, which Transformers would make up, and what `skeleton` raises.
+        """
         if self.gguf and dtype == "auto":
             dtype = torch.float16
-        model = self._load(AutoModelForCausalLM, "weights", dtype=dtype)
+        model, missing = self._loaded(dtype=dtype)
+        require_named_class(self.config, model, self.name)
+        if self.quantization is None:  # a quantizer says itself what is missing: ours does
+            self._require_nothing_missing(missing)
         if self.gguf:  # a plain model from here on, also when it is saved
             model.hf_quantizer.remove_quantization_config(model)
         return model.eval().to(device)
 
+    def require_loadable(self) -> None:
+        """Refuse in a moment, from the headers, what would load wrongly without a word.
+
+        That is a model of a class that is not supported, and one with tensors missing from its files. Of a GGUF file and of
+        a model in another quantized format only the class is looked at. Raises `SourceError`, and `CheckpointError` for
+        files that cannot be read and tensors that a checkpoint of ours lacks.
+        """
+        with torch.device("meta"):
+            model = self._built()
+        if self.gguf or not (self.is_packed or self.quantization is None):
+            return
+        stored = self.stored()
+        packed = {f"{path}.weight" for path in stored.linears()} if self.is_packed else set()
+        missing = [name for name in expected_fields(model) if name not in stored.fields and name not in packed]
+        if missing and not self.is_packed:  # or stored under names that Transformers converts on loading: it knows
+            with quiet_transformers():
+                missing = self._loaded(device_map="meta")[1]
+        self._require_nothing_missing(missing)
+
+    def stored(self) -> StoredTensors:
+        """What a directory's weights are, from the headers; raises `SourceError` (`CheckpointError` if packed) if unreadable."""
+        return self._read(StoredTensors.of_directory)
+
+    def weight_files(self) -> list[Path]:
+        """The files that are read, whatever else lies beside them; raises as `stored` does if there are none."""
+        return [self.directory / self.gguf] if self.gguf else self._read(weight_files)
+
+    def _read(self, read: Callable[[Path], T]) -> T:
+        """What a function reads from the directory; of a plain model, its `CheckpointError` as a `SourceError`."""
+        try:
+            return read(self.directory)
+        except CheckpointError as error:
+            if self.is_packed:
+                raise
+            raise SourceError(f"the weights of {self.name!r} cannot be loaded: {error}") from error
+
     def size_bytes(self) -> int:
         """Size of the weight files."""
-        files = [self.directory / self.gguf] if self.gguf else self.directory.glob("*.safetensors")
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for file in self.weight_files())
+
+    def side_bytes(self) -> int:
+        """Size of what travels beside the weights."""
+        files = [] if self.gguf else side_files(self.directory)
+        return sum((self.directory / file).stat().st_size for file in files)
 
     def describe(self, directory: Path, skeleton: Any, tokenizer: Any, dtype: torch.dtype, quantization: dict) -> None:
-        """Save all of a checkpoint but its weights: configuration, generation defaults, tokenizer, custom code."""
-        config = copy.deepcopy(skeleton.config)
-        config.architectures, config.dtype, config.quantization_config = [type(skeleton).__name__], dtype, quantization
-        config.save_pretrained(directory)
-        if skeleton.can_generate():
-            skeleton.generation_config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        if self.trust_remote_code:
-            for code in self.directory.glob("*.py"):
-                shutil.copy(code, directory)
+        """Write all of a checkpoint but its weights: the source's own files; of a GGUF file, what Transformers makes of it."""
+        if self.gguf:
+            describe_anew(directory, skeleton, tokenizer, dtype, quantization)
+        else:
+            describe_copy(self.directory, directory, skeleton, dtype, quantization)
+
+    def _built(self) -> Any:
+        """The model as its class is now on the current device, with weights that say nothing."""
+        require_decoder_only(self.config, self.name)
+        auto = self._build(lambda: auto_class(self.config), "architecture")
+        model = self._build(lambda: auto.from_config(self.config, **self._remote), "architecture")
+        require_named_class(self.config, model, self.name)
+        return model
+
+    def _loaded(self, **kwargs: Any) -> tuple[Any, list[str]]:
+        """The model, and the names of its tensors that no file holds. Never from a pickle."""
+        require_decoder_only(self.config, self.name)
+        if not self.gguf:
+            self.weight_files()
+            kwargs["use_safetensors"] = True
+        model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
+        return model, sorted(found["missing_keys"])
+
+    def _require_nothing_missing(self, missing: Iterable[str]) -> None:
+        names = list(missing)
+        if names:
+            kind = CheckpointError if self.is_packed else SourceError
+            raise kind(
+                f"the files of {self.name!r} lack {len(names)} of the model's tensors: {', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}. Download the model again, if its config.json is its own."
+            )
 
     @property
     def _remote(self) -> dict[str, bool]:
         return {"trust_remote_code": self.trust_remote_code}
 
-    def _load(self, auto_class, what: str, **kwargs):
+    def _load(self, auto, what: str, **kwargs):
         if self.gguf:
             kwargs["gguf_file"] = self.gguf
-        return self._build(lambda: auto_class.from_pretrained(self.directory, **self._remote, **kwargs), what)
+        return self._build(lambda: auto.from_pretrained(self.directory, **self._remote, **kwargs), what)
 
     def _build(self, build, what: str):
         try:
@@ -144,6 +240,22 @@ class ModelFiles:
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise SourceError(f"the {what} of {self.name!r} cannot be loaded: {reason[0]}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps a report of what is missing to those who asked for it."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -158,12 +270,11 @@ class Checkpoint:
     @classmethod
     def open(cls, files: ModelFiles) -> Checkpoint:
         """Raises `CheckpointError` when the model is not one of ours, or damaged."""
-        entries = files.quantization
-        if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
+        if not files.is_packed:
             raise CheckpointError(
                 f"{files.name!r} is not quantized with pairwise rotations (no quant_method 'paroquant')"
             )
-        config, stored = CheckpointConfig.from_dict(entries), StoredTensors.of_directory(files.directory)
+        config, stored = CheckpointConfig.from_dict(files.quantization), StoredTensors.of_directory(files.directory)
         stored.require_whole_linears()
         if not stored.linears():
             raise CheckpointError(f"{files.name!r} holds no quantized linear, but its config.json says so. {REMEDY}")
@@ -203,7 +314,7 @@ class Checkpoint:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(name, ignore_patterns=list(NOT_DOWNLOADED)))
     except HFValidationError as error:
         raise SourceError(f"model {name!r} does not exist{_nearby(Path(name), '*')}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

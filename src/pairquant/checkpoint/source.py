@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.fields import Field
-from ..support.errors import CheckpointError, SourceError
+from ..support.errors import SourceError
+from .architecture import expected_fields
 from .files import write_tensors
 from .headers import StoredTensors
 from .read import ModelFiles
@@ -29,11 +30,12 @@ AHEAD_BYTES = 4_000_000_000
 class SourceWeights:
     """Weights under the model's own parameter names.
 
-    stored: where each lies; `enter` and `leave` make this the home of a walk's blocks (`optimize.layerwise.Home`).
+    stored: where each lies; renamed: tensors of the source whose names are not the model's, which Transformers converts
+    on loading; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
     """
 
-    def __init__(self, stored: StoredTensors):
-        self.stored = stored
+    def __init__(self, stored: StoredTensors, renamed: Sequence[str] = ()):
+        self.stored, self.renamed = stored, tuple(renamed)
         self.files = sorted(set(stored.files.values()))
         self._seen = {file: _state(file) for file in self.files}
         self._reader = ThreadPoolExecutor(1, "source")
@@ -43,17 +45,15 @@ class SourceWeights:
     def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
         """The source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
 
-        spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read.
+        spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read, or some are missing.
         """
-        try:
-            stored = None if files.gguf else _streamable(files.directory, skeleton)
-        except CheckpointError as error:
-            raise SourceError(f"the weights of {files.name!r} cannot be loaded: {error}") from error
-        if stored is None:
-            if not spilled:
-                _spill(files.model(), spill)
-            stored = StoredTensors.of_directory(spill)
-        return cls(stored)
+        found = None if files.gguf else files.stored()
+        if found is not None and _streamable(found, skeleton):
+            return cls(found)
+        if not spilled:
+            _spill(files.model(), spill)
+        copied = StoredTensors.of_files(sorted(spill.glob("*.safetensors")))
+        return cls(copied, [name for name in found.fields if name not in copied.fields] if found else ())
 
     def digest(self) -> str:
         """Tells this source from another or from a changed one, without reading all of it."""
@@ -162,20 +162,10 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def _streamable(directory: Path, skeleton: Any) -> StoredTensors | None:
-    """The directory's tensors, if they are the model's parameters under the same names and shapes."""
-    if not any(directory.glob("*.safetensors")):
-        return None
-    stored = StoredTensors.of_directory(directory)
-    output = skeleton.get_output_embeddings()
-    tied = {id(p) for p in output.parameters()} if output is not None else set()
-    for name, parameter in skeleton.named_parameters():
-        field = stored.fields.get(name)
-        if field is None and id(parameter) in tied:
-            continue
-        if field is None or field.shape != tuple(parameter.shape):
-            return None
-    return stored
+def _streamable(stored: StoredTensors, skeleton: nn.Module) -> bool:
+    """Whether these are all of the model's tensors, under the same names and in the same shapes."""
+    expected = expected_fields(skeleton)
+    return all(name in stored.fields and stored.fields[name].shape == field.shape for name, field in expected.items())
 
 
 def _spill(model: nn.Module, directory: Path) -> None:

@@ -76,7 +76,7 @@ def write_checkpoint(
             _write_shards(staging, entries)
             describe(staging)
             write_json(staging / REPORT_FILE, report)
-            for file in staging.iterdir():
+            for file in staging.rglob("*"):
                 sync(file)
             _replace(staging, output)
     except (OSError, SafetensorError) as error:

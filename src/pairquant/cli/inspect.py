@@ -46,6 +46,8 @@ def inspect(
     console.print(table)
     console.print(_error_table(found.linears))
     console.print("[dim]% relative error of each layer's output on the calibration text; all tensors checked[/]")
+    if found.unknown:
+        console.print(f"[dim]not whether any tensor is missing: {escape(found.unknown)}[/]")
 
 
 def _error_table(linears: dict[str, dict[str, Any]]) -> Table:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..checkpoint.read import Checkpoint, ModelFiles
-from ..spec.checkpoint import QUANT_METHOD
 from ..spec.linear import check_fields
 from ..support.errors import ConfigError, did_you_mean
 from .engine import Engine, EngineOptions
@@ -50,10 +49,11 @@ def gpu_wanted(device: str) -> bool:
 def check_model(files: ModelFiles) -> Any:
     """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
 
-    Looks at the configuration, the tokenizer, and for our checkpoints at every header and at the values of the plain
-    tensors, which not every engine checks. Returns the tokenizer.
+    Looks at the configuration, the tokenizer, whether tensors are missing, and for our checkpoints at every header and at
+    the values of the plain tensors, which not every engine checks. Returns the tokenizer.
     """
-    if isinstance(files.quantization, dict) and files.quantization.get("quant_method") == QUANT_METHOD:
+    files.require_loadable()
+    if files.is_packed:
         checkpoint = Checkpoint.open(files)
         checkpoint.check_plain()
         for path in checkpoint.stored.linears():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
+from ..checkpoint.describe import README, readme_digest
 from ..checkpoint.files import read_json
 from ..checkpoint.read import Checkpoint
 from ..support.errors import CheckpointError, ConfigError
@@ -16,46 +19,98 @@ from ..support.errors import CheckpointError, ConfigError
 TEMPLATE = Path(__file__).with_name("card.md")
 #: Tells a card that may be rendered anew from one that somebody has edited.
 MARKER = "Written by pairquant push. Delete this line to keep your changes."
+#: Between our text and the card of the model that was quantized.
+ORIGINAL = "<!-- The card of the original model -->"
+#: Of the original's front matter: what is not true of the quantized model.
+NOT_TAKEN = ("model-index", "new_version")
 #: What `pairquant eval --json` says of each text.
 MEASURES = ("tokens", "perplexity", "kl", "top1")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the hub should know of the model that was quantized. base_model: its hub name; license: as the hub names it."""
+    """What the hub should know of the model that was quantized. base_model: its hub name; license: as the hub names it.
+
+    Without a license, that of the original's own card.
+    """
 
     base_model: str | None = None
-    license: str = "unknown"
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class OriginalCard:
+    """The card that came with the source. data: its front matter; text: what stands below."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    @classmethod
+    def parse(cls, content: str) -> OriginalCard:
+        """Read a README.md; front matter that is no YAML is left out."""
+        try:
+            card = ModelCard(content, ignore_metadata_errors=True)
+        except (ValueError, YAMLError):
+            return cls({}, re.sub(r"\A---\n.*?\n---\n", "", content, count=1, flags=re.DOTALL).strip())
+        return cls(card.data.to_dict(), card.text.strip())
 
 
 def write_card(checkpoint: Checkpoint, name: str, origin: Origin, results: Path | None) -> bool:
     """Render README.md for the repository `name`; False if the checkpoint has one that somebody wrote, which stays.
 
-    results: a file of `pairquant eval --json`. Raises `ConfigError` if it is something else.
+    The source's own card, which came with the checkpoint, stays below our text. results: a file of `pairquant eval --json`.
+    Raises `ConfigError` if it is something else.
     """
-    readme = checkpoint.directory / "README.md"
-    if readme.is_file() and MARKER not in readme.read_text(errors="replace"):
+    original = _original_card(checkpoint)
+    if original is None:
         return False
     measured = _results(results) if results else None
-    readme.write_text(str(_card(checkpoint, name, origin, measured)))
+    card = _card(checkpoint, name, origin, original, measured)
+    (checkpoint.directory / README).write_text(str(card), encoding="utf-8")
     return True
 
 
-def _card(checkpoint: Checkpoint, name: str, origin: Origin, results: dict[str, Any] | None) -> ModelCard:
-    data = ModelCardData(
-        license=origin.license,
-        base_model=origin.base_model,
-        base_model_relation="quantized" if origin.base_model else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["paroquant", "pairquant", "quantized", f"{checkpoint.config.spec.bits}-bit"],
-    )
+def _original_card(checkpoint: Checkpoint) -> OriginalCard | None:
+    """The source's card, also from below the one that we have rendered; None if somebody has written another since."""
+    readme = checkpoint.directory / README
+    if not readme.is_file():
+        return OriginalCard()
+    content = readme.read_text(encoding="utf-8", errors="replace")
+    if MARKER in content:
+        _, rendered, below = content.partition(f"\n{ORIGINAL}\n")
+        return OriginalCard(OriginalCard.parse(content).data, below.strip()) if rendered else OriginalCard()
+    if readme_digest(checkpoint.directory) == checkpoint.report.get("readme_sha256"):
+        return OriginalCard.parse(content)
+    return None
+
+
+def _front_matter(checkpoint: Checkpoint, origin: Origin, original: dict[str, Any]) -> ModelCardData:
+    """The original's, but for what is other in the quantized model."""
+    taken = {key: value for key, value in original.items() if key not in NOT_TAKEN}
+    ours = ["paroquant", "pairquant", "quantized", f"{checkpoint.config.spec.bits}-bit"]
+    tags = taken.get("tags")
+    named = {"base_model": origin.base_model, "base_model_relation": "quantized"} if origin.base_model else {}
+    return ModelCardData(**{
+        **taken,
+        "license": origin.license or taken.get("license") or "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": taken.get("pipeline_tag") or "text-generation",
+        "tags": list(dict.fromkeys([*(tags if isinstance(tags, list) else []), *ours])),
+        **named,
+    })  # fmt: skip
+
+
+def _card(
+    checkpoint: Checkpoint, name: str, origin: Origin, original: OriginalCard, results: dict[str, Any] | None
+) -> ModelCard:
+    data = _front_matter(checkpoint, origin, original.data)
     config = checkpoint.report.get("config")
     recipe = config.get("recipe") if isinstance(config, dict) else None
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         marker=MARKER,
+        below=f"{ORIGINAL}\n{original.text}" if original.text or original.data else None,
         name=name,
         base=origin.base_model,
         format=checkpoint.config,

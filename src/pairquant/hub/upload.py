@@ -82,8 +82,9 @@ def push(
 
     name: `NAME` or `OWNER/NAME`, made if it does not exist, public unless `private`. results: a file of
     `pairquant eval --json`. base_model: hub name of the original, by default the source that was quantized if it came
-    from the hub; license: by default that model's. A README.md that somebody wrote is kept. Raises `SourceError` if `model`
-    is no directory, `CheckpointError` if it is none of ours, and what `require_writable` raises.
+    from the hub; license: by default that model's. A README.md that somebody wrote is kept; the source's
+    own stays below the card. Raises `SourceError` if `model` is no directory, `CheckpointError` if it is none of ours, and
+    what `require_writable` raises.
     """
     if not Path(model).is_dir():
         raise SourceError(
@@ -92,7 +93,7 @@ def push(
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
     full_name = require_writable(name, private)
     base_model = base_model or _source_on_hub(checkpoint)
-    origin = Origin(base_model, license or (_license_of(base_model) if base_model else None) or Origin.license)
+    origin = Origin(base_model, license or (_license_of(base_model) if base_model else None))
     write_card(checkpoint, full_name, origin, Path(results) if results else None)
     with _explained(f"uploading to {full_name!r}"):
         api = HfApi()

@@ -138,6 +138,8 @@ def prepare(
         raise ConfigError("chains are sampled from the original model, and none is given. Add --reference.")
     files = ModelFiles.find(str(model), trust_remote_code)
     original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
+    for each in (files, *([original] if original else [])):
+        each.require_loadable()
     tokenizer, texts = files.tokenizer(), measures.texts or (BUNDLED_TEST,)
     windows = {name: _windows(tokenizer, name, measures.seq_len, measures.max_tokens) for name in texts}
     prompts = chain_prompts(original.tokenizer(), chains) if chains and original else []

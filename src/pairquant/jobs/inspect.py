@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.read import Checkpoint, ModelFiles
+from ..support.errors import SourceError
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint, all of its linears verified. linears: path → {"error" (None if not recorded), "bytes"}."""
+    """A checkpoint, all of its tensors verified. linears: path → {"error" (None if not recorded), "bytes"}.
+
+    unknown: why it could not be told whether a plain tensor is missing; None if none is.
+    """
 
     checkpoint: Checkpoint
     linears: dict[str, dict[str, Any]]
     size: int
+    unknown: str | None
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -30,4 +35,9 @@ def inspect(model: str | Path) -> Inspection:
         error = recorded.get(path, {}).get("error")
         linears[path] = {"error": error, "bytes": packed.layout.stored_bits() // 8}
     checkpoint.check_plain()
-    return Inspection(checkpoint, linears, files.size_bytes())
+    unknown = None
+    try:
+        files.require_loadable()
+    except SourceError as error:  # what the configuration is wrong about, or needs custom code for, says its reader
+        unknown = str(error)
+    return Inspection(checkpoint, linears, files.size_bytes(), unknown)

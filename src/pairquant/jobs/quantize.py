@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.describe import readme_digest
+from ..checkpoint.files import write_error
 from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights, plain_fields
@@ -37,7 +40,7 @@ from ..spec.linear import bits_per_weight
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
-from ..support.errors import ConfigError, ResourceError, SourceError
+from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 
 
@@ -99,6 +102,7 @@ def quantize(
     target = resolve_device(device)
     files = ModelFiles.find(str(model), trust_remote_code)
     files.require_plain()
+    files.require_loadable()
     require_apart(output, files)
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
     plan, blocks = plan_model(skeleton, config)
@@ -134,7 +138,9 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
+            self._tell_renamed()
             self._require_storable()
+            self._rehearse(directory, calibration)
             self._open_journal(calibration, validation)
             try:
                 self._walk(calibration, validation)
@@ -266,18 +272,44 @@ class Job:
                     raise ConfigError(f"{path}.{name} {error}: --ignore {path}") from error
 
     def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
-        entries = self._entries()
-        plain = [e.field.dtype for name, e in entries.items() if name.endswith(".weight")]
-        dtype = plain[0] if plain else torch.float32
-        quantization = self._checkpoint_config(calibration).to_dict()
-
         def describe(directory: Path) -> None:
-            self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization)
+            self._describe(directory, calibration)
             copy_log(self.journal, directory)
 
         self._log({"event": "end", "seconds": report["seconds"], "bits_per_weight": report["bits_per_weight"]})
         kept = "Finished blocks are kept: run the same command again to continue."
-        write_checkpoint(self.output, entries, describe, report, overwrite, kept)
+        write_checkpoint(self.output, self._entries(), describe, report, overwrite, kept)
+
+    def _describe(self, directory: Path, calibration: Calibration | None) -> None:
+        """All of the checkpoint but its weights."""
+        stored = self.source.stored.fields.items()
+        dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
+        quantization = self._checkpoint_config(calibration).to_dict()
+        self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization)
+
+    def _rehearse(self, journal: Path, calibration: Calibration | None) -> None:
+        """Write the description once, and throw it away: what fails is to fail before the work, not after."""
+        if not self.ranks.leads:
+            return
+        try:
+            with TemporaryDirectory(dir=journal) as directory:
+                self._describe(Path(directory), calibration)
+        except (OSError, ValueError, TypeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise write_error(journal, error, "Choose another --output, or free some space.") from error
+            if isinstance(error, PairQuantError):
+                raise
+            raise SourceError(
+                f"the configuration or tokenizer of {self.files.name!r} cannot be saved: {error}. Mend it there first."
+            ) from error
+
+    def _tell_renamed(self) -> None:
+        if renamed := self.source.renamed:
+            self._notice(
+                f"{len(renamed)} tensors get the names that Transformers gives them on loading instead of the source's "
+                f"({', '.join(renamed[:3])}{', …' if len(renamed) > 3 else ''}): Transformers loads the result, other engines "
+                "may not"
+            )
 
     def _entries(self) -> dict[str, Entry]:
         """Every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
@@ -313,6 +345,7 @@ class Job:
             "config": self.config.to_dict(),
             "provenance": _provenance(self.config, calibration, self.files),
             "bits_per_weight": bits_per_weight(layouts.values()),
+            "readme_sha256": None if self.files.gguf else readme_digest(self.files.directory),
             "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
             "linears": {
                 path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
@@ -364,7 +397,7 @@ def _needed_bytes(files: ModelFiles, plan: Plan) -> int:
     weights = sum(layout.in_features * layout.out_features for layout in plan.layouts.values()) * 2
     size = files.size_bytes()
     plain = max(size - weights, size // 10)
-    return 2 * packed + plain + (4 * size if files.gguf else 0)
+    return 2 * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
 
 
 def _exceptions(plan: Plan) -> list[str]:

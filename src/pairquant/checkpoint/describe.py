@@ -1,0 +1,68 @@
+"""Everything of a checkpoint but its weights: config.json, tokenizer, and what else the source has."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import checksum, read_json
+from .side_files import copy_side_files
+
+#: Names of the dtype in config.json, that of Transformers 5 first. Where a source has neither, the older: all readers know it.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+README = "README.md"
+
+
+def describe_copy(source: Path, directory: Path, model: Any, dtype: torch.dtype, quantization: dict[str, Any]) -> None:
+    """Copy the source's files, and write its config.json key for key with `quantization_config` added.
+
+    Where the source names no class or dtype, that of `model` and of the stored tensors is added: with the codes beside
+    them, readers could not tell any more.
+    """
+    copy_side_files(source, directory)
+    config = read_json(source / "config.json")
+    if not any(config.get(key) for key in DTYPE_KEYS):
+        config[next((key for key in DTYPE_KEYS if key in config), DTYPE_KEYS[-1])] = _named(dtype)
+    if not config.get("architectures"):
+        config["architectures"] = [type(model).__name__]
+    write_config(directory, config | {"quantization_config": quantization})
+
+
+def describe_anew(
+    directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype, quantization: dict[str, Any]
+) -> None:
+    """Save what a GGUF file has no files of, with Transformers: configuration, generation defaults, tokenizer."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype, config.quantization_config = [type(model).__name__], dtype, quantization
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """config.json, as Transformers indents it."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Name the dtype in the configuration and those within it (of models with several parts), under the keys in use."""
+    for key in [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS[-1:]:
+        config[key] = _named(dtype)
+    for inner in config.values():
+        if isinstance(inner, dict) and any(key in inner for key in DTYPE_KEYS):
+            state_dtype(inner, dtype)
+
+
+def readme_digest(directory: Path) -> str | None:
+    """SHA-256 of the model card, which tells the source's from one that somebody has written since; None without one."""
+    readme = directory / README
+    return checksum(readme) if readme.is_file() else None
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
