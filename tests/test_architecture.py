@@ -30,6 +30,7 @@ DOORS = {
     "transformers": {"checkpoint/read.py", "integrations/transformers.py", "engines/", "cli/"},
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
+    "gguf": {"checkpoint/gguf.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "safetensors": {

@@ -21,6 +21,7 @@ from ..spec.fields import finite
 from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
 from ..support.errors import CheckpointError, SourceError, did_you_mean
 from .files import read_json
+from .gguf import with_bos
 from .headers import REMEDY, StoredTensors
 
 #: Files worth downloading: weights as safetensors only, never pickles.
@@ -86,7 +87,8 @@ class ModelFiles:
         # Transformers would make up an empty tokenizer for some families.
         if not self.gguf and not any(next(self.directory.glob(name), None) for name in VOCABULARIES):
             raise SourceError(f"{self.name!r} has no tokenizer (none of {', '.join(VOCABULARIES)}): copy it there.")
-        return self._load(AutoTokenizer, "tokenizer")
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
+        return with_bos(tokenizer, self.directory / self.gguf) if self.gguf else tokenizer
 
     def skeleton(self) -> Any:
         """The model in evaluation mode with its buffers, but without weights (meta device), in a moment."""

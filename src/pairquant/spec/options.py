@@ -12,6 +12,8 @@ from .patterns import require_regular_expression
 from .recipe import PRESETS, Recipe
 
 PAIR_SELECTIONS = ("random", "magnitude")
+#: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
+BOS_CHOICES = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class QuantConfig:
     samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
     validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
     compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, float32 elsewhere.
+    bos: whether windows of text begin with `<bos>`: "auto" as the tokenizer has it, "never", "always".
     ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
     """
 
@@ -43,6 +46,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = ("lm_head",)
     seed: int = 0
     compute: str = "auto"
+    bos: str = "auto"
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -52,6 +56,7 @@ class QuantConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: True, False")
         require_choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
         require_choice("compute", self.compute, ("auto", "float32", "bfloat16"))
+        require_choice("bos", self.bos, BOS_CHOICES)
         require_choice("bits", self.bits, SUPPORTED_BITS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
