@@ -1,8 +1,8 @@
 """The one setting of all accuracy benchmarks: which text calibrates, how much of it, and what is measured afterwards.
 
 Group size 64; 64 windows of 1024 tokens from WikiText-2 (validation), GSM8K (training) and Grimms' Fairy Tales;
-windows begin with `<bos>` where the
-tokenizer has it so; perplexity and KL on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems.
+perplexity and KL on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems. Windows begin
+with `<bos>` where the tokenizer has it so.
 """
 
 from __future__ import annotations
