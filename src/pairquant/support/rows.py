@@ -17,7 +17,7 @@ from .errors import TextError
 #: Bytes up to which a file is read whole. The bundled texts and WikiText-2 are smaller.
 LARGE = 16 * 2**20
 #: Bytes of a longer plain text that make one document: a tokenizer takes 170 times their size in memory.
-DOCUMENT = 2**20
+DOCUMENT = 2**18
 #: The longest cell of a CSV file, in characters. Python's own limit, 131072, is shorter than many a document.
 CELL = 2**30
 BYTE_ORDER_MARK = "\ufeff"

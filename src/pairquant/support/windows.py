@@ -16,8 +16,10 @@ from torch import Tensor
 from .conversations import Conversation
 from .errors import ConfigError, TextError
 
-#: Characters tokenized at a time: what a tokenizer makes of a text takes a hundred times its size.
+#: Most characters tokenized at a time: what a tokenizer makes of a text takes a hundred times its size.
 BATCH = 2**22
+#: Characters tokenized at a time for a token wanted: a token of English has four or five.
+CHARACTERS = 8
 SURROGATES = re.compile("[\ud800-\udfff]")
 #: Told what else a user should know.
 Notice = Callable[[str], None]
@@ -75,7 +77,8 @@ def token_windows(
     if own < 1:
         raise TextError(f"a window of {seq_len} tokens has no room for text after {len(prefix)}. Raise --seq-len.")
     parts, held = [torch.empty(0, dtype=torch.int64)], 0
-    for batch in _batches(_texts(tokenizer, documents, notice)):
+    limit = BATCH if most is None else min(BATCH, most * own * CHARACTERS)
+    for batch in _batches(_texts(tokenizer, documents, notice), limit):
         parts.append(_tokens(tokenizer, batch))
         held += len(parts[-1])
         if most is not None and held >= most * own:
@@ -105,12 +108,13 @@ def _texts(tokenizer: Any, documents: Iterable[str | Conversation], notice: Noti
             yield text, chat
 
 
-def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
+def _batches(texts: Iterator[_Text], limit: int) -> Iterator[list[_Text]]:
+    """Texts of about `limit` characters together."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
         characters += len(text[0])
-        if characters >= BATCH:
+        if characters >= limit:
             yield batch
             batch, characters = [], 0
     if batch:
