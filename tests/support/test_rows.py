@@ -104,6 +104,13 @@ def test_pieces_of_one_long_line_are_whole_characters(tmp_path, small):
     assert set("".join(found)) == set("aé€😀")
 
 
+def test_pieces_that_are_not_utf_8_are_refused(tmp_path, small):
+    path = tmp_path / "t.txt"
+    path.write_bytes("café au lait\n".encode("latin-1") * 300)
+    with pytest.raises(TextError, match="not UTF-8 text .*at byte [0-9]+"):
+        list(plain_text(path, Pieces(4, 100, seed=0)))
+
+
 def test_rows_longer_than_a_stretch_come_once(tmp_path, small):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": str(n) * 900}) + "\n" for n in range(5)))

@@ -87,8 +87,8 @@ def compare(
             on_part=followed(bars),
         )
     _show(results)
-    for text in dict.fromkeys(text for row in results["rows"] for text in row["evaluation"]["notices"]):
-        console.print(f"[yellow]{escape(text)}[/]")
+    for notice in dict.fromkeys(told for row in results["rows"] for told in row["evaluation"]["notices"]):
+        console.print(f"[yellow]{escape(notice)}[/]")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 

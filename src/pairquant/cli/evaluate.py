@@ -85,8 +85,8 @@ def evaluate(
             on_windows=followed(bars),
         )
     show(results)
-    for text in results["notices"]:
-        console.print(f"[yellow]{escape(text)}[/]")
+    for notice in results["notices"]:
+        console.print(f"[yellow]{escape(notice)}[/]")
     by = f", answers by vLLM {results['versions']['vllm']}" if results["engine"] == "vllm" else ""
     console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}{by}")
     if json_file is not None:

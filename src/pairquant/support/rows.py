@@ -54,8 +54,7 @@ def rows_of(path: Path, pieces: Pieces | None = None) -> Iterator[tuple[str, Any
 def plain_text(path: Path, pieces: Pieces | None = None) -> Iterator[str]:
     """Yield a file's text: whole, or of a large one pieces that begin and end with a line. Raises `TextError`."""
     if pieces and pieces.spare(path):
-        for content in _read_pieces(path, pieces):
-            yield _inner_text(content)
+        yield from _separate(path, pieces)
     elif path.stat().st_size > LARGE:
         yield from _consecutive(path)
     else:
@@ -75,11 +74,13 @@ def _consecutive(path: Path) -> Iterator[str]:
             yield _decoded(rest, path, place)
 
 
-def _read_pieces(path: Path, pieces: Pieces) -> Iterator[bytes]:
-    """Yield each piece: whole lines, unless a line is longer than a piece."""
+def _separate(path: Path, pieces: Pieces) -> Iterator[str]:
+    """Each piece: whole lines, or whole characters where a line is longer than a piece."""
     with path.open("rb") as file:
-        for _ in _beginnings(file, pieces, pieces.size):
-            yield file.read(pieces.size) + file.readline(pieces.size)
+        for place in _beginnings(file, pieces, pieces.size):
+            content = file.read(pieces.size) + file.readline(pieces.size)
+            begin, end = _continued(content) if place else 0, len(content) - _unfinished(content)
+            yield _decoded(content[begin:end], path, place + begin).replace("\r\n", "\n")
 
 
 def _beginnings(file: BinaryIO, pieces: Pieces, longest: int = -1) -> Iterator[int]:
@@ -98,12 +99,9 @@ def _beginnings(file: BinaryIO, pieces: Pieces, longest: int = -1) -> Iterator[i
         done = file.tell()
 
 
-def _inner_text(content: bytes) -> str:
-    """The text of bytes that may begin and end within a character."""
-    begin = 0
-    while begin < min(3, len(content)) and content[begin] & 0xC0 == 0x80:
-        begin += 1
-    return content[begin : len(content) - _unfinished(content)].decode(errors="replace").replace("\r\n", "\n")
+def _continued(content: bytes) -> int:
+    """How many bytes at the beginning, three at most, belong to a UTF-8 character that began before."""
+    return next((n for n, byte in enumerate(content[:3]) if byte & 0xC0 != 0x80), min(3, len(content)))
 
 
 def _unfinished(content: bytes) -> int:
