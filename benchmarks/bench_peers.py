@@ -4,9 +4,9 @@
 
 Each peer of peers/table.py runs in its own virtual environment, `.venv-peers/NAME`, made when it is missing from its
 pinned requirements; with `--site DIR`, in this interpreter with `DIR/NAME` (filled by `pip install --target`) before its
-own packages. It is given the model and 64 × 1024 tokens (setting.py), and returns a plain model of what its quantized
-linears multiply with, which is measured here against the original: nobody's kernels come into it. A row lasts: what the
-results file has already is not run again, failures only with `--retry`. A peer that cannot run is a row that says why.
+own packages. It is given the model and 64 × 1024 tokens (setting.py), in windows that begin with `<bos>` where the tokenizer
+has it so, and returns a plain model of what its quantized linears multiply with, which is measured here, on such windows,
+against the original: nobody's kernels come into it. A row lasts: what the results file has already is not run again, failures only with `--retry`. A peer that cannot run is a row that says why.
 `--quick`: little text and few steps, to see what runs. Its rows say so, stay in the work folder and mean nothing else.
 """
 
@@ -45,6 +45,7 @@ from pairquant.optimize.calibration import calibrate
 from pairquant.support.devices import resolve_device
 from pairquant.support.environment import device_name
 from pairquant.support.formatting import departure
+from pairquant.support.windows import window_prefix
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -96,8 +97,9 @@ def model_directory(given: Path | None, work: Path) -> Path:
 def write_calibration(tokenizer: Any, scale: Scale, file: Path) -> None:
     """`tokens`, the setting's windows, and `held_out`, as many of the same text as a recipe may want, none of them in it."""
     held_out = min(HELD_OUT, scale.samples)
+    prefix = window_prefix(tokenizer)
     drawn = [
-        calibrate(tokenizer, CALIBRATION, n, scale.length, seed=0).tokens
+        calibrate(tokenizer, CALIBRATION, n, scale.length, seed=0, prefix=prefix).tokens
         for n in (scale.samples, scale.samples + held_out)
     ]
     tokens, more = drawn
@@ -208,6 +210,7 @@ class Referee:
         prompts = chain_prompts(tokenizer, plan)
         check_context(prompts, plan.tokens, context_of(files.config), "--chains")
         self.device = device
+        self.prefix = window_prefix(tokenizer)
         self.texts = evaluation_windows(tokenizer, scale.evaluation_length, scale.evaluation)
         self.original = files.model(torch.float32, device)
         self.chains = chains.sample(self.original, prompts, plan)
@@ -215,7 +218,8 @@ class Referee:
     def measure(self, folder: str) -> dict[str, dict[str, Any]]:
         """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6), "chains": `ChainQuality` and plan}."""
         model = ModelFiles.find(folder).model(torch.float32, self.device)
-        found = {name: measure(model, windows, self.original) for name, windows in self.texts.items()}
+        start = max(1, len(self.prefix))
+        found = {name: measure(model, windows, self.original, start=start) for name, windows in self.texts.items()}
         texts = {
             name: {
                 **numbers(q),
@@ -285,6 +289,7 @@ def compare(wanted: Iterable[tuple[Peer, int]], options: argparse.Namespace, res
             "quick": options.quick,
             "windows": scale.windows,
             "device": device_name(device),
+            **({"bos": True} if referee.prefix else {}),
         }
         row = head | row_of(peer, job_of(peer, bits, options, model, calibration), options, referee)
         with results.open("a") as out:

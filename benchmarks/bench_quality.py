@@ -27,6 +27,7 @@ from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.walk import Walk, needs_text
 from pairquant.spec.linear import bits_per_weight
 from pairquant.support.devices import resolve_device
+from pairquant.support.windows import window_prefix
 
 
 def main() -> None:
@@ -49,7 +50,8 @@ def main() -> None:
         if needs_text(config):
             training = config.recipe.training
             count = config.samples + (training.validation_samples if training else 0)
-            tokens = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed).tokens
+            prefix = window_prefix(tokenizer, config.bos)
+            tokens = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed, prefix=prefix).tokens
             tokens, held_out = tokens[: config.samples], tokens[config.samples :]
         walk = Walk(model, config, device, tokens, held_out)
         packed = {path: p for result in walk.run() for path, p in result.packed.items()}

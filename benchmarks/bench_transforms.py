@@ -26,6 +26,7 @@ from pairquant.optimize.search import Problem, loss_and_gradients, select_for
 from pairquant.optimize.streams import Streams
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe
+from pairquant.support.windows import window_prefix
 
 G = 64
 CONFIG = QuantConfig(group_size=G, samples=16, seq_len=1024, recipe=Recipe())
@@ -39,7 +40,9 @@ def problem_of(name: str, path: str) -> Problem:
     model, cpu = files.model(torch.float32), torch.device("cpu")
     blocks = find_blocks(model)
     index = next(i for i, block in enumerate(blocks) if path in block.linears)
-    tokens = calibrate(files.tokenizer(), CONFIG.calibration, CONFIG.samples, CONFIG.seq_len, 0).tokens
+    tokenizer = files.tokenizer()
+    prefix = window_prefix(tokenizer)
+    tokens = calibrate(tokenizer, CONFIG.calibration, CONFIG.samples, CONFIG.seq_len, 0, prefix=prefix).tokens
     with torch.no_grad():
         streams = Streams.start(model, blocks, tokens, False, cpu, cpu, torch.float32, print)
         for before in range(index):

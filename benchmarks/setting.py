@@ -1,7 +1,8 @@
 """The one setting of all accuracy benchmarks: which text calibrates, how much of it, and what is measured afterwards.
 
 Group size 64; 64 windows of 1024 tokens from WikiText-2 (validation), GSM8K (training) and Grimms' Fairy Tales;
-perplexity and KL on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems.
+perplexity and KL on 80 × 2048 tokens of the WikiText-2 test text and 30 × 2048 tokens of GSM8K test problems. Windows begin
+with `<bos>` where the tokenizer has it so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from pairquant.evaluation.quality import Quality
-from pairquant.support.text import documents, token_windows
+from pairquant.support.text import documents
+from pairquant.support.windows import token_windows, window_prefix
 
 DATA = Path(__file__).parent / "data"
 CALIBRATION = (str(DATA / "wikitext2-valid.txt"), "default")
@@ -22,8 +24,9 @@ SETTING = {"group_size": 64, "samples": 64, "seq_len": 1024, "calibration": CALI
 
 def evaluation_windows(tokenizer: Any, length: int = 2048, most: int | None = None) -> dict[str, Tensor]:
     """Of each text, int64 [windows, length]; `most`: at most so many windows."""
+    prefix = window_prefix(tokenizer)
     return {
-        name: token_windows(tokenizer, documents(source), length)[: min(count, most or count)]
+        name: token_windows(tokenizer, documents(source), length, prefix, min(count, most or count))
         for name, (source, count) in EVALUATION.items()
     }
 

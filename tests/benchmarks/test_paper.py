@@ -80,6 +80,7 @@ def test_the_papers_recipe_is_the_papers():
     evaluated = experiments.perplexity(case("perplexity", "llama-2-7b", "original"))[0].command
     assert evaluated[:3] == ("pairquant", "eval", "meta-llama/Llama-2-7b-hf")
     assert evaluated[evaluated.index("--seq-len") + 1] == "4096"
+    assert evaluated[evaluated.index("--bos") + 1] == "never"  # the convention of published perplexities
 
 
 def test_other_calibration_text_replaces_all_of_the_papers():

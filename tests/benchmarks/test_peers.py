@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TEXT, save_tiny
+from safetensors.torch import load_file
+from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_peers
@@ -228,3 +229,13 @@ def test_stored_bits_count_scales_zero_points_and_rotations():
     assert plain.affine_bits(4, 64, zero_point=False) == 4.25
     assert plain.affine_bits(4, 64, zero_point=True) == 4.3125
     assert plain.rotation_bits([torch.zeros(100, 64)], rotations=8) == (8 * 24 + 16) / 100
+
+
+def test_peers_are_given_windows_that_begin_with_bos_where_the_tokenizer_has_it(tmp_path):
+    for tokenizer, begins in ((beginning_tokenizer(), True), (byte_tokenizer(), False)):
+        bench_peers.write_calibration(tokenizer, bench_peers.QUICK, tmp_path / "calibration.safetensors")
+        for windows in load_file(tmp_path / "calibration.safetensors").values():
+            assert windows.shape == (2, 16)
+            assert ((windows[:, 0] == 1).all().item(), (windows[:, 1:] == 1).any().item()) == (begins, False)
+        for windows in bench_peers.evaluation_windows(tokenizer, 16, 2).values():
+            assert (windows[:, 0] == 1).all().item() is begins

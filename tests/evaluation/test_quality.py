@@ -155,3 +155,13 @@ def test_rows_of_unequal_length_are_averaged_over_those_that_get_there():
     parts = by_position([torch.tensor([1.0, 1.0]), torch.tensor([3.0, 3.0, 5.0, 7.0])], bins=2)
     assert parts == [{"start": 0, "end": 2, "kl": 2.0}, {"start": 2, "end": 4, "kl": 6.0}]
     assert by_position([torch.tensor([2.0])], bins=8) == [{"start": 0, "end": 1, "kl": 2.0}]
+
+
+def test_what_windows_begin_with_is_not_predicted():
+    logits = torch.zeros(6, 50)
+    logits[0, 7] = 20  # certain of a token that does not follow
+    windows = torch.ones(2, 6, dtype=torch.long)
+    quality = measure(Fixed(logits), windows, start=2)
+    assert quality.tokens == 2 * 4
+    assert quality.perplexity == pytest.approx(50)
+    assert measure(Fixed(logits), windows).perplexity > 100

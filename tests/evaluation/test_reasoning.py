@@ -94,6 +94,25 @@ def test_files_of_problems(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("aime.json", '[{"problem": "1 + 1?", "answer": 2}]'),
+        ("aime.JSONL", '{"problem": "1 + 1?", "answer": 2}'),
+        ("aime.csv", "question,answer\n1 + 1?,2\n"),
+    ],
+)
+def test_files_of_problems_of_other_kinds(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert from_file(tmp_path / name) == [Problem("1 + 1?", "2")]
+
+
+def test_problems_in_files_of_an_unknown_kind_are_refused(tmp_path):
+    (tmp_path / "aime.txt").write_text("1 + 1?")
+    with pytest.raises(TextError, match="ends in '.txt', allowed: .jsonl, .json, .csv"):
+        from_file(tmp_path / "aime.txt")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"problem": "?"}', "line 1: needs texts 'problem' or 'question', and 'answer'; it has ['problem']"),
@@ -101,6 +120,7 @@ def test_files_of_problems(tmp_path):
         ("[1]", "it has list"),
         ('{"problem": "?", "answer": 1}\n{', "line 2: not JSON"),
         ("\n", "holds no problems"),
+        (r'{"problem": "\ud800", "answer": 1}', "line 1: half of a character"),
         (None, "does not exist"),
     ],
 )

@@ -1,16 +1,18 @@
 """`pairquant eval` from end to end, on a tiny model and its original."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from tiny_models import TEXT, save_tiny
+from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
 
 import pairquant
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.reasoning import AnswerPlan
-from pairquant.support.errors import PairQuantError
+from pairquant.jobs.evaluate import chain_prompts
+from pairquant.support.errors import ConfigError, PairQuantError, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,92 @@ def test_what_cannot_be_is_told_before_weights_are_read(directory, monkeypatch, 
     monkeypatch.setattr(pairquant.checkpoint.read.ModelFiles, "model", None)
     with pytest.raises(PairQuantError, match=message):
         pairquant.evaluate("packed", texts=[str(TEXT)], seq_len=32, max_tokens=64, device="cpu", **options)
+
+
+@pytest.fixture
+def beginning(directory, tmp_path):
+    """The source, with a tokenizer that puts `<bos>` before a text."""
+    shutil.copytree(directory / "source", tmp_path / "beginning")
+    beginning_tokenizer().save_pretrained(tmp_path / "beginning")
+    return tmp_path / "beginning"
+
+
+def windows_read(monkeypatch, model, **options):
+    """What `evaluate` returns, and the windows that it measured on."""
+    seen = []
+    measure = pairquant.evaluation.quality.measure
+    monkeypatch.setattr("pairquant.evaluation.quality.measure", lambda *a: seen.append((a[1], a[5])) or measure(*a))
+    found = pairquant.evaluate(model, texts=[str(TEXT)], seq_len=32, max_tokens=64, device="cpu", **options)
+    return found, *seen[0]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_has_it(beginning, monkeypatch):
+    found, windows, start = windows_read(monkeypatch, beginning)
+    assert found["bos"] is True
+    assert "begins with <s>" in found["notices"][0]
+    assert windows.shape == (2, 32)
+    assert (windows == 1).nonzero().tolist() == [[0, 0], [1, 0]]
+    assert start == 1  # all but <bos> are predicted
+    (text,) = found["texts"].values()
+    assert text["tokens"] == 2 * 31
+
+
+def test_bos_can_be_left_out(beginning, monkeypatch):
+    found, windows, _ = windows_read(monkeypatch, beginning, bos="never")
+    assert found["bos"] is False
+    assert found["notices"] == []
+    assert not (windows == 1).any()
+
+
+def test_the_originals_tokenizer_decides(beginning, directory, monkeypatch):
+    """A checkpoint made from a GGUF file by an older version has a tokenizer that lost it."""
+    found, windows, _ = windows_read(monkeypatch, directory / "packed", reference=beginning)
+    assert found["bos"] is True
+    assert (windows[:, 0] == 1).all()
+    found, _, _ = windows_read(monkeypatch, beginning, reference=directory / "source")
+    assert found["bos"] is False
+
+
+def test_more_tokens_that_windows_begin_with_are_not_predicted(beginning, monkeypatch):
+    beginning_tokenizer("<pad> <s>").save_pretrained(beginning)
+    found, windows, start = windows_read(monkeypatch, beginning)
+    assert windows[:, :2].tolist() == [[0, 1]] * 2
+    assert start == 2
+    (text,) = found["texts"].values()
+    assert text["tokens"] == 2 * 30
+
+
+def test_prompts_without_a_chat_template_begin_as_the_tokenizer_has_it():
+    (plain,) = chain_prompts(byte_tokenizer(), ChainPlan(1))
+    (begun,) = chain_prompts(beginning_tokenizer(), ChainPlan(1))
+    assert begun == [1, *plain]
+
+
+def test_an_unknown_choice_of_bos_is_refused(directory):
+    with pytest.raises(ConfigError, match="bos is 'nevre', allowed: auto, never, always; did you mean 'never'"):
+        pairquant.evaluate(directory / "packed", bos="nevre")
+
+
+def test_windows_past_what_the_model_was_made_for_are_said(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    found = pairquant.evaluate("source", texts=[str(TEXT)], seq_len=1025, max_tokens=1025, device="cpu")
+    assert "windows of 1025 tokens are longer than the 1024" in found["notices"][0]
+
+
+def test_learned_positions_are_checked_at_the_default_window(tmp_path, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=288, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(pairquant.checkpoint.read.ModelFiles, "model", None)
+    with pytest.raises(ConfigError, match="seq_len is 2048, allowed: up to 64"):
+        pairquant.evaluate(tmp_path, texts=[str(TEXT)])
+
+
+def test_another_models_tokenizer_is_refused(directory, tmp_path, monkeypatch, tiny_tokenizer):
+    shutil.copytree(directory / "source", tmp_path / "mixed")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixed")
+    monkeypatch.setattr(pairquant.checkpoint.read.ModelFiles, "model", None)
+    with pytest.raises(SourceError, match="makes token 3000, and the embedding of .*mixed.* has 288 rows"):
+        pairquant.evaluate(tmp_path / "mixed", texts=[str(TEXT)], seq_len=16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import TEXT, save_tiny
+from tiny_models import TEXT, beginning_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM
 
 import pairquant
@@ -146,3 +146,32 @@ def test_each_process_has_a_gpu_of_its_own(name, device, monkeypatch):
     if name != "cuda:0":
         with pytest.raises(ConfigError, match="process 2 has no GPU of its own: there are 2"):
             resolve_device(name)
+
+
+def test_windows_with_bos_are_told_of_and_recorded(source, tmp_path):
+    import json
+
+    from pairquant.jobs.quantize import Silent
+
+    def provenance(name):
+        return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["provenance"]
+
+    class Told(Silent):
+        def __init__(self):
+            self.notices = []
+
+        def notice(self, text):
+            self.notices.append(text)
+
+    model, told = save_tiny(tmp_path / "model"), Told()
+    beginning_tokenizer().save_pretrained(model)
+    config = pairquant.QuantConfig(**{**BASE, "preset": "gptq"})
+    pairquant.quantize(model, tmp_path / "begun", config, device="cpu", progress=told)
+    assert "every window begins with <s>" in told.notices[0]
+    assert provenance("begun")["bos"] is True
+    quantize(model, tmp_path / "never", device="cpu", preset="gptq", bos="never")
+    quantize(source, tmp_path / "plain", device="cpu", preset="gptq")
+    assert provenance("never") == provenance("plain") | {"source": str(model)}  # the same windows, nothing recorded
+    assert (tmp_path / "never" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from tiny_models import beginning_tokenizer, tiny_model
 
-from pairquant.optimize.calibration import calibrate
-from pairquant.support.errors import TextError
+from pairquant.optimize.calibration import calibrate, calibrator
+from pairquant.spec.options import QuantConfig
+from pairquant.support.errors import ConfigError, SourceError, TextError
 from pairquant.support.text import SHORT_NAMES, documents
 
 SEQ_LEN = 10
@@ -32,6 +34,15 @@ def write_questions(path, letter, count):
         for start in range(0, count, 5)
     ]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def write_json(path, letter, count):
+    path.write_text(json.dumps([{"text": words(letter, 5, start)} for start in range(0, count, 5)]), encoding="utf-8")
+
+
+def write_csv(path, letter, count):
+    rows = [f'{start},"{words(letter, 5, start)}"' for start in range(0, count, 5)]
+    path.write_text("\n".join(["id,text", *rows]), encoding="utf-8")
 
 
 def write_parquet(path, letter, count):
@@ -72,7 +83,10 @@ def shares_of(tokens) -> dict[str, int]:
         ("txt", write_txt),
         ("md", write_txt),
         ("jsonl", write_jsonl),
+        ("JSONL", write_jsonl),
         ("jsonl", write_questions),
+        ("json", write_json),
+        ("csv", write_csv),
         ("parquet", write_parquet),
     ],
 )
@@ -276,7 +290,7 @@ def test_parquet_without_text_is_named_with_its_columns(tmp_path, tiny_tokenizer
     assert "body" in message
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "bin"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
 def test_a_file_that_is_not_what_its_name_says_is_named(suffix, tmp_path, tiny_tokenizer):
     path = tmp_path / f"text.{suffix}"
     path.write_bytes(b'{"text": "caf\xe9 a1 a2"}\n')  # Latin-1
@@ -284,6 +298,14 @@ def test_a_file_that_is_not_what_its_name_says_is_named(suffix, tmp_path, tiny_t
     assert str(path) in message
     if suffix != "parquet":
         assert "not UTF-8" in message
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.jsonl.gz", "text"])
+def test_a_file_of_an_unknown_kind_is_refused(name, tmp_path, tiny_tokenizer):
+    (tmp_path / name).write_text(words("a", 100))
+    message = _refused(tiny_tokenizer, [str(tmp_path / name)])
+    assert str(tmp_path / name) in message
+    assert all(allowed in message for allowed in (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"))
 
 
 def test_a_damaged_file_in_a_data_set_is_refused(tmp_path, tiny_tokenizer):
@@ -311,3 +333,82 @@ def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load)
     assert list(documents("who/own:en:test")) == ["What it says."]
     assert asked == [(("who/own", "en"), None, None), (("who/own",), "refs/convert/parquet", "en")]
+
+
+def test_windows_begin_with_bos_where_asked(sources, tiny_tokenizer):
+    names = sources(a=500)
+    plain = calibrate(tiny_tokenizer, names, 5, SEQ_LEN, seed=0)
+    begun = calibrate(tiny_tokenizer, names, 5, SEQ_LEN, seed=0, prefix=(2999,))
+    assert (begun.tokens[:, 0] == 2999).all()
+    assert not (begun.tokens[:, 1:] == 2999).any()
+    assert begun.tokens.shape == plain.tokens.shape
+    assert begun.bos
+    assert begun.first(2).bos
+    assert not plain.bos
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
+def test_of_a_large_text_pieces_spread_over_it_are_read(suffix, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("pairquant.support.rows.LARGE", 10_000)
+    monkeypatch.setattr("pairquant.optimize.calibration.PIECE", 200)
+    path, told = tmp_path / f"text.{suffix}", []
+    text = [words("a", 10, 10 * (n // 20)) for n in range(2000)]  # the words tell the place in the file
+    content = {
+        "txt": "\n".join(text),
+        "jsonl": "\n".join(json.dumps({"text": line}) for line in text),
+        "json": json.dumps([{"text": line} for line in text]),
+        "csv": "text\n" + "\n".join(text),
+    }
+    path.write_text(content[suffix])
+    drawn = calibrate(tiny_tokenizer, [str(path)], 40, SEQ_LEN, seed=0, notice=told.append)
+    assert len(told) == 1
+    assert str(path) in told[0]
+    assert "pieces" in told[0]
+    places = drawn.tokens.float().mean(1)
+    assert places.min() < 200
+    assert places.max() > 800
+    assert drawn.digest == calibrate(tiny_tokenizer, [str(path)], 40, SEQ_LEN, seed=0).digest
+    assert drawn.digest != calibrate(tiny_tokenizer, [str(path)], 40, SEQ_LEN, seed=1).digest
+
+
+def test_pieces_that_hold_too_little_give_way_to_the_whole(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("pairquant.support.rows.LARGE", 1000)
+    monkeypatch.setattr("pairquant.optimize.calibration.PIECE", 10)
+    path, told = tmp_path / "text.txt", []
+    path.write_text("\n".join(f"a{n}" + " " * 200 for n in range(100)))
+    drawn = calibrate(tiny_tokenizer, [str(path)], 10, SEQ_LEN, seed=0, notice=told.append)
+    assert torch.equal(drawn.tokens.sort(0).values, torch.arange(100).view(10, SEQ_LEN))
+    assert told == []
+
+
+def drawer(tokenizer, model=None, told=None, **options):
+    notice = (told if told is not None else []).append
+    return calibrator(model or tiny_model(), "the/model", tokenizer, QuantConfig(seed=0, **options), notice)
+
+
+def test_a_run_says_that_its_windows_begin_with_bos(sources):
+    told = []
+    drawn = drawer(beginning_tokenizer(), told=told, seq_len=16)(sources(a=500), 4)
+    assert drawn.bos
+    assert "begins with <s>" in told[0]
+    never = drawer(beginning_tokenizer(), bos="never", seq_len=16)(sources(a=500), 4)
+    assert not never.bos
+
+
+def test_a_length_beyond_what_the_model_was_made_for_is_said(sources):
+    told = []
+    drawer(beginning_tokenizer(), told=told, bos="never", seq_len=129)
+    assert "longer than the 128" in told[0]
+
+
+def test_learned_positions_are_checked_before_any_text_is_read():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ConfigError, match="seq_len is 65, allowed: up to 64"):
+        drawer(beginning_tokenizer(), model, seq_len=65)
+
+
+def test_tokens_without_an_embedding_are_refused(sources, tiny_tokenizer):
+    with pytest.raises(SourceError, match="makes token [0-9]+, and the embedding of 'the/model' has 288 rows"):
+        drawer(tiny_tokenizer, seq_len=16)(sources(a=500), 8)

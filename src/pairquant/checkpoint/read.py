@@ -29,6 +29,7 @@ from .architecture import (
 )
 from .describe import describe_anew, describe_copy
 from .files import read_json
+from .gguf import with_bos
 from .headers import REMEDY, StoredTensors, weight_files
 from .side_files import WEIGHTS, side_files
 
@@ -115,7 +116,8 @@ class ModelFiles:
         # Transformers would make up an empty tokenizer for some families.
         if not self.gguf and not any(next(self.directory.glob(name), None) for name in VOCABULARIES):
             raise SourceError(f"{self.name!r} has no tokenizer (none of {', '.join(VOCABULARIES)}): copy it there.")
-        return self._load(AutoTokenizer, "tokenizer")
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
+        return with_bos(tokenizer, self.directory / self.gguf) if self.gguf else tokenizer
 
     def skeleton(self) -> Any:
         """The model in evaluation mode with its buffers, but without weights (meta device), in a moment.

@@ -18,6 +18,7 @@ from .evaluation_options import (
     AnsweringEngine,
     AnswerTokens,
     Batch,
+    Bos,
     ChainCount,
     ChainTokens,
     Gsm8k,
@@ -42,6 +43,7 @@ def compare(
     text: Texts = None,
     seq_len: SeqLen = 2048,
     max_tokens: MaxTokens = None,
+    bos: Bos = "auto",
     chains: ChainCount = 0,
     chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
@@ -72,6 +74,7 @@ def compare(
             text or (),
             seq_len=seq_len,
             max_tokens=max_tokens,
+            bos=bos,
             chains=ChainPlan(chains, chain_tokens, batch, seed) if chains else None,
             gsm8k=gsm8k or None,
             answers=AnswerPlan(answer_tokens, batch, seed=seed),
@@ -84,6 +87,8 @@ def compare(
             on_part=followed(bars),
         )
     _show(results)
+    for notice in dict.fromkeys(told for row in results["rows"] for told in row["evaluation"]["notices"]):
+        console.print(f"[yellow]{escape(notice)}[/]")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 

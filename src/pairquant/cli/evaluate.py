@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from .app import Device, Model, Trust, app, console, quiet_libraries
 from .display import followed, progress_bars, require_place
@@ -14,6 +15,7 @@ from .evaluation_options import (
     AnsweringEngine,
     AnswerTokens,
     Batch,
+    Bos,
     ChainCount,
     ChainTokens,
     Gsm8k,
@@ -34,6 +36,7 @@ def evaluate(
     text: Texts = None,
     seq_len: SeqLen = 2048,
     max_tokens: MaxTokens = None,
+    bos: Bos = "auto",
     chains: ChainCount = 0,
     chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
@@ -69,6 +72,7 @@ def evaluate(
             text or (),
             seq_len=seq_len,
             max_tokens=max_tokens,
+            bos=bos,
             chains=ChainPlan(chains, chain_tokens, batch, seed) if chains else None,
             gsm8k=gsm8k or None,
             boxed=boxed or (),
@@ -81,6 +85,8 @@ def evaluate(
             on_windows=followed(bars),
         )
     show(results)
+    for notice in results["notices"]:
+        console.print(f"[yellow]{escape(notice)}[/]")
     by = f", answers by vLLM {results['versions']['vllm']}" if results["engine"] == "vllm" else ""
     console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}{by}")
     if json_file is not None:

@@ -13,6 +13,12 @@ Texts = Annotated[
 ]
 SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Begin windows with <bos>: auto as the tokenizer has it, always, or never, as published perplexities do."
+    ),
+]
 ChainCount = Annotated[
     int, typer.Option("--chains", help="Chains of thought sampled from the original to follow.", min=0)
 ]

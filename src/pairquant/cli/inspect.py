@@ -38,7 +38,7 @@ def inspect(
         "bits per weight", f"{found.checkpoint.bits_per_weight():.2f} in {len(found.linears)} quantized layers"
     )
     table.add_row("size", size(found.size))
-    for key in ("tool", "source", "preset", "seed", "calibration", "calibration_tokens", "calibration_sha256"):
+    for key in ("tool", "source", "preset", "seed", "calibration", "calibration_tokens", "calibration_sha256", "bos"):
         if key in provenance:
             table.add_row(key.replace("_", " "), escape(plain(provenance[key])))
     if "seconds" in report:

@@ -28,7 +28,10 @@ def quantize(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text: .txt, .jsonl, .parquet, or a data set name; repeat for more. Default: bundled."),
+        typer.Option(
+            help="Text or chats: .txt, .md, .jsonl, .json, .csv, .parquet, or a data set name; repeat for more. "
+            "Default: bundled."
+        ),
     ] = None,
     share_rotations: Annotated[bool, typer.Option(help="One transform for linears that read the same input.")] = False,
     ignore: Annotated[
@@ -46,6 +49,9 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="Change the preset: NAME=VALUE, see `pairquant presets`; repeat for more."),
     ] = None,
+    bos: Annotated[
+        str, typer.Option(help="Begin windows of text with <bos>: auto as the tokenizer has it, never, or always.")
+    ] = "auto",
     compute: Annotated[str, typer.Option(help="Forward passes in auto, float32 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of pairs and calibration windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -78,6 +84,7 @@ def quantize(
         validation=tuple(validation or ()),
         pair_selection=pair_selection,
         compute=compute,
+        bos=bos,
         recipe=recipe_with(preset, setting or []),
         share_rotations=share_rotations,
         ignore=(*QuantConfig.ignore, *(ignore or ())),

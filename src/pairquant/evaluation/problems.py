@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..support.errors import ConfigError, TextError
+from ..support.rows import ROW_READERS, rows_of
 from ..support.text import BUNDLED_TEST
+from ..support.windows import SURROGATES
 
 #: Asks for an answer that a grader finds.
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -39,28 +40,15 @@ def gsm8k(count: int) -> list[Problem]:
 
 
 def from_file(path: Path) -> list[Problem]:
-    """Lines of JSON with "problem" or "question", and "answer"; raises `TextError`."""
+    """Rows of JSON lines, JSON or CSV with "problem" or "question", and "answer"; raises `TextError`."""
     if not path.is_file():
         raise TextError(f"problem file {str(path)!r} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    problems = list(_problems(lines, path))
+    if path.suffix.lower() not in ROW_READERS:
+        raise TextError(f"problem file {str(path)!r} ends in {path.suffix!r}, allowed: {', '.join(ROW_READERS)}")
+    problems = [_problem(row, where) for where, row in rows_of(path)]
     if not problems:
         raise TextError(f"problem file {str(path)!r} holds no problems")
     return problems
-
-
-def _problems(lines: Iterable[str], path: Path) -> Iterable[Problem]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        yield _problem(row, f"{path}, line {number}")
 
 
 def _problem(row: Any, where: str) -> Problem:
@@ -71,4 +59,6 @@ def _problem(row: Any, where: str) -> Problem:
     if not isinstance(question, str) or not isinstance(answer, str):
         keys = sorted(fields) if isinstance(row, dict) else type(row).__name__
         raise TextError(f"{where}: needs texts 'problem' or 'question', and 'answer'; it has {keys}")
+    if SURROGATES.search(question + answer):
+        raise TextError(f"{where}: half of a character (a lone surrogate) is in it. Take it out.")
     return Problem(question, answer)

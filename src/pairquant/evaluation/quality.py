@@ -52,12 +52,16 @@ def measure(
     reference: nn.Module | None = None,
     on_window: Callable[[], None] | None = None,
     seed: int = 0,
+    start: int = 1,
 ) -> Quality:
-    """Next-token quality over windows int64 [W, T]; each window predicts its last T - 1 tokens. seed: the bootstrap's."""
+    """Next-token quality over windows int64 [W, T], each of which predicts its tokens from `start` on.
+
+    start: 1, or the length of what all windows begin with, which is not predicted; seed: the bootstrap's.
+    """
     device = next(model.parameters()).device
     found = []
     for window in windows:
-        found.append(score(model, window.to(device), reference))
+        found.append(score(model, window.to(device), reference, start))
         if on_window:
             on_window()
     loss = torch.stack([scores.loss for scores in found]).double()

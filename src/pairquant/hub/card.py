@@ -15,6 +15,7 @@ from ..checkpoint.describe import README, readme_digest
 from ..checkpoint.files import read_json
 from ..checkpoint.read import Checkpoint
 from ..support.errors import CheckpointError, ConfigError
+from ..support.formatting import source_names, token_count
 
 TEMPLATE = Path(__file__).with_name("card.md")
 #: Tells a card that may be rendered anew from one that somebody has edited.
@@ -139,10 +140,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _calibration(texts: Any, tokens: Any) -> str:
-    """Of files only their names: directories of the machine that quantized say nothing to others."""
-    names = [Path(text).name if Path(text).is_absolute() else text for text in map(str, texts)]
-    shape = f", {tokens[0]} × {tokens[1]} tokens" if isinstance(tokens, list) and len(tokens) == 2 else ""
-    return _cell(f"{', '.join(names)}{shape}")
+    return _cell(", ".join(filter(None, (source_names(texts), token_count(tokens)))))
 
 
 def _cell(value: Any) -> str:

@@ -27,6 +27,7 @@ def compare(
     *,
     seq_len: int = 2048,
     max_tokens: int | None = None,
+    bos: str = "auto",
     chains: ChainPlan | None = None,
     gsm8k: int | None = None,
     answers: AnswerPlan | None = None,
@@ -53,7 +54,7 @@ def compare(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]!r} is given twice. Name the original and each model once.")
     measures = Measures(
-        tuple(texts), seq_len, max_tokens, chains, gsm8k, (), answers or AnswerPlan(), tasks, engine, seed
+        tuple(texts), seq_len, max_tokens, chains, gsm8k, (), answers or AnswerPlan(), tasks, engine, seed, bos
     )
     alone = replace(measures, chains=None)
     asked = {names[0]: prepare(original, None, alone, device, trust_remote_code)} | {

@@ -20,10 +20,14 @@ from ..evaluation.chains import ChainPlan, Chains
 from ..evaluation.generation import check_context
 from ..evaluation.reasoning import AnswerPlan, Answers
 from ..evaluation.tasks import TaskPlan, Tasks, paired
+from ..models.limits import check_length, check_tokens
+from ..spec.checks import require_choice
+from ..spec.options import BOS_CHOICES
 from ..support.devices import resolve_device
 from ..support.environment import device_name, versions
 from ..support.errors import ConfigError, TextError
-from ..support.text import BUNDLED_TEST, documents, token_windows
+from ..support.text import BUNDLED_TEST, documents
+from ..support.windows import Notice, describe, token_windows, window_prefix
 
 #: Told what is coming and how many steps it takes; returns what to call after each.
 OnPart = Callable[[str, int], Callable[[], None]]
@@ -47,6 +51,7 @@ def evaluate(
     *,
     seq_len: int = 2048,
     max_tokens: int | None = None,
+    bos: str = "auto",
     chains: ChainPlan | None = None,
     gsm8k: int | None = None,
     boxed: Iterable[str | Path] = (),
@@ -61,19 +66,30 @@ def evaluate(
     """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
 
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
-    seq_len tokens, the first max_tokens of them used. chains: divergence along the reference's own chains of thought.
+    seq_len tokens, the first max_tokens of them used. bos: whether windows begin with `<bos>`: "auto" as the tokenizer of the
+    original (without one, the model) has it, "never", "always". chains: divergence along the reference's own chains of thought.
     gsm8k: so many of the GSM8K test problems, boxed: files of problems (see `problems.from_file`), answered as `answers`
     says. tasks: of lm-eval. engine: "vllm" answers problems and runs tasks by vLLM, in spawned processes (call it from a
     script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
     bootstrap's. `on_windows(name, count)` is told what is coming and returns what to call after each step.
 
-    Returns {"model", "reference", "texts": {name: `Quality`}, "bits_per_weight", "engine", "device", "versions"}, and as asked
+    Returns {"model", "reference", "texts": {name: `Quality`}, "bos", "notices", "bits_per_weight", "engine", "device", "versions"}, and as asked
     "chains": `ChainQuality` and its "plan"; "answers": {name: {"model": `Answers`, "reference", "paired": `Paired`}} and
     their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
     be wrong with what is asked is told before a model is loaded.
     """
     measures = Measures(
-        tuple(texts), seq_len, max_tokens, chains, gsm8k, tuple(boxed), answers or AnswerPlan(), tasks, engine, seed
+        tuple(texts),
+        seq_len,
+        max_tokens,
+        chains,
+        gsm8k,
+        tuple(boxed),
+        answers or AnswerPlan(),
+        tasks,
+        engine,
+        seed,
+        bos,
     )
     results, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
     return results
@@ -93,8 +109,10 @@ class Measures:
     tasks: TaskPlan | None
     engine: str
     seed: int
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
+        require_choice("bos", self.bos, BOS_CHOICES)
         if self.seq_len < 2 or (self.max_tokens is not None and self.max_tokens < self.seq_len):
             raise ConfigError(
                 f"max_tokens is {self.max_tokens}, seq_len {self.seq_len}: allowed is 2 ≤ seq_len ≤ max_tokens"
@@ -105,7 +123,8 @@ class Measures:
 class Assessment:
     """What is asked about a model, found and checked: nothing can be wrong with it any more.
 
-    name, reference: as they were given; windows: of each text, int64 [W, T]; chains: to be sampled, or sampled already;
+    name, reference: as they were given; windows: of each text, int64 [W, T]; prefix: token ids that each window begins
+    with; notices: what a user should know of them; chains: to be sampled, or sampled already;
     prompts: theirs; sets: of problems; engine: what answers them and runs tasks.
     """
 
@@ -116,6 +135,8 @@ class Assessment:
     tokenizer: Any
     device: torch.device
     windows: Mapping[str, Tensor]
+    prefix: tuple[int, ...]
+    notices: tuple[str, ...]
     chains: ChainPlan | Chains | None
     prompts: list[list[int]]
     sets: Mapping[str, ProblemSet]
@@ -138,20 +159,30 @@ def prepare(
         raise ConfigError("chains are sampled from the original model, and none is given. Add --reference.")
     files = ModelFiles.find(str(model), trust_remote_code)
     original = ModelFiles.find(str(reference), trust_remote_code) if reference is not None else None
-    for each in (files, *([original] if original else [])):
-        each.require_loadable()
-    tokenizer, texts = files.tokenizer(), measures.texts or (BUNDLED_TEST,)
-    windows = {name: _windows(tokenizer, name, measures.seq_len, measures.max_tokens) for name in texts}
-    prompts = chain_prompts(original.tokenizer(), chains) if chains and original else []
-    sets = _problem_sets(tokenizer, measures.gsm8k, measures.boxed)
     both = [files, *([original] if original else [])]
-    _check_contexts(both, chains, prompts, answers, sets)
+    for each in both:
+        each.require_loadable()
     _check_vocabularies(both)
+    skeletons = [each.skeleton() for each in both]
+    notices = _check_lengths(skeletons, measures.seq_len)
+    tokenizer = files.tokenizer()
+    wanted = original.tokenizer() if original else tokenizer
+    prefix = window_prefix(wanted, measures.bos)
+    if prefix:
+        notices.append(describe(wanted, prefix))
+    windows = {
+        name: _windows(tokenizer, name, measures, prefix, notices.append) for name in measures.texts or (BUNDLED_TEST,)
+    }
+    prompts = chain_prompts(wanted, chains) if chains and original else []
+    sets = _problem_sets(tokenizer, measures.gsm8k, measures.boxed)
+    for each, skeleton in zip(both, skeletons, strict=True):
+        check_tokens(skeleton, each.name, *windows.values(), *prompts, *(p for s in sets.values() for p in s.prompts))
+    _check_contexts(both, chains, prompts, answers, sets)
     engine = _engine(measures.engine, both, asked=bool(sets or measures.tasks))
     tasks = Tasks(measures.tasks) if measures.tasks else None
     return Assessment(
-        str(model), None if reference is None else str(reference), files, original, tokenizer, target, windows, chains,
-        prompts, sets, answers, tasks, engine, measures.seed,
+        str(model), None if reference is None else str(reference), files, original, tokenizer, target, windows, prefix,
+        tuple(notices), chains, prompts, sets, answers, tasks, engine, measures.seed,
     )  # fmt: skip
 
 
@@ -166,7 +197,9 @@ def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[dict[str, 
     results: dict[str, Any] = {
         "model": asked.name,
         "reference": asked.reference,
-        "texts": _texts(networks, asked.windows, tell, asked.seed),
+        "texts": _texts(networks, asked, tell),
+        "bos": bool(asked.prefix),
+        "notices": list(asked.notices),
         "bits_per_weight": bits_per_weight(asked.files, networks["model"]),
         "engine": asked.engine,
         "device": device_name(asked.device),
@@ -194,12 +227,12 @@ def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
     return along_chains.sample(reference, asked.prompts, asked.chains, step)
 
 
-def _texts(networks: Mapping[str, Any], windows: Mapping[str, Tensor], tell: OnPart, seed: int) -> dict[str, Any]:
-    """ "texts" of `evaluate`. windows: of each, int64 [W, T]."""
-    network, other = networks["model"], networks.get("reference")
+def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict[str, Any]:
+    """ "texts" of `evaluate`."""
+    network, other, start = networks["model"], networks.get("reference"), max(1, len(asked.prefix))
     return {
-        name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), seed))
-        for name, batch in windows.items()
+        name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), asked.seed, start))
+        for name, batch in asked.windows.items()
     }
 
 
@@ -210,7 +243,7 @@ def load(files: ModelFiles, device: torch.device) -> Any:
 
 
 def _dtype(device: torch.device) -> str:
-    """float32 on a CPU (the fastest there), the stored one on a GPU; the same on every engine."""
+    """float32 on a CPU, for exactness; the stored one on a GPU; the same on every engine."""
     return "float32" if device.type == "cpu" else "auto"
 
 
@@ -256,11 +289,23 @@ def _examined(examinees: Mapping[str, Examinee], questions: Questions, tell: OnP
     return {who: each.examine(questions, _steps(questions, who, tell)) for who, each in examinees.items()}
 
 
-def _windows(tokenizer: Any, name: str, seq_len: int, max_tokens: int | None) -> Tensor:
-    windows = token_windows(tokenizer, documents(name), seq_len)
+def _windows(tokenizer: Any, name: str, measures: Measures, prefix: Sequence[int], notice: Notice) -> Tensor:
+    """A text's windows, int64 [W, T]: no more of it is read than they need."""
+
+    def tell(text: str) -> None:
+        notice(f"{name}: {text}")
+
+    most = None if measures.max_tokens is None else measures.max_tokens // measures.seq_len
+    windows = token_windows(tokenizer, documents(name), measures.seq_len, prefix, most, tell)
     if not len(windows):
-        raise TextError(f"text {name!r} is shorter than one window of {seq_len} tokens. Lower --seq-len.")
-    return windows if max_tokens is None else windows[: max_tokens // seq_len]
+        raise TextError(f"text {name!r} is shorter than one window of {measures.seq_len} tokens. Lower --seq-len.")
+    return windows
+
+
+def _check_lengths(models: Iterable[Any], seq_len: int) -> list[str]:
+    """Notices about windows that are longer than the models were made for; raises what `check_length` does."""
+    found = [check_length(model, seq_len) for model in models]
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def _prompts(tokenizer: Any, asked: Sequence[problems.Problem]) -> list[list[int]]:

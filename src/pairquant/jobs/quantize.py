@@ -30,7 +30,7 @@ from ..layers.model import unlike_siblings
 from ..models.blocks import Block
 from ..models.planning import plan_model
 from ..models.sites import is_linear
-from ..optimize.calibration import Calibration, calibrate
+from ..optimize.calibration import Calibration, calibrator
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
@@ -175,12 +175,11 @@ class Job:
                 f"processes, as block-wise training needs: choose multiples of {self.ranks.size}"
             )
         inside = 0 if config.validation else held_out
-        calibration = calibrate(
-            self.tokenizer, config.calibration, config.samples + inside, config.seq_len, config.seed
-        )
+        draw = calibrator(self.skeleton, self.files.name, self.tokenizer, config, self.progress.notice)
+        calibration = draw(config.calibration, config.samples + inside)
         validation = calibration.tokens[config.samples :]
         if held_out and config.validation:
-            validation = calibrate(self.tokenizer, config.validation, held_out, config.seq_len, config.seed).tokens
+            validation = draw(config.validation, held_out).tokens
         return calibration.first(config.samples), validation if len(validation) else None
 
     def _source(self, spill: Path) -> SourceWeights:
@@ -444,4 +443,6 @@ def _provenance(config: QuantConfig, calibration: Calibration | None, files: Mod
             "calibration_tokens": list(calibration.tokens.shape),
             "calibration_sha256": calibration.digest,
         }
+        if calibration.bos:
+            provenance["bos"] = True
     return provenance

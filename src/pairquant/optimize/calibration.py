@@ -1,24 +1,44 @@
-"""Calibration text → seeded windows of tokens, drawn evenly from the sources (see `text` for what a source may be)."""
+"""Calibration text → seeded windows of tokens, drawn evenly from the sources (see `text` for what a source may be).
+
+Of a text above `rows.LARGE` only pieces are read, spread evenly over it: 60 MB took 114 s and 10 GB of memory otherwise.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.limits import check_length, check_tokens
+from ..spec.options import QuantConfig
+from ..support.conversations import Conversation
 from ..support.errors import TextError
-from ..support.text import documents, expand, token_windows
+from ..support.formatting import size
+from ..support.rows import Pieces
+from ..support.text import documents, expand, size_in_pieces
+from ..support.windows import Notice, describe, silent, token_windows, window_prefix
+
+#: Bytes of a large text that are read for a token wanted: four times a token of English.
+BYTES_PER_TOKEN = 16
+#: The smallest piece of a large text in bytes, and the fewest pieces.
+PIECE, PIECES = 2**16, 16
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """tokens: int64 [samples, seq_len]; sources: what they came from; digest: SHA-256 of the tokens."""
+    """tokens: int64 [samples, seq_len]; sources: what they came from; digest: SHA-256 of the tokens.
+
+    bos: whether every window begins with `<bos>`.
+    """
 
     tokens: Tensor
     sources: tuple[str, ...]
+    bos: bool = False
 
     @property
     def digest(self) -> str:
@@ -26,16 +46,27 @@ class Calibration:
 
     def first(self, samples: int) -> Calibration:
         """The first windows only."""
-        return Calibration(self.tokens[:samples].contiguous(), self.sources)
+        return replace(self, tokens=self.tokens[:samples].contiguous())
 
 
-def calibrate(tokenizer, sources: Iterable[str], samples: int, seq_len: int, seed: int) -> Calibration:
+def calibrate(
+    tokenizer: Any,
+    sources: Iterable[str],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    *,
+    prefix: Sequence[int] = (),
+    notice: Notice = silent,
+) -> Calibration:
     """Draw `samples` windows, as evenly over the sources as their lengths allow, without repetition.
 
+    prefix: what each begins with (see `windows.window_prefix`); notice: told of large texts that are read in pieces.
     Raises `TextError` for a missing or unreadable source, or when all of them together are too short.
     """
     names = [name for source in sources for name in expand(source)]
-    windows = {name: token_windows(tokenizer, documents(name), seq_len) for name in names}
+    draw = _Draw(tokenizer, samples, seq_len, seed, prefix, notice)
+    windows = {name: draw.windows(name) for name in names}
     shares = _even_shares([len(w) for w in windows.values()], samples)
     if sum(shares) < samples:
         held = ", ".join(f"{name}: {len(w)}" for name, w in windows.items())
@@ -49,7 +80,65 @@ def calibrate(tokenizer, sources: Iterable[str], samples: int, seq_len: int, see
         for w, share in zip(windows.values(), shares, strict=True)
     ]
     tokens = torch.cat(chosen)[torch.randperm(samples, generator=generator)].contiguous()
-    return Calibration(tokens, tuple(names))
+    return Calibration(tokens, tuple(names), bool(prefix))
+
+
+def calibrator(
+    model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice
+) -> Callable[[Iterable[str], int], Calibration]:
+    """`calibrate` as a run's options have it, given sources and a number of windows.
+
+    model: may be without weights; name: what errors call it. Raises `ConfigError` for windows that are longer than it can
+    read, and later `SourceError` for tokens that it does not know.
+    """
+    if unusual := check_length(model, config.seq_len):
+        notice(unusual)
+    prefix = window_prefix(tokenizer, config.bos)
+    if prefix:
+        notice(describe(tokenizer, prefix))
+
+    def draw(sources: Iterable[str], samples: int) -> Calibration:
+        drawn = calibrate(tokenizer, sources, samples, config.seq_len, config.seed, prefix=prefix, notice=notice)
+        check_tokens(model, name, drawn.tokens)
+        return drawn
+
+    return draw
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What is wanted of every source: the arguments of `calibrate`."""
+
+    tokenizer: Any
+    samples: int
+    seq_len: int
+    seed: int
+    prefix: Sequence[int]
+    notice: Notice
+
+    @property
+    def pieces(self) -> Pieces:
+        """What to read of a large text: several times the windows wanted, each piece longer than a window."""
+        length = max(PIECE, BYTES_PER_TOKEN * self.seq_len)
+        count = math.ceil(self.samples * self.seq_len * BYTES_PER_TOKEN / length)
+        return Pieces(max(PIECES, count), length, self.seed)
+
+    def windows(self, name: str) -> Tensor:
+        """Windows of a source, int64 [W, seq_len]: all, or of a large text at least as many as are wanted."""
+        pieces = self.pieces
+        if length := size_in_pieces(name, pieces):
+            windows = self._cut(name, documents(name, pieces))
+            if len(windows) >= self.samples:
+                read = f"{pieces.count} pieces of {size(pieces.size)}, spread evenly over its {size(length)}"
+                self.notice(f"{name}: a large text, of which {read}, are read")
+                return windows
+        return self._cut(name, documents(name))
+
+    def _cut(self, name: str, found: Iterable[str | Conversation]) -> Tensor:
+        def tell(text: str) -> None:
+            self.notice(f"{name}: {text}")
+
+        return token_windows(self.tokenizer, found, self.seq_len, self.prefix, notice=tell)
 
 
 def _even_shares(available: list[int], wanted: int) -> list[int]:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..checkpoint.files import durable
 from ..spec.linear import bits_per_weight
 from ..support.errors import ConfigError
-from ..support.formatting import departs, departure, duration, number, percent, plain, size
+from ..support.formatting import departs, departure, duration, number, percent, plain, size, source_names, token_count
 from ..support.version import __version__
 from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
@@ -188,18 +188,12 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
     if "seconds" in report:
         cards.append(Card("quantized in", duration(report["seconds"]), plain(provenance.get("tool", ""))))
     if texts := provenance.get("calibration"):
-        cards.append(Card("calibration", _tokens(provenance.get("calibration_tokens")), _names(texts)))
+        cards.append(
+            Card(
+                "calibration", token_count(provenance.get("calibration_tokens")) or "not recorded", source_names(texts)
+            )
+        )
     return cards + _measured_cards(facts.measured)
-
-
-def _tokens(shape: Any) -> str:
-    return f"{shape[0]} × {shape[1]} tokens" if isinstance(shape, list) and len(shape) == 2 else "not recorded"
-
-
-def _names(texts: Any) -> str:
-    """Directories of the machine that quantized say nothing to others."""
-    names = texts if isinstance(texts, list) else [texts]
-    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in map(str, names))
 
 
 def _measured_cards(measured: Measured) -> list[Card]:

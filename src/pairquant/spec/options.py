@@ -15,6 +15,8 @@ from .recipe import PRESETS, Recipe
 from .rotation import MAX_ROTATIONS
 
 PAIR_SELECTIONS = ("random", "magnitude")
+#: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
+BOS_CHOICES = ("auto", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class QuantConfig:
     samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
     validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
     compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, float32 elsewhere.
+    bos: whether windows of text begin with `<bos>`: "auto" as the tokenizer has it, "never", "always".
     ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
     overrides: other bits, group sizes or rotations for the layers that a pattern names; the last match wins.
     """
@@ -105,6 +108,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = ("lm_head",)
     seed: int = 0
     compute: str = "auto"
+    bos: str = "auto"
     overrides: tuple[Override, ...] = ()
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
@@ -115,6 +119,7 @@ class QuantConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: True, False")
         require_choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
         require_choice("compute", self.compute, ("auto", "float32", "bfloat16"))
+        require_choice("bos", self.bos, BOS_CHOICES)
         require_choice("bits", self.bits, SUPPORTED_BITS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
@@ -144,6 +149,8 @@ class QuantConfig:
         entries = asdict(self)
         if not self.overrides:
             del entries["overrides"]
+        if self.bos == "auto":
+            del entries["bos"]
         return entries
 
     @classmethod

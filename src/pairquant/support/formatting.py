@@ -52,6 +52,17 @@ def distinct_ends(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def token_count(shape: Any) -> str:
+    """ "128 × 2048 tokens" of a recorded number of windows and their length; empty for anything else."""
+    return f"{shape[0]} × {shape[1]} tokens" if isinstance(shape, (list, tuple)) and len(shape) == 2 else ""
+
+
+def source_names(texts: Any) -> str:
+    """Of recorded text sources: of files only their names, as directories of another machine say nothing here."""
+    names = texts if isinstance(texts, (list, tuple)) else [texts]
+    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in map(str, names))
+
+
 def short_name(path: str) -> str:
     """ "model.layers.3.mlp.up_proj" → "up"."""
     return path.rpartition(".")[2].removesuffix("_proj")

@@ -1,22 +1,19 @@
-"""Where text comes from, and how it becomes windows of tokens: for calibration and for evaluation alike.
+"""Where text comes from, for calibration and for evaluation alike; `windows` cuts it.
 
-A source is a bundled file ("default/…", see `BUNDLED`), a local `.txt`, `.jsonl` or `.parquet` file, a short name (see
-`SHORT_NAMES`), or the name of a data set for `datasets`, as `name[:config[:split]]`. Documents of a source are packed end
-to end and cut into windows.
+A source is a bundled file ("default/…", see `BUNDLED`), a local file (see `SUFFIXES`), a short name (see `SHORT_NAMES`), or
+the name of a data set for `datasets`, as `name[:config[:split]]`. Rows are texts or chats (see `conversations`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from .conversations import Conversation, document_of
 from .errors import TextError, did_you_mean
+from .rows import ROW_READERS, Pieces, plain_text, rows_of
 
 #: What "default" stands for in calibration: GSM8K training problems with worked answers (MIT) and Grimms' Fairy
 #: Tales (public domain). They travel inside the package.
@@ -32,7 +29,10 @@ SHORT_NAMES = {
     "redpajama": "togethercomputer/RedPajama-Data-1T-Sample::train",
     "pileval": "mit-han-lab/pile-val-backup::validation",
 }
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+#: Ends of the names of files that are one plain text.
+PLAIN = (".txt", ".md")
+#: Ends of the names of all files that can be read, whether in small or in capital letters.
+SUFFIXES = (*PLAIN, *ROW_READERS, ".parquet")
 #: Where the hub keeps its own export of data sets that come as a script, which `datasets` no longer runs.
 EXPORTED = "refs/convert/parquet"
 #: Documents read from a data set at the most; more text does not help (docs/decisions.md) and tokenizing takes time.
@@ -44,80 +44,62 @@ def expand(source: str) -> tuple[str, ...]:
     return tuple(f"default/{name}" for name in BUNDLED) if source == "default" else (source,)
 
 
-def documents(name: str) -> Iterator[str]:
-    """The texts of one source, in order."""
+def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Conversation]:
+    """The texts and chats of one source, in order; of a large file only the pieces. Raises `TextError`."""
     if name.startswith("default/"):
-        bundled = {f"default/{file}": file for file in (*BUNDLED, Path(BUNDLED_TEST).name)}
-        if name not in bundled:
-            raise TextError(f"no bundled text {name!r}, there are: {', '.join(bundled)}{did_you_mean(name, bundled)}")
-        with resources.as_file(resources.files("pairquant") / "data" / bundled[name]) as path:
-            yield from _file_documents(path)
+        with resources.as_file(_bundled(name)) as path:
+            yield from _file_documents(path, pieces)
     elif (path := Path(name)).is_file():
-        yield from _file_documents(path)
-    elif path.suffix in SUFFIXES:
-        nearby = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
-        raise TextError(f"text file {name!r} does not exist{did_you_mean(name, nearby)}")
+        yield from _file_documents(path, pieces)
+    elif path.suffix.lower() in SUFFIXES:
+        raise TextError(f"text file {name!r} does not exist{did_you_mean(name, _files_near(path.parent))}")
     else:
         yield from _data_set_documents(SHORT_NAMES.get(name, name))
 
 
-def token_windows(tokenizer, texts: Iterable[str], seq_len: int) -> Tensor:
-    """All whole windows of the packed texts: int64 [windows, seq_len]."""
-    texts = [text.strip() + "\n\n" for text in texts if text.strip()]
-    if not texts:
-        return torch.empty(0, seq_len, dtype=torch.int64)
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    flat = torch.tensor([token for ids in encoded for token in ids], dtype=torch.int64)
-    return flat[: len(flat) // seq_len * seq_len].view(-1, seq_len)
+def size_in_pieces(name: str, pieces: Pieces) -> int | None:
+    """Bytes of a source of which only the pieces are read; None where all of it is."""
+    path = Path(name)
+    readable = path.is_file() and path.suffix.lower() in (*PLAIN, *ROW_READERS)
+    return path.stat().st_size if readable and pieces.spare(path) else None
 
 
-def _file_documents(path: Path) -> Iterator[str]:
-    if path.suffix == ".parquet":
+def _bundled(name: str) -> resources.abc.Traversable:
+    names = {f"default/{file}": file for file in (*BUNDLED, Path(BUNDLED_TEST).name)}
+    if name not in names:
+        raise TextError(f"no bundled text {name!r}, there are: {', '.join(names)}{did_you_mean(name, names)}")
+    return resources.files("pairquant") / "data" / names[name]
+
+
+def _files_near(directory: Path) -> list[str]:
+    """Files of a directory, if it is one, that are text by their names."""
+    return [str(p) for p in directory.glob("*") if p.suffix.lower() in SUFFIXES] if directory.is_dir() else []
+
+
+def _file_documents(path: Path, pieces: Pieces | None) -> Iterator[str | Conversation]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         yield from _rows(str(path), "parquet", data_files=str(path), split="train")
-        return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). "
-            f"Allowed: {', '.join(SUFFIXES)}, or a data set name."
-        ) from error
-    if path.suffix == ".jsonl":
-        yield from _json_lines(text, path)
+    elif suffix in PLAIN:
+        yield from plain_text(path, pieces)
+    elif suffix in ROW_READERS:
+        yield from (document_of(row, where) for where, row in rows_of(path, pieces))
     else:
-        yield text
+        raise TextError(
+            f"text file {str(path)!r} ends in {path.suffix or 'nothing'!r}, which says nothing of what is in it. Allowed: "
+            f"{', '.join(SUFFIXES)}. Name it by what it holds."
+        )
 
 
-def _json_lines(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            yield _text_of(row, f"{path}, line {number}")
-
-
-def _text_of(row: object, where: str) -> str:
-    """A row's text: key "text", or "question" and "answer"."""
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-            return f"{row['question']}\n{row['answer']}"
-    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise TextError(f"{where}: needs a key 'text', or 'question' and 'answer'; it has {keys}")
-
-
-def _data_set_documents(name: str) -> Iterator[str]:
+def _data_set_documents(name: str) -> Iterator[str | Conversation]:
     repository, *rest = name.split(":")
     config = rest[0] or None if rest else None
     split = rest[1] if len(rest) > 1 else "train"
     yield from _rows(name, repository, config, split=split, streaming=True)
 
 
-def _rows(name: str, *args, **kwargs) -> Iterator[str]:
-    """Texts of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
+def _rows(name: str, *args, **kwargs) -> Iterator[str | Conversation]:
+    """Texts and chats of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
     from datasets import load_dataset  # slow to import, and needed for few sources
 
     def rows() -> Iterable[object]:
@@ -131,13 +113,11 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str]:
 
     try:
         for number, row in enumerate(islice(rows(), MAX_DOCUMENTS), 1):
-            yield _text_of(row, f"{name}, row {number}")
+            yield document_of(row, f"{name}, row {number}")
     except TextError:
         raise
     except Exception as error:  # `datasets` raises a dozen unrelated types for "not there" and "not readable"
-        hint = did_you_mean(
-            name, ["default", *SHORT_NAMES, *(str(p) for p in Path(".").glob("*") if p.suffix in SUFFIXES)]
-        )
+        hint = did_you_mean(name, ["default", *SHORT_NAMES, *_files_near(Path("."))])
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(
             f"text source {name!r} is neither a local file nor a data set that can be loaded{hint}\n"

@@ -1,0 +1,96 @@
+"""Rows of data sets → plain text, or conversations that the tokenizer's chat template writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from .errors import TextError
+
+#: Keys of a row that hold a question and its answer.
+ASKED_AND_ANSWERED = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
+#: Keys of a row that hold a list of turns.
+TURNS = ("messages", "conversations", "conversation")
+#: Names of speakers that chat templates do not know, and theirs.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ALLOWED = (
+    "a key 'text', 'question' and 'answer', or a chat: 'messages', 'conversations', 'prompt' and 'completion' or "
+    "'response', or 'instruction' and 'output'"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """turns: {"role", "content"} and what else a template may want of each; where: the row's place in its file."""
+
+    turns: list[dict[str, Any]]
+    where: str
+
+    def written(self, tokenizer: Any) -> str:
+        """Write it with the tokenizer's chat template; raises `TextError` if there is none, or it refuses."""
+        if not tokenizer.chat_template:
+            raise TextError(
+                f"{self.where} is a chat, and the tokenizer has no chat template to write it with. Use the tokenizer of "
+                "the model's chat version, or give plain text: rows with 'text'."
+            )
+        try:
+            return tokenizer.apply_chat_template(self.turns, tokenize=False)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TextError(f"{self.where}: the tokenizer's chat template refuses this chat ({error})") from error
+
+
+def document_of(row: Any, where: str) -> str | Conversation:
+    """A row's text, or its conversation. Raises `TextError` naming the row and its keys."""
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+            return f"{row['question']}\n{row['answer']}"
+        if turns := _turns(row, where):
+            return Conversation(turns, where)
+    keys = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    raise TextError(f"{where}: needs {ALLOWED}; it has {keys}")
+
+
+def _turns(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The turns of a chat row; empty if the row is none."""
+    for key in TURNS:
+        if isinstance(row.get(key), list) and row[key]:
+            return [_turn(turn, f"{where}, {key}, turn {n}") for n, turn in enumerate(row[key], 1)]
+    for asked, answered in ASKED_AND_ANSWERED:
+        question, answer = row.get(asked), row.get(answered)
+        if isinstance(question, str) and isinstance(answer, str):
+            more = f"\n\n{row['input']}" if isinstance(row.get("input"), str) and row["input"].strip() else ""
+            first = [{"role": "system", "content": row["system"]}] if _filled(row.get("system")) else []
+            return [
+                *first, {"role": "user", "content": question + more}, {"role": "assistant", "content": answer},
+            ]  # fmt: skip
+        if isinstance(question, list) and isinstance(answer, list):
+            return [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate([*question, *answer], 1)]
+    return []
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    """A turn under the keys "role" and "content", its parts of text joined."""
+    if isinstance(turn, dict):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if content is None and turn.get("tool_calls"):
+            content = ""
+        if isinstance(role, str) and isinstance(content, str):
+            rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            return {**rest, "role": ROLES.get(role, role), "content": content}
+    keys = sorted(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
+    raise TextError(f"{where}: needs texts 'role' and 'content', or 'from' and 'value'; it has {keys}")
