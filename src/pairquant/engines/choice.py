@@ -1,4 +1,4 @@
-"""Choosing an engine by name, and starting it."""
+"""Chooses an engine by name, checks a model for it, and starts it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENGINES = {"transformers": ("transformers", "TransformersEngine"), "vllm": ("vll
 
 
 def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
-    """The engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
+    """Return the engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
 
     Raises `ConfigError` for an unknown name, and for vLLM where it is missing or cannot read the files.
     """
@@ -38,20 +38,20 @@ def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
 
 
 def vllm_version() -> str:
-    """Of the installed one, under whatever name; it is not imported."""
+    """Return the version of the installed vLLM, whatever its package is called, without importing it."""
     return version(packages_distributions()["vllm"][0])
 
 
 def gpu_wanted(device: str) -> bool:
-    """Whether "auto" or "cuda…" will be an NVIDIA GPU: there vLLM is the faster engine."""
+    """Tell whether "auto" or "cuda…" will be an NVIDIA GPU, where vLLM is the faster engine."""
     return device != "cpu" and torch.cuda.is_available() and torch.version.cuda is not None
 
 
 def check_model(files: ModelFiles) -> Any:
-    """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
+    """Check in a second what an engine would find after a minute, and return the tokenizer.
 
-    Looks at the configuration, the tokenizer, and for our checkpoints at every header and at the values of the plain
-    tensors, which not every engine checks. Returns the tokenizer.
+    Reads the configuration and the tokenizer, and for our checkpoints every header and the values of the plain tensors,
+    which not every engine checks. Raises `SourceError` or `CheckpointError`.
     """
     if isinstance(files.quantization, dict) and files.quantization.get("quant_method") == QUANT_METHOD:
         checkpoint = Checkpoint.open(files)
@@ -62,7 +62,7 @@ def check_model(files: ModelFiles) -> Any:
 
 
 def engine_class(name: str) -> type[Engine]:
-    """Imports the engine's library, and nothing else of it is imported before."""
+    """Import the engine's library, which nothing imports before, and return its class."""
     module, attribute = ENGINES[name]
     return getattr(import_module(f".{module}", __package__), attribute)
 
