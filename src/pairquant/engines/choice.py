@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from ..checkpoint.read import Checkpoint, ModelFiles
 from ..spec.checkpoint import QUANT_METHOD
 from ..spec.linear import check_fields
 from ..support.errors import ConfigError, did_you_mean
-from .engine import Engine, EngineOptions
+from .engine import Engine, EngineOptions, chat_tokens
 
 #: Name → module here and class in it.
 ENGINES = {"transformers": ("transformers", "TransformersEngine"), "vllm": ("vllm", "VllmEngine")}
@@ -59,6 +60,15 @@ def check_model(files: ModelFiles) -> Any:
         for path in checkpoint.stored.linears():
             check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
     return files.tokenizer()
+
+
+def check_template(tokenizer: Any) -> None:
+    """Refuse a chat template that is broken; raises `SourceError`.
+
+    A template that refuses this conversation passes: it may ask for another form.
+    """
+    with suppress(ConfigError):
+        chat_tokens(tokenizer, [{"role": "user", "content": "Hello"}])
 
 
 def engine_class(name: str) -> type[Engine]:

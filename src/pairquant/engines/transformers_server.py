@@ -107,7 +107,9 @@ class _Manager:
         self._limit(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, **rest)  # type: ignore[misc]
 
-    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any) -> Any:
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any
+    ) -> Any:
         """Raises `RequestError`."""
         self._limit(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, **rest)  # type: ignore[misc]
