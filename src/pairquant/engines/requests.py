@@ -22,7 +22,7 @@ HARMLESS = frozenset({
 })  # fmt: skip
 #: Tokens of an answer where neither request nor model limits it.
 UNLIMITED = 1024
-INSTEAD = "Leave the field out, or serve the model with --engine vllm."
+INSTEAD = "Leave it out, or serve the model with --engine vllm."
 
 
 class RequestError(PairQuantError, ValueError):
@@ -44,8 +44,8 @@ class Rule:
 
 def only(*values: Any) -> Rule:
     """Allow only the values that change nothing, for a field that Transformers' server does not obey."""
-    allowed = " or ".join(json.dumps(value) for value in values) or "nothing"
-    return Rule(f"{allowed} with the engine Transformers", lambda value: value in values, INSTEAD)
+    allowed = " or ".join(json.dumps(value) for value in values) or "null"
+    return Rule(f"{allowed} on the engine Transformers", lambda value: value in values, INSTEAD)
 
 
 def whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -69,9 +69,7 @@ def check(body: dict[str, Any], rules: Mapping[str, Rule], required: str) -> Non
         del body[name]
     for name, value in body.items():
         if name not in rules:
-            raise RequestError(
-                f"the field {name!r} is unknown to the engine Transformers{did_you_mean(name, rules)}. {INSTEAD}"
-            )
+            raise RequestError(f"the engine Transformers has no field {name!r}{did_you_mean(name, rules) or '.'} {INSTEAD}")
         rule = rules[name]
         if not rule.accepts(value):
             raise RequestError(f"{name} is {reprlib.repr(value)}, allowed: {rule.allowed}. {rule.remedy}".rstrip())

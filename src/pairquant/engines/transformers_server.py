@@ -176,8 +176,12 @@ def build_server(build: Any, *parts: Any, **options: Any) -> FastAPI:
 
 
 async def _answer_error(status: Any, request: Any, error: Exception) -> JSONResponse:
+    """Return an error in OpenAI's form. status: gives the HTTP status of an error."""
     code = status(error)
-    message = str(getattr(error, "detail", None) or error) or type(error).__name__
+    if isinstance(error, RequestValidationError):
+        message = f"the body of the request is no JSON object: {error.errors()[0]['msg']}."
+    else:
+        message = str(getattr(error, "detail", None) or error) or type(error).__name__
     return JSONResponse(error_body(message, code), status_code=code)
 
 
