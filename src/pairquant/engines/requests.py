@@ -69,7 +69,9 @@ def check(body: dict[str, Any], rules: Mapping[str, Rule], required: str) -> Non
         del body[name]
     for name, value in body.items():
         if name not in rules:
-            raise RequestError(f"the engine Transformers has no field {name!r}{did_you_mean(name, rules) or '.'} {INSTEAD}")
+            raise RequestError(
+                f"the engine Transformers has no field {name!r}{did_you_mean(name, rules) or '.'} {INSTEAD}"
+            )
         rule = rules[name]
         if not rule.accepts(value):
             raise RequestError(f"{name} is {reprlib.repr(value)}, allowed: {rule.allowed}. {rule.remedy}".rstrip())

@@ -9,16 +9,17 @@ that OpenAI's clients read.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
@@ -29,6 +30,8 @@ from .engine import context_of
 from .requests import CHAT, COMPLETIONS, RESPONSES, RequestError, Rule, check, error_body, room_for_answer
 from .transformers import finite_logits
 
+#: How Transformers begins an event of a stream that tells an error.
+STREAM_ERROR = 'data: {"error": "'
 #: Routes that are taken away: they load other models, drop the served one, or need a model that hears.
 REMOVED = ("/load_model", "/reset", "/v1/audio/transcriptions")
 
@@ -60,9 +63,17 @@ class _Handler:
         super().__init__(**parts)
         self.served = served
 
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        """Answer a request; errors in the midst of a stream get OpenAI's form."""
+        answer = await super().handle_request(body, request_id)  # type: ignore[misc]
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = _mend_errors(answer.body_iterator)
+        return answer
+
     def _validate_request(self, body: dict) -> None:
-        """Raises `RequestError`."""
+        """Check a request, and make "no stream" the default of every endpoint; raises `RequestError`."""
         check(body, self.rules, self.required)
+        body.setdefault("stream", False)
         super()._validate_request(body)  # type: ignore[misc]
 
     def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
@@ -81,6 +92,20 @@ class _Handler:
         if self.limit not in body and "generation_config" not in body:
             config.max_new_tokens = None
         return config
+
+
+async def _mend_errors(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Pass a stream's events on; Transformers tells errors as bare strings, whose text OpenAI's clients do not show.
+
+    The mark cannot be part of an answer's text: there, quotes are escaped.
+    """
+    async for event in events:
+        before, mark, message = event.partition(STREAM_ERROR)
+        if mark:
+            body = error_body(message.strip().removesuffix('"}'), 500)
+            yield f"{before}data: {json.dumps(body)}\n\n"
+        else:
+            yield event
 
 
 class Chat(_Handler, chat_completion.ChatCompletionHandler):
@@ -169,6 +194,7 @@ def build_server(build: Any, *parts: Any, **options: Any) -> FastAPI:
         (HTTPException, lambda error: error.status_code),
         (RequestValidationError, lambda error: 400),  # what is no JSON object
         (TemplateError, lambda error: 400),  # chat templates refuse conversations in this way
+        (PairQuantError, lambda error: 500),  # such as an overflow
         (Exception, lambda error: 500),
     ):
         built.add_exception_handler(kind, partial(_answer_error, status))
