@@ -86,17 +86,6 @@ def test_inspect_follows_one_weight(quantized, directory):
     assert "qweight" in done.stdout
 
 
-def test_chat_answers_one_prompt_and_leaves(quantized, directory):
-    done = pairquant(directory, "chat", "out", "--prompt", "hello", "--max-new-tokens", 5)
-    assert done.returncode == 0, done.stderr
-
-
-def test_chat_goes_on_until_the_input_ends(quantized, directory):
-    done = pairquant(directory, "chat", "out", "--max-new-tokens", 3, input="one\ntwo\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("> ") == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

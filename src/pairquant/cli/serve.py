@@ -54,7 +54,9 @@ def serve(
         soft_wrap=True,
     )
     if not tokenizer.chat_template:
-        problems.print("the tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not")
+        problems.print(
+            "the tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not", soft_wrap=True
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     command.replace_process()

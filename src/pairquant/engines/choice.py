@@ -59,6 +59,7 @@ def check_model(files: ModelFiles) -> Any:
         checkpoint.check_plain()
         for path in checkpoint.stored.linears():
             check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
+    files.config.get_text_config()  # raises where the configuration needs code that comes with the model
     return files.tokenizer()
 
 
