@@ -5,13 +5,17 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import save_tiny
+from tiny_models import byte_tokenizer, save_tiny
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     save_tiny(root / "source")
+    (root / "custom").mkdir()
+    custom = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.OddConfig"}}
+    (root / "custom" / "config.json").write_text(json.dumps(custom))
+    byte_tokenizer().save_pretrained(root / "custom")
     (root / "notes.txt").write_text("all work and no play makes jack a dull boy. " * 60)
     return root
 
@@ -86,17 +90,6 @@ def test_inspect_follows_one_weight(quantized, directory):
     assert "qweight" in done.stdout
 
 
-def test_chat_answers_one_prompt_and_leaves(quantized, directory):
-    done = pairquant(directory, "chat", "out", "--prompt", "hello", "--max-new-tokens", 5)
-    assert done.returncode == 0, done.stderr
-
-
-def test_chat_goes_on_until_the_input_ends(quantized, directory):
-    done = pairquant(directory, "chat", "out", "--max-new-tokens", 3, input="one\ntwo\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("> ") == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +99,8 @@ def test_chat_goes_on_until_the_input_ends(quantized, directory):
         (["quantize", "source", "--output", "out2"], "--group-size 64"),
         (["eval", "source", "--text", "note.txt"], "did you mean 'notes.txt'?"),
         (["eval", "source", "--text", "notes.txt", "--seq-len", "9999"], "Lower --seq-len"),
+        (["quantize", "custom", "--output", "out2"], "--trust-remote-code"),
+        (["eval", "custom", "--text", "notes.txt"], "--trust-remote-code"),
         (["inspect", "source"], "not quantized with pairwise rotations"),
     ],
 )

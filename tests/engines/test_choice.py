@@ -4,12 +4,10 @@ import importlib.util
 import json
 
 import pytest
-import torch
 from tiny_models import byte_tokenizer, save_tiny
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines import choice
-from pairquant.engines.engine import EngineOptions, chat_tokens
 from pairquant.support.errors import CheckpointError, ConfigError, SourceError
 
 
@@ -60,14 +58,6 @@ def test_every_engine_can_be_found():
         assert importlib.util.find_spec(f"pairquant.engines.{module}") is not None
 
 
-def test_options_check_the_dtype_and_a_cpu_computes_in_bfloat16():
-    with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
-        EngineOptions(dtype="bfloat")
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (EngineOptions().dtype_on(cpu), EngineOptions().dtype_on(gpu)) == ("bfloat16", "auto")
-    assert EngineOptions(dtype="float32").dtype_on(cpu) == "float32"
-
-
 def test_a_model_without_tokenizer_is_refused(directory, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(directory / name)
@@ -86,9 +76,11 @@ def test_a_damaged_checkpoint_is_refused(directory, tmp_path):
         choice.check_model(ModelFiles.find(str(tmp_path)))
 
 
-def test_a_conversation_becomes_tokens_by_template_or_as_plain_text():
+def test_a_broken_chat_template_is_refused_and_one_that_asks_for_another_form_is_not():
     tokenizer = byte_tokenizer()
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    assert tokenizer.decode(chat_tokens(tokenizer, turns)) == "hi\nho"
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ add_generation_prompt }}"
-    assert tokenizer.decode(chat_tokens(tokenizer, turns)) == "[hi][ho]True"
+    choice.check_template(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('begin with a system message') }}"
+    choice.check_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}"
+    with pytest.raises(SourceError, match="broken in line 1"):
+        choice.check_template(tokenizer)

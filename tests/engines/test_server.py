@@ -1,106 +1,39 @@
-"""`pairquant serve`: the real server, asked by the official client."""
+"""The commands that start the engines' servers, and the address that they listen on."""
 
-import signal
 import socket
+import sys
 
-import openai
 import pytest
-from serving import served
-from tiny_models import TEXT, save_tiny
-from typer.testing import CliRunner
+from tiny_models import save_tiny
 
-import pairquant
 from pairquant.checkpoint.read import ModelFiles
-from pairquant.cli.app import app
 from pairquant.engines import choice, server
-from pairquant.engines.engine import EngineOptions
-from pairquant.engines.transformers import TransformersEngine
-from pairquant.support.errors import ConfigError, SourceError
-
-#: A prompt that ends where it does, so that the engine below is given the very same tokens.
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-QUESTION = [{"role": "user", "content": "once upon a time"}]
+from pairquant.support.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    root = tmp_path_factory.mktemp("serve")
-    config = pairquant.QuantConfig(
-        preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
-    )
-    pairquant.quantize(save_tiny(root / "source"), root / "q4", config, device="cpu")
-    (root / "q4" / "chat_template.jinja").write_text(TEMPLATE)
+    root = tmp_path_factory.mktemp("server")
+    save_tiny(root / "model")
     return root
 
 
-@pytest.fixture(scope="module")
-def running(directory):
-    with served(directory, "q4 --engine transformers --dtype float32 -- --default-seed 1") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(running):
-    return running.client()
-
-
-@pytest.fixture(scope="module")
-def expected(directory):
-    files = ModelFiles.find(str(directory / "q4"))
-    return "".join(TransformersEngine(files, EngineOptions("cpu", "float32")).stream(QUESTION, 10))
-
-
-def test_the_answer_is_that_of_the_quantized_model(client, expected):
-    answer = client.chat.completions.create(model="q4", messages=QUESTION, max_tokens=10, temperature=0)
-    assert answer.choices[0].message.content == expected
-    assert answer.usage.completion_tokens == 10
-
-
-def test_a_streamed_answer_comes_in_pieces(client, expected):
-    chunks = list(
-        client.chat.completions.create(model="q4", messages=QUESTION, max_tokens=10, temperature=0, stream=True)
-    )
-    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
-    assert len(pieces) > 1
-    # Streamed, bytes that are no whole character are told one by one.
-    assert "".join(pieces).replace("\ufffd", "") == expected.replace("\ufffd", "")
-
-
-def test_another_model_is_refused_and_the_server_lives_on(client):
-    with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="other", messages=QUESTION, max_tokens=3)
-    assert client.chat.completions.create(model="q4", messages=QUESTION, max_tokens=3).choices
-
-
-def test_sigterm_ends_it_cleanly(client, running):
-    process = running.process
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) in (0, -signal.SIGTERM)
-    log = running.log.read_text()
-    assert f"Finished server process [{process.pid}]" in log  # the command had become the server
-    assert "Traceback" not in log
-
-
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("options", "message"),
     [
-        (["sauce"], SourceError, "did you mean"),
-        (["source", "--engine", "vlm"], ConfigError, "did you mean 'vllm'"),
-        (["source", "--engine", "transformers", "--dtype", "bf16"], ConfigError, "did you mean 'bfloat16'"),
-        (["source", "--engine", "transformers", "--tensor-parallel", "2"], ConfigError, "Use --engine vllm"),
-        (["source", "--engine", "transformers", "--max-model-len", "99"], ConfigError, "only vLLM limits"),
-        (["source", "--max-model-len", "0"], ConfigError, "max_model_len 0; allowed: 1 or more"),
-        (["source", "--engine", "transformers", "--host", "no such host"], ConfigError, "cannot listen on"),
+        ({"dtype": "bf16"}, "did you mean 'bfloat16'"),
+        ({"max_model_len": 0}, "max_model_len 0; allowed: 1 or more"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(directory, monkeypatch, arguments, error, message):
-    monkeypatch.chdir(directory)
-    result = CliRunner().invoke(app, ["serve", *arguments])
-    assert isinstance(result.exception, error)
-    assert message in str(result.exception)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        server.ServerOptions(**options)
 
 
-def test_a_port_in_use_is_told():
+def test_addresses_that_cannot_be_listened_on_are_told():
+    with pytest.raises(ConfigError, match="cannot listen on no such host:1"):
+        server.check_address("no such host", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -112,12 +45,12 @@ def test_vllm_serves_under_the_name_that_was_given(directory, monkeypatch):
     monkeypatch.chdir(directory)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    files = ModelFiles.find("q4", trust_remote_code=True)
+    files = ModelFiles.find("model", trust_remote_code=True)
     options = server.ServerOptions(port=8001, tensor_parallel=2, extra=("--seed", "3"))
     made = server.command("vllm", files, options)
-    assert made.arguments[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert made.arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     assert set(made.arguments[3:]) >= {
-        "--model=q4", "--served-model-name=q4", "--port=8001", "--dtype=bfloat16", "--max-model-len=-1",
+        "--model=model", "--served-model-name=model", "--port=8001", "--dtype=bfloat16", "--max-model-len=-1",
         "--tensor-parallel-size=2", "--trust-remote-code",
     }  # fmt: skip
     assert made.arguments[-2:] == ["--seed", "3"]
@@ -126,10 +59,36 @@ def test_vllm_serves_under_the_name_that_was_given(directory, monkeypatch):
     assert server.command("vllm", files, options).environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
 
 
-def test_files_and_names_that_a_server_cannot_take_are_refused(directory):
+def test_transformers_serves_under_the_name_that_was_given(directory, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    files = ModelFiles("owner/model", directory / "model", None, trust_remote_code=True)
+    options = server.ServerOptions(port=8001, max_model_len=100, extra=("--default-seed", "3"))
+    made = server.command("transformers", files, options)
+    assert made.arguments == [
+        sys.executable, "-m", "pairquant.engines.transformers_server", "--served-model-name=owner/model",
+        "--max-model-len=100", "serve", str(directory / "model"), "--host=127.0.0.1", "--port=8001", "--dtype=bfloat16",
+        "--trust-remote-code", "--default-seed", "3",
+    ]  # fmt: skip
+
+
+def test_what_transformers_cannot_serve_is_refused(directory):
+    files = ModelFiles.find(str(directory / "model"))
+    with pytest.raises(ConfigError, match="Use --engine vllm"):
+        server.command("transformers", files, server.ServerOptions(tensor_parallel=2))
+    with pytest.raises(ConfigError, match="max_model_len is 129, allowed: up to 128"):
+        server.command("transformers", files, server.ServerOptions(max_model_len=129))
+
+
+def test_files_and_directories_that_a_server_cannot_take_are_refused(directory):
     gguf = ModelFiles("m.gguf", directory, "m.gguf", False)
     with pytest.raises(ConfigError, match="Use --engine transformers"):
         choice.choose("vllm", gguf, prefer_vllm=True)
-    assert f"{directory}:m.gguf" in server.command("transformers", gguf, server.ServerOptions()).arguments
-    with pytest.raises(ConfigError, match="reads what follows '@'"):
-        server.command("transformers", ModelFiles("q4@home", directory, None, False), server.ServerOptions())
+    away = save_tiny(directory / "model@home")
+    with pytest.raises(ConfigError, match="for a revision. Rename the directory"):
+        server.command("transformers", ModelFiles.find(str(away)), server.ServerOptions())
+
+
+def test_a_missing_package_is_told_with_the_remedy(directory, monkeypatch):
+    monkeypatch.setattr(server, "SERVING_PACKAGES", ("fastapi", "nonesuch"))
+    with pytest.raises(ConfigError, match=r"needs nonesuch. Run: pip install 'pairquant\[serve\]'"):
+        server.command("transformers", ModelFiles.find(str(directory / "model")), server.ServerOptions())

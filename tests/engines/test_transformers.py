@@ -4,12 +4,13 @@ import threading
 
 import pytest
 import torch
-from tiny_models import TEXT, save_tiny
+from tiny_models import save_tiny
 
 import pairquant
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
-from pairquant.engines.transformers import TransformersEngine
+from pairquant.engines.transformers import TransformersEngine, finite_logits
+from pairquant.support.errors import ConfigError
 
 CONVERSATION = [{"role": "user", "content": "once upon a time"}]
 
@@ -17,9 +18,7 @@ CONVERSATION = [{"role": "user", "content": "once upon a time"}]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     root = tmp_path_factory.mktemp("engine")
-    config = pairquant.QuantConfig(
-        preset="quick", group_size=32, rotations=2, samples=4, seq_len=32, calibration=(str(TEXT),)
-    )
+    config = pairquant.QuantConfig(preset="rtn", group_size=32)
     pairquant.quantize(save_tiny(root / "source"), root / "q4", config, device="cpu")
     return TransformersEngine(ModelFiles.find(str(root / "q4")), EngineOptions("cpu", "float32"))
 
@@ -77,3 +76,20 @@ def test_each_sequence_of_a_batch_continues_its_own_prompt(engine):
 def test_what_was_loaded_is_told(engine):
     assert (engine.name, engine.dtype, engine.device.type) == ("transformers", "float32", "cpu")
     assert (engine.vocabulary, engine.context) == (288, 128)
+
+
+def test_an_overflow_is_an_error_that_names_the_remedy(tmp_path):
+    files = ModelFiles.find(str(save_tiny(tmp_path / "model")))
+    engine = TransformersEngine(files, EngineOptions("cpu", "float16"))
+    engine.model.lm_head.weight.data.fill_(float("inf"))
+    with pytest.raises(ConfigError, match="not finite in float16.*--dtype bfloat16 or --dtype float32"):
+        list(engine.stream(CONVERSATION, 4))
+
+
+def test_forbidden_tokens_are_no_overflow():
+    (check,) = finite_logits(torch.float16)
+    scores = torch.tensor([[1.0, float("-inf")], [float("-inf"), 2.0]])
+    assert check(torch.zeros(2, 1, dtype=torch.int64), scores) is scores
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="not finite in float16"):
+            check(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[1.0, 0.0], [bad, 0.0]]))

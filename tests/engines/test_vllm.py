@@ -49,7 +49,13 @@ capped = [
     arguments(files, EngineOptions(dtype="float32", sequences=n, sequence_tokens=129))["kv_cache_memory_bytes"]
     for n in (1, 1000)
 ]
+engine.llm.apply_model(lambda model: [weight.data.fill_(float("nan")) for weight in model.parameters()] and None)
+try:
+    list(engine.stream(conversation, 5))
+except ConfigError as error:
+    overflow = str(error)
 print("RESULT", json.dumps({
+    "overflow": overflow,
     "capped": capped, "one_sequence": cache_bytes(files.config, 1, 129, 4),
     "tokens": run.tokens.tolist(), "decoded": run.decoded, "first_token_s": run.first_token_s, "decode_s": run.decode_s,
     "answer": answer, "unfinished": engine.llm.llm_engine.has_unfinished_requests(), "refused": refused,
@@ -118,6 +124,10 @@ def test_closing_the_stream_aborts_the_request(result):
 def test_other_devices_and_too_long_conversations_are_refused(result):
     assert "device is 'meta'" in result["refused"]
     assert "Begin a new one" in result["too_long"]
+
+
+def test_logits_that_are_not_finite_are_told(result):
+    assert "logits are not finite in float32" in result["overflow"]
 
 
 def test_what_was_loaded_is_told(result):

@@ -240,6 +240,11 @@ class ModelFiles:
         except BUILD_ERRORS as error:
             if isinstance(error, (CheckpointError, SourceError)):
                 raise
+            if "trust_remote_code=True" in str(error) and not self.trust_remote_code:
+                raise SourceError(
+                    f"the {what} of {self.name!r} needs Python code that comes with the model. Read that code in "
+                    f"{self.directory}, then allow it: --trust-remote-code (trust_remote_code=True in Python)."
+                ) from error
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise SourceError(f"the {what} of {self.name!r} cannot be loaded: {reason[0]}") from error
 

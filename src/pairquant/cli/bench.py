@@ -1,4 +1,4 @@
-"""`pairquant bench`."""
+"""Implements `pairquant bench`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,48 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .app import Device, Model, Trust, app, console, quiet_libraries
+from ..support.formatting import distinct_ends
+from .app import Model, app, console, quiet_libraries
 from .display import duration, require_place, size
-from .engine_options import Dtype, EngineName
+from .engine_options import ENGINE, Device, Dtype, EngineName, Trust
+
+WORK = "Workload"
+OUTPUT = "Output"
 
 
-@app.command()
+@app.command(epilog="Example: pairquant bench MODEL-PARO --reference MODEL --batch 1 --batch 8 --json bench.json")
 def bench(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="The original model, measured in the same way.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat for more. Default: 1.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Runs after a warm-up; medians are shown.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile. Default: only vLLM on a GPU.")
+    reference: Annotated[
+        str | None, typer.Option(help="The original model, to measure in the same way.", rich_help_panel=WORK)
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of sequences at once; repeat for more. Default: 1.", rich_help_panel=WORK),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", rich_help_panel=WORK)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", rich_help_panel=WORK)] = 128,
+    repeats: Annotated[
+        int, typer.Option(help="Number of runs after a warm-up; medians are shown.", rich_help_panel=WORK)
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the random prompts.", rich_help_panel=WORK)] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file.", rich_help_panel=OUTPUT)
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Use torch.compile, or not. Default: only with vLLM on a GPU.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     engine: EngineName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Speed and memory of MODEL, beside the original's."""
+    """Measure speed and memory of MODEL, and of the original beside it."""
     quiet_libraries()
     from ..evaluation.speed import Workload
     from ..jobs.bench import bench as run
@@ -59,11 +77,11 @@ def bench(
 
 
 def _table(results: dict[str, Any]) -> Table:
-    """A row for each number, a column for each model, and the ratio."""
+    """Return a row for each number, with a column for each model and one for their ratio."""
     models = [entry for entry in (results["model"], results["reference"]) if entry]
     table = Table("", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for entry in models:
-        table.add_column(escape(Path(entry["name"]).name), justify="right", no_wrap=True)
+    for name in distinct_ends([Path(entry["name"]) for entry in models]):
+        table.add_column(escape(name), justify="right", no_wrap=True)
     if results["ratios"]:
         table.add_column("ratio", justify="right")
     for name, show, values in _lines([*models, results["ratios"]] if results["ratios"] else models):
@@ -77,7 +95,7 @@ def _table(results: dict[str, Any]) -> Table:
 
 
 def _lines(entries: list[dict[str, Any]]) -> Iterator[tuple[str, Callable[[float], str], list[float | None]]]:
-    """Name, how to show it, and each entry's value."""
+    """Yield each number's name, how to show it, and its value for each entry."""
     sizes = {"size on disk": "size_bytes", "peak memory": "peak_memory_bytes"}
     for name, key in sizes.items():
         yield name, size, [entry[key] for entry in entries]
@@ -91,6 +109,7 @@ def _lines(entries: list[dict[str, Any]]) -> Iterator[tuple[str, Callable[[float
 
 
 def _conditions(results: dict[str, Any]) -> str:
+    """Return one line on what was measured, with what and where."""
     work, entry = results["workload"], results["model"]
     versions = results["versions"]
     return (

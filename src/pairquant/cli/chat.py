@@ -1,4 +1,4 @@
-"""`pairquant chat`."""
+"""Implements `pairquant chat`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Model, Trust, app, console, quiet_libraries
-from .engine_options import Dtype, EngineName
+from .app import Model, app, console, quiet_libraries
+from .engine_options import Device, Dtype, EngineName, Trust
+
+ANSWERS = "Answers"
 
 
-@app.command()
+@app.command(epilog='Example: pairquant chat MODEL-PARO --prompt "Why is the sky blue?"')
 def chat(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and exit. Default: ask for questions.", rich_help_panel=ANSWERS)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=ANSWERS)
+    ] = 512,
     engine: EngineName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk to MODEL; the answer appears as it is generated."""
+    """Chat with MODEL; each answer appears while it is generated."""
     quiet_libraries()
     from ..checkpoint.read import ModelFiles
     from ..engines import choice
@@ -32,7 +38,7 @@ def chat(
     resolve_device(device)
     files = ModelFiles.find(model, trust_remote_code)
     chosen = choice.choose(engine, files, prefer_vllm=choice.gpu_wanted(device))
-    choice.check_model(files)
+    choice.check_template(choice.check_model(files))
     talker = choice.start(chosen, files, options)
     history: list[Turn] = []
     if prompt is None:
@@ -51,6 +57,7 @@ def chat(
 
 
 def _ask() -> str:
+    """Read a question; an empty one ends the chat."""
     try:
         return console.input("[bold]> [/]").strip()
     except EOFError:

@@ -1,4 +1,4 @@
-"""`pairquant serve`."""
+"""Implements `pairquant serve`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .app import Model, Trust, app, problems, quiet_libraries
-from .engine_options import Dtype, EngineName
+from .app import Model, app, problems, quiet_libraries
+from .engine_options import ENGINE, Dtype, EngineName, Trust
+
+ADDRESS = "Address"
 
 
-@app.command()
+@app.command(epilog="Example: pairquant serve MODEL-PARO --port 8000 --max-model-len 32768 -- --max-num-seqs 64")
 def serve(
     model: Model,
-    extra: Annotated[
-        list[str] | None, typer.Argument(help="After --: further arguments of the engine's server.")
-    ] = None,
+    extra: Annotated[list[str] | None, typer.Argument(help="Arguments for the engine's own server, after --.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=ADDRESS)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=ADDRESS)] = 8000,
     engine: EngineName = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     dtype: Dtype = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens. Default: what fits.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share each layer.")] = 1,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest sequence, prompt and answer together, in tokens. Default: what the model and memory allow.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Number of GPUs that share each layer; vLLM only.", rich_help_panel=ENGINE)
+    ] = 1,
     trust_remote_code: Trust = False,
 ) -> None:
-    """An OpenAI-compatible server for MODEL: vLLM's when it is installed, else Transformers'."""
+    """Serve MODEL to OpenAI's clients, with vLLM where it is installed, else with Transformers."""
     quiet_libraries()
     from ..checkpoint.read import ModelFiles
     from ..engines import choice, server
@@ -35,6 +45,7 @@ def serve(
     files = ModelFiles.find(model, trust_remote_code)
     chosen = choice.choose(engine, files, prefer_vllm=True)
     tokenizer = choice.check_model(files)
+    choice.check_template(tokenizer)
     command = server.command(chosen, files, options)
     server.check_address(host, port)
     problems.print(
@@ -43,7 +54,9 @@ def serve(
         soft_wrap=True,
     )
     if not tokenizer.chat_template:
-        problems.print("the tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not")
+        problems.print(
+            "the tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not", soft_wrap=True
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     command.replace_process()

@@ -1,7 +1,8 @@
-"""Choosing an engine by name, and starting it."""
+"""Chooses an engine by name, checks a model for it, and starts it."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -12,14 +13,14 @@ import torch
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..spec.linear import check_fields
 from ..support.errors import ConfigError, did_you_mean
-from .engine import Engine, EngineOptions
+from .engine import Engine, EngineOptions, chat_tokens
 
 #: Name → module here and class in it.
 ENGINES = {"transformers": ("transformers", "TransformersEngine"), "vllm": ("vllm", "VllmEngine")}
 
 
 def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
-    """The engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
+    """Return the engine's name; "auto" is vLLM when it is preferred, installed and can read the files, else Transformers.
 
     Raises `ConfigError` for an unknown name, and for vLLM where it is missing or cannot read the files.
     """
@@ -37,20 +38,20 @@ def choose(name: str, files: ModelFiles, prefer_vllm: bool) -> str:
 
 
 def vllm_version() -> str:
-    """Of the installed one, under whatever name; it is not imported."""
+    """Return the version of the installed vLLM, whatever its package is called, without importing it."""
     return version(packages_distributions()["vllm"][0])
 
 
 def gpu_wanted(device: str) -> bool:
-    """Whether "auto" or "cuda…" will be an NVIDIA GPU: there vLLM is the faster engine."""
+    """Tell whether "auto" or "cuda…" will be an NVIDIA GPU, where vLLM is the faster engine."""
     return device != "cpu" and torch.cuda.is_available() and torch.version.cuda is not None
 
 
 def check_model(files: ModelFiles) -> Any:
-    """Find in a second what an engine would tell after a minute; raises `SourceError` or `CheckpointError`.
+    """Check in a second what an engine would find after a minute, and return the tokenizer.
 
-    Looks at the configuration, the tokenizer, whether tensors are missing, and for our checkpoints at every header and at
-    the values of the plain tensors, which not every engine checks. Returns the tokenizer.
+    Reads the configuration and the tokenizer, looks whether tensors are missing, and for our checkpoints reads every header
+    and the values of the plain tensors, which not every engine checks. Raises `SourceError` or `CheckpointError`.
     """
     files.require_loadable()
     if files.is_packed:
@@ -58,11 +59,21 @@ def check_model(files: ModelFiles) -> Any:
         checkpoint.check_plain()
         for path in checkpoint.stored.linears():
             check_fields(path, checkpoint.layout(path), checkpoint.stored.fields_of(path))
+    files.config.get_text_config()  # raises where the configuration needs code that comes with the model
     return files.tokenizer()
 
 
+def check_template(tokenizer: Any) -> None:
+    """Refuse a chat template that is broken; raises `SourceError`.
+
+    A template that refuses this conversation passes: it may ask for another form.
+    """
+    with suppress(ConfigError):
+        chat_tokens(tokenizer, [{"role": "user", "content": "Hello"}])
+
+
 def engine_class(name: str) -> type[Engine]:
-    """Imports the engine's library, and nothing else of it is imported before."""
+    """Import the engine's library, which nothing imports before, and return its class."""
     module, attribute = ENGINES[name]
     return getattr(import_module(f".{module}", __package__), attribute)
 

@@ -1,16 +1,18 @@
-"""What an engine is, and what one can be asked for."""
+"""The protocol that engines follow, the options that they take, and what they share."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from ..checkpoint.read import ModelFiles
 from ..evaluation.speed import Generates
-from ..support.errors import ConfigError, did_you_mean
+from ..support.errors import ConfigError, SourceError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: vLLM tells missing tensors of quantized models only when asked to.
@@ -21,13 +23,14 @@ Turn = dict[str, str]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to load a model.
+    """Say how to load a model.
 
-    dtype: of the activations; "auto" is bfloat16 on a CPU (there int4 products need it, and it measured faster than
-    float32: 26 against 17 tokens/s for a 135M model on two cores with AVX512-BF16), the stored one on a GPU. compile:
-    torch.compile, None for what the engine does by itself. sequences, sequence_tokens: how many at once, and how long at
-    their end, vLLM's cache is to hold; None for a conversation. any_length: whether it must hold whatever the model can
-    take, up to a conversation's length, also where the sequences are shorter.
+    dtype: of the activations; "auto" is bfloat16 on a CPU (int4 products need it there, and it measured faster than
+    float32: 26 against 17 tokens/s for a 135M model on two cores with AVX512-BF16), the stored one on a GPU.
+    compile: whether to use torch.compile; None leaves it to the engine.
+    sequences, sequence_tokens: the number and the final length of the sequences that vLLM's cache has to hold at once;
+    a length of None stands for a conversation.
+    any_length: whether the cache must also hold sequences as long as a conversation, where sequence_tokens is less.
     """
 
     device: str = "auto"
@@ -38,11 +41,11 @@ class EngineOptions:
     any_length: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Check the dtype; raises `ConfigError`."""
         check_dtype(self.dtype)
 
     def dtype_on(self, device: torch.device) -> str:
-        """A dtype's name, or "auto" for the stored one."""
+        """Return a dtype's name, or "auto" for the stored one."""
         return "bfloat16" if self.dtype == "auto" and device.type == "cpu" else self.dtype
 
 
@@ -59,29 +62,63 @@ class Engine(Generates, Protocol):
 
     @staticmethod
     def place(device: str) -> torch.device:
-        """Where a model goes for a device by name; raises `ConfigError`."""
+        """Return the device of that name; raises `ConfigError` where the engine cannot use it."""
         ...
 
     def stream(self, conversation: Sequence[Turn], max_new_tokens: int) -> Generator[str, None, None]:
-        """The greedy answer, piece by piece as it is generated; closing the iterator ends the generation."""
+        """Yield the greedy answer in pieces as they are generated; closing the iterator ends the generation.
+
+        Raises what `chat_tokens` raises, and `ConfigError` where logits are not finite.
+        """
         ...
 
 
 def check_dtype(name: str) -> None:
-    """Raises `ConfigError`."""
+    """Refuse a dtype that no engine has; raises `ConfigError`."""
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}, allowed: {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
 
 
 def chat_tokens(tokenizer: Any, conversation: Sequence[Turn]) -> list[int]:
-    """Token ids of a conversation up to where the answer begins; without a chat template, its plain text."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    return tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"]
+    """Return the token ids of a conversation up to where the answer begins.
+
+    Without a chat template the turns are joined as plain text. Raises `SourceError` when the template is broken, and
+    `ConfigError` when it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"]
+    try:
+        tokens = tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if type(error) is TemplateError:  # what the template's own raise_exception() raises
+            raise ConfigError(
+                f"the model's chat template refuses the conversation: {error}. Ask in the form that it allows."
+            ) from error
+        raise SourceError(
+            f"the model's chat template is broken{_template_line(error)}: {error}. Mend it in chat_template.jinja (or the "
+            "entry chat_template of tokenizer_config.json) in the model's directory, or copy it from the original model."
+        ) from error
+    return tokens["input_ids"]
+
+
+def _template_line(error: Exception) -> str:
+    """Return where in a chat template an error arose, as far as that is known."""
+    if isinstance(error, TemplateSyntaxError):
+        return f" in line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return f" in line {lines[-1]}" if lines else ""
+
+
+def overflow(dtype: str) -> ConfigError:
+    """Return the error for logits that are NaN or infinite; dtype: name of the activations' type."""
+    remedies = {
+        "float16": "Values above 65504 overflow in float16. Use --dtype bfloat16 or --dtype float32.",
+        "bfloat16": "Use --dtype float32.",
+    }
+    damaged = "The model may be damaged: run `pairquant inspect` on it, or quantize it again."
+    return ConfigError(f"the model's logits are not finite in {dtype}. {remedies.get(dtype, damaged)}")
 
 
 def context_of(config: Any) -> int | None:
-    """The longest sequence, in tokens, that a Transformers configuration allows."""
+    """Return the longest sequence, in tokens, that a Transformers configuration allows; None where it says nothing."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

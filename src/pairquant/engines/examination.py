@@ -1,4 +1,4 @@
-"""Problems answered and tasks run: by a model of Transformers that is loaded here, or by vLLM in processes of its own."""
+"""Has a model answer problems and run tasks: with Transformers in this process, or with vLLM in one of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Prompts = Mapping[str, Sequence[list[int]]]
 
 @dataclass(frozen=True)
 class Questions:
-    """sets: of problems, answered as `plan` says; tasks: lm-eval's, or none."""
+    """Holds what to ask: sets of problems, to be answered as `plan` says, and lm-eval's tasks, or None."""
 
     sets: Prompts
     plan: AnswerPlan
@@ -29,22 +29,24 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answered:
-    """Of each set of problems its continuations, in order; of the tasks what came out, if there were any."""
+    """Holds each set's continuations, in the order of its prompts, and the tasks' metrics, None without tasks."""
 
     sets: dict[str, list[Continuation]]
     tasks: Metrics | None
 
 
 class Examinee(Protocol):
-    """A model on an engine."""
+    """Answers questions: a model on an engine."""
 
     def examine(self, questions: Questions, step: Callable[[str], None]) -> Answered:
-        """`step` is given the name of a set after each of its prompts, and "tasks" after them."""
+        """Answer all; calls `step` with a set's name after each of its prompts, and with "tasks" after the tasks."""
         ...
 
 
 @dataclass(frozen=True)
 class OnTransformers:
+    """Answers with a model that Transformers has loaded into this process."""
+
     model: Any
     tokenizer: Any
 
@@ -63,7 +65,7 @@ class OnTransformers:
 
 @dataclass(frozen=True)
 class OnVllm:
-    """In a process of its own. dtype: of the activations."""
+    """Answers with vLLM in a process of its own. dtype: of the activations."""
 
     name: str
     trust_remote_code: bool
@@ -85,7 +87,7 @@ class OnVllm:
 
 @dataclass(frozen=True)
 class VllmJob:
-    """What a process does."""
+    """Holds what such a process is told: `model` by name, and the parts of `Questions` that can be sent."""
 
     model: str
     trust_remote_code: bool
@@ -96,7 +98,7 @@ class VllmJob:
 
 
 def examine_on_vllm(job: VllmJob) -> Iterator[str | dict[str, Any]]:
-    """Names as `Examinee.examine` tells them, at the end {"sets", "tasks"} as in `Answered`."""
+    """Yield the names that `Examinee.examine` tells its `step`, and at the end {"sets", "tasks"} as in `Answered`."""
     from .vllm import LLM, NamedVllm, VllmEngine
 
     tasks = Tasks(job.tasks) if job.tasks else None

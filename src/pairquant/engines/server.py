@@ -1,4 +1,4 @@
-"""The command that starts an engine's own OpenAI-compatible server."""
+"""Builds the command that starts an engine's own OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from ..checkpoint.read import ModelFiles
 from ..support.errors import ConfigError
-from .engine import VLLM_LOADER, check_dtype
+from .engine import VLLM_LOADER, check_dtype, context_of
 
-#: What vLLM's cache may take on a CPU, GiB, unless the user says otherwise; vLLM would take most of the machine.
+#: Size of vLLM's cache on a CPU, in GiB, unless the user sets it; vLLM by itself takes most of the machine's memory.
 CPU_CACHE_GIB = "2"
 #: What Transformers' server imports, of its extra "serving".
 SERVING_PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
@@ -24,8 +24,11 @@ SERVING_PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """max_model_len: longest sequence in tokens; None for what memory allows. extra: further arguments, for the engine's
-    server as they are."""
+    """Say how to serve a model.
+
+    max_model_len: longest sequence in tokens; None for what memory (vLLM) or the model (Transformers) allows.
+    extra: arguments that are handed to the engine's server as they are.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -35,7 +38,7 @@ class ServerOptions:
     extra: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Check the values; raises `ConfigError`."""
         check_dtype(self.dtype)
         if self.tensor_parallel < 1 or (self.max_model_len is not None and self.max_model_len < 1):
             raise ConfigError(
@@ -45,24 +48,27 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Command:
-    """arguments: the program first; environment: all of it."""
+    """Holds a command line, the program first, and the whole environment that it runs in."""
 
     arguments: list[str]
     environment: dict[str, str]
 
     def replace_process(self) -> None:
-        """Become the server: signals, terminal and exit code are then its own. Does not return."""
+        """Turn this process into the server, which then has the signals, the terminal and the exit code; never returns."""
         os.execve(self.arguments[0], self.arguments, self.environment)
 
 
 def command(engine: str, files: ModelFiles, options: ServerOptions) -> Command:
-    """How `engine` serves a model, under the name that the user gave; raises `ConfigError` for what it cannot do."""
+    """Return the command by which `engine` serves a model under the name that the user gave.
+
+    Raises `ConfigError` for options that the engine does not have.
+    """
     build = {"vllm": _vllm, "transformers": _transformers}[engine]
     return build(files, options)
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises `ConfigError` when the server could not listen there."""
+    """Refuse an address on which the server could not listen; raises `ConfigError`."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -101,16 +107,22 @@ def _transformers(files: ModelFiles, options: ServerOptions) -> Command:
             f"tensor_parallel is {options.tensor_parallel}, which only vLLM can do. Use --engine vllm; Transformers' "
             "server spreads the layers over all GPUs by itself."
         )
+    context = context_of(files.config)
+    if options.max_model_len is not None and context is not None and options.max_model_len > context:
+        raise ConfigError(f"max_model_len is {options.max_model_len}, allowed: up to {context}, the model's context.")
+    directory = f"{files.directory}:{files.gguf}" if files.gguf else str(files.directory)
+    if "@" in directory:
+        raise ConfigError(
+            f"Transformers' server takes what follows '@' in {directory!r} for a revision. Rename the directory."
+        )
+    ours = {"served-model-name": files.name}
     if options.max_model_len is not None:
-        raise ConfigError(f"max_model_len is {options.max_model_len}, which only vLLM limits. Leave it out.")
-    name = f"{files.directory}:{files.gguf}" if files.gguf else files.name
-    if "@" in name:
-        raise ConfigError(f"Transformers' server reads what follows '@' in {name!r} as a revision. Rename the model.")
+        ours["max-model-len"] = str(options.max_model_len)
     dtype = "bfloat16" if options.dtype == "auto" and not torch.cuda.is_available() else options.dtype
-    arguments = {"host": options.host, "port": options.port, "dtype": dtype}
+    theirs = {"host": options.host, "port": options.port, "dtype": dtype}
     return _python(
         f"{__package__}.transformers_server",
-        ["serve", name, *_flags(arguments, files.trust_remote_code), *options.extra],
+        [*_flags(ours, False), "serve", directory, *_flags(theirs, files.trust_remote_code), *options.extra],
         {},
     )
 
@@ -121,7 +133,7 @@ def _flags(arguments: Mapping[str, object], trust_remote_code: bool) -> list[str
 
 
 def _python(module: str, arguments: Sequence[str], defaults: Mapping[str, str]) -> Command:
-    """`python -m module arguments`, in this environment and what it leaves open of the defaults."""
+    """Return the command `python -m module arguments`; defaults: variables that the environment may set otherwise."""
     environment = {**defaults, **os.environ}
     environment.pop("TQDM_DISABLE", None)  # that was for our own output
     return Command([sys.executable, "-m", module, *arguments], environment)

