@@ -1,6 +1,5 @@
 """The operators: what they accept, what they say, and that PyTorch can trace them."""
 
-import json
 import subprocess
 import sys
 
@@ -12,9 +11,8 @@ from packed import random_packed
 
 from pairquant.core.linear import decode, forward
 from pairquant.core.rotation import rotate
-from pairquant.kernels.run import cpu, ops, table
-from pairquant.kernels.run.table import Dense, Narrow, Wide
-from pairquant.support.errors import ConfigError, KernelError
+from pairquant.kernels.run import cpu, ops
+from pairquant.support.errors import KernelError
 
 
 def error(got, want):
@@ -143,58 +141,3 @@ def test_importing_the_kernels_imports_neither_triton_nor_cuda():
         "assert not torch.cuda.is_initialized(), 'cuda'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(table.Path, "home", lambda: tmp_path)
-    table.user_table.cache_clear()
-    table._choices.cache_clear()
-    yield tmp_path
-    table.user_table.cache_clear()
-    table._choices.cache_clear()
-
-
-def test_the_table_gives_the_nearest_shape(home):
-    for (n, c), row in table.MEASURED["sm90"].items():
-        for tokens, choice in row.items():
-            assert table.choose("sm90", n, c, tokens) == choice
-            assert table.choose("sm90", n + 8, c, tokens) == choice
-        assert table.choose("sm90", n, c, 100_000) == table.DENSE
-    assert isinstance(table.choose("sm90", 100, 64, 1), Narrow)
-    assert table.choose("sm75", 4096, 4096, 4) == table.UNMEASURED[8]
-
-
-def test_every_choice_fits_its_kernel():
-    rows = [table.UNMEASURED, *(row for shapes in table.MEASURED.values() for row in shapes.values())]
-    for row in rows:
-        assert tuple(row) == table.TOKENS
-        for tokens, choice in row.items():
-            if isinstance(choice, Narrow):
-                assert tokens <= 16
-                assert 128 % choice.rows == 0 == choice.rows % 16
-                assert choice.prefetch % choice.warps == 0
-            elif isinstance(choice, Wide):
-                assert 128 % choice.rows == 0 == choice.rows % (16 * choice.warps) or choice.warps == 8
-
-
-def test_the_users_own_measurements(home):
-    mine = {8: Narrow(64, 8, 2, 4, True, 8), 64: Wide(64, 64, 4), 512: Dense(1024)}
-    path = table.save_user_table("sm99", {(512, 256): mine})
-    assert table.choose("sm99", 512, 256, 5) == mine[8]
-    assert table.choose("sm99", 512, 256, 40) == mine[64]
-    assert table.choose("sm99", 512, 256, 300) == mine[512]
-    assert table.choose("sm99", 512, 256, 1) == table.UNMEASURED[1]
-    table.save_user_table("sm99", {(64, 64): mine})
-    assert len(json.loads(path.read_text())) == 2
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[1]", '[{"out_features": 8, "in_features": 8, "choices": {"1": {"kernel": "x"}}}]']
-)
-def test_a_damaged_table_is_named(home, text):
-    path = table.user_path("sm99")
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(ConfigError, match="Delete it"):
-        table.choose("sm99", 8, 8, 1)

@@ -1,0 +1,87 @@
+"""The table of kernel choices: the nearest measured shape, the user's own measurements, damaged files."""
+
+import json
+
+import pytest
+
+from pairquant.kernels.run import table
+from pairquant.kernels.run.table import Dense, Narrow, Wide
+from pairquant.support.errors import ConfigError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(table.Path, "home", lambda: tmp_path)
+    table.user_table.cache_clear()
+    table._choices.cache_clear()
+    yield tmp_path
+    table.user_table.cache_clear()
+    table._choices.cache_clear()
+
+
+def test_the_table_gives_the_nearest_shape(home):
+    for (n, c), row in table.MEASURED["sm90"].items():
+        for tokens, choice in row.items():
+            assert table.choose("sm90", n, c, tokens) == choice
+            assert table.choose("sm90", n + 8, c, tokens) == choice
+        assert table.choose("sm90", n, c, 100_000) == table.DENSE
+    assert isinstance(table.choose("sm90", 100, 64, 1), Narrow)
+    assert table.choose("sm75", 4096, 4096, 4) == table.UNMEASURED[8]
+
+
+def test_every_choice_fits_its_kernel():
+    rows = [table.UNMEASURED, *(row for shapes in table.MEASURED.values() for row in shapes.values())]
+    for row in rows:
+        assert tuple(row) == table.TOKENS
+        for tokens, choice in row.items():
+            if isinstance(choice, Narrow):
+                assert tokens <= 16
+                assert 128 % choice.rows == 0 == choice.rows % 16
+                assert choice.prefetch % choice.warps == 0
+            elif isinstance(choice, Wide):
+                assert 128 % choice.rows == 0 == choice.rows % (16 * choice.warps) or choice.warps == 8
+
+
+def test_the_users_own_measurements(home):
+    mine = {8: Narrow(64, 8, 2, 4, True, 8), 64: Wide(64, 64, 4), 512: Dense(1024)}
+    path = table.save_user_table("sm99", {(512, 256): mine})
+    assert table.choose("sm99", 512, 256, 5) == mine[8]
+    assert table.choose("sm99", 512, 256, 40) == mine[64]
+    assert table.choose("sm99", 512, 256, 300) == mine[512]
+    assert table.choose("sm99", 512, 256, 1) == table.UNMEASURED[1]
+    table.save_user_table("sm99", {(64, 64): mine})
+    assert len(json.loads(path.read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '[{"out_features": 8, "in_features": 8, "choices": {"1": {"kernel": "x"}}}]']
+)
+def test_a_damaged_table_is_named(home, text):
+    path = table.user_path("sm99")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="Delete it"):
+        table.choose("sm99", 8, 8, 1)
+
+
+def test_the_nearest_shape_is_near_in_both_sides(home):
+    small, large = {8: Narrow(16, 2)}, {8: Narrow(64, 2)}
+    table.save_user_table("sm99", {(512, 512): small, (8192, 512): large})
+    assert table.choose("sm99", 1500, 512, 8) == small[8]  # nearer by the ratio, not by the difference
+    assert table.choose("sm99", 3000, 512, 8) == large[8]
+    assert table.choose("sm99", 512, 8192, 8) == small[8]
+
+
+@pytest.mark.parametrize("end", table.TOKENS)
+def test_a_range_of_tokens_ends_where_it_says(home, end):
+    table.save_user_table("sm99", {(64, 64): {end: Dense(end)}})
+    assert table.choose("sm99", 64, 64, end) == Dense(end)
+    assert table.choose("sm99", 64, 64, end + 1) != Dense(end)
+
+
+def test_measuring_again_replaces_and_leaves_no_half_written_file(home):
+    path = table.save_user_table("sm99", {(64, 64): {1: Dense(1)}})
+    table.save_user_table("sm99", {(64, 64): {1: Dense(2)}})
+    assert table.choose("sm99", 64, 64, 1) == Dense(2)
+    assert [file.name for file in path.parent.iterdir()] == ["kernels-sm99.json"]
+    assert table.choose("sm98", 64, 64, 1) == table.UNMEASURED[1], "each class of devices has a file of its own"
