@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+#: Relative distance of two runs of the same weights: products sum in another order where memory lies otherwise, or a
+#: compiler has rewritten them.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 #: Packed layers round their rotated input and their scales, too; engines fuse and sum in other orders.
-FACTOR = 3.0
+FACTOR = 2.0
 #: Tokens of each place that are compared: errors of those that nobody would choose matter to nobody.
 LIKELY = 5
 
@@ -47,13 +50,12 @@ class Agreement:
         chosen = places.gather(1, torch.tensor(answer)[:, None])[:, 0]
         return places.max(1).values - chosen
 
-    def check_greedy(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        """Every token of every answer is the likeliest up to noise, and nearly always the likeliest."""
+    def check_greedy(self, prompts: list[list[int]], answers: list[list[int]], same: float = 0.95) -> None:
+        """Every token of every answer is the likeliest up to noise, and of this share of them, the likeliest."""
         gaps = torch.cat([self.gaps(p, a) for p, a in zip(prompts, answers, strict=True)])
         noise = torch.cat([self.noise((p + a)[:-1], len(p) - 1) for p, a in zip(prompts, answers, strict=True)])
-        print("GREEDY", gaps.max(), noise.abs().max(), rms(noise), (gaps == 0).float().mean(), len(gaps))
         assert gaps.max() <= FACTOR * noise.abs().max(), "a token was chosen that is not the likeliest up to rounding"
-        assert (gaps == 0).float().mean() > 0.95, "ties are rare: so many differences have another cause"
+        assert (gaps == 0).float().mean() >= same, "ties are rare: so many differences have another cause"
 
 
 @torch.no_grad()
@@ -64,3 +66,8 @@ def log_probabilities(model, tokens: list[int]) -> Tensor:
 
 def rms(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative, over all numbers: in bfloat16 a single one, near zero, may be wrong by as much as it is large."""
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
