@@ -20,7 +20,7 @@ $(READY_TO_TEST): $(READY)
 	@bash $(SETUP) $(VENV) test
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/demo.sh
 
 # A file at a time on each of two workers; more threads than cores would wait for each other.
 test: $(READY_TO_TEST)

