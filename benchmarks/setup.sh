@@ -23,12 +23,14 @@ stop() { printf '\nSetting up %s failed: %s\n' "$venv" "$1" >&2; exit 1; }
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
 
+fits() { [[ $1 == 3.11.* || $1 == 3.12.* ]]; }
+
 # The Python asked for, or the first on the path that will do.
 find_python() {
   local candidate version found=""
   for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
     version=$(version_of "$candidate") || continue
-    case $version in 3.11.* | 3.12.*) command -v "$candidate"; return ;; esac
+    if fits "$version"; then command -v "$candidate"; return; fi
     found="$found $candidate is $version;"
   done
   stop "Python 3.11 or 3.12 is needed. Found:${found:- no ${PYTHON:-python3};}
@@ -79,6 +81,7 @@ trap '[ $? = 0 ] || clean_up' EXIT
 trap 'exit 130' INT TERM
 [ -e "$venv" ] || fresh=yes
 [ -x "$venv/bin/pip" ] || make_venv
+fits "$(version_of "$venv/bin/python")" || stop "it holds another Python than 3.11 or 3.12. Remove it: make clean"
 : >"$log"
 
 case $part in
