@@ -136,14 +136,12 @@ def answers(checkpoints, adapted, root):
 def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, noise, answers, name, dtype):
     answer = answers[name, dtype]
     assert "error" not in answer, answer
-    print("KL", name, dtype, divergence(checkpoints[name][1], answer["logprobs"]), noise[name])
     assert divergence(checkpoints[name][1], answer["logprobs"]) < (noise[name] if dtype == "bfloat16" else EXACT)
 
 
 def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, noise, answers):
     assert "error" not in answers["adapter"], answers["adapter"]
     found = answers["adapter"]["logprobs"]
-    print("KL adapter", divergence(adapted[1], found), noise["adapter"], divergence(checkpoints["llama"][1], found))
     assert divergence(adapted[1], found) < noise["adapter"]
     assert divergence(checkpoints["llama"][1], found) > 10 * noise["adapter"], "the adapter changed nothing"
 
@@ -153,7 +151,6 @@ def test_two_ranks_and_a_compiled_graph_give_the_same(checkpoints, noise, root):
     options = {"dtype": "bfloat16", "tensor_parallel_size": 2, "enforce_eager": False}
     (answer,) = run([{"model": str(path), "options": options}], root)
     assert "error" not in answer, answer
-    print("KL ranks", divergence(expected, answer["logprobs"]), noise["llama"])
     assert divergence(expected, answer["logprobs"]) < noise["llama"]
 
 
