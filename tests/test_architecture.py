@@ -1,11 +1,15 @@
-"""The import rule: imports point to a lower floor or stay inside the same folder; heavy libraries have one door each."""
+"""The rules of the house: imports point to a lower floor or stay inside the same folder; heavy libraries have one door
+each; modules with logic have a test file of their name; functions fit on a screen.
+"""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "pairquant"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "pairquant"
 FLOORS = {
     "support": 0,
     "spec": 1,
@@ -68,6 +72,23 @@ DOORS = {
     "choreographer": {"report/images.py"},
     "pickle": set(),
 }
+#: A module whose functions have more statements than this has logic, and a test file of its name.
+LOGIC = 15
+#: Of the modules with logic, those that need have none, and where they are tested instead.
+TESTED_ELSEWHERE = {
+    "kernels/fit/triton_loops.py": "Triton kernels, by their launcher: kernels/fit/test_loops.py",
+    "kernels/fit/triton_matrices.py": "Triton kernels, by their launcher: kernels/fit/test_matrices.py",
+    "kernels/run/triton_decode.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
+    "kernels/run/triton_linear.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
+    "kernels/run/triton_rotate.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
+}
+#: Share of the modules with logic that must have their test file.
+TESTED_SHARE = 0.8
+#: Lines of a function that fits on a screen. Not so: kernels, which are one loop, and commands, whose options are parameters.
+SCREEN = 60
+LONGER = {"kernels/run/triton_", "kernels/fit/triton_", "cli/"}
+#: Files directly in the package: a newcomer sees at a glance where to go on.
+TOP_FILES = 6
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -121,3 +142,67 @@ def test_no_message_less_assert_and_no_bare_except_in_src():
         for node in ast.walk(ast.parse(file.read_text())):
             assert not (isinstance(node, ast.Assert) and node.msg is None), f"{file}:{node.lineno}"
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{file}:{node.lineno}"
+
+
+def functions(file: Path):
+    """Every function of a file, methods and functions within functions included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+
+
+def statements(function: ast.AST) -> int:
+    """Without its docstring and functions within it, which are counted for themselves."""
+    count = 0
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        count += (isinstance(node, ast.stmt) and not is_docstring) + statements(node)
+    return count
+
+
+@cache
+def modules_with_logic() -> dict[str, Path]:
+    """Path of a module in the package → where its test file is to be."""
+    found = {}
+    for file in FILES:
+        path = file.relative_to(SOURCE)
+        if sum(map(statements, functions(file))) > LOGIC and path.parent != Path():
+            found[path.as_posix()] = TESTS / path.with_name(f"test_{path.name}")
+    return found
+
+
+def test_modules_with_logic_have_a_test_file_of_their_name():
+    wanted = {path: test for path, test in modules_with_logic().items() if path not in TESTED_ELSEWHERE}
+    missing = [path for path, test in wanted.items() if not test.is_file()]
+    share = 1 - len(missing) / len(wanted)
+    print(
+        f"{share:.0%} of {len(wanted)} modules with logic have a test file of their name; not so: {', '.join(missing)}"
+    )
+    assert share >= TESTED_SHARE, (
+        f"{share:.0%} have one, at least {TESTED_SHARE:.0%} must; missing: {', '.join(missing)}"
+    )
+
+
+def test_each_exception_is_needed_and_says_where_its_tests_are():
+    for path, reason in TESTED_ELSEWHERE.items():
+        test = modules_with_logic().get(path)
+        assert test is not None, f"{path} is not there, or has no logic: take it out of TESTED_ELSEWHERE"
+        assert not test.is_file(), f"{path} has a test file of its name: take it out of TESTED_ELSEWHERE"
+        assert (TESTS / reason.rpartition(": ")[2]).is_file(), f"{path}: {reason} is not there"
+
+
+def test_functions_fit_on_a_screen():
+    long = [
+        f"{path}:{function.lineno} {function.name} has {lines} lines"
+        for file in FILES
+        if not (path := file.relative_to(SOURCE).as_posix()).startswith(tuple(LONGER))
+        for function in functions(file)
+        if (lines := function.end_lineno - function.lineno + 1) > SCREEN
+    ]
+    assert long == [], f"at most {SCREEN}"
+
+
+def test_few_files_lie_directly_in_the_package():
+    files = [file.name for file in SOURCE.iterdir() if file.is_file()]
+    assert len(files) <= TOP_FILES, f"{sorted(files)}: put them into the folder of their subject"

@@ -1,79 +1,14 @@
 r"""Answers are found, graded and compared; problems come from the package and from files."""
 
 import json
-import threading
 
 import pytest
 from tiny_models import byte_tokenizer, tiny_model
 
-from pairquant.evaluation.grading import boxed, same_boxed, same_number
+from pairquant.evaluation.grading import same_number
 from pairquant.evaluation.problems import Problem, from_file, gsm8k
 from pairquant.evaluation.reasoning import AnswerPlan, answer, compare
 from pairquant.support.errors import ConfigError, TextError
-
-
-@pytest.mark.parametrize(
-    ("text", "inside"),
-    [
-        (r"so \boxed{42}.", "42"),
-        (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{7} and then \boxed{8", "7"),
-        ("no box", None),
-        (r"\boxed{", None),
-        (r"\boxed{}", ""),
-    ],
-)
-def test_the_last_complete_box_counts(text, inside):
-    assert boxed(text) == inside
-
-
-@pytest.mark.parametrize(
-    ("text", "expected", "right"),
-    [
-        (r"first 3, then \boxed{18}", "18", True),
-        (r"\boxed{\$18{,}000.00} for 4 people", "18,000", False),  # LaTeX's thousands are two numbers
-        (r"\boxed{\$18,000.00} for 4 people", "18,000", True),
-        ("16 - 3 - 4 = 9\n#### 9 eggs", "9", True),
-        ("#### 9\n#### 10", "10", True),
-        ("That makes 18 dollars", "18", True),
-        ("-5 degrees", "-5", True),
-        ("It is 5.", "-5", False),
-        ("0.50", ".5", True),
-        ("none", "0", False),
-        (r"\boxed{unknown} 18", "18", False),
-    ],
-)
-def test_numbers(text, expected, right):
-    assert same_number(text, expected) is right
-
-
-@pytest.mark.parametrize(
-    ("text", "expected", "right"),
-    [
-        (r"\boxed{0.5}", r"\frac{1}{2}", True),
-        (r"\boxed{070}", "70", True),
-        (r"\boxed{1+x^2}", "x^2+1", True),
-        (r"\boxed{\text{Monday}}", "Monday", True),
-        (r"\boxed{Tuesday}", "Monday", False),
-        (r"\boxed{(1, 2)}", "(1,2)", True),
-        (r"\boxed{3} or rather \boxed{4}", "3", False),
-        ("it is 204", "204", False),
-        (r"\boxed{}", "2", False),
-        (r"\boxed{__import__('os').abort()}", "2", False),
-    ],
-)
-def test_boxes(text, expected, right):
-    pytest.importorskip("math_verify")
-    assert same_boxed(text, expected) is right
-
-
-def test_boxes_are_compared_outside_the_main_thread_too():
-    pytest.importorskip("math_verify")
-    found = []
-    thread = threading.Thread(target=lambda: found.append(same_boxed(r"\boxed{\frac{6}{4}}", "1.5")))
-    thread.start()
-    thread.join()
-    assert found == [True]
 
 
 def test_gsm8k_answers_are_their_final_numbers():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import ROUNDING, distance
 from transformers import AutoModelForCausalLM
 
 import pairquant
@@ -30,9 +31,9 @@ def test_logits_are_the_same_wherever_layers_lie(tiny_checkpoint, tokens, tmp_pa
     expected = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=dtype)(tokens).logits
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=dtype, offload_folder=tmp_path, **options)
     if torch.cuda.is_available():
-        pytest.skip("the exact comparison is for machines without a GPU")
+        pytest.skip("the comparison is for machines without a GPU")
     for _ in range(2):
-        assert torch.equal(model(tokens).logits, expected)
+        assert distance(model(tokens).logits, expected) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

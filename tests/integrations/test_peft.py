@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from agreement import ROUNDING, distance
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -46,10 +47,6 @@ def logits(model, tokens):
     return model.eval()(tokens).logits.float()
 
 
-def difference(got, want):
-    return float((got - want).norm() / want.norm())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training_lowers_the_loss_and_leaves_the_codes_alone(tiny_checkpoint, tokens, dtype):
     with warnings.catch_warnings():
@@ -80,12 +77,13 @@ def test_a_saved_adapter_loads_by_peft_and_by_transformers(tiny_checkpoint, toke
     model = adapted(tiny_checkpoint, dtype)
     train(model, tokens, steps=3)
     expected = logits(model, tokens)
-    assert difference(logits(load(tiny_checkpoint, dtype), tokens), expected) > 0.05, "the adapter changed nothing"
+    assert distance(logits(load(tiny_checkpoint, dtype), tokens), expected) > 0.05, "the adapter changed nothing"
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny_checkpoint, dtype), tmp_path), tokens), expected)
+    again = PeftModel.from_pretrained(load(tiny_checkpoint, dtype), tmp_path)
+    assert distance(logits(again, tokens), expected) <= ROUNDING[dtype]
     plain = load(tiny_checkpoint, dtype)
     plain.load_adapter(str(tmp_path))  # in bfloat16 Transformers keeps the adapter in bfloat16, PEFT in float32
-    assert difference(logits(plain, tokens), expected) < (1e-6 if dtype == torch.float32 else 0.02)
+    assert distance(logits(plain, tokens), expected) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,12 +99,12 @@ def test_merging_gives_plain_layers_that_save_and_load(tiny_checkpoint, tokens, 
     assert attention.q_proj.weight.dtype == dtype
     assert isinstance(attention.k_proj, RotatedLinear)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03  # merged weights are rounded to bfloat16
-    assert difference(logits(merged, tokens), expected) < tolerance
+    assert distance(logits(merged, tokens), expected) < tolerance
     if not options:  # the plain LLaMA has no biases to load
         merged.save_pretrained(tmp_path / "merged")
         entries = merged.config.quantization_config.to_dict()
         assert "model.layers.1.mlp.down_proj" in entries["modules_to_not_convert"]
-        assert torch.equal(logits(load(tmp_path / "merged", dtype), tokens), logits(merged, tokens))
+        assert distance(logits(load(tmp_path / "merged", dtype), tokens), logits(merged, tokens)) <= ROUNDING[dtype]
 
 
 def test_all_linear_means_ours_too_also_for_a_second_adapter(tiny_checkpoint):
@@ -129,8 +127,8 @@ def test_unloading_gives_the_quantized_model_back(tiny_checkpoint, tokens):
     model = adapted(tiny_checkpoint)
     train(model, tokens, steps=1)
     with model.disable_adapter():
-        assert torch.equal(logits(model, tokens), expected)
-    assert torch.equal(logits(model.unload(), tokens), expected)
+        assert distance(logits(model, tokens), expected) <= ROUNDING[torch.float32]
+    assert distance(logits(model.unload(), tokens), expected) <= ROUNDING[torch.float32]
 
 
 def test_training_after_kbit_preparation_with_checkpointing(tiny_checkpoint, tokens):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import FACTOR
 from original_layout import write_original
 from tiny_models import SIZES, TEXT, byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -23,8 +24,8 @@ from pairquant.support.errors import CheckpointError, ConfigError
 
 pytest.importorskip("vllm", reason="needs vLLM")
 WORKER = Path(__file__).parent.parent / "vllm_worker.py"
-#: float32 runs decoded weights, bfloat16 the kernels. KL per token against float32, as measured: 2e-8 and 3e-6 to 1.5e-5.
-NOISE = {"float32": 1e-6, "bfloat16": 1e-4}
+#: KL per token against the reference where vLLM runs decoded weights in float32; 2e-8 as measured.
+EXACT = 1e-6
 
 
 def quantized(root: Path, family: str, **options) -> Path:
@@ -53,9 +54,9 @@ def run(jobs: list[dict], root: Path) -> list[dict]:
 
 
 def reference(model) -> torch.Tensor:
-    """Log-probabilities [T - 1, V] of the model in float32."""
+    """Log-probabilities, float32 [T - 1, V]."""
     with torch.no_grad():
-        return model(torch.tensor([PROMPT])).logits[0, :-1].log_softmax(-1)
+        return model(torch.tensor([PROMPT])).logits[0, :-1].float().log_softmax(-1)
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
@@ -63,8 +64,14 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
-def load(path: Path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def load(path: Path, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def allowed(expected: torch.Tensor, dense) -> float:
+    """KL per token that packed layers may be from float32: that of a dense model in bfloat16, which it grows with the
+    square of the noise."""
+    return FACTOR**2 * divergence(expected, reference(dense))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +112,16 @@ def adapted(checkpoints, root):
 
 
 @pytest.fixture(scope="module")
+def noise(checkpoints, adapted):
+    """Name, and "adapter" → the KL that is allowed in bfloat16."""
+    from peft import PeftModel
+
+    dense = {name: load(path, torch.bfloat16).dequantize() for name, (path, _) in checkpoints.items()}
+    found = {name: allowed(expected, dense[name]) for name, (_, expected) in checkpoints.items()}
+    return found | {"adapter": allowed(adapted[1], PeftModel.from_pretrained(dense["llama"], adapted[0]))}
+
+
+@pytest.fixture(scope="module")
 def answers(checkpoints, adapted, root):
     """(name, dtype), and "adapter" → log-probabilities from vLLM."""
     wanted = [(name, "bfloat16") for name in checkpoints] + [("qwen2", "float32")]
@@ -117,25 +134,25 @@ def answers(checkpoints, adapted, root):
     ("name", "dtype"),
     [*((n, "bfloat16") for n in ("llama", "qwen2", "phi3", "glm4", "original")), ("qwen2", "float32")],
 )
-def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, answers, name, dtype):
+def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, noise, answers, name, dtype):
     answer = answers[name, dtype]
     assert "error" not in answer, answer
-    assert divergence(checkpoints[name][1], answer["logprobs"]) < NOISE[dtype]
+    assert divergence(checkpoints[name][1], answer["logprobs"]) < (noise[name] if dtype == "bfloat16" else EXACT)
 
 
-def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, answers):
+def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, noise, answers):
     assert "error" not in answers["adapter"], answers["adapter"]
     found = answers["adapter"]["logprobs"]
-    assert divergence(adapted[1], found) < NOISE["bfloat16"]
-    assert divergence(checkpoints["llama"][1], found) > 10 * NOISE["bfloat16"], "the adapter changed nothing"
+    assert divergence(adapted[1], found) < noise["adapter"]
+    assert divergence(checkpoints["llama"][1], found) > 10 * noise["adapter"], "the adapter changed nothing"
 
 
-def test_two_ranks_and_a_compiled_graph_give_the_same(checkpoints, root):
+def test_two_ranks_and_a_compiled_graph_give_the_same(checkpoints, noise, root):
     path, expected = checkpoints["llama"]
     options = {"dtype": "bfloat16", "tensor_parallel_size": 2, "enforce_eager": False}
     (answer,) = run([{"model": str(path), "options": options}], root)
     assert "error" not in answer, answer
-    assert divergence(expected, answer["logprobs"]) < NOISE["bfloat16"]
+    assert divergence(expected, answer["logprobs"]) < noise["llama"]
 
 
 def test_the_plain_layers_of_the_mixed_checkpoint_are_plain(checkpoints):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from agreement import ROUNDING, distance
 from packed import random_packed
 from torch import nn
 
@@ -168,7 +169,8 @@ def test_compiles_without_a_graph_break(dtype):
     x = torch.randn(3, 128).to(dtype)
     want = layer(x)  # builds what is kept
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), want)
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert distance(found, want) <= ROUNDING[dtype]
 
 
 def test_merged_layers_compile_without_a_graph_break():

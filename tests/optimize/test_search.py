@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from agreement import distance
 
 from pairquant.core.grid import fake_quantize
-from pairquant.core.linear import Transform, decode, encode
+from pairquant.core.linear import Transform, decode, encode, rotated_weight
 from pairquant.core.rotation import rotate_dense
 from pairquant.core.rounding import proxy_error
 from pairquant.optimize.search import Problem, fit_transforms, loss_and_gradients, select_for
@@ -69,7 +70,7 @@ def test_loss_and_gradients_equal_those_of_autograd(symmetric, generator):
     expected.backward()
     with torch.no_grad():
         loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach())
-    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=0)
     torch.testing.assert_close(grad_into, into.grad, rtol=1e-3, atol=1e-3 * float(into.grad.abs().max()))
     torch.testing.assert_close(grad_out_of, out_of.grad, rtol=1e-3, atol=1e-3 * float(out_of.grad.abs().max()))
 
@@ -190,8 +191,8 @@ def test_a_shared_transform_is_that_of_the_stacked_rows(generator):
         encode(part.weight, shared, None, FEW_STEPS.spec.layout(C, len(part.weight)), FEW_STEPS.recipe)
         for part in (first, second)
     ]
-    for name in ("qweight", "qzeros", "scales"):
-        assert torch.equal(whole[name], torch.cat([part[name] for part in parts], dim=1))
+    # Products of another number of rows may round otherwise, and a code between two then falls to the other side.
+    assert distance(rotated_weight(whole), torch.cat([rotated_weight(part) for part in parts])) < 0.01
     for name in ("theta", "pairs", "channel_scales"):
         assert all(torch.equal(whole[name], part[name]) for part in parts)
     assert rounding_error(stacked, shared, FEW_STEPS) < unrotated(stacked, FEW_STEPS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import ROUNDING, distance
 from tiny_models import tiny_model
 
 from pairquant.models.blocks import find_blocks
@@ -42,7 +43,7 @@ def test_micro_batches_halve_until_they_fit_and_nothing_else_changes(streams, no
     expected = torch.cat([stream.calls[0].run(blocks[0].module, hidden) for hidden in stream.quantized])
     limited(blocks[0], most)
     stream.advance(blocks[0], 0)
-    torch.testing.assert_close(torch.cat(stream.quantized), expected)
+    assert distance(torch.cat(stream.quantized), expected) <= ROUNDING[torch.float32]
     assert notices[0] == "out of memory: going on with micro-batches of 3 windows instead of 7"
     assert len(notices) == {1: 2, 2: 2, 3: 1}[most]
     stream.advance(blocks[1], 1)

@@ -62,3 +62,26 @@ def test_a_damaged_table_is_named(home, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="Delete it"):
         table.choose("sm99", 8, 8, 1)
+
+
+def test_the_nearest_shape_is_near_in_both_sides(home):
+    small, large = {8: Narrow(16, 2)}, {8: Narrow(64, 2)}
+    table.save_user_table("sm99", {(512, 512): small, (8192, 512): large})
+    assert table.choose("sm99", 1500, 512, 8) == small[8]  # nearer by the ratio, not by the difference
+    assert table.choose("sm99", 3000, 512, 8) == large[8]
+    assert table.choose("sm99", 512, 8192, 8) == small[8]
+
+
+@pytest.mark.parametrize("end", table.TOKENS)
+def test_a_range_of_tokens_ends_where_it_says(home, end):
+    table.save_user_table("sm99", {(64, 64): {end: Dense(end)}})
+    assert table.choose("sm99", 64, 64, end) == Dense(end)
+    assert table.choose("sm99", 64, 64, end + 1) != Dense(end)
+
+
+def test_measuring_again_replaces_and_leaves_no_half_written_file(home):
+    path = table.save_user_table("sm99", {(64, 64): {1: Dense(1)}})
+    table.save_user_table("sm99", {(64, 64): {1: Dense(2)}})
+    assert table.choose("sm99", 64, 64, 1) == Dense(2)
+    assert [file.name for file in path.parent.iterdir()] == ["kernels-sm99.json"]
+    assert table.choose("sm98", 64, 64, 1) == table.UNMEASURED[1], "each class of devices has a file of its own"

@@ -5,8 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from pairquant.jobs.tune import launched_shapes
-from pairquant.jobs.tune import tune as tune_verb
 from pairquant.kernels.run import table, tune
 from pairquant.support.errors import ResourceError
 
@@ -52,19 +50,3 @@ def test_nothing_that_runs_is_an_error(monkeypatch):
     monkeypatch.setattr(tune.launch, "linear", linear)
     with pytest.raises(ResourceError, match=f"no tile for 1 tokens runs on {DEVICE}: out of resource"):
         tune.tune_shape((64,), 128, 64, DEVICE, lambda call: call())
-
-
-def test_siblings_are_launched_together():
-    block = {f"a.{n}_proj": (64, 128) for n in "qkv"} | {
-        "a.o_proj": (128, 64),
-        "m.gate_proj": (8, 16),
-        "m.up_proj": (8, 16),
-    }
-    assert launched_shapes(block) == [((64, 64, 64), 128), ((128,), 64), ((8, 8), 16)]
-    assert launched_shapes({"a.q_proj": (64, 128), "a.k_proj": (32, 96)}) == [((64,), 128), ((32,), 96)]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu():
-    with pytest.raises(ResourceError, match="needs an NVIDIA GPU"):
-        next(tune_verb("anything"))
