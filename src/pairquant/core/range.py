@@ -15,8 +15,9 @@ from .grid import MIN_SCALE
 SMALLEST_TYPICAL_SCALE, LARGEST_SCALE = 4 * MIN_SCALE, 8192.0
 #: The typical scale that a weight too small is brought to.
 AIM = 1e-3
-#: Most powers of two that channel scales, themselves fp16, can take over.
-MOST_EXPONENT = 12
+#: Powers of two that channel scales, themselves fp16 and a few times larger or smaller, can take over. 2⁻¹⁴ is fp16's
+#: smallest number of full precision.
+LEAST_EXPONENT, MOST_EXPONENT = -14, 12
 
 
 def extent(weight: Tensor) -> tuple[float, float]:
@@ -37,7 +38,7 @@ def power_of_two(rms: float, peak: float, bits: int) -> float:
     if largest > LARGEST_SCALE:
         exponent = math.ceil(math.log2(largest / LARGEST_SCALE))
     elif 0 < typical < SMALLEST_TYPICAL_SCALE:
-        exponent = max(-MOST_EXPONENT, math.floor(math.log2(typical / AIM)))
+        exponent = max(LEAST_EXPONENT, math.floor(math.log2(typical / AIM)))
     factor = 2.0**exponent
     if exponent > MOST_EXPONENT or (exponent < 0 and typical / factor < MIN_SCALE):
         size = f"as large as {peak:.3g}" if exponent > 0 else f"as small as {rms:.3g} (root mean square)"

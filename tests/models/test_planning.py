@@ -1,0 +1,63 @@
+"""The plan of a model: patterns that name nothing, what stays plain and why, and what cannot be quantized."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import nn
+
+from pairquant.models.blocks import find_blocks
+from pairquant.models.planning import plan_model, uncovered
+from pairquant.spec.options import QuantConfig
+from pairquant.support.errors import ConfigError
+
+
+def options(*ignore, **others):
+    return QuantConfig(**{"group_size": 32, "ignore": ("lm_head", *ignore), **others})
+
+
+def test_every_linear_is_planned_or_plain_with_its_reason():
+    model = tiny_model()
+    plan, blocks = plan_model(model, options("down_proj"))
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(plan.layouts) | set(plan.plain) == linears
+    assert set(plan.layouts) == {path for block in blocks for path in block.sites}
+    assert plan.plain["lm_head"] == "--ignore lm_head"
+    assert plan.plain["model.layers.0.mlp.down_proj"] == "--ignore down_proj"
+
+
+def test_a_pattern_that_names_nothing_is_refused_with_a_guess():
+    with pytest.raises(ConfigError, match=r"'down_porj' names no module.*did you mean 'down_proj'"):
+        plan_model(tiny_model(), options("down_porj"))
+
+
+def test_nothing_left_to_quantize_is_refused():
+    with pytest.raises(ConfigError, match="leaves no linear layer"):
+        plan_model(tiny_model(), options("model.layers"))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(8, 128, 128))
+
+
+def test_a_large_weight_that_no_site_covers_is_refused_and_can_be_ignored():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = Experts()
+    with pytest.raises(ConfigError) as caught:
+        plan_model(model, options())
+    assert "are in 2 matrices that cannot be quantized yet, such as model.layers.0.mlp.experts.gate_up_proj" in str(
+        caught.value
+    )
+    assert "--ignore 're:.*gate_up_proj$'" in str(caught.value)
+    plan, blocks = plan_model(model, options("re:.*gate_up_proj$"))
+    assert len(plan.layouts) == 14
+    assert uncovered(blocks[0]) == {"model.layers.0.mlp.experts.gate_up_proj": 8 * 128 * 128}
+
+
+def test_small_parameters_are_no_matter():
+    model = tiny_model()
+    model.model.layers[0].mlp.gate = nn.Parameter(torch.zeros(2, 128))
+    plan_model(model, options())
+    assert uncovered(find_blocks(tiny_model())[0]) == {}

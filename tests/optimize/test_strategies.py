@@ -1,0 +1,82 @@
+"""Strategies: which recipe gets which, mixed specs in one block, and weights out of fp16's range."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from pairquant.core.linear import decode
+from pairquant.core.rounding import proxy_error
+from pairquant.optimize.strategies import BlockTraining, Refitting, Rounding, strategy_for
+from pairquant.optimize.walk import quantize_blocks
+from pairquant.spec.linear import Spec
+from pairquant.spec.options import QuantConfig
+from pairquant.spec.recipe import PRESETS, Recipe, Refit, Training
+
+CPU = torch.device("cpu")
+SHORT = {
+    "rounding": Recipe(steps=5),
+    "refit": Recipe(steps=5, refit=Refit(epochs=1, batch=4)),
+    "training": Recipe(training=Training(epochs=1, weight_epochs=1, batch=4), rounding="nearest"),
+    "nearest": PRESETS["rtn"],
+}
+MIXED = ("down_proj=bits:8,rotations:0", "o_proj=bits:5,group_size:64", "k_proj=bits:6,rotations:2", "up_proj=bits:2")
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(3, 259, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [("fast", Rounding), ("best", Refitting), ("paper", BlockTraining), ("quick", Rounding), ("rtn", Rounding)],
+)
+def test_each_recipe_has_its_strategy(preset, kind):
+    assert type(strategy_for(QuantConfig(preset=preset))) is kind
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("recipe", SHORT)
+def test_one_block_may_hold_many_specs(recipe, shared, tokens):
+    config = QuantConfig(group_size=32, rotations=4, recipe=SHORT[recipe], overrides=MIXED, share_rotations=shared)
+    model, original = tiny_model(), tiny_model()
+    for result in quantize_blocks(model, tokens, config, CPU):
+        for path, packed in result.packed.items():
+            rotations = 4 if config.recipe.transform else 0
+            spec = {
+                "down_proj": Spec(8, 32, 0), "o_proj": Spec(5, 64, rotations), "k_proj": Spec(6, 32, min(2, rotations)),
+                "up_proj": Spec(2, 32, rotations),
+            }.get(path.rpartition(".")[2], Spec(4, 32, rotations))  # fmt: skip
+            assert packed.layout.spec == spec
+            packed.check_values(path)
+            assert torch.equal(model.get_submodule(path).weight, decode(packed))
+            error = proxy_error(
+                original.get_submodule(path).weight, decode(packed), torch.eye(packed.layout.in_features)
+            )
+            assert error < {2: 0.8, 4: 0.1, 5: 0.03, 6: 0.02, 8: 0.002}[spec.bits], path
+        groups = {frozenset(p.rpartition(".")[2] for p in group) for group in result.shared}
+        reads = shared and config.recipe.needs_text  # what reads the same input is not known without text
+        assert groups == ({frozenset({"q_proj", "v_proj"})} if reads else set())
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_an_mlp_scaled_up_and_down_is_fitted_as_the_plain_one(recipe, tokens):
+    """The same function, with its weights out of fp16's range: up / 10⁶ and down · 10⁶."""
+    errors = {}
+    for size in (1.0, 1e6):
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data /= size
+            layer.mlp.down_proj.weight.data *= size
+        config = QuantConfig(group_size=32, recipe=SHORT[recipe])
+        results = list(quantize_blocks(model, tokens, config, CPU))
+        errors[size] = [e for r in results for path, e in r.errors.items() if path.endswith(("up_proj", "down_proj"))]
+    assert max(errors[1e6]) < 1.3 * max(errors[1.0])
+
+
+def test_the_recorded_error_is_that_of_the_weight_in_the_block(tokens):
+    config = QuantConfig(group_size=32, recipe=replace(SHORT["rounding"], drift=0.0))
+    results = list(quantize_blocks(tiny_model(), tokens, config, CPU))
+    assert all(0 < error < 0.05 for result in results for error in result.errors.values())
