@@ -55,7 +55,7 @@ def test_one_block_may_hold_many_specs(recipe, shared, tokens):
             error = proxy_error(
                 original.get_submodule(path).weight, decode(packed), torch.eye(packed.layout.in_features)
             )
-            assert error < {2: 0.8, 4: 0.1, 5: 0.03, 6: 0.02, 8: 0.002}[spec.bits], path
+            assert error < {2: 1.0, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.005}[spec.bits], path
         groups = {frozenset(p.rpartition(".")[2] for p in group) for group in result.shared}
         reads = shared and config.recipe.needs_text  # what reads the same input is not known without text
         assert groups == ({frozenset({"q_proj", "v_proj"})} if reads else set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..core.linear import decode
+from ..models.sites import Site
 from ..spec.fields import Field
 from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError, ConfigError, did_you_mean
 from .describe import README, readme_digest, state_dtype, write_config
 from .files import read_json
+from .original import sites_of
 from .read import Checkpoint, ModelFiles
 from .side_files import copy_side_files
 from .write import Entry, require_apart, require_free, require_space, write_checkpoint
@@ -43,7 +45,7 @@ def export(
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
     require_apart(output, files)
-    entries = _entries(checkpoint, dtype)
+    entries = _entries(checkpoint, dtype, sites_of(files))
     require_space(output, sum(entry.field.nbytes for entry in entries.values()))
     if on_tensors is not None:
         entries = _told(entries, on_tensors(len(entries)))
@@ -64,7 +66,7 @@ def _dtype(to: str) -> torch.dtype:
     raise ConfigError(f"format is {to!r}, allowed: {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}{reason}")
 
 
-def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Entry]:
+def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site]) -> dict[str, Entry]:
     """Every tensor of the plain model, in the order of the packed ones."""
     stored = checkpoint.stored
     quantized = set(stored.linears())
@@ -74,9 +76,10 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Entry]:
     for name, field in stored.fields.items():
         path, _, part = name.rpartition(".")
         if path in quantized and part == "qweight":
-            layout = checkpoint.layout(path)
-            weight = Field(dtype, (layout.out_features, layout.in_features))
-            entries[f"{path}.weight"] = Entry(weight, partial(_decoded, checkpoint, path, dtype))
+            layout, site = checkpoint.layout(path), sites.get(path)
+            shape = (layout.out_features, layout.in_features)
+            held = tuple(site.as_held(torch.empty(shape, device="meta")).shape) if site else shape
+            entries[f"{path}.weight"] = Entry(Field(dtype, held), partial(_decoded, checkpoint, path, dtype, site))
         elif path not in quantized or part not in TENSOR_NAMES or part == "bias":
             kept = dtype if field.dtype.is_floating_point and name not in precise else field.dtype
             entries[name] = Entry(Field(kept, field.shape), partial(_kept, checkpoint, name, kept))
@@ -91,8 +94,9 @@ def _wider_on_purpose(plain: dict[str, Field]) -> set[str]:
     return set(wide) if narrow > sum(field.nbytes // 4 for field in wide.values()) else set()
 
 
-def _decoded(checkpoint: Checkpoint, path: str, dtype: torch.dtype) -> Tensor:
-    return _cast(f"{path}.weight", decode(checkpoint.packed(path)), dtype)
+def _decoded(checkpoint: Checkpoint, path: str, dtype: torch.dtype, site: Site | None) -> Tensor:
+    weight = decode(checkpoint.packed(path))
+    return _cast(f"{path}.weight", site.as_held(weight) if site else weight, dtype)
 
 
 def _kept(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:

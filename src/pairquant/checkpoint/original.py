@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..support.errors import PairQuantError
+from ..models.sites import Site, sites_in
+from ..support.errors import PairQuantError, SourceError
 from .headers import StoredTensors
 from .read import Checkpoint, ModelFiles
 
@@ -34,7 +35,7 @@ class Original:
             if weight.shape != (layout.out_features, layout.in_features):
                 raise AttributeError(f"{path} has shape {list(weight.shape)} there")
             return weight
-        except (PairQuantError, AttributeError) as error:
+        except (PairQuantError, AttributeError, KeyError) as error:
             self.remark = f"the source {self._source} cannot be read ({error})"
             self._source = None
             return None
@@ -46,6 +47,24 @@ class Original:
         files = ModelFiles.find(self._source)
         stored = None if files.gguf else StoredTensors.of_directory(files.directory)
         if stored and all(f"{path}.weight" in stored.fields for path in self._checkpoint.stored.linears()):
-            return lambda path: stored.load(f"{path}.weight")
-        model = files.model()
-        return lambda path: model.get_submodule(path).weight.detach()
+            sites = sites_of(files)
+
+            def load(path: str) -> Tensor:
+                weight = stored.load(f"{path}.weight")
+                return sites[path].as_held(weight) if path in sites else weight
+
+            return load
+        sites = {site.path: site for site in sites_in(files.model())}
+        return lambda path: sites[path].weight
+
+
+def sites_of(files: ModelFiles) -> dict[str, Site]:
+    """Where the weights of a model lie, by path, without loading them.
+
+    Empty for a model whose class cannot be built, such as custom code that is not trusted: its weights then count as those
+    of `nn.Linear`.
+    """
+    try:
+        return {site.path: site for site in sites_in(files.skeleton())}
+    except SourceError:
+        return {}

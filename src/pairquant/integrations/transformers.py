@@ -76,6 +76,8 @@ class ParoQuantizer(HfQuantizer):
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
             _layers().replace_module(model, path, sites[path].packed_module(layout))
+            # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
+            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
@@ -95,6 +97,11 @@ class ParoQuantizer(HfQuantizer):
             raise ConfigError(
                 f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
                 "Load the model without offload_buffers, or use `pairquant export`."
+            )
+        if other := [path for path, linear in _layers().rotated_linears(model) if not linear.stands_for_linear]:
+            raise ConfigError(
+                f"{other[0]} stands for a layer that is not nn.Linear, which cannot be made here. Use `pairquant export`, and "
+                "load what it writes."
             )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if dtype not in (None, model.config.dtype):

@@ -44,6 +44,8 @@ class RotatedLinear(nn.Module):
             self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
         if not layout.bias:
             self.bias = None
+        #: Whether the layer it stands for was `nn.Linear`, whose weight is [N, C].
+        self.stands_for_linear = True
         self._kept: _Kept | None = None
         self._merged = Merged([self])
 

@@ -61,7 +61,7 @@ class Site(ABC):
         parameter = self.module.get_parameter("weight")
         parameter.data = self.as_held(weight).to(parameter.dtype)
 
-    def packed_module(self, layout: LinearLayout) -> nn.Module:
+    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
         """What runs the quantized weight in the module's place, on its device, empty."""
         parameter = self.module.get_parameter("weight")
         return RotatedLinear(layout, parameter.device, parameter.dtype)
@@ -96,6 +96,11 @@ class Conv1DSite(Site):
 
     def as_held(self, weight: Tensor) -> Tensor:
         return weight.T
+
+    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
+        module = super().packed_module(layout)
+        module.stands_for_linear = False
+        return module
 
 
 KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite)

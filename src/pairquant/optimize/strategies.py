@@ -75,9 +75,9 @@ class BlockWork:
         return columns_per_block(self.layouts[path].bits)
 
     def rows(self, path: str) -> Tensor:
-        """This rank's rows of a linear's weight."""
+        """This rank's rows of a linear's weight, one after the other in memory."""
         weight = self.block.sites[path].weight
-        return weight[self.ranks.rows(len(weight), self.unit(path))]
+        return weight[self.ranks.rows(len(weight), self.unit(path))].contiguous()
 
     def owners(self) -> dict[str, int]:
         """The rank that rounds, and measures, each linear."""
