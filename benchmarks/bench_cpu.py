@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from pairquant.backends.ops import run
+from pairquant.backends.table import BY_NAME
 from pairquant.core.rotation import rotate_dense
-from pairquant.kernels import ops  # noqa: F401  registers the operators
 from pairquant.kernels.run.cpu import CpuWeights
 
 SHAPES = [(4096, 4096), (4096, 14336)]
@@ -64,9 +65,8 @@ def main() -> None:
             row = {"in": channels, "out": rows, "tokens": tokens}
             row["bfloat16"] = measure([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
             ours = [w.tensors() for w in weights]
-            row["pairquant"] = measure(
-                [lambda w=w: torch.ops.pairquant.rotated_linear(x, w, None, [rows], GROUP) for w in ours]
-            )
+            backend = BY_NAME["cpu-int4"]
+            row["pairquant"] = measure([lambda w=w: run(backend, x, w, None, [rows], GROUP) for w in ours])
             row["rotation"] = measure([lambda w=w: rotate_dense(x.float(), w.matrix).to(x.dtype) for w in weights])
             results["rows"].append(row)
             print("  ".join(f"{k} {v:g}" if isinstance(v, int) else f"{k} {v:.3f}" for k, v in row.items()), flush=True)

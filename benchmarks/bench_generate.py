@@ -82,7 +82,7 @@ def random_packed(layout: LinearLayout, seed: int) -> PackedLinear:
     noise = torch.rand(layout.rotations, layout.num_groups, GROUP, generator=generator, device=DEVICE)
     tensors["pairs"] = noise.argsort(-1).to(torch.int16).view(fields["pairs"].shape)
     tensors["channel_scales"] = torch.ones(fields["channel_scales"].shape, dtype=torch.half, device=DEVICE)
-    return PackedLinear(layout, **tensors)
+    return PackedLinear(layout, tensors)
 
 
 @torch.inference_mode()

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import triton
 
-from pairquant.kernels.run import launch, ops
-from pairquant.kernels.run.table import choose
+from pairquant.kernels.availability import device_class
+from pairquant.kernels.run import launch
+from pairquant.kernels.run.table import Narrow, Wide, choose
 from pairquant.kernels.run.tune import random_weights
 from pairquant.kernels.run.weights import KernelWeights
 
@@ -66,7 +67,7 @@ def copies(make: Callable[[], Any], size: int) -> list[Any]:
 
 def rotated(x: torch.Tensor, weights: KernelWeights, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What the operator does once its arguments are checked."""
-    tile = choose(ops.device_class(DEVICE), sum(weights.out_features), x.shape[1], x.shape[0])
+    tile = choose(device_class(DEVICE), sum(weights.out_features), x.shape[1], x.shape[0])
     return launch.linear(x, weights, bias, tile)
 
 
@@ -118,15 +119,17 @@ def random_rotation(peers: Any, channels: int) -> Any:
 
 
 def bench_rotation(peers: Any) -> list[dict[str, float]]:
-    """`rotate` alone, the original's kernel, the fast Hadamard transform and a copy, warm in L2 as each would find x."""
+    """The rotation before a product, the original's kernel, the fast Hadamard transform and a copy, warm in L2 as each would find x."""
     rows = []
     for channels in (2048, 4096, 8192, 14336, 16384):
-        weights = random_weights((128,), channels, GROUP, DEVICE, ROTATIONS).rotation
+        weights = random_weights((128,), channels, GROUP, DEVICE, ROTATIONS)
         original = random_rotation(peers, channels) if peers else None
         for tokens in (1, 4, 16, 64, 256, 1024, 4096):
             x = torch.randn(tokens, channels, dtype=torch.half, device=DEVICE)
             y = torch.empty_like(x)
-            row = {"channels": channels, "tokens": tokens, "rotate": measure([lambda: launch.rotate(x, weights)])}
+            before = Narrow(32, 2) if tokens <= 8 else Wide(64, 64, 4)  # what the product that follows would be
+            rotated = measure([lambda: launch.rotate_for(before, x, weights)])
+            row = {"channels": channels, "tokens": tokens, "rotate": rotated}
             row["copy"] = measure([lambda: y.copy_(x)])
             if peers:
                 row["original"] = measure([lambda: original(x)])

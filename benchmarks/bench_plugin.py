@@ -24,8 +24,7 @@ from torch import nn
 from pairquant import __version__
 from pairquant.core.linear import decode
 from pairquant.integrations.vllm import compat
-from pairquant.spec.checkpoint import CheckpointConfig
-from pairquant.spec.linear import TRANSFORM, PackedLinear, Spec
+from pairquant.spec.linear import PackedLinear, Spec, transform_names
 
 REQUESTS = (1, 8, 32)
 TOLERANCE = 5e-3
@@ -49,7 +48,7 @@ def plugin_method(sizes: tuple[int, ...], channels: int) -> Any:
         )
     from pairquant.integrations.vllm.linear import PairQuantLinearMethod
 
-    return PairQuantLinearMethod(CheckpointConfig(Spec(4, GROUP, ROTATIONS)), f"{'+'.join(map(str, sizes))}x{channels}")
+    return PairQuantLinearMethod(Spec(4, GROUP, ROTATIONS), f"{'+'.join(map(str, sizes))}x{channels}")
 
 
 def random_linears(sizes: tuple[int, ...], channels: int, shared: bool) -> list[PackedLinear]:
@@ -59,8 +58,8 @@ def random_linears(sizes: tuple[int, ...], channels: int, shared: bool) -> list[
         layout = Spec(4, GROUP, ROTATIONS).layout(channels, size)
         tensors = {name: random_field(name, field) for name, field in layout.fields().items()}
         if shared and linears:
-            tensors |= {name: linears[0].tensors()[name] for name in TRANSFORM}
-        linears.append(PackedLinear(layout, **tensors))
+            tensors |= {name: linears[0][name] for name in transform_names(layout)}
+        linears.append(PackedLinear(layout, tensors))
     return linears
 
 
@@ -81,7 +80,7 @@ def loaded_layer(method: Any, linears: list[PackedLinear]) -> nn.Module:
     layer, rows = nn.Module(), sum(sizes)
     with DEVICE:
         method.create_weights(layer, channels, sizes, channels, rows, torch.half, weight_loader=place)
-    starts = dict.fromkeys(linears[0].tensors(), 0)
+    starts = dict.fromkeys(linears[0].tensors, 0)
     for slot, linear in enumerate(linears):
         for name, tensor in linear.tensors.items():
             parameter = getattr(layer, name)

@@ -23,8 +23,9 @@ from setting import SETTING, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.quality import measure
+from pairquant.models.planning import plan_model
 from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.walk import Walk, needs_text
+from pairquant.optimize.walk import Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.support.devices import resolve_device
 from pairquant.support.windows import window_prefix
@@ -47,13 +48,14 @@ def main() -> None:
     for text, config in configs.items():
         model, start = copy.deepcopy(original), time.perf_counter()
         tokens = held_out = None
-        if needs_text(config):
+        if config.recipe.needs_text:
             training = config.recipe.training
             count = config.samples + (training.validation_samples if training else 0)
             prefix = window_prefix(tokenizer, config.bos)
             tokens = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed, prefix=prefix).tokens
             tokens, held_out = tokens[: config.samples], tokens[config.samples :]
-        walk = Walk(model, config, device, tokens, held_out)
+        plan, blocks = plan_model(model, config)
+        walk = Walk(model, blocks, plan, config, device, tokens, held_out)
         packed = {path: p for result in walk.run() for path, p in result.packed.items()}
         seconds = time.perf_counter() - start
         row = {

@@ -23,7 +23,8 @@ from pairquant.core.rotation import givens_positions, rotation_matrix
 from pairquant.models.blocks import find_blocks
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.search import Problem, loss_and_gradients, select_for
-from pairquant.optimize.streams import Streams
+from pairquant.optimize.streams import Places, Streams
+from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe
 from pairquant.support.windows import window_prefix
@@ -39,17 +40,17 @@ def problem_of(name: str, path: str) -> Problem:
     files = ModelFiles.find(name)
     model, cpu = files.model(torch.float32), torch.device("cpu")
     blocks = find_blocks(model)
-    index = next(i for i, block in enumerate(blocks) if path in block.linears)
+    index = next(i for i, block in enumerate(blocks) if path in block.sites)
     tokenizer = files.tokenizer()
     prefix = window_prefix(tokenizer)
     tokens = calibrate(tokenizer, CONFIG.calibration, CONFIG.samples, CONFIG.seq_len, 0, prefix=prefix).tokens
     with torch.no_grad():
-        streams = Streams.start(model, blocks, tokens, False, cpu, cpu, torch.float32, print)
+        streams = Streams.start(model, blocks, tokens, False, Places(cpu, cpu, torch.float32), print)
         for before in range(index):
             streams.advance(blocks[before], before)
-        moments = streams.moments(blocks[index], index).checked(blocks[index].linears)
+        moments, _ = streams.observe(blocks[index], index).checked(blocks[index].sites)
     hessian = next(m.hessian for m in moments if path in m.readers)
-    return Problem(blocks[index].linears[path].weight.detach(), hessian, 0)
+    return Problem(blocks[index].sites[path].weight, hessian, 0, CONFIG.spec)
 
 
 def scaled(matrix: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,9 +59,7 @@ def scaled(matrix: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def givens(problem: Problem, selection: str, scale: bool, rotations: int = 8) -> tuple[list[Tensor], Build]:
-    chosen = select_for(
-        problem.weight, problem.seed, QuantConfig(group_size=G, rotations=rotations, pair_selection=selection)
-    )
+    chosen = select_for(problem.weight, problem.seed, Spec(4, G, rotations), selection)
     theta = torch.zeros(chosen.free.shape, requires_grad=True)
     log_scale = torch.zeros(problem.channels, requires_grad=True)
     positions = givens_positions(chosen.pairs, G)
@@ -94,7 +93,7 @@ def curve(problem: Problem, trained: list[Tensor], build: Build, steps: int) -> 
     for step in range(steps if trained else 1):
         into, out_of = build()
         with torch.no_grad():
-            loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach(), CONFIG)
+            loss, grad_into, grad_out_of = loss_and_gradients(problem, into.detach(), out_of.detach())
         losses.append(float(loss / norm))
         if trained:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,13 @@ from vllm_worker import PROMPT
 import pairquant
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import rotated_linears
-from pairquant.spec.checkpoint import CheckpointConfig
-from pairquant.spec.linear import Spec
-from pairquant.support.errors import CheckpointError, ConfigError
 
 pytest.importorskip("vllm", reason="needs vLLM")
 WORKER = Path(__file__).parent.parent / "vllm_worker.py"
 #: KL per token against the reference where vLLM runs decoded weights in float32; 2e-8 as measured.
 EXACT = 1e-6
+#: Widths without a kernel, in layers that vLLM merges and in one that it does not.
+MIXED = ("re:.*layers.1.self_attn.[qkv]_proj=bits:5", "o_proj=bits:6,rotations:0")
 
 
 def quantized(root: Path, family: str, **options) -> Path:
@@ -84,7 +82,7 @@ def checkpoints(root):
     """Name → (directory, log-probabilities in float32): merged layers, biases, layers fused on disk, plain layers."""
     made = {
         "llama": quantized(root, "llama", share_rotations=True),
-        "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp")),
+        "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp"), overrides=MIXED),
         "phi3": quantized(root, "phi3"),
         "glm4": quantized(root, "glm4"),
     }
@@ -159,127 +157,6 @@ def test_the_plain_layers_of_the_mixed_checkpoint_are_plain(checkpoints):
     paths = {path for path, _ in rotated_linears(load(checkpoints["qwen2"][0]))}
     assert "model.layers.1.mlp.up_proj" in paths
     assert "model.layers.0.mlp.up_proj" not in paths
-
-
-def settings(**changes):
-    from pairquant.integrations.vllm.config import PairQuantConfig
-
-    config = PairQuantConfig(replace(CheckpointConfig(Spec(4, 32, 2)), **changes))
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return config
-
-
-def bare_linear():
-    from pairquant.integrations.vllm.compat import LinearBase
-
-    layer = LinearBase.__new__(LinearBase)
-    torch.nn.Module.__init__(layer)
-    return layer
-
-
-def test_layers_are_quantized_where_the_checkpoint_holds_them_packed():
-    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
-
-    config = settings(modules_to_not_convert=("a.o_proj",))
-    config.quantized = dict.fromkeys(
-        (
-            "a.q_proj",
-            "a.k_proj",
-            "a.v_proj",
-            "a.o_proj",
-        ),
-        Spec(4, 32, 2),
-    )
-    for prefix, plain in (("a.qkv_proj", False), ("a.o_proj", False), ("a.down_proj", True)):
-        assert isinstance(config.get_quant_method(bare_linear(), prefix), UnquantizedLinearMethod) is plain
-    assert config.get_quant_method(torch.nn.Identity(), "a.attn") is None
-
-
-def test_without_files_the_configuration_says_which_layers_are_plain():
-    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
-
-    config = settings(modules_to_not_convert=("a.o_proj",))
-    assert isinstance(config.get_quant_method(bare_linear(), "a.o_proj"), UnquantizedLinearMethod)
-    assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
-
-
-def test_layers_that_are_merged_but_quantized_in_part_are_refused():
-    config = settings()
-    config.quantized = dict.fromkeys(
-        (
-            "a.q_proj",
-            "a.k_proj",
-        ),
-        Spec(4, 32, 2),
-    )
-    with pytest.raises(CheckpointError, match=r"only a.q_proj, a.k_proj is quantized"):
-        config.get_quant_method(bare_linear(), "a.qkv_proj")
-
-
-def test_layers_that_are_merged_but_stored_differently_are_refused_before_loading():
-    config = settings()
-    config.quantized = dict.fromkeys(("a.q_proj", "a.k_proj"), Spec(4, 32, 2)) | {"a.v_proj": Spec(8, 32, 2)}
-    with pytest.raises(CheckpointError, match=r"a.v_proj has 8 bits.*one --override for all of them"):
-        config.get_quant_method(bare_linear(), "a.qkv_proj")
-    same = dict.fromkeys(("a.q_proj", "a.k_proj", "a.v_proj"), Spec(8, 64, 0))
-    config.quantized = same | {"a.o_proj": Spec(4, 32, 2)}
-    assert config.get_quant_method(bare_linear(), "a.qkv_proj").spec == Spec(8, 64, 0)
-
-
-def test_quantized_experts_are_refused():
-    config = settings()
-    config.quantized = dict.fromkeys(("a.mlp.experts.0.up_proj",), Spec(4, 32, 2))
-    with pytest.raises(CheckpointError, match="no kernel yet"):
-        config.get_quant_method(torch.nn.Identity(), "a.mlp.experts")
-    assert config.get_quant_method(torch.nn.Identity(), "b.mlp.experts") is None
-
-
-def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
-    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
-
-    config = settings()
-    config.quantized = dict.fromkeys(("a.qkv_proj",), Spec(4, 32, 2))
-    assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
-
-
-@pytest.mark.parametrize("channels", [16, 48, 64])
-def test_a_transform_of_another_width_is_refused(channels):
-    from pairquant.integrations.vllm.linear import _Pending
-
-    layer, layout = torch.nn.Module(), Spec(4, 32, 2).layout(64, 8)
-    loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
-    parameter = torch.nn.Parameter(torch.empty(1, 2, 32, dtype=torch.float16), requires_grad=False)
-    with pytest.raises(CheckpointError, match=r"a.o_proj.theta has shape \[2, \d+\], must be \[2, 32\]"):
-        loader(parameter, torch.zeros(2, channels, dtype=torch.float16))
-
-
-def test_each_rank_takes_its_channels_of_a_transform():
-    from pairquant.integrations.vllm.linear import _Pending
-
-    layer, layout = torch.nn.Module(), Spec(4, 32, 2).layout(32, 8)
-    layer.tp_rank = 1
-    loader = _Pending("a.o_proj", [layout], torch.bfloat16, input_size=64).transform_loader("theta", layer)
-    parameter = torch.nn.Parameter(torch.empty(1, 2, 16, dtype=torch.float16), requires_grad=False)
-    theta = torch.randn(2, 32).half()
-    loader(parameter, theta)
-    assert torch.equal(parameter[0], theta[:, 16:])
-
-
-def test_names_follow_the_models_mapper():
-    from vllm.model_executor.models.utils import WeightsMapper
-
-    config = settings()
-    config.quantized = dict.fromkeys(("model.language_model.layers.0.o_proj",), Spec(4, 32, 2))
-    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
-    assert config.quantized == {"language_model.model.layers.0.o_proj": Spec(4, 32, 2)}
-
-
-def test_tensor_parallelism_that_would_split_a_group_is_refused():
-    from pairquant.integrations.vllm.linear import PairQuantLinearMethod
-
-    method = PairQuantLinearMethod(Spec(4, 64, 2), "a.down_proj")
-    with pytest.raises(ConfigError, match=r"a.down_proj \(192 → 128\).*in_features 96.*tensor-parallel-size"):
-        method.create_weights(torch.nn.Module(), 96, [128], 192, 128, torch.bfloat16, weight_loader=None)
 
 
 def test_the_plugin_is_found_and_importing_it_loads_neither_kernels_nor_transformers():

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from tiny_models import tiny_model
 
-from pairquant.core.grid import dequantize, fake_quantize, quantize
+from pairquant.core.grid import fake_quantize
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.packing import unpack
 from pairquant.models.blocks import enter, find_blocks
 from pairquant.optimize.blockwise import BlockData, BlockTask, refit_block, train_block
-from pairquant.optimize.stages import BlockTransforms, LearnedQuantize
+from pairquant.optimize.stages import BlockTransforms
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe, Refit, Training
 from pairquant.support.errors import ConfigError
@@ -270,30 +270,6 @@ def test_refit_that_only_does_harm_changes_nothing():
     assert same(words(packed), words(refitted))
     assert same(state, scene.block.module.state_dict())
     assert not any(p.requires_grad for p in scene.block.module.parameters())
-
-
-def test_learned_quantizer_agrees_with_the_plain_one(generator):
-    w = torch.randn(6, 64, generator=generator)
-    scale, zero = torch.full((6, 2), 0.2), torch.full((6, 2), 3.0)
-    ours = LearnedQuantize.apply(w, scale, zero, 3)
-    assert torch.equal(ours, dequantize(quantize(w, scale, zero, 3), scale, zero))
-
-
-def test_learned_quantizer_gradients_are_those_of_straight_through_autograd(generator):
-    w = torch.randn(6, 64, generator=generator, requires_grad=True)
-    scale = torch.rand(6, 2, generator=generator).add(0.1).requires_grad_()  # clips some weights
-    zero = torch.full((6, 2), 3.0, requires_grad=True)
-    ratio = w.view(6, 2, 32) / scale[..., None]
-    whole = ratio + (ratio.round() - ratio).detach() + zero[..., None]
-    expected = ((whole.clamp(0, 7) - zero[..., None]) * scale[..., None]).view(6, 64)
-    slope = torch.randn(6, 64, generator=generator)
-    ours = LearnedQuantize.apply(w, scale, zero, 3)
-    for a, b in zip(
-        torch.autograd.grad(ours, (w, scale, zero), slope),
-        torch.autograd.grad(expected, (w, scale, zero), slope),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_stage_one_measures_what_the_plain_quantizer_gives():

@@ -28,20 +28,19 @@ def config_of(job: Job) -> Any:
 
 
 def quantize(job: Job) -> Outcome:
-    from pairquant.optimize.walk import Walk, needs_text
+    from pairquant.models.planning import plan_model
+    from pairquant.optimize.walk import Walk
     from pairquant.spec.linear import bits_per_weight
 
     config, device = config_of(job), torch.device(job.device)
     model = job.load(torch.float32).to(device)
-    tokens = job.windows if needs_text(config) else None
+    tokens = job.windows if config.recipe.needs_text else None
     training = config.recipe.training
     held_out = job.held_out[: training.validation_samples] if training else None
     with Stopwatch(job.device) as watch:
-        packed = {
-            path: p
-            for result in Walk(model, config, device, tokens, held_out).run()
-            for path, p in result.packed.items()
-        }
+        plan, blocks = plan_model(model, config)
+        walk = Walk(model, blocks, plan, config, device, tokens, held_out)
+        packed = {path: p for result in walk.run() for path, p in result.packed.items()}
     weights = {path: linear.weight.detach() for path, linear in linears_of(model).items()}
     return Outcome(
         weights,

@@ -1,0 +1,102 @@
+"""Which of vLLM's layers are ours, by their paths, and what is refused before anything is loaded."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pairquant.spec.checkpoint import CheckpointConfig
+from pairquant.spec.linear import Spec
+from pairquant.support.errors import CheckpointError
+
+pytest.importorskip("vllm", reason="needs vLLM")
+
+
+def settings(**changes):
+    from pairquant.integrations.vllm.config import PairQuantConfig
+
+    config = PairQuantConfig(replace(CheckpointConfig(Spec(4, 32, 2)), **changes))
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return config
+
+
+def bare_linear():
+    from pairquant.integrations.vllm.compat import LinearBase
+
+    layer = LinearBase.__new__(LinearBase)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
+def test_layers_are_quantized_where_the_checkpoint_holds_them_packed():
+    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
+
+    config = settings(modules_to_not_convert=("a.o_proj",))
+    config.quantized = dict.fromkeys(
+        (
+            "a.q_proj",
+            "a.k_proj",
+            "a.v_proj",
+            "a.o_proj",
+        ),
+        Spec(4, 32, 2),
+    )
+    for prefix, plain in (("a.qkv_proj", False), ("a.o_proj", False), ("a.down_proj", True)):
+        assert isinstance(config.get_quant_method(bare_linear(), prefix), UnquantizedLinearMethod) is plain
+    assert config.get_quant_method(torch.nn.Identity(), "a.attn") is None
+
+
+def test_without_files_the_configuration_says_which_layers_are_plain():
+    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
+
+    config = settings(modules_to_not_convert=("a.o_proj",))
+    assert isinstance(config.get_quant_method(bare_linear(), "a.o_proj"), UnquantizedLinearMethod)
+    assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
+
+
+def test_layers_that_are_merged_but_quantized_in_part_are_refused():
+    config = settings()
+    config.quantized = dict.fromkeys(
+        (
+            "a.q_proj",
+            "a.k_proj",
+        ),
+        Spec(4, 32, 2),
+    )
+    with pytest.raises(CheckpointError, match=r"only a.q_proj, a.k_proj is quantized"):
+        config.get_quant_method(bare_linear(), "a.qkv_proj")
+
+
+def test_layers_that_are_merged_but_stored_differently_are_refused_before_loading():
+    config = settings()
+    config.quantized = dict.fromkeys(("a.q_proj", "a.k_proj"), Spec(4, 32, 2)) | {"a.v_proj": Spec(8, 32, 2)}
+    with pytest.raises(CheckpointError, match=r"a.v_proj has 8 bits.*one --override for all of them"):
+        config.get_quant_method(bare_linear(), "a.qkv_proj")
+    same = dict.fromkeys(("a.q_proj", "a.k_proj", "a.v_proj"), Spec(8, 64, 0))
+    config.quantized = same | {"a.o_proj": Spec(4, 32, 2)}
+    assert config.get_quant_method(bare_linear(), "a.qkv_proj").spec == Spec(8, 64, 0)
+
+
+def test_quantized_experts_are_refused():
+    config = settings()
+    config.quantized = dict.fromkeys(("a.mlp.experts.0.up_proj",), Spec(4, 32, 2))
+    with pytest.raises(CheckpointError, match="no kernel yet"):
+        config.get_quant_method(torch.nn.Identity(), "a.mlp.experts")
+    assert config.get_quant_method(torch.nn.Identity(), "b.mlp.experts") is None
+
+
+def test_what_is_fused_on_disk_is_quantized_whatever_its_parts_are_called():
+    from pairquant.integrations.vllm.compat import UnquantizedLinearMethod
+
+    config = settings()
+    config.quantized = dict.fromkeys(("a.qkv_proj",), Spec(4, 32, 2))
+    assert not isinstance(config.get_quant_method(bare_linear(), "a.qkv_proj"), UnquantizedLinearMethod)
+
+
+def test_names_follow_the_models_mapper():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = settings()
+    config.quantized = dict.fromkeys(("model.language_model.layers.0.o_proj",), Spec(4, 32, 2))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
+    assert config.quantized == {"language_model.model.layers.0.o_proj": Spec(4, 32, 2)}

@@ -1,0 +1,49 @@
+"""Second moments: sums over micro-batches, and what is refused or left out."""
+
+import pytest
+import torch
+
+from pairquant.models.inputs import Inputs
+from pairquant.optimize.moments import MomentSum, second_moment
+from pairquant.support.errors import CalibrationError, ConfigError
+
+
+def inputs(*tensors, readers=(("a", "b"), ("c",))):
+    return Inputs(list(tensors), [list(names) for names in readers])
+
+
+def test_sums_over_batches_with_and_without_the_originals(generator):
+    x, y = (torch.randn(2, 10, 4, generator=generator) for _ in range(2))
+    total, crossed = MomentSum(), MomentSum()
+    for batch, original in zip(x, y, strict=True):
+        total.add(inputs(batch, batch * 2))
+        crossed.add(inputs(batch, batch * 2), inputs(original, original * 3))
+    moments, uncalled = total.checked(["a", "b", "c", "d"])
+    flat, other = x.flatten(0, 1), y.flatten(0, 1)
+    assert uncalled == ["d"]
+    assert [m.readers for m in moments] == [["a", "b"], ["c"]]
+    torch.testing.assert_close(moments[0].hessian, flat.T @ flat)
+    torch.testing.assert_close(moments[1].hessian, 4 * flat.T @ flat)
+    assert moments[0].cross is None
+    torch.testing.assert_close(crossed.moments[1].cross, 6 * other.T @ flat)
+
+
+def test_a_linear_on_two_inputs_is_refused():
+    total = MomentSum()
+    total.add(inputs(torch.ones(2, 4), torch.ones(2, 4), readers=(("a",), ("a",))))
+    with pytest.raises(ConfigError, match="a runs 2 times.*--ignore a"):
+        total.checked(["a"])
+
+
+def test_values_that_are_not_finite_name_their_readers():
+    total = MomentSum()
+    total.add(inputs(torch.full((2, 4), torch.inf), torch.ones(2, 4)))
+    with pytest.raises(CalibrationError, match="inputs of a, b are not finite"):
+        total.checked(["a", "b", "c"])
+
+
+def test_products_are_summed_in_float32(generator):
+    x = torch.randn(300, 8, generator=generator).bfloat16()
+    found = second_moment(x, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.float().T @ x.float())
