@@ -6,6 +6,7 @@ from packed import random_packed
 
 from pairquant.backends.cpu_int4 import CpuInt4
 from pairquant.core.linear import decode, forward
+from pairquant.spec.linear import Spec
 
 BACKEND = CpuInt4()
 
@@ -46,3 +47,25 @@ def test_a_bias_is_no_part_of_what_is_prepared():
     with_bias, without = random_packed(32, 64, 32, bias=True), random_packed(32, 64, 32)
     for one, other in zip(*(BACKEND.prepare([p], torch.bfloat16) for p in (with_bias, without)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "dtype", "said"),
+    [
+        (Spec(4, 64, 2), 64, torch.bfloat16, None),
+        (Spec(4, 64, 2), 48, torch.bfloat16, None),
+        (Spec(4, 64, 2), 40, torch.bfloat16, "packs 16 rows"),
+        (Spec(3, 64, 2), 32, torch.bfloat16, "multiplies 4-bit weights"),
+        (Spec(4, 64, 2), 64, torch.float16, "bfloat16 only"),
+        (Spec(4, 64, 2), 64, torch.float32, "bfloat16 only"),
+    ],
+)
+def test_4_bits_whole_packs_of_rows_and_bfloat16_are_taken(spec, rows, dtype, said):
+    reason = BACKEND.refusal(spec.layout(128, rows), torch.device("cpu"), dtype)
+    assert reason is None if said is None else said in reason
+
+
+def test_a_pytorch_without_the_product_is_not_asked_for_it(monkeypatch):
+    monkeypatch.setattr("pairquant.backends.cpu_int4.torch.ops", type("Ops", (), {"aten": object()}))
+    reason = BACKEND.refusal(Spec(4, 64, 2).layout(128, 64), torch.device("cpu"), torch.bfloat16)
+    assert "does not have" in reason

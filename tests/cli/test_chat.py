@@ -56,7 +56,6 @@ def test_an_overflow_is_an_error_and_no_empty_answer(directory):
 def test_a_broken_template_is_told_before_the_model_is_loaded(directory):
     broken = save_tiny(directory / "broken")
     (broken / "chat_template.jinja").write_text("a\n{% for message in messages %}")
-    (broken / "model.safetensors").unlink()
     done = chat(directory, "broken", "--prompt", "hello")
     assert isinstance(done.exception, SourceError)
     assert "chat template is broken in line 2" in str(done.exception)

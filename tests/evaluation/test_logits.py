@@ -79,6 +79,8 @@ def test_a_body_that_gives_other_positions_than_it_was_asked_for_is_not_trusted(
     model = tiny_model()
     own = model(window[None]).logits[0]
     # As multi-token heads and packed inputs do: the hook that reads the body's states sees a longer sequence.
-    model.model.register_forward_hook(lambda module, inputs, output: (output[0].repeat(1, 2, 1),), prepend=True)
+    model.model.register_forward_hook(
+        lambda module, inputs, output: type(output)(output[0].repeat(1, 2, 1)), prepend=True
+    )
     model.register_forward_hook(lambda module, inputs, output: type("Output", (), {"logits": own[None]}))
     assert torch.equal(logits_over(model, window)(slice(3, 6)), own[3:6])

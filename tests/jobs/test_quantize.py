@@ -43,7 +43,7 @@ def test_auto_takes_the_largest_group_size_that_divides_all(source, tmp_path):
     ("options", "error", "message"),
     [
         ({"preset": "fats"}, ConfigError, "did you mean 'fast'"),
-        ({"bits": 5}, ConfigError, "bits is 5, allowed: 2, 3, 4, 8"),
+        ({"bits": 7}, ConfigError, "bits is 7, allowed: 2, 3, 4, 5, 6, 8"),
         ({"rotations": 17}, ConfigError, "rotations is 17, allowed: whole numbers from 0 to 16"),
         ({"device": "gpu"}, ConfigError, "device is 'gpu'"),
         ({"device": "cuda:77"}, ConfigError, "device is 'cuda:77'"),
@@ -79,7 +79,7 @@ def test_out_of_memory_says_what_to_lower(source, tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("pairquant.optimize.walk.fit_transforms", exhausted)
+    monkeypatch.setattr("pairquant.optimize.strategies.fit_transforms", exhausted)
     with pytest.raises(ResourceError, match=r"out of memory with 4 samples of 32 tokens\. Lower --samples"):
         quantize(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_every_error_is_one_that_the_command_line_prints_plainly(source, tmp_pat
         quantize(source / "nothing-here.gguf", tmp_path / "out")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_stored_logits_equal_the_fitted_models(source, tmp_path, bits, symmetric):
     from pairquant.checkpoint.read import ModelFiles

@@ -1,6 +1,4 @@
-"""What is prepared for the CPU's int4 product, and for which linears."""
-
-from dataclasses import replace
+"""What is prepared for the CPU's int4 product."""
 
 import pytest
 import torch
@@ -11,33 +9,12 @@ from pairquant.core.rotation import rotation_matrix
 from pairquant.kernels.run import cpu
 
 
-@pytest.mark.parametrize(
-    ("changes", "dtype", "fits"),
-    [
-        ({}, torch.bfloat16, True),
-        ({"out_features": 48}, torch.bfloat16, True),
-        ({"out_features": 40}, torch.bfloat16, False),
-        ({"bits": 3, "out_features": 32}, torch.bfloat16, False),
-        ({}, torch.float16, False),
-        ({}, torch.float32, False),
-    ],
-)
-def test_4_bits_whole_packs_of_rows_and_bfloat16_are_taken(changes, dtype, fits):
-    layout = replace(random_packed(64, 128, 64).layout, **changes)
-    assert cpu.available(layout, dtype) is fits
-
-
-def test_a_pytorch_without_the_product_is_not_asked_for_it(monkeypatch):
-    monkeypatch.setattr(cpu.torch, "ops", type("Ops", (), {"aten": object()}))
-    assert not cpu.available(random_packed(64, 128, 64).layout, torch.bfloat16)
-
-
 def test_scales_are_folded_into_the_rotation():
     packed = random_packed(32, 128, 64, rotations=3)
     matrix = cpu.CpuWeights.build(packed).matrix
     assert (matrix.dtype, matrix.shape) == (torch.float32, (2, 64, 64))
-    rotation = rotation_matrix(packed.theta.float(), packed.pairs, 64)
-    folded = packed.channel_scales.float().view(2, 64, 1) * rotation
+    rotation = rotation_matrix(packed["theta"].float(), packed["pairs"], 64)
+    folded = packed["channel_scales"].float().view(2, 64, 1) * rotation
     torch.testing.assert_close(matrix, folded, rtol=1e-5, atol=1e-5)
 
 
@@ -45,7 +22,7 @@ def test_the_grid_is_the_stored_one_in_bfloat16():
     packed = random_packed(32, 128, 64)
     grid = cpu.CpuWeights.build(packed).grid
     assert (grid.dtype, grid.shape) == (torch.bfloat16, (2, 32, 2))
-    assert torch.equal(grid[..., 0], packed.scales.bfloat16())
+    assert torch.equal(grid[..., 0], packed["scales"].bfloat16())
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -55,9 +32,15 @@ def test_the_product_is_the_reference_s_at_a_dense_layer_s_noise(group):
     bias = packed.bias.bfloat16()
     want = forward(packed, x).double()
     dense = x @ decode(packed).bfloat16().T + bias
-    found = cpu.rotated_linear(x, cpu.CpuWeights.build(packed).tensors(), bias, group)
+    found = cpu.rotated_linear(x, cpu.CpuWeights.build(packed), bias, group)
     assert found.dtype == torch.bfloat16
     # Two more roundings than a dense layer has: of the rotated input, and of the scales.
     assert (found.double() - want).norm() < 1.5 * (dense.double() - want).norm()
-    without = cpu.rotated_linear(x, cpu.CpuWeights.build(packed).tensors(), None, group)
+    without = cpu.rotated_linear(x, cpu.CpuWeights.build(packed), None, group)
     assert torch.equal(without + bias, found)
+
+
+def test_the_packed_weight_is_decoded_by_its_own_product():
+    packed = random_packed(32, 128, 64)
+    found, want = cpu.decode(cpu.CpuWeights.build(packed), 64), decode(packed)
+    assert (found - want).norm() / want.norm() < 5e-3
