@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -15,10 +16,20 @@ from . import quantize, evaluate, compare, chat, serve, bench, inspect, report, 
 from .app import app, console, problems
 
 
+def with_home(arguments: list[str]) -> list[str]:
+    """Replace "~" in arguments such as --output=~/model, which shells leave as they are."""
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_path = equals and name.startswith("--") and value.startswith("~")
+        expanded.append(f"{name}={os.path.expanduser(value)}" if is_path else argument)
+    return expanded
+
+
 def main() -> None:
-    """Entry point: mendable errors are printed without a traceback."""
+    """Run the command line; print errors that the user can mend without a traceback."""
     try:
-        app()
+        app(with_home(sys.argv[1:]))
     except PairQuantError as error:
         problems.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

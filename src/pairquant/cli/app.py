@@ -17,6 +17,7 @@ app = typer.Typer(
 console = Console(highlight=False)
 problems = Console(stderr=True, highlight=False)
 
+
 Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or a .gguf file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

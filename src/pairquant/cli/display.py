@@ -1,7 +1,9 @@
-"""How progress looks, and numbers (see `wording`), and where results go, the same in every command."""
+"""Show progress and numbers, and check where results go, in the same way in every command."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from ..support.formatting import duration, number, percent, plain, scientific, s
 from .app import console
 
 __all__ = [
-    "duration", "followed", "number", "percent", "plain", "progress_bars", "require_place", "scientific", "short_name", "size",
+    "command_line", "duration", "followed", "number", "percent", "plain", "progress_bars", "require_place", "scientific", "short_name", "size",
 ]  # fmt: skip
 
 
@@ -42,5 +44,17 @@ def followed(bars: Progress) -> Callable[[str, int], Callable[[], None]]:
 
 def require_place(json_file: Path | None) -> None:
     """Refuse a --json file that could not be written, before the work whose results it is for."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {json_file.absolute().parent}", param_hint="--json")
+    if json_file is None:
+        return
+    directory = json_file.absolute().parent
+    if not directory.is_dir():
+        raise typer.BadParameter(f"no such directory: {directory}", param_hint="--json")
+    if json_file.is_dir():
+        raise typer.BadParameter(f"{json_file} is a directory; name a file in it", param_hint="--json")
+    if not os.access(json_file if json_file.exists() else directory, os.W_OK):
+        raise typer.BadParameter(f"{json_file} cannot be written; choose another place", param_hint="--json")
+
+
+def command_line(*words: str | Path) -> str:
+    """A command as it can be typed: paths with spaces in quotes."""
+    return shlex.join(map(str, words))

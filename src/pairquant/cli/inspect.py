@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -9,19 +10,33 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..support.formatting import block_and_rest
-from .app import Model, app, console, quiet_libraries
+from .app import Device, Model, app, console, quiet_libraries
 from .display import duration, number, percent, plain, scientific, short_name, size
 
 
-@app.command()
+@app.command(epilog="Example: pairquant inspect MODEL-PARO --backends")
 def inspect(
     model: Model,
     linear: Annotated[str | None, typer.Option(help="Follow this layer's weight step by step.")] = None,
+    show_backends: Annotated[
+        bool,
+        typer.Option("--backends", help="Show what runs each layer on this machine, and why not something better."),
+    ] = False,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="With --backends: bfloat16, float16 or float32, of activations.")
+    ] = "bfloat16",
 ) -> None:
-    """What a checkpoint holds; every stored tensor is checked."""
+    """Show what a quantized MODEL holds, and check every stored tensor."""
     quiet_libraries()
+    from ..core.rounding import poor_errors
+    from ..jobs.inspect import backends
     from ..jobs.inspect import inspect as open_and_check
     from ..jobs.trace import trace
+
+    if show_backends:
+        _show_backends(backends(model, device, dtype))
+        return
 
     if linear is not None:
         steps, remark = trace(model, linear)
@@ -34,6 +49,12 @@ def inspect(
     provenance = config.provenance or {}
     shared = f", {len(config.shared_rotations)} shared transforms" if config.shared_rotations else ""
     table.add_row("format", f"{config.spec}{shared}")
+    for spec, count in _exceptions(found).items():
+        table.add_row("", f"{count} layers: {spec}")
+    if config.modules_to_not_convert:
+        table.add_row(
+            "left plain", f"{len(config.modules_to_not_convert)} layers, {_ends(config.modules_to_not_convert)}"
+        )
     table.add_row(
         "bits per weight", f"{found.checkpoint.bits_per_weight():.2f} in {len(found.linears)} quantized layers"
     )
@@ -46,8 +67,37 @@ def inspect(
     console.print(table)
     console.print(_error_table(found.linears))
     console.print("[dim]% relative error of each layer's output on the calibration text; all tensors checked[/]")
+    if poor := poor_errors({path: entry["error"] for path, entry in found.linears.items()}):
+        worst = ", ".join(f"{path} {error:.0%}" for path, error in list(poor.items())[:5])
+        console.print(f"[yellow]{len(poor)} layers with an error above 20 %: {escape(worst)}[/]")
     if found.unknown:
         console.print(f"[dim]not whether any tensor is missing: {escape(found.unknown)}[/]")
+
+
+def _exceptions(found: Any) -> dict[str, int]:
+    """How many layers have which spec, of those that differ from the default."""
+    specs = [found.checkpoint.layout(path).spec for path in found.linears]
+    return dict(Counter(str(spec) for spec in specs if spec != found.checkpoint.config.spec))
+
+
+def _ends(paths: Any) -> str:
+    """The last names of modules, each once."""
+    return escape(", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)))
+
+
+def _show_backends(rows: list[Any]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column, justify in (("layers", "right"), ("name", "left"), ("in → out", "right"), ("bits", "right")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("runs by", no_wrap=True)
+    reasons: dict[str, None] = {}
+    for row in rows:
+        size = f"{row.layout.in_features} → {row.layout.out_features}"
+        table.add_row(str(row.count), row.names, size, str(row.layout.bits), row.explanation.backend)
+        reasons |= {f"{name} {reason}": None for name, reason in row.explanation.refusals.items()}
+    console.print(table)
+    for reason in reasons:
+        console.print(f"[dim]{escape(reason)}[/]")
 
 
 def _error_table(linears: dict[str, dict[str, Any]]) -> Table:

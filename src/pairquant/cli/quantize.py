@@ -10,64 +10,70 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .app import Device, Model, Trust, app, console, quiet_libraries
-from .display import duration, plain, progress_bars, short_name, size
+from .app import Model, app, console, quiet_libraries
+from .display import command_line, duration, plain, progress_bars, short_name, size
+
+WHAT, CALIBRATION, METHOD, RUN, OUTPUT = "What to quantize", "Calibration", "Method", "Run", "Output"
 
 
-@app.command()
+def option(panel: str, text: str, *names: str) -> Any:
+    """An option in a group of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+@app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best --override down_proj=bits:8")
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    output: Annotated[Path, option(OUTPUT, "Directory to write; must not exist.")],
+    overwrite: Annotated[bool, option(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
+    push_to_hub: Annotated[str | None, option(OUTPUT, "Upload the result as NAME or OWNER/NAME.")] = None,
+    private: Annotated[bool, option(OUTPUT, "Make the uploaded repository private.", "--private")] = False,
+    log_to: Annotated[str | None, option(OUTPUT, "Also log to tensorboard or wandb.")] = None,
     preset: Annotated[
-        str, typer.Option(help="fast, best, paper, quick, or the baselines gptq and rtn; see `pairquant presets`.")
+        str, option(METHOD, "fast, best, paper, quick, or the baselines gptq and rtn; see `pairquant presets`.")
     ] = "fast",
-    bits: Annotated[int, typer.Option(help="Bits per code: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[str, typer.Option(help="Weights per scale: 128, 64, 32, or auto.")] = "128",
-    rotations: Annotated[int, typer.Option(help="Rotations K, 0 to 16.")] = 8,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    bits: Annotated[int, option(METHOD, "Bits per code: 2, 3, 4, 5, 6 or 8.")] = 4,
+    group_size: Annotated[str, option(METHOD, "Weights per scale: 128, 64, 32, or auto.")] = "128",
+    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.")] = 8,
+    share_rotations: Annotated[
+        bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations")
+    ] = False,
+    pair_selection: Annotated[str, option(METHOD, "random, or magnitude: the most different first.")] = "random",
+    setting: Annotated[
+        list[str] | None, option(METHOD, "Change the preset, NAME=VALUE; repeat for more.", "--set")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, option(WHAT, "Leave these modules: a path, its end, or re:…; repeat for more.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        option(
+            WHAT, "Bits, group_size, rotations of some layers: PATTERN=bits:8,rotations:0; repeat, the last match wins."
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, option(WHAT, "Run Python code that comes with the model.", "--trust-remote-code")
+    ] = False,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Text or chats: .txt, .md, .jsonl, .json, .csv, .parquet, or a data set name; repeat for more. "
-            "Default: bundled."
-        ),
+        option(CALIBRATION, "Text or chats: .txt .md .jsonl .json .csv .parquet, or a data set; repeat for more."),
     ] = None,
-    share_rotations: Annotated[bool, typer.Option(help="One transform for linears that read the same input.")] = False,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave these modules: a path, its end, or re:…; repeat for more.")
-    ] = None,
-    device: Device = "auto",
-    validation: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text that chooses the best epoch of block-wise training. Default: windows of --calibration."
-        ),
-    ] = None,
-    pair_selection: Annotated[str, typer.Option(help="random, or magnitude: the most different first.")] = "random",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change the preset: NAME=VALUE, see `pairquant presets`; repeat for more."),
-    ] = None,
+    samples: Annotated[int, option(CALIBRATION, "Windows of text.")] = 128,
+    seq_len: Annotated[int, option(CALIBRATION, "Tokens per window.")] = 2048,
     bos: Annotated[
-        str, typer.Option(help="Begin windows of text with <bos>: auto as the tokenizer has it, never, or always.")
+        str, option(CALIBRATION, "Begin windows with <bos>: auto as the tokenizer has it, never, always.")
     ] = "auto",
-    compute: Annotated[str, typer.Option(help="Forward passes in auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of pairs and calibration windows.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing a stopped run.")] = False,
-    log_to: Annotated[str | None, typer.Option(help="Also log to tensorboard or wandb.")] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to the Hugging Face hub as NAME or OWNER/NAME.")
+    validation: Annotated[
+        list[str] | None, option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
-    trust_remote_code: Trust = False,
+    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
+    compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, option(RUN, "Seed of pairs and windows.")] = 0,
+    fresh: Annotated[bool, option(RUN, "Start over instead of continuing a stopped run.", "--fresh")] = False,
 ) -> None:
-    """Quantize MODEL into a checkpoint that Transformers, and every ParoQuant reader, loads.
+    """Quantize MODEL into a checkpoint that Transformers, vLLM and every ParoQuant reader load.
 
-    The same command continues a run that was stopped.
-
-    torchrun --nproc-per-node N -m pairquant quantize … spreads it over N GPUs.
+    The same command continues a run that was stopped. torchrun --nproc-per-node N -m pairquant quantize … uses N GPUs.
     """
     from ..spec.options import QuantConfig
     from ..spec.recipe import recipe_with
@@ -88,6 +94,7 @@ def quantize(
         recipe=recipe_with(preset, setting or []),
         share_rotations=share_rotations,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
+        overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
         seed=seed,
     )
     quiet_libraries()
@@ -116,11 +123,26 @@ def quantize(
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")
     table.add_row("time", duration(summary.seconds))
-    table.add_row("written to", str(summary.output))
+    table.add_row("written to", escape(str(summary.output)))
     console.print(table)
+    _warn_of(summary.poor)
     if push_to_hub:
         _push(summary.output, push_to_hub, private)
-    console.print(f"\nNext: [bold]pairquant eval {summary.output} --reference {model}[/]", soft_wrap=True)
+    trust = ["--trust-remote-code"] if trust_remote_code else []
+    following = command_line("pairquant", "eval", summary.output, "--reference", model, *trust)
+    console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
+
+
+def _warn_of(poor: dict[str, float]) -> None:
+    """Name the layers that were represented badly, worst first."""
+    if not poor:
+        return
+    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
+    more = f" and {len(poor) - 5} more" if len(poor) > 5 else ""
+    console.print(
+        f"[yellow]relative error of the output above 20 %: {escape(', '.join(shown))}{more}. Give these layers more bits "
+        "(--override) or leave them as they are (--ignore).[/]"
+    )
 
 
 def _push(output: Path, name: str, private: bool) -> None:
@@ -131,7 +153,7 @@ def _push(output: Path, name: str, private: bool) -> None:
         with console.status(f"uploading {output}"):
             address = push(output, name, private=private)
     except HubError as error:
-        again = f"pairquant push {output} {name}{' --private' if private else ''}"
+        again = command_line("pairquant", "push", output, name, *(["--private"] if private else []))
         raise HubError(f"{error} The checkpoint stands; to try again: {again}") from error
     console.print(f"{output} is at {address}", soft_wrap=True)
 
@@ -145,13 +167,21 @@ def presets(
 
     chosen = {name: preset_named(name)} if name else PRESETS
     columns = {title: flat(recipe) for title, recipe in chosen.items()}
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("setting", no_wrap=True)
     for title in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for key in dict.fromkeys(key for values in columns.values() for key in values):
-        table.add_row(key, *(plain(values[key]) if key in values else "" for values in columns.values()))
+        table.add_row(key, *(_short(values[key]) if key in values else "" for values in columns.values()))
     console.print(table)
+    ranges = {plain(recipe.shrinks): title for title, recipe in chosen.items() if len(recipe.shrinks) > 1}
+    for values, title in ranges.items():
+        console.print(f"[dim]shrinks of {title}: {values}[/]")
+
+
+def _short(value: Any) -> str:
+    """A setting in a narrow column: a list by its length."""
+    return f"({len(value)})" if isinstance(value, tuple) and len(value) > 1 else plain(value)
 
 
 class _BlockProgress:
@@ -180,12 +210,13 @@ class _BlockProgress:
 
     def plan(self, blocks: int, linears: int, finished: int, memory: Any) -> None:
         self.blocks = blocks
+        self.bars.reset(self.task, total=blocks, completed=finished, description=f"block {finished}")
         self.bars.console.print(
             f"{linears} linear layers in {blocks} blocks; predicted peak {size(memory.device)} of "
             f"{size(memory.available)} memory free on {memory.on}"
         )
         if finished:
-            self.bars.console.print(f"continuing after block {finished}, which an earlier run finished")
+            self.bars.console.print(f"continuing with block {finished}: an earlier run finished those before it")
 
     def notice(self, text: str) -> None:
         self.bars.console.print(f"[yellow]{escape(text)}[/]")
@@ -196,8 +227,8 @@ class _BlockProgress:
             self.columns = list(errors)
             heading = "".join(f"{name:>{self.width(name)}}" for name in self.columns)
             self.bars.console.print(f"[dim]relative error of each layer's output, %\nblock{heading}     time[/]")
-            self.bars.reset(self.task, total=self.blocks, completed=result.index, description="quantizing")
         cells = "".join(f"{100 * error:{self.width(name)}.3f}" for name, error in errors.items())
         memory = f"  {size(result.gpu_peak)}" if result.gpu_peak else ""
-        self.bars.console.print(f"{result.index + 1:5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
-        self.bars.update(self.task, completed=result.index + 1)
+        self.bars.console.print(f"{result.index:5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
+        following = f"block {result.index + 1}" if result.index + 1 < self.blocks else "finishing"
+        self.bars.update(self.task, completed=result.index + 1, description=following)

@@ -150,11 +150,11 @@ class _Manager:
         )
 
 
-class Sequential(_Manager, utils.GenerateManager):
+class Sequential(_Manager, utils.GenerateManager):  # type: ignore[misc]  # any arguments pass
     """One request after the other."""
 
 
-class Continuous(_Manager, utils.CBGenerateManager):
+class Continuous(_Manager, utils.CBGenerateManager):  # type: ignore[misc]
     """Several requests at once."""
 
 
@@ -167,8 +167,8 @@ class OneModel(model_manager.ModelManager):
         super().__init__(**options)
 
     def _load_model(self, *arguments: Any, **options: Any) -> Any:
-        model = super()._load_model(*arguments, **options)
-        model.generate = partial(model.generate, logits_processor=finite_logits(model.dtype))
+        model: Any = super()._load_model(*arguments, **options)
+        setattr(model, "generate", partial(model.generate, logits_processor=finite_logits(model.dtype)))  # noqa: B010
         return model
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
@@ -213,12 +213,16 @@ async def _answer_error(status: Any, request: Any, error: Exception) -> JSONResp
 
 def guard(served: Served) -> None:
     """Have `transformers serve` build its server, in this process, from the classes above."""
-    chat_completion.ChatCompletionHandler = partial(Chat, served)
-    completion.CompletionHandler = partial(Completions, served)
-    response.ResponseHandler = partial(Responses, served)
-    utils.GenerateManager = partial(Sequential, served)
-    utils.CBGenerateManager = partial(Continuous, served)
-    model_manager.ModelManager = partial(OneModel, served)
+    replaced: tuple[tuple[Any, str, Any], ...] = (
+        (chat_completion, "ChatCompletionHandler", Chat),
+        (completion, "CompletionHandler", Completions),
+        (response, "ResponseHandler", Responses),
+        (utils, "GenerateManager", Sequential),
+        (utils, "CBGenerateManager", Continuous),
+        (model_manager, "ModelManager", OneModel),
+    )
+    for module, name, ours in replaced:
+        setattr(module, name, partial(ours, served))
     server.build_server = partial(build_server, server.build_server)
 
 

@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..backends.table import Explanation, explain
 from ..checkpoint.read import Checkpoint, ModelFiles
-from ..support.errors import SourceError
+from ..spec.linear import LinearLayout
+from ..support.devices import resolve_device
+from ..support.errors import ConfigError, SourceError, did_you_mean
+from ..support.formatting import short_name
+
+#: What layers may compute in, by name.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -41,3 +50,32 @@ def inspect(model: str | Path) -> Inspection:
     except SourceError as error:  # what the configuration is wrong about, or needs custom code for, says its reader
         unknown = str(error)
     return Inspection(checkpoint, linears, files.size_bytes(), unknown)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Who runs layers of one kind and layout here: `names`, such as "down", and how many layers there are."""
+
+    names: str
+    count: int
+    layout: LinearLayout
+    explanation: Explanation
+
+
+def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> list[Running]:
+    """For every layer of a packed checkpoint who would run it on this machine, and why the better ones do not.
+
+    Layers of one name and layout share a row. dtype: of the activations. Raises `ConfigError` for an unknown dtype or device,
+    `CheckpointError` for a damaged checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, allowed: {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    target = resolve_device(device)
+    checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
+    kinds: dict[tuple[str, LinearLayout], int] = {}
+    for path in checkpoint.stored.linears():
+        kind = short_name(path), checkpoint.layout(path)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return [
+        Running(name, count, layout, explain(layout, target, DTYPES[dtype])) for (name, layout), count in kinds.items()
+    ]
