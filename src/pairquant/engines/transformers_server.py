@@ -67,7 +67,7 @@ class _Handler:
         """Answer a request; errors in the midst of a stream get OpenAI's form."""
         answer = await super().handle_request(body, request_id)  # type: ignore[misc]
         if isinstance(answer, StreamingResponse):
-            answer.body_iterator = _mend_errors(answer.body_iterator)
+            answer.body_iterator = _mend_errors(answer.body_iterator)  # type: ignore[arg-type]  # starlette says less than it gives
         return answer
 
     def _validate_request(self, body: dict) -> None:
