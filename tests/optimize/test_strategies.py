@@ -7,7 +7,6 @@ import torch
 from tiny_models import tiny_model
 
 from pairquant.core.linear import decode
-from pairquant.core.rounding import proxy_error
 from pairquant.optimize.strategies import BlockTraining, Refitting, Rounding, strategy_for
 from pairquant.optimize.walk import quantize_blocks
 from pairquant.spec.linear import Spec
@@ -41,7 +40,7 @@ def test_each_recipe_has_its_strategy(preset, kind):
 @pytest.mark.parametrize("recipe", SHORT)
 def test_one_block_may_hold_many_specs(recipe, shared, tokens):
     config = QuantConfig(group_size=32, rotations=4, recipe=SHORT[recipe], overrides=MIXED, share_rotations=shared)
-    model, original = tiny_model(), tiny_model()
+    model = tiny_model()
     for result in quantize_blocks(model, tokens, config, CPU):
         for path, packed in result.packed.items():
             rotations = 4 if config.recipe.transform else 0
@@ -52,10 +51,9 @@ def test_one_block_may_hold_many_specs(recipe, shared, tokens):
             assert packed.layout.spec == spec
             packed.check_values(path)
             assert torch.equal(model.get_submodule(path).weight, decode(packed))
-            error = proxy_error(
-                original.get_submodule(path).weight, decode(packed), torch.eye(packed.layout.in_features)
-            )
-            assert error < {2: 1.0, 4: 0.2, 5: 0.08, 6: 0.04, 8: 0.005}[spec.bits], path
+        kinds = {path.rpartition(".")[2]: error for path, error in result.errors.items()}
+        assert kinds["down_proj"] < 0.01 < kinds["up_proj"] < 1, "8 bits are far closer than 2"
+        assert kinds["k_proj"] < 0.02, "6 bits"
         groups = {frozenset(p.rpartition(".")[2] for p in group) for group in result.shared}
         reads = shared and config.recipe.needs_text  # what reads the same input is not known without text
         assert groups == ({frozenset({"q_proj", "v_proj"})} if reads else set())
