@@ -1,4 +1,4 @@
-"""What `pairquant eval` prints: a table for each part that was asked for, none wider than 80 columns."""
+"""Print what `pairquant eval` measured: a table for each part that was asked for, none wider than 80 columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the results of `assessment.evaluate`."""
+    """Print the results of `jobs.evaluate`."""
     _print(_texts(results["texts"]))
     if chains := results.get("chains"):
         _print(_chains(chains))
@@ -45,16 +45,18 @@ def measurements(first: str, columns: Iterable[str]) -> Table:
 
 
 def _texts(texts: dict[str, Any]) -> Table:
-    table = measurements("text", ("tokens", "perplexity", "KL, along windows", "top-1 kept"))
+    """Perplexity of each text, and the distance from the original where there is one."""
+    compared = any(row["kl"] is not None for row in texts.values())
+    table = measurements("text", ("tokens", "perplexity", *(("KL, along windows", "top-1 kept") if compared else ())))
     for name, row in texts.items():
-        table.add_row(
-            escape(Path(name).name),
-            f"{row['tokens']:,}",
-            f"{row['perplexity']:.3f}",
-            divergence(row),
-            number(row["top1"], 4),
-        )
+        distance = (divergence(row), number(row["top1"], 4)) if compared else ()
+        table.add_row(escape(Path(name).name), f"{row['tokens']:,}", perplexity(row["perplexity"]), *distance)
     return table
+
+
+def perplexity(value: float) -> str:
+    """A perplexity in at most nine characters: that of a broken model may have twenty digits."""
+    return f"{value:.3f}" if value < 100_000 else f"{value:.2e}"
 
 
 def _chains(row: dict[str, Any]) -> Table:
