@@ -38,7 +38,10 @@ class Override:
         require_regular_expression("override", self.pattern)
         if not self.changes:
             raise ConfigError(f"override {self.pattern!r} changes nothing. Give {_settings_allowed()}.")
-        self.applied(Spec())
+        try:
+            self.applied(Spec())
+        except ConfigError as error:
+            raise ConfigError(f"override {str(self)!r}: {error}") from error
 
     @classmethod
     def parse(cls, text: str) -> Override:
