@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.fields import finite
 from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
 from ..support.errors import CheckpointError, SourceError, did_you_mean
+from ..support.formatting import counted
 from .architecture import (
     auto_class,
     expected_fields,
@@ -313,6 +315,15 @@ class Checkpoint:
         for name, field in self.stored.fields.items():
             if name not in packed and field.dtype.is_floating_point and not finite(self.stored.load(name)):
                 raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
+
+    def specs(self) -> list[str]:
+        """How the linears are stored, in words: the default's words alone, or each spec's with how many linears have it."""
+        default = self.config.spec
+        counts = Counter(self.layout(path).spec for path in self.stored.linears())
+        if set(counts) <= {default}:
+            return [str(default)]
+        ordered = sorted(counts.items(), key=lambda item: (item[0] != default, -item[1]))
+        return [f"{spec} ({counted(count, 'layer')})" for spec, count in ordered]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""

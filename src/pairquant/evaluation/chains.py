@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..support.errors import ConfigError
 from .generation import GREEDY, SAMPLED, Continuation, generate
-from .quality import by_position, score
+from .quality import Part, by_position, score
 from .statistics import Interval, bootstrap_mean
 
 MAX_TOKENS = 4096
@@ -63,7 +63,7 @@ class ChainQuality:
     tokens: int
     kl: float
     kl_interval: Interval | None
-    kl_by_position: list[dict[str, float]]
+    kl_by_position: list[Part]
     kl_of_chains: list[float]
     tokens_of_chains: list[int]
     finished: float

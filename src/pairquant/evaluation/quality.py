@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from .logits import chunks, logits_over
 from .statistics import Interval, bootstrap_mean
@@ -18,6 +19,14 @@ from .statistics import Interval, bootstrap_mean
 BINS = 8
 #: Logits that a CPU compares at a time, as numbers: 4 MiB in float32, which stay in caches.
 PIECE_NUMBERS = 2**20
+
+
+class Part(TypedDict):
+    """The mean divergence of predictions start to end - 1, counted from 0. kl: nats per token."""
+
+    start: int
+    end: int
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Quality:
     kl: float | None = None
     top1: float | None = None
     kl_interval: Interval | None = None
-    kl_by_position: list[dict[str, float]] | None = None
+    kl_by_position: list[Part] | None = None
     kl_of_windows: list[float] | None = None
 
 
@@ -121,14 +130,14 @@ def _scores(logits: Tensor, targets: Tensor, expected: Tensor | None) -> tuple[T
     return loss, kl, top1.float()
 
 
-def by_position(kl: list[Tensor], bins: int = BINS) -> list[dict[str, float]]:
+def by_position(kl: list[Tensor], bins: int = BINS) -> list[Part]:
     """The mean of rows [P], which may differ in length, over equal parts of the longest.
 
-    Returns [{"start", "end", "kl"}]: predictions start to end - 1 of a row, counted from 0.
+    Parts in which no row has a prediction are left out.
     """
     longest = max(map(len, kl))
     edges = [longest * i // bins for i in range(bins + 1)]
-    parts = []
+    parts: list[Part] = []
     for start, end in pairwise(edges):
         if values := [row[start:end].double() for row in kl if len(row) > start and end > start]:
             parts.append({"start": start, "end": end, "kl": torch.cat(values).mean().item()})

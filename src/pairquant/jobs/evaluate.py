@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..evaluation import chains as along_chains
 from ..evaluation import grading, problems, quality, reasoning
 from ..evaluation.chains import ChainPlan, Chains
 from ..evaluation.generation import check_context
-from ..evaluation.reasoning import AnswerPlan, Answers
+from ..evaluation.quality import Quality
+from ..evaluation.reasoning import AnswerPlan
+from ..evaluation.results import AnswerResults, ChainResults, Evaluation, TaskResults
 from ..evaluation.tasks import TaskPlan, Tasks, paired
 from ..models.limits import check_length, check_tokens
 from ..spec.checks import require_choice
@@ -73,10 +75,8 @@ def evaluate(
     script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
     bootstrap's. `on_windows(name, count)` is told what is coming and returns what to call after each step.
 
-    Returns {"model", "reference", "texts": {name: `Quality`}, "bos", "notices", "bits_per_weight", "engine", "device", "versions"}, and as asked
-    "chains": `ChainQuality` and its "plan"; "answers": {name: {"model": `Answers`, "reference", "paired": `Paired`}} and
-    their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
-    be wrong with what is asked is told before a model is loaded.
+    Returns the entries of `evaluation.results.Evaluation`, ready for JSON; its `from_dict` makes typed values of them.
+    Everything that can be wrong with what is asked is told before a model is loaded.
     """
     measures = Measures(
         tuple(texts),
@@ -91,8 +91,8 @@ def evaluate(
         seed,
         bos,
     )
-    results, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
-    return results
+    found, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
+    return found.to_dict()
 
 
 @dataclass(frozen=True)
@@ -186,37 +186,52 @@ def prepare(
     )  # fmt: skip
 
 
-def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[dict[str, Any], Chains | None]:
-    """What `evaluate` returns, and the chains that were followed."""
+def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[Evaluation, Chains | None]:
+    """Measure what was asked; return it, and the chains that were followed."""
     tell = on_part or (lambda name, count: lambda: None)
     questions = Questions({name: each.prompts for name, each in asked.sets.items()}, asked.answers, asked.tasks)
     answered = {}
     if asked.engine == "vllm":  # first: it may yet refuse, and wants the memory
         answered = _examined(_on_vllm(asked.both, asked.device), questions, tell)
     networks = {who: load(each, asked.device) for who, each in asked.both.items()}
-    results: dict[str, Any] = {
-        "model": asked.name,
-        "reference": asked.reference,
-        "texts": _texts(networks, asked, tell),
-        "bos": bool(asked.prefix),
-        "notices": list(asked.notices),
-        "bits_per_weight": bits_per_weight(asked.files, networks["model"]),
-        "engine": asked.engine,
-        "device": device_name(asked.device),
-        "versions": versions() | ({"lm-eval": asked.tasks.version} if asked.tasks else {}),
-    }
+    texts = _texts(networks, asked, tell)
     followed = _followed(asked, networks.get("reference"), tell)
-    if followed:
-        step = tell("chains", 2 * followed.plan.count)
-        measured = along_chains.measure(networks["model"], networks["reference"], followed, step)
-        results["chains"] = asdict(measured) | {"plan": asdict(followed.plan)}
-    if asked.engine == "vllm":
-        results["versions"]["vllm"] = choice.vllm_version()
-    elif asked.sets or asked.tasks:
+    chains = _along(networks, followed, tell) if followed else None
+    if asked.engine != "vllm" and (asked.sets or asked.tasks):
         on_transformers = {who: OnTransformers(each, asked.tokenizer) for who, each in networks.items()}
         answered = _examined(on_transformers, questions, tell)
-    results |= _answers(answered, asked.tokenizer, asked.sets, asked.answers) | _tasks(answered, asked.tasks)
-    return results, followed
+    found = Evaluation(
+        model=asked.name,
+        reference=asked.reference,
+        texts=texts,
+        bos=bool(asked.prefix),
+        notices=list(asked.notices),
+        bits_per_weight=bits_per_weight(asked.files, networks["model"]),
+        engine=asked.engine,
+        device=device_name(asked.device),
+        versions=_versions(asked),
+        chains=chains,
+        answers=_answers(answered, asked.tokenizer, asked.sets, asked.answers.seed) if asked.sets else None,
+        answer_plan=asked.answers if asked.sets else None,
+        tasks=_tasks(answered, asked.tasks.plan.seed) if asked.tasks else None,
+    )
+    return found, followed
+
+
+def _versions(asked: Assessment) -> dict[str, str]:
+    """Of everything that took part in the measurement."""
+    found = versions()
+    if asked.tasks:
+        found["lm-eval"] = asked.tasks.version
+    if asked.engine == "vllm":
+        found["vllm"] = choice.vllm_version()
+    return found
+
+
+def _along(networks: Mapping[str, Any], followed: Chains, tell: OnPart) -> ChainResults:
+    step = tell("chains", 2 * followed.plan.count)
+    measured = along_chains.measure(networks["model"], networks["reference"], followed, step)
+    return ChainResults(**vars(measured), plan=followed.plan)
 
 
 def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
@@ -227,11 +242,10 @@ def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
     return along_chains.sample(reference, asked.prompts, asked.chains, step)
 
 
-def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict[str, Any]:
-    """ "texts" of `evaluate`."""
+def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict[str, Quality]:
     network, other, start = networks["model"], networks.get("reference"), max(1, len(asked.prefix))
     return {
-        name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), asked.seed, start))
+        name: quality.measure(network, batch, other, tell(name, len(batch)), asked.seed, start)
         for name, batch in asked.windows.items()
     }
 
@@ -360,37 +374,18 @@ def _steps(questions: Questions, who: str, tell: OnPart) -> Callable[[str], None
 
 
 def _answers(
-    answered: Mapping[str, Answered], tokenizer: Any, sets: Mapping[str, ProblemSet], plan: AnswerPlan
-) -> dict[str, Any]:
-    """ "answers" of `evaluate` and their plan; nothing without sets."""
+    answered: Mapping[str, Answered], tokenizer: Any, sets: Mapping[str, ProblemSet], seed: int
+) -> dict[str, AnswerResults]:
     found = {}
     for name, each in sets.items():
         graded = {who: reasoning.grade(given.sets[name], tokenizer, each.is_right) for who, given in answered.items()}
-        found[name] = _beside(graded["model"], graded.get("reference"), plan.seed)
-    return {"answers": found, "answer_plan": asdict(plan)} if found else {}
+        ours, theirs = graded["model"], graded.get("reference")
+        pair = reasoning.compare(ours.outcomes, theirs.outcomes, seed) if theirs else None
+        found[name] = AnswerResults(ours, theirs, pair)
+    return found
 
 
-def _beside(ours: Answers, theirs: Answers | None, seed: int) -> dict[str, Any]:
-    return {
-        "model": asdict(ours),
-        "reference": asdict(theirs) if theirs else None,
-        "paired": asdict(reasoning.compare(ours.outcomes, theirs.outcomes, seed)) if theirs else None,
-    }
-
-
-def _tasks(answered: Mapping[str, Answered], tasks: Tasks | None) -> dict[str, Any]:
-    """ "tasks" of `evaluate`; nothing without them."""
-    if tasks is None:
-        return {}
+def _tasks(answered: Mapping[str, Answered], seed: int) -> TaskResults:
     found = {who: each.tasks for who, each in answered.items() if each.tasks is not None}
-    pairs = paired(found["model"], found["reference"], tasks.plan.seed) if "reference" in found else None
-    return {
-        "tasks": {"model": _plain(found["model"]), "reference": _plain(found.get("reference")), "paired": _plain(pairs)}
-    }
-
-
-def _plain(rows: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    """Task → metric → a data class, as plain dictionaries."""
-    if rows is None:
-        return None
-    return {task: {name: asdict(value) for name, value in row.items()} for task, row in rows.items()}
+    pairs = paired(found["model"], found["reference"], seed) if "reference" in found else None
+    return TaskResults(found["model"], found.get("reference"), pairs)

@@ -25,7 +25,7 @@ from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights, plain_fields
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.range import require_fp16, require_representable
-from ..core.rounding import poor_errors
+from ..core.rounding import POOR_ERROR, poor_errors
 from ..layers.model import unlike_siblings
 from ..models.blocks import Block
 from ..models.planning import plan_model
@@ -41,6 +41,7 @@ from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
+from ..support.formatting import counted
 from ..support.version import __version__, code_digest
 
 
@@ -148,8 +149,8 @@ class Job:
                 self.source.close()
             self.progress.stage("writing")
             report = self._report(calibration)
-            for path, error in poor_errors(self._errors()).items():
-                self._notice(f"{path}: the output's relative error is {error:.0%}; try more bits or --ignore for it")
+            if poor := poor_errors(self._errors()):
+                self._notice(_poor_layers(poor))
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
             self.ranks.wait()
@@ -405,13 +406,23 @@ def _exceptions(plan: Plan) -> list[str]:
     for path, spec in plan.exceptions.items():
         kind = (plan.reasons[path], str(spec))
         kinds[kind] = kinds.get(kind, 0) + 1
-    lines = [f"{count} layers at {spec}: {reason}" for (reason, spec), count in kinds.items()]
+    lines = [f"{counted(count, 'layer')} at {spec}: {reason}" for (reason, spec), count in kinds.items()]
     if mixed := unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
         lines.append(
-            f"{' and '.join(mixed[0])} differ in bits, group size or rotations; vLLM runs them as one layer and will refuse "
-            f"this checkpoint ({len(mixed)} such groups). Transformers runs it."
+            f"{', '.join(mixed[0])} differ in bits, group size or rotations. vLLM runs them as one layer and will refuse "
+            f"this checkpoint ({counted(len(mixed), 'such group')}); Transformers runs it."
         )
     return lines
+
+
+def _poor_layers(poor: Mapping[str, float]) -> str:
+    """Name the layers that were represented badly, worst first."""
+    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
+    more = f" and {len(poor) - 5} more (`pairquant inspect` lists them)" if len(poor) > 5 else ""
+    return (
+        f"the output's relative error is above {POOR_ERROR:.0%}: {', '.join(shown)}{more}. Give these layers more bits "
+        "(--override) or leave them as they are (--ignore)."
+    )
 
 
 class _out_of_memory_explained:

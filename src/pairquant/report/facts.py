@@ -101,9 +101,9 @@ class ReportFacts:
     measured: Measured
 
     @property
-    def references(self) -> set[str]:
-        """The originals' names."""
-        return {each.reference for each in self.measured.evaluations if each.reference}
+    def models(self) -> list[str]:
+        """Every model's name, the checkpoints' first: the order of their colours."""
+        return list(dict.fromkeys([*(each.name for each in self.checkpoints), *self.measured.names()]))
 
 
 def gather(
@@ -173,7 +173,8 @@ def _checkpoint_facts(
     for path in _in_order(checkpoint):
         packed = checkpoint.packed(path)
         linears.append(_linear_facts(checkpoint, path, packed, original.weight(path)))
-        angles.setdefault(linears[-1].kind, []).append(packed["theta"].float().flatten())
+        if packed.layout.rotations:
+            angles.setdefault(linears[-1].kind, []).append(packed["theta"].float().flatten())
         scales.setdefault(linears[-1].kind, []).append(-packed["channel_scales"].float().abs().log2().flatten())
         if advance:
             advance()
@@ -186,7 +187,7 @@ def _checkpoint_facts(
         linears,
         blocks,
         _close_up(chosen, checkpoint.packed(chosen), original.weight(chosen)),
-        _histogram(angles) if checkpoint.config.spec.rotations else None,
+        _histogram(angles) if angles else None,
         _histogram(scales),
         original.remark,
         measured,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,33 @@ LOGARITHMIC = {"type": "log", "dtick": "D2", "tickformat": "~g"}
 FAR = 8
 SCALES = {"light": ("#f6f1ee", "#e9b9b1", "#d1495b", "#6e2430"), "dark": ("#232a35", "#6e2430", "#d1495b", "#ffd9cf")}
 INKS = {"light": ("#2b3038", "#dfe2e8"), "dark": ("#d6dae2", "#363d49")}
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """How one model, or one text, is drawn in every figure. dash: of lines; pattern: of bars, Plotly's names."""
+
+    color: str
+    dash: str
+    pattern: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.color, "dash": self.dash}
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        return {"color": self.color, "pattern": {"shape": self.pattern}}
+
+
+def strokes_of(names: Iterable[str], originals: Iterable[str] = ()) -> dict[str, Stroke]:
+    """A stroke for each name, grey for originals; once the colours have been used up they come again, dashed."""
+    grey, colors = set(originals), [color for color in COLORS if color != BEFORE]
+    drawn = {name: Stroke(BEFORE, "solid", "") for name in grey}
+    for place, name in enumerate(dict.fromkeys(name for name in names if name not in grey)):
+        rounds, color = divmod(place, len(colors))
+        drawn[name] = Stroke(colors[color], ("solid", "dash", "dot")[rounds % 3], ("", "/", "x")[rounds % 3])
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.3f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
