@@ -212,7 +212,9 @@ class ModelFiles:
     def _loaded(self, **kwargs: Any) -> tuple[Any, list[str]]:
         """The model, and the names of its tensors that no file holds. Never from a pickle."""
         require_decoder_only(self.config, self.name)
-        if not self.gguf:
+        if self.gguf:
+            kwargs["config"] = self.config  # parsed already, which takes seconds
+        else:
             self.weight_files()
             kwargs["use_safetensors"] = True
         model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
