@@ -73,7 +73,7 @@ def test_the_next_command_can_be_typed_as_it_is_shown(directory):
 def test_an_unknown_group_size_or_text_is_refused(directory):
     for arguments, message in (
         (["--group-size", "half"], "group_size is 'half'"),
-        (["--group-size", "32", "--calibration", str(TEXT) + "t"], "did you mean"),
+        (["--group-size", "32", "--calibration", str(TEXT.with_name("lost.txt"))], "does not exist"),
         (["--set", "sweep=3"], "did you mean 'sweeps'"),
     ):
         done, _ = quantize(directory, "--device", "cpu", *arguments)
