@@ -21,7 +21,7 @@ SAMPLED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Continuation:
-    """tokens: ids, the end-of-text token included; finished: whether it ended by itself, not for want of room."""
+    """tokens: ids, the end-of-text token included; finished: whether the model ended it, rather than the limit on new tokens."""
 
     tokens: list[int]
     finished: bool
@@ -47,7 +47,7 @@ def generate(
     seed: int = 0,
     on_prompt: Callable[[], None] | None = None,
 ) -> list[Continuation]:
-    """Of each prompt's token ids the continuation, new_tokens long at the most."""
+    """Continue each prompt of token ids by at most new_tokens tokens; `on_prompt` is called after each."""
     ends = _end_tokens(model)
     found = []
     with current(model.device), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

@@ -152,11 +152,11 @@ def _model(name: str) -> ModelInfo | None:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """The client's errors as ours."""
+    """Turn the errors of the hub's client into `HubError`; what: the action that failed, as the message begins."""
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise HubError(f"{what}: nobody is. Log in with `hf auth login`, or set HF_TOKEN.") from error
+        raise HubError(f"{what}: no one is logged in. Log in with `hf auth login`, or set HF_TOKEN.") from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"{what}: the environment says offline. Unset HF_HUB_OFFLINE.") from error
     except HfHubHTTPError as error:

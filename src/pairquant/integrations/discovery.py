@@ -29,9 +29,9 @@ def register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds `target` like anybody else, and gives it a loader that imports our registration afterwards.
+    """Lets the other finders find `target`, and wraps its loader so that our registration is imported right after it.
 
-    It stays until then: libraries ask for the spec of PEFT just to see whether it is there.
+    It is removed only once `target` has been loaded, since libraries look for PEFT's spec without importing it.
     """
 
     def __init__(self, target: str):

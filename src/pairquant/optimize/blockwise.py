@@ -46,7 +46,7 @@ class BlockData:
 
     @property
     def held_out(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and targets that choose the best epoch: those for validation, or for want of them all others."""
+        """Inputs and targets that choose the best epoch: the validation ones, or, where there are none, those of training."""
         if self.validation_inputs:
             return self.validation_inputs, self.validation_targets
         return self.inputs, self.targets

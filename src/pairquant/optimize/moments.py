@@ -47,7 +47,7 @@ class MomentSum:
                 moments.cross += product
 
     def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
-        """The sums, and those of the paths that the forward pass never called.
+        """Return the sums, and the paths among `paths` that the forward pass never called.
 
         Raises `ConfigError` for a linear that runs several times, `CalibrationError` for inputs that are not finite.
         """

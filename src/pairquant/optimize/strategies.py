@@ -129,7 +129,7 @@ class Rounding:
         return self._round(work, targets, transforms)
 
     def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
-        """The transform of each linear; weights out of fp16's range are fitted in range (see `core.range`)."""
+        """Fit the transform of each linear. Weights out of fp16's range are divided by a power of two first (see `core.range`)."""
         hessians, problems, factors = work.hessians, [], starts(work)
         for group, factor in zip(work.groups, factors, strict=True):
             rows = [targets[path] for path in group]
@@ -185,7 +185,10 @@ class BlockTraining:
 
 
 def starts(work: BlockWork) -> list[float]:
-    """For each group the power of two that brings its weights into fp16's range, and is moved into channel scales."""
+    """Return for each group the power of two to divide its weights by, so that fp16 holds their scales.
+
+    The channel scales are multiplied by it in turn. It is 1 for ordinary weights.
+    """
     factors = []
     for group in work.groups:
         rows = [work.rows(path) for path in group]

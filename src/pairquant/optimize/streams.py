@@ -33,8 +33,8 @@ class Places:
 class Streams:
     """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
 
-    device: where blocks run; calls: what each block is called with; notice: told what a user should know, such as
-    smaller micro-batches for want of memory.
+    device: where blocks run; calls: what each block is called with; notice: called with text for the user, for example
+    when too little memory makes the micro-batches smaller.
     """
 
     calls: list[Call]
