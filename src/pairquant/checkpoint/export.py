@@ -67,7 +67,7 @@ def _dtype(to: str) -> torch.dtype:
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site]) -> dict[str, Entry]:
-    """Every tensor of the plain model, in the order of the packed ones."""
+    """Return every tensor of the plain model, in the order of the packed ones."""
     stored = checkpoint.stored
     quantized = set(stored.linears())
     plain = {n: f for n, f in stored.fields.items() if n.rpartition(".")[0] not in quantized}
@@ -87,7 +87,7 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Sit
 
 
 def _wider_on_purpose(plain: dict[str, Field]) -> set[str]:
-    """Names of float32 tensors in a checkpoint that is stored in 16 bits: most of its numbers are."""
+    """Return names of float32 tensors in a checkpoint that is stored in 16 bits: most of its numbers are."""
     floats = {name: field for name, field in plain.items() if field.dtype.is_floating_point}
     narrow = sum(field.nbytes // 2 for field in floats.values() if field.dtype.itemsize == 2)
     wide = {name: field for name, field in floats.items() if field.dtype == torch.float32}
@@ -125,7 +125,7 @@ def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entr
 
 
 def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
-    """config.json without the quantization, and every file that does not speak of packed weights.
+    """Write config.json without the quantization, and copy every file that says nothing of packed weights.
 
     A model card does, unless it is the source's own.
     """

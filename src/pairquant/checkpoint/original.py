@@ -26,7 +26,7 @@ class Original:
             self.remark = f"the source ({source or 'not recorded'}) is not on this machine"
 
     def weight(self, path: str) -> Tensor | None:
-        """Of one linear: float32 [N, C]; None, from the first failure on, if it cannot be had (see `remark`)."""
+        """Return the original weight of one linear, float32 [N, C]; None once the source could not be read (see `remark`)."""
         if self._source is None:
             return None
         try:
@@ -59,7 +59,7 @@ class Original:
 
 
 def sites_of(files: ModelFiles) -> dict[str, Site]:
-    """Where the weights of a model lie, by path, without loading them.
+    """Return where the weights of a model lie, by path, without loading them.
 
     Empty for a model whose class cannot be built, such as custom code that is not trusted: its weights then count as those
     of `nn.Linear`.

@@ -43,7 +43,7 @@ class SourceWeights:
 
     @classmethod
     def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
-        """The source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
+        """Return the source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
 
         spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read, or some are missing.
         """
@@ -68,7 +68,7 @@ class SourceWeights:
         return total.hexdigest()
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor. Raises `SourceError` if its file has changed since this object was made."""
+        """Return one tensor. Raises `SourceError` if its file has changed since this object was made."""
         file = self.stored.files[name]
         if _state(file) != self._seen[file]:
             raise SourceError(
@@ -91,7 +91,7 @@ class SourceWeights:
                     _put(owner, name, old.to(device))
 
     def fill_all_but(self, model: Any, blocks: Iterable[Any]) -> None:
-        """Everything outside the blocks and the output embedding, on the CPU: what precedes the first block."""
+        """Load everything outside the blocks and the output embedding onto the CPU: it is needed to reach the first block."""
         spared = {id(m) for block in blocks for m in block.module.modules()}
         spared.add(id(model.get_output_embeddings()))
         for path, module in model.named_modules():
@@ -102,11 +102,11 @@ class SourceWeights:
                         _put(module, name, self.load(full))
 
     def dtype(self, block: Any) -> torch.dtype:
-        """That of the block's parameters in the checkpoint."""
+        """Return the dtype of the block's parameters in the source's files."""
         return next(self.stored.fields[f"{block.path}.{name}"].dtype for name, _ in block.module.named_parameters())
 
     def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """The block's weights, on the device."""
+        """Load the block's weights onto the device."""
         self.fill(block.module, block.path, device, dtype)
 
     def expect(self, block: Any, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class SourceWeights:
         self._ahead = {}
 
     def _copy(self, name: str, pin: bool) -> Tensor:
-        """In memory, no map of the file; pinned, where the system lets it, it goes to a GPU at full speed."""
+        """Return the tensor in memory instead of a map of the file; pinned where the system allows it, which makes copying to a GPU fast."""
         value = self.load(name)
         try:
             return value.pin_memory() if pin else value.clone()
@@ -141,7 +141,7 @@ class SourceWeights:
                 _put(module, name, old.data.to("meta"))
 
     def not_finite(self, names: Iterable[str], device: torch.device) -> tuple[str, int] | None:
-        """The first of these tensors with NaN or infinity in it, and how many; looked for on the device."""
+        """Return the first of these tensors with NaN or infinity in it, and how many; looked for on the device."""
         for name in names:
             value = self.load(name, device)
             if not value.isfinite().all():
@@ -150,7 +150,7 @@ class SourceWeights:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The module's own parameters and buffers."""
+    """Return the module's own parameters and buffers."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
@@ -163,13 +163,13 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _streamable(stored: StoredTensors, skeleton: nn.Module) -> bool:
-    """Whether these are all of the model's tensors, under the same names and in the same shapes."""
+    """Return whether these are all of the model's tensors, under the same names and in the same shapes."""
     expected = expected_fields(skeleton)
     return all(name in stored.fields and stored.fields[name].shape == field.shape for name, field in expected.items())
 
 
 def _spill(model: nn.Module, directory: Path) -> None:
-    """The model's state in safetensors files, tied tensors once."""
+    """Write the model's state to safetensors files, tied tensors once."""
     directory.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -193,6 +193,6 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def plain_fields(stored: StoredTensors, linears: Iterable[str]) -> dict[str, Field]:
-    """What a checkpoint keeps of the source: all but the weights and biases of these linears."""
+    """Return what a checkpoint keeps of the source: all but the weights and biases of these linears."""
     replaced = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
     return {name: field for name, field in stored.fields.items() if name not in replaced}

@@ -45,7 +45,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model'
 
 
 def quiet_libraries() -> None:
-    """Transformers' own bars and notices would tear ours apart; its errors still come through."""
+    """Silence Transformers' progress bars and notices, which would be printed into ours; its errors are still shown."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 

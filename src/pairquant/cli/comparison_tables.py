@@ -52,7 +52,7 @@ def _models(rows: Rows) -> Table:
 
 
 def _text(label: str, text: str, rows: Rows, ranking: Ranking) -> Table:
-    """Behind: how much further from the original than the closest, with half the interval."""
+    """Show one text. The last column says how much further a model is from the original than the closest one is."""
     table = measurements(
         row_name(label, NARROW), ("perplexity", "KL, along windows", "top-1\nkept", "behind the\nclosest")
     )
@@ -88,7 +88,7 @@ def _behind(row: Compared, ranking: Ranking) -> str:
 
 
 def _answers(rows: Rows) -> Table:
-    """A row for each set of problems or task and model, paired with the original."""
+    """Return a row for each set of problems or task and model, paired with the original."""
     table = measurements("answers", ("model", "accuracy, %", "changed", "p", "no worse"))
     for label, row in rows[1:]:
         for name, accuracy, _, *pair in accuracy_cells(row.evaluation):

@@ -66,7 +66,7 @@ def progress_bars(visible: bool = True) -> Progress:
 
 
 def followed(bars: Progress) -> Callable[[str, int], Callable[[], None]]:
-    """What to tell that a part of so many steps begins: a bar for it, and what to call after each step."""
+    """Return what to tell that a part of so many steps begins: a bar for it, and what to call after each step."""
 
     def on_part(name: str, count: int) -> Callable[[], None]:
         task = bars.add_task(name, total=count)
@@ -89,12 +89,12 @@ def require_place(json_file: Path | None) -> None:
 
 
 def command_line(*words: str | Path) -> str:
-    """A command as it can be typed: paths with spaces in quotes."""
+    """Return a command as it can be typed: paths with spaces in quotes."""
     return shlex.join(map(str, words))
 
 
 def in_lines(name: str, width: int) -> str:
-    """A path or name in lines of at most this many letters, broken after / - _ . or a space; longer parts stay whole."""
+    """Return a path or name in lines of at most this many letters, broken after / - _ . or a space; longer parts stay whole."""
     lines = [""]
     for part in re.findall(r"[^/\-_. ]*[/\-_. ]|[^/\-_. ]+", name):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:

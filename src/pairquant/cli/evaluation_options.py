@@ -36,5 +36,5 @@ JsonFile = Annotated[Path | None, option(RUN, "Write the results to this file.",
 
 
 def names_in(tasks: str | None) -> tuple[str, ...]:
-    """The tasks that an option names."""
+    """Return the tasks that an option names."""
     return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())

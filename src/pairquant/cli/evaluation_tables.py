@@ -31,7 +31,7 @@ def show(found: Evaluation) -> None:
 
 
 def accuracy_cells(found: Evaluation) -> list[tuple[str, ...]]:
-    """Of each set of problems and task: name, accuracy, the original's, and the three cells of `_pair`."""
+    """Return a row for each set of problems and each task: name, accuracy, the original's, and the three cells of `_pair`."""
     return [*_answers(found.answers or {}), *_tasks(found.tasks)]
 
 
@@ -50,12 +50,12 @@ def measurements(first: str, columns: Iterable[str]) -> Table:
 
 
 def row_name(name: str, width: int = NAME_WIDTH) -> str:
-    """A name for the first column, in lines of about this width."""
+    """Return a name for the first column, in lines of about this width."""
     return escape(in_lines(name, width))
 
 
 def _texts(texts: Mapping[str, Quality]) -> Table:
-    """Perplexity of each text, and the distance from the original where there is one."""
+    """Return perplexity of each text, and the distance from the original where there is one."""
     compared = any(quality.kl is not None for quality in texts.values())
     table = measurements("text", ("tokens", "perplexity", *(("KL, along windows", "top-1 kept") if compared else ())))
     for name, quality in zip(text_names(texts), texts.values(), strict=True):
@@ -65,12 +65,12 @@ def _texts(texts: Mapping[str, Quality]) -> Table:
 
 
 def text_names(texts: Iterable[str]) -> list[str]:
-    """What texts are called in tables: as much of a path's end as tells it from the others."""
+    """Return what texts are called in tables: as much of a path's end as tells it from the others."""
     return distinct_ends([Path(name) for name in texts])
 
 
 def perplexity(value: float) -> str:
-    """A perplexity in at most nine characters: that of a broken model may have twenty digits."""
+    """Return a perplexity in at most nine characters: that of a broken model may have twenty digits."""
     return f"{value:.3f}" if value < 100_000 else f"{value:.2e}"
 
 
@@ -127,7 +127,7 @@ def _accuracies(rows: Sequence[tuple[str, ...]], paired: bool) -> Table:
 
 
 def divergence(found: Quality | ChainResults) -> str:
-    """ "0.0604 ± 0.0055 █▅▆▆▅▄▄▅": the mean, half its interval, and by position."""
+    """Return the mean, half its interval, and bars by position: "0.0604 ± 0.0055 █▅▆▆▅▄▄▅"."""
     if found.kl is None:
         return ""
     low, high = found.kl_interval or (None, None)
@@ -136,20 +136,20 @@ def divergence(found: Quality | ChainResults) -> str:
 
 
 def _accuracy(found: Answers) -> str:
-    """ "85.1 [83.0, 87.0]", in percent."""
+    """Return the accuracy with its interval in percent: "85.1 [83.0, 87.0]"."""
     low, high = found.interval
     return rf"{100 * found.accuracy:.1f} [dim]\[{100 * low:.1f}, {100 * high:.1f}][/]"
 
 
 def _with_error(name: str, metric: Metric) -> str:
-    """Of a task's metric: accuracies in percent, others as they are."""
+    """Return a task's metric with its error: accuracies in percent, others as they are."""
     scale, digits = (100, 1) if name.startswith(("acc", "exact_match")) else (1, 3)
     value = f"{scale * metric.value:.{digits}f}"
     return value if metric.stderr is None else f"{value} [dim]± {scale * metric.stderr:.{digits}f}[/]"
 
 
 def _by_position(parts: Sequence[Part]) -> str:
-    """A bar for each part, from 0 to the highest."""
+    """Return a bar for each part, from 0 to the highest."""
     values = [part["kl"] for part in parts]
     highest = max(values, default=0.0) or 1.0
     return "".join(BARS[max(0, min(7, round(7 * value / highest)))] for value in values)

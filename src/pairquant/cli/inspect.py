@@ -76,12 +76,12 @@ def inspect(
 
 
 def _ends(paths: Any) -> str:
-    """The last names of modules, each once."""
+    """Return the last names of modules, each once."""
     return escape(", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)))
 
 
 def _run_by(rows: list[Any]) -> list[str]:
-    """What runs how many layers on this machine; of decoded ones, the widths for which there is no kernel here."""
+    """Return what runs how many layers on this machine; of decoded ones, the widths for which there is no kernel here."""
     counts: dict[str, int] = {}
     decoded: set[int] = set()
     for row in rows:
@@ -96,7 +96,7 @@ def _run_by(rows: list[Any]) -> list[str]:
 
 
 def _show_backends(rows: list[Any]) -> None:
-    """A row for each kind of layer, and below the table the reasons, by the letters that the rows give."""
+    """Print a row for each kind of layer, and below the table the reasons, by the numbers that the rows give."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column, justify in (("layers", "right"), ("name", "left"), ("in → out", "right"), ("bits", "right")):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def _show_backends(rows: list[Any]) -> None:
 
 
 def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
-    """A row per block, a column per kind of layer."""
+    """Return a row per block, a column per kind of layer."""
     rows: dict[str, dict[str, Any]] = {}
     for path, entry in linears.items():
         block, name = block_and_rest(path)

@@ -162,7 +162,7 @@ def presets(
 
 
 def _short(value: Any) -> str:
-    """A setting in a narrow column: a list by its length."""
+    """Return a setting in a narrow column: a list by its length."""
     return f"({len(value)})" if isinstance(value, tuple) and len(value) > 1 else plain(value)
 
 

@@ -28,7 +28,7 @@ class Continuation:
 
 
 def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None, option: str) -> None:
-    """Raises `ConfigError` when the longest prompt and new_tokens are more than a model's longest sequence."""
+    """Raise `ConfigError` when the longest prompt and new_tokens are more than a model's longest sequence."""
     longest = max(map(len, prompts))
     if context is not None and longest + new_tokens > context:
         raise ConfigError(
@@ -69,7 +69,7 @@ def _end_tokens(model: Any) -> list[int]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, int64 [B, longest], padded on the left."""
+    """Return tokens and attention mask, int64 [B, longest], padded on the left."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -77,7 +77,7 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def _until_end(row: list[int], ends: Sequence[int]) -> Continuation:
-    """Up to the first end-of-text token; batches go on behind it."""
+    """Return the row up to its first end-of-text token; in a batch, rows go on until the last has ended."""
     for place, token in enumerate(row, 1):
         if token in ends:
             return Continuation(row[:place], finished=True)

@@ -63,7 +63,7 @@ def measure(
     seed: int = 0,
     start: int = 1,
 ) -> Quality:
-    """Next-token quality over windows int64 [W, T], each of which predicts its tokens from `start` on.
+    """Measure how well the tokens of windows, int64 [W, T], are predicted from `start` on.
 
     start: 1, or the length of what all windows begin with, which is not predicted; seed: the bootstrap's.
     """
@@ -93,7 +93,7 @@ def measure(
 
 @torch.no_grad()
 def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, start: int = 1) -> Scores:
-    """The model's predictions of the tokens from `start` on of a window int64 [T], each from all tokens before it."""
+    """Return the model's predictions of the tokens from `start` on of a window int64 [T], each from all tokens before it."""
     logits = logits_over(model, window)
     expected = logits_over(reference, window) if reference is not None else None
     vocabulary = logits(slice(0, 1)).shape[-1]
@@ -109,7 +109,7 @@ def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, 
 
 
 def _pieces(logits: Tensor) -> list[slice]:
-    """A few rows after the other on a CPU, all at once on a GPU."""
+    """Return a few rows after the other on a CPU, all at once on a GPU."""
     step = len(logits) if logits.is_cuda else max(1, PIECE_NUMBERS // logits.shape[-1])
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
@@ -131,7 +131,7 @@ def _scores(logits: Tensor, targets: Tensor, expected: Tensor | None) -> tuple[T
 
 
 def by_position(kl: list[Tensor], bins: int = BINS) -> list[Part]:
-    """The mean of rows [P], which may differ in length, over equal parts of the longest.
+    """Return the mean of rows [P], which may differ in length, over equal parts of the longest.
 
     Parts in which no row has a prediction are left out.
     """

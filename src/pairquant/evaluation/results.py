@@ -171,7 +171,7 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 def _fault(error: ValidationError) -> str:
-    """The first fault: "texts.wikitext2-test.kl is 'x': …"."""
+    """Return the first fault: "texts.wikitext2-test.kl is 'x': …"."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"])) or "the whole"
     if first["type"] == "missing":

@@ -70,7 +70,7 @@ def write_card(checkpoint: Checkpoint, name: str, origin: Origin, results: Path 
 
 
 def _original_card(checkpoint: Checkpoint) -> OriginalCard | None:
-    """The source's card, also from below the one that we have rendered; None if somebody has written another since."""
+    """Return the source's card, also from below the one that we have rendered; None if somebody has written another since."""
     readme = checkpoint.directory / README
     if not readme.is_file():
         return OriginalCard()
@@ -84,7 +84,7 @@ def _original_card(checkpoint: Checkpoint) -> OriginalCard | None:
 
 
 def _front_matter(checkpoint: Checkpoint, origin: Origin, original: dict[str, Any]) -> ModelCardData:
-    """The original's, but for what is other in the quantized model."""
+    """Return the original's, but for what is other in the quantized model."""
     taken = {key: value for key, value in original.items() if key not in NOT_TAKEN}
     ours = ["paroquant", "pairquant", "quantized", *(f"{bits}-bit" for bits in widths(checkpoint))]
     tags = taken.get("tags")
@@ -100,7 +100,7 @@ def _front_matter(checkpoint: Checkpoint, origin: Origin, original: dict[str, An
 
 
 def widths(checkpoint: Checkpoint) -> list[int]:
-    """Bits of the codes, each once, the default's first."""
+    """Return bits of the codes, each once, the default's first."""
     default = checkpoint.config.spec.bits
     found = {checkpoint.layout(path).bits for path in checkpoint.stored.linears()}
     return sorted(found, key=lambda bits: (bits != default, bits))
@@ -149,12 +149,12 @@ def _calibration(texts: Any, tokens: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays within its cell of a Markdown table."""
+    """Return text that stays within its cell of a Markdown table."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _results(file: Path) -> dict[str, Any]:
-    """Of one model, for the template; raises `ConfigError` for anything else."""
+    """Read the results of one model for the template; raises `ConfigError` for any other file."""
     found = read_results(file)
     if not isinstance(found, Evaluation):
         raise ConfigError(f"results {str(file)!r} are not those of `pairquant eval --json`: they hold several models")

@@ -62,7 +62,7 @@ class _Loader(Loader):
 
 
 def _register_with(target: str) -> None:
-    """A version of the library that we do not know must go on working for everything but our models."""
+    """Register with a library; if its version is unknown to us, it goes on working for everything but our models."""
     try:
         importlib.import_module(REGISTRATIONS[target])
     except (ImportError, AttributeError) as error:

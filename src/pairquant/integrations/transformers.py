@@ -92,7 +92,7 @@ class ParoQuantizer(HfQuantizer):
         return _layers().prepare(model)
 
     def _dequantize(self, model, dtype=None):
-        """In the model's dtype, unless another than that of its configuration is asked for: then all of it is cast."""
+        """Decode all layers to the model's dtype; if another dtype is asked for, cast the whole model to it."""
         if offloaded := [path for path, linear in _layers().rotated_linears(model) if linear.qweight.is_meta]:
             raise ConfigError(
                 f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
@@ -148,14 +148,14 @@ def _layers() -> ModuleType:
 
 
 def _sites() -> ModuleType:
-    """Where weights live in models, loaded as late as `_layers`."""
+    """Return where weights live in models, loaded as late as `_layers`."""
     from ..models import sites
 
     return sites
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
-    """What the files hold; a local model's must lie in its directory, whatever its index says."""
+    """Return what the files hold; a local model's must lie in its directory, whatever its index says."""
     home = model.config.name_or_path
     stored = StoredTensors.of_files(checkpoint_files, home if os.path.isdir(home) else None)
     stored.require_whole_linears()
@@ -169,12 +169,12 @@ def _is_what_was_saved(model: Any) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a checkpoint of the model holds."""
+    """Return everything that a checkpoint of the model holds."""
     return ((name, t) for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
 
 
 def _require_complete(model: Any) -> None:
-    """Raises `CheckpointError` for missing tensors, which Transformers makes up with a warning, and plain ones not finite.
+    """Raise `CheckpointError` for missing tensors, which Transformers makes up with a warning, and plain ones not finite.
 
     It marks what it has loaded; offloaded tensors are elsewhere; the values of packed ones have been checked.
     """
@@ -200,7 +200,7 @@ def _unlisted(model: Any, plain: set[str], config: CheckpointConfig) -> set[str]
 
 
 def _by_config(model: Any, config: CheckpointConfig) -> list[str]:
-    """Without files to look into (a state dict was passed): every linear but those named, and the output embedding."""
+    """Return every linear but those that the configuration names and the output embedding: without files, a state dict was passed."""
     output = model.get_output_embeddings()
     return [
         site.path

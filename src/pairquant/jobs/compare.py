@@ -96,7 +96,7 @@ def ranked_along_chains(evaluations: Mapping[str, Evaluation], seed: int) -> Ran
 
 
 def _quantized_in(files: ModelFiles) -> float | None:
-    """Seconds, of a checkpoint of ours that says."""
+    """Return seconds, of a checkpoint of ours that says."""
     if files.quantization is None or files.gguf:
         return None
     seconds = Checkpoint.open(files).report.get("seconds")

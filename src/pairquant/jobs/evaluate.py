@@ -65,7 +65,7 @@ def evaluate(
     trust_remote_code: bool = False,
     on_windows: OnPart | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
+    """Return perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
 
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
     seq_len tokens, the first max_tokens of them used. bos: whether windows begin with `<bos>`: "auto" as the tokenizer of the
@@ -153,7 +153,7 @@ class Assessment:
 def prepare(
     model: str | Path, reference: str | Path | None, measures: Measures, device: str, trust_remote_code: bool
 ) -> Assessment:
-    """Raises what `evaluate` does; no weight is read."""
+    """Raise what `evaluate` does; no weight is read."""
     target, chains, answers = resolve_device(device), measures.chains, measures.answers
     if chains and reference is None:
         raise ConfigError("chains are sampled from the original model, and none is given. Add --reference.")
@@ -219,7 +219,7 @@ def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[Evaluation
 
 
 def _versions(asked: Assessment) -> dict[str, str]:
-    """Of everything that took part in the measurement."""
+    """Return the versions of everything that took part in the measurement."""
     found = versions()
     if asked.tasks:
         found["lm-eval"] = asked.tasks.version
@@ -235,7 +235,7 @@ def _along(networks: Mapping[str, Any], followed: Chains, tell: OnPart) -> Chain
 
 
 def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
-    """The chains that are given, or sampled now."""
+    """Return the chains that are given, or sampled now."""
     if not isinstance(asked.chains, ChainPlan):
         return asked.chains
     step = tell(SAMPLING, 2 * asked.chains.count)
@@ -251,18 +251,18 @@ def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
-    """The model, ready to run, in the dtype of `_dtype`."""
+    """Return the model, ready to run, in the dtype of `_dtype`."""
     dtype = _dtype(device)
     return files.model(dtype if dtype == "auto" else getattr(torch, dtype), device)
 
 
 def _dtype(device: torch.device) -> str:
-    """float32 on a CPU, for exactness; the stored one on a GPU; the same on every engine."""
+    """Return the dtype to compute in, the same for every engine: float32 on a CPU, for exactness, the stored one on a GPU."""
     return "float32" if device.type == "cpu" else "auto"
 
 
 def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
-    """Of a packed checkpoint: over its quantized linears. Of a plain model: its files' size over its parameters."""
+    """Return the bits per weight: of a packed checkpoint those of its quantized linears, of a plain model its files' size over its parameters."""
     if files.quantization is not None:
         return Checkpoint.open(files).bits_per_weight()
     return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
@@ -277,7 +277,7 @@ def _check_vocabularies(both: Iterable[ModelFiles]) -> None:
 
 
 def _engine(name: str, both: Collection[ModelFiles], asked: bool) -> str:
-    """What answers and runs tasks. Raises what `choice` does, and `ConfigError` for vLLM with nothing to do.
+    """Return what answers and runs tasks. Raises what `choice` does, and `ConfigError` for vLLM with nothing to do.
 
     Checks what vLLM would only tell after a minute.
     """
@@ -304,7 +304,7 @@ def _examined(examinees: Mapping[str, Examinee], questions: Questions, tell: OnP
 
 
 def _windows(tokenizer: Any, name: str, measures: Measures, prefix: Sequence[int], notice: Notice) -> Tensor:
-    """A text's windows, int64 [W, T]: no more of it is read than they need."""
+    """Return a text's windows, int64 [W, T]: no more of it is read than they need."""
 
     def tell(text: str) -> None:
         notice(f"{name}: {text}")
@@ -317,7 +317,7 @@ def _windows(tokenizer: Any, name: str, measures: Measures, prefix: Sequence[int
 
 
 def _check_lengths(models: Iterable[Any], seq_len: int) -> list[str]:
-    """Notices about windows that are longer than the models were made for; raises what `check_length` does."""
+    """Return notices about windows that are longer than the models were made for; raises what `check_length` does."""
     found = [check_length(model, seq_len) for model in models]
     return list(dict.fromkeys(text for text in found if text))
 
@@ -327,7 +327,7 @@ def _prompts(tokenizer: Any, asked: Sequence[problems.Problem]) -> list[list[int
 
 
 def chain_prompts(tokenizer: Any, plan: ChainPlan) -> list[list[int]]:
-    """Of chains, each prompt's token ids: GSM8K test problems as a user would ask them."""
+    """Return each prompt's token ids: GSM8K test problems as a user would ask them."""
     return _prompts(tokenizer, problems.gsm8k(plan.count))
 
 
@@ -352,7 +352,7 @@ def _check_contexts(
     answers: AnswerPlan,
     sets: Mapping[str, ProblemSet],
 ) -> None:
-    """Raises `ConfigError` when prompts and what is generated are longer than a model's longest sequence."""
+    """Raise `ConfigError` when prompts and what is generated are longer than a model's longest sequence."""
     for context in (context_of(each.config) for each in files):
         if chains:
             check_context(chain_prompts, chains.tokens, context, "--chain-tokens")
@@ -361,7 +361,7 @@ def _check_contexts(
 
 
 def _steps(questions: Questions, who: str, tell: OnPart) -> Callable[[str], None]:
-    """For `Examinee.examine`: a part is told of with its first step."""
+    """Return what `Examinee.examine` calls after each step; the user is told of a part when its first step is done."""
     begun: dict[str, Callable[[], None]] = {}
 
     def step(name: str) -> None:

@@ -63,7 +63,7 @@ class Running:
 
 
 def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> list[Running]:
-    """For every layer of a packed checkpoint who would run it on this machine, and why the better ones do not.
+    """Return what would run each layer of a packed checkpoint on this machine, and why better backends would not.
 
     Layers of one name and layout share a row. dtype: of the activations. Raises `ConfigError` for an unknown dtype or device,
     `CheckpointError` for a damaged checkpoint.

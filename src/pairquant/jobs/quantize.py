@@ -162,7 +162,7 @@ class Job:
         )  # fmt: skip
 
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
-        """Windows to fit on, and those that choose the best epoch."""
+        """Return windows to fit on, and those that choose the best epoch."""
         config = self.config
         if not config.recipe.needs_text:
             return None, None
@@ -184,7 +184,7 @@ class Job:
         return calibration.first(config.samples), validation if len(validation) else None
 
     def _source(self, spill: Path) -> SourceWeights:
-        """The weights on disk; a copy of them is made by one rank for all."""
+        """Return the weights on disk; a copy of them is made by one rank for all."""
         if self.ranks.leads:
             source = SourceWeights.open(self.files, self.skeleton, spill)
             self.ranks.wait()
@@ -281,7 +281,7 @@ class Job:
         write_checkpoint(self.output, self._entries(), describe, report, overwrite, kept)
 
     def _describe(self, directory: Path, calibration: Calibration | None) -> None:
-        """All of the checkpoint but its weights."""
+        """Write all of the checkpoint but its weights."""
         stored = self.source.stored.fields.items()
         dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
         quantization = self._checkpoint_config(calibration).to_dict()
@@ -312,7 +312,7 @@ class Job:
             )
 
     def _entries(self) -> dict[str, Entry]:
-        """Every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
+        """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
         for name, stored in plain_fields(self.source.stored, self._errors()).items():
             entries[name] = Entry(stored, lambda name=name: self.source.load(name))  # type: ignore[misc]
@@ -334,11 +334,11 @@ class Job:
         )
 
     def _errors(self) -> dict[str, float]:
-        """The error of each quantized linear."""
+        """Return the error of each quantized linear."""
         return {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
 
     def _report(self, calibration: Calibration | None) -> dict[str, Any]:
-        """The content of pairquant.json: recipe, provenance, and each linear's error and size."""
+        """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
         errors = self._errors()
         layouts = {path: self.plan.layouts[path] for path in errors}
         return {
@@ -354,7 +354,7 @@ class Job:
 
     @contextmanager
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
-        """The journal outlives an error if a block is finished, and nothing if none is; success removes it."""
+        """Keep the journal after an error if a block is finished, and remove it otherwise and after success."""
         existed = directory.exists()
         self.journal = Journal(directory, self.plan.layouts)
         if self.ranks.leads:
@@ -401,7 +401,7 @@ def _needed_bytes(files: ModelFiles, plan: Plan) -> int:
 
 
 def _exceptions(plan: Plan) -> list[str]:
-    """What differs from the default, for the user: how many layers, which spec, by which option."""
+    """Return what differs from the default, for the user: how many layers, which spec, by which option."""
     kinds: dict[tuple[str, str], int] = {}
     for path, spec in plan.exceptions.items():
         kind = (plan.reasons[path], str(spec))

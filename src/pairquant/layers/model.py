@@ -28,7 +28,7 @@ def link_siblings(model: nn.Module) -> None:
 
 
 def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
-    """Groups of quantized layers that engines run as one, but whose specs, by path, differ."""
+    """Return groups of quantized layers that engines run as one, but whose specs, by path, differ."""
     found: dict[tuple[str, ...], None] = {}
     for path in specs:
         parent, _, name = path.rpartition(".")

@@ -47,7 +47,7 @@ class Call:
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Call:
-        """The same with all tensors on `device`, floating ones in `dtype`."""
+        """Return the same with all tensors on `device`, floating ones in `dtype`."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, dtype) if x.is_floating_point() else x.to(device)
@@ -59,7 +59,7 @@ class Call:
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed."""
+    """Return the same structure with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
-    """The decoder blocks in order, each with the sites that `ignore` does not name.
+    """Return the decoder blocks in order, each with the sites that `ignore` does not name.
 
     Raises `SourceError` when there are none with linears, and when one block stands at several places.
     """

@@ -43,7 +43,7 @@ def _plain(model: nn.Module, quantized: Iterable[str], ignore: tuple[str, ...]) 
 
 
 def uncovered(block: Block) -> dict[str, int]:
-    """Full name → number of values of the block's matrices that belong to no site, whatever `ignore` says."""
+    """Return full name → number of values of the block's matrices that belong to no site, whatever `ignore` says."""
     covered = {id(site.module) for site in block.sites.values()}
     return {
         ".".join(part for part in (block.path, path, name) if part): parameter.numel()
@@ -75,7 +75,7 @@ def _require_covered(blocks: list[Block], ignore: tuple[str, ...]) -> None:
 
 
 def _require_known(model: nn.Module, ignore: Iterable[str]) -> None:
-    """A pattern that names nothing is a typing error; found now, not after hours."""
+    """Refuse a pattern that names nothing: it is a typing error, found now instead of after hours."""
     paths = [path for path, _ in model.named_modules() if path]
     names = [*paths, *(name for name, _ in model.named_parameters())]
     for pattern in ignore:

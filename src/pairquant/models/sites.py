@@ -30,7 +30,7 @@ class Site(ABC):
     @staticmethod
     @abstractmethod
     def holds(module: nn.Module) -> bool:
-        """Whether a module is of this kind."""
+        """Return whether a module is of this kind."""
 
     @cached_property
     @abstractmethod
@@ -39,7 +39,7 @@ class Site(ABC):
 
     @abstractmethod
     def as_held(self, weight: Tensor) -> Tensor:
-        """A weight [N, C] in the orientation of the module's parameter; its own inverse."""
+        """Return a weight [N, C] in the orientation of the module's parameter; its own inverse."""
 
     @property
     def weight(self) -> Tensor:
@@ -62,7 +62,7 @@ class Site(ABC):
         parameter.data = self.as_held(weight).to(parameter.dtype)
 
     def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        """What runs the quantized weight in the module's place, on its device, empty."""
+        """Return what runs the quantized weight in the module's place, on its device, empty."""
         parameter = self.module.get_parameter("weight")
         return RotatedLinear(layout, parameter.device, parameter.dtype)
 
@@ -107,18 +107,18 @@ KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is some kind of linear layer, even one that no site covers."""
+    """Return whether a module is some kind of linear layer, even one that no site covers."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def site_of(path: str, module: nn.Module) -> Site | None:
-    """The site of a module that holds one weight; None for every other."""
+    """Return the site of a module that holds one weight; None for every other."""
     kind = next((kind for kind in KINDS if kind.holds(module)), None)
     return None if kind is None else kind(path, module)
 
 
 def sites_in(module: nn.Module, prefix: str = "") -> Iterator[Site]:
-    """Every site below a module, in the module's order; prefix: the path of the module itself."""
+    """Yield every site below a module, in the module's order; prefix: the path of the module itself."""
     for name, child in module.named_modules():
         if site := site_of(".".join(part for part in (prefix, name) if part), child):
             yield site

@@ -54,7 +54,7 @@ class BlockWork:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def training(self) -> BlockTask:
-        """The block as block-wise training wants it."""
+        """Return the block as block-wise training wants it."""
         assert self.data is not None, "recipes that train a block have text"
         assert self.call is not None, "recipes that train a block have text"
         return BlockTask(
@@ -71,7 +71,7 @@ class BlockWork:
         return {path: m.hessian for m in self.moments for path in m.readers}
 
     def unit(self, path: str) -> int:
-        """Rows of a linear are shared out in multiples of this."""
+        """Return rows of a linear are shared out in multiples of this."""
         return columns_per_block(self.layouts[path].bits)
 
     def rows(self, path: str) -> Tensor:
@@ -80,7 +80,7 @@ class BlockWork:
         return weight[self.ranks.rows(len(weight), self.unit(path))].contiguous()
 
     def owners(self) -> dict[str, int]:
-        """The rank that rounds, and measures, each linear."""
+        """Return the rank that rounds, and measures, each linear."""
         sizes = {path: self.layouts[path] for path in self.paths}
         return self.ranks.dealt({p: s.in_features * (s.in_features + s.out_features) for p, s in sizes.items()})
 
@@ -119,7 +119,7 @@ class Rounding:
             work.settle(self.rounded(work), trained=False)
 
     def rounded(self, work: BlockWork) -> dict[str, PackedLinear]:
-        """The packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
+        """Return the packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
         targets: dict[str, Tensor] = {}
         for m in work.moments:
             weights = {path: work.rows(path).float() for path in m.readers}
@@ -204,7 +204,7 @@ def starts(work: BlockWork) -> list[float]:
 
 
 def strategy_for(config: QuantConfig) -> Strategy:
-    """The strategy of a recipe."""
+    """Return the strategy of a recipe."""
     if config.recipe.training is not None:
         return BlockTraining()
     return Refitting() if config.recipe.refit is not None else Rounding()

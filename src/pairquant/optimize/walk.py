@@ -160,7 +160,7 @@ class Walk:
         return Streams.start(self.model, self.blocks, tokens, self.config.recipe.compares, places, self.notice)
 
     def _restore(self, streams: Streams | None) -> int:
-        """The first block that the streams have yet to enter."""
+        """Return the first block that the streams have yet to enter."""
         stored = self.finished.snapshot() if streams is not None and self.finished.count else None
         if stored is None or streams is None:
             return 0
@@ -213,7 +213,7 @@ class Walk:
         )
 
     def _moments(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], list[str]]:
-        """Of every distinct input, summed over all ranks; and the linears that were never called."""
+        """Return the moments of every distinct input, summed over all ranks, and the linears that were never called."""
         if streams is None:
             eye = {c: torch.eye(c, device=self.device) for c in {s.size.in_features for s in block.sites.values()}}
             return [Moments([path], eye[site.size.in_features]) for path, site in block.sites.items()], []
@@ -255,7 +255,7 @@ def quantize_blocks(
 
 
 def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device) -> torch.dtype:
-    """Of the forward passes: bfloat16 where the model is and the device multiplies it fast, else float32."""
+    """Return the dtype of the forward passes: bfloat16 if the model is stored so and the device multiplies it fast, else float32."""
     if config.compute != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute]
     stored = {site.dtype for block in blocks for site in block.sites.values()}
@@ -263,7 +263,7 @@ def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device
 
 
 def _groups(moments: list[Moments], layouts: Layouts, shared: bool) -> Groups:
-    """The linears of each transform; only those of one spec can share it."""
+    """Return the linears of each transform; only those of one spec can share it."""
     if not shared:
         return [(path,) for m in moments for path in m.readers]
     groups: Groups = []
@@ -283,7 +283,7 @@ def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
 
 
 def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig, ranks: Ranks) -> BlockData:
-    """After `observe` the original stream holds the block's outputs; the quantized one still enters it."""
+    """Pair the block's inputs with the outputs to learn: after `observe` the original stream holds outputs, the quantized one still inputs."""
     how = config.recipe.training or config.recipe.refit
     assert streams.original is not None, "block-wise training compares with the original stream"
     assert how is not None, "asked for by the recipe"
@@ -294,7 +294,7 @@ def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig,
 
 
 def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
-    """The stream in micro-batches of one size, of at most `limit` windows."""
+    """Return the stream in micro-batches of one size, of at most `limit` windows."""
     sizes = {len(hidden) for hidden in stream}
     if not sizes or (len(sizes) == 1 and max(sizes) <= limit):
         return stream
@@ -304,7 +304,7 @@ def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
 
 
 def _other_parameters(block: Block) -> dict[str, Tensor]:
-    """Every parameter that is not a quantized linear's, by full path."""
+    """Return every parameter that is not a quantized linear's, by full path."""
     taken = {id(site.module) for site in block.sites.values()}
     return {
         f"{block.path}.{path}.{name}" if path else f"{block.path}.{name}": parameter.detach().clone()
@@ -315,7 +315,7 @@ def _other_parameters(block: Block) -> dict[str, Tensor]:
 
 
 def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, PackedLinear]:
-    """The linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
+    """Return the linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
     there = {path: linear.to("cpu", non_blocking=True) for path, linear in packed.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -323,5 +323,5 @@ def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, 
 
 
 def _seed(seed: int, path: str) -> int:
-    """A seed of its own for every transform, the same whatever was quantized before."""
+    """Return a seed of its own for every transform, the same whatever was quantized before."""
     return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63

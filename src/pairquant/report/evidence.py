@@ -19,7 +19,7 @@ MANY = 6
 
 
 def against_size_and_speed(measured: Measured) -> list[Plot]:
-    """Divergence, perplexity and answers over bits per weight, and over the time to quantize and decoding speed as far as
+    """Return divergence, perplexity and answers over bits per weight, and over the time to quantize and decoding speed as far as
     they were measured. Over bits, the originals are lines.
     """
     references = measured.references
@@ -45,7 +45,7 @@ def against_size_and_speed(measured: Measured) -> list[Plot]:
 
 
 def measured_plots(measured: Measured, strokes: Mapping[str, Stroke]) -> list[Plot]:
-    """What has no other axis: along positions and chains, answers one by one, speed. strokes: of each model."""
+    """Return what has no other axis: along positions and chains, answers one by one, speed. strokes: of each model."""
     plots = [
         *_kl_by_position(measured.evaluations, strokes),
         _departures(measured.evaluations, strokes),
@@ -56,7 +56,7 @@ def measured_plots(measured: Measured, strokes: Mapping[str, Stroke]) -> list[Pl
 
 
 def _kl(measured: Measured) -> Series:
-    """Of texts, and along chains of thought."""
+    """Return KL of texts, and along chains of thought."""
     series = _of_texts(measured, "kl")
     for each in measured.evaluations:
         if each.chains:
@@ -79,7 +79,7 @@ def _of_texts(measured: Measured, measure: str) -> Series:
 
 
 def _answers(measured: Measured) -> Series:
-    """In percent, the originals' among them."""
+    """Return accuracies in percent, the originals' among them."""
     series: Series = {}
     for each in measured.evaluations:
         for accuracy in each.accuracies:
@@ -101,7 +101,7 @@ def _time_axes(measured: Measured) -> list[Axis]:
 
 
 def _speed_axes(speeds: Sequence[Speed]) -> list[Axis]:
-    """One for each setting in which several models were measured, at the fewest sequences at once."""
+    """Return one for each setting in which several models were measured, at the fewest sequences at once."""
     axes = []
     for place, (setting, each) in enumerate(_by_setting(speeds).items()):
         batch = min(row.batch for speed in each for row in speed.rows)
@@ -121,7 +121,7 @@ def _by_setting(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
 
 
 def _kl_by_position(evaluations: Sequence[Evaluation], strokes: Mapping[str, Stroke]) -> list[Plot]:
-    """Of one model a series per text; of several a figure per text."""
+    """Draw one model with a line for each text; several models with a figure for each text."""
     caption = "Divergence from the original by the place of a token in its text: whether errors add up as texts go on."
     lines = [(e.name, text, places) for e in evaluations for text, places in e.kl_by_position.items()]
     if len({name for name, _, _ in lines}) <= 1:
@@ -153,7 +153,7 @@ def _lines_by_position(
 
 
 def _height(inside: int, names: int) -> int:
-    """With room for so many names above; on a phone there are two in a row."""
+    """Return the height with room for so many names above; on a phone there are two in a row."""
     return inside + 10 * names
 
 
@@ -162,7 +162,7 @@ def _wide(lines: Sequence[Any]) -> bool:
 
 
 def _departures(evaluations: Sequence[Evaluation], strokes: Mapping[str, Stroke]) -> Plot:
-    """The share of greedy chains that are still the original's, token by token, up to where the last one departs."""
+    """Return the share of greedy chains that are still the original's, token by token, up to where the last one departs."""
     followed = [(e.name, _still_together(e.chains)) for e in evaluations if e.chains]
     figure = go.Figure(layout=layout(_height(300, len(followed)), "token", "still the original's (%)"))
     for name, (tokens, shares) in followed:
@@ -179,7 +179,7 @@ def _departures(evaluations: Sequence[Evaluation], strokes: Mapping[str, Stroke]
 
 
 def _still_together(chains: ChainResults) -> tuple[list[int], list[float]]:
-    """Tokens, and the percentage of chains that have not departed there."""
+    """Return tokens, and the percentage of chains that have not departed there."""
     left = sorted(place for place in chains.departures if place is not None)
     count = len(chains.departures)
     tokens = [0, *left, chains.plan.tokens]
@@ -213,7 +213,7 @@ def _answer_bars(measured: Measured, strokes: Mapping[str, Stroke]) -> Plot:
 
 
 def _speeds(speeds: Sequence[Speed], strokes: Mapping[str, Stroke]) -> list[Plot]:
-    """A figure for each setting: numbers of sequences across, a bar for each model."""
+    """Return a figure for each setting: numbers of sequences across, a bar for each model."""
     plots = []
     for place, (setting, each) in enumerate(_by_setting(speeds).items()):
         figure = go.Figure(layout=layout(_height(280, len(each)), "sequences at once", "tokens/s"))

@@ -133,7 +133,7 @@ def gather(
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the directories apart."""
+    """Return the shortest ends of the paths that tell the directories apart."""
     paths = [directory.resolve() for directory in directories]
     if len(set(paths)) < len(paths):
         twice = next(str(directories[i]) for i, path in enumerate(paths) if path in paths[:i])
@@ -142,7 +142,7 @@ def labels(directories: Sequence[Path]) -> list[str]:
 
 
 def outlier_ratio(magnitude: Tensor) -> float:
-    """The largest channel's magnitude over the median's, for magnitudes [C]."""
+    """Return the largest channel's magnitude over the median's, for magnitudes [C]."""
     return (magnitude.max() / magnitude.median().clamp(min=torch.finfo(magnitude.dtype).tiny)).item()
 
 
@@ -154,7 +154,7 @@ def group_range(weight: Tensor, group_size: int) -> float:
 
 
 def magnitudes(weight: Tensor) -> Tensor:
-    """Mean |w| of each input channel: [C] of a weight [N, C]."""
+    """Return mean |w| of each input channel: [C] of a weight [N, C]."""
     return weight.abs().mean(0)
 
 
@@ -195,7 +195,7 @@ def _checkpoint_facts(
 
 
 def _in_order(checkpoint: Checkpoint) -> list[str]:
-    """The linears' paths, by block and as they were quantized."""
+    """Return the linears' paths, by block and as they were quantized."""
     rank = {path: place for place, path in enumerate(checkpoint.report.get("linears", {}))}
 
     def key(path: str) -> tuple[int, int]:
@@ -226,7 +226,7 @@ def _linear_facts(checkpoint: Checkpoint, path: str, packed: PackedLinear, weigh
 def _before_and_after(
     packed: PackedLinear, transform: Transform, weight: Tensor | None, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A weight in its own basis and in the rotated one: float32 [N, C] both, or about `rows` of the N.
+    """Return a weight in its own basis and in the rotated one: float32 [N, C] both, or about `rows` of the N.
 
     weight: the original's; without it, what is stored stands for both.
     """
@@ -238,7 +238,7 @@ def _before_and_after(
 
 
 def _spaced(rows: Tensor, most: int | None) -> Tensor:
-    """At most about `most` of the rows, evenly spaced."""
+    """Return at most about `most` of the rows, evenly spaced."""
     return rows if most is None else rows[:: _step(len(rows), most)]
 
 
@@ -259,7 +259,7 @@ def _close_up(path: str, packed: PackedLinear, weight: Tensor | None) -> CloseUp
 
 
 def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, int] | None:
-    """Of all pairs of all rotations, the channels whose magnitudes [C] differ most."""
+    """Return the two channels, among the pairs of all rotations, whose magnitudes [C] differ most."""
     if packed.layout.rotations == 0:
         return None
     g = packed.layout.group_size
@@ -270,7 +270,7 @@ def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, in
 
 
 def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
-    """Over a range, symmetric around 0, that holds them all."""
+    """Count values in bins of a range, symmetric around 0, that holds them all."""
     joined = {kind: torch.cat(parts) for kind, parts in values.items()}
     end = max(max(part.abs().max().item() for part in joined.values()), 1e-3)
     edges = torch.linspace(-end, end, BINS + 1)
@@ -279,7 +279,7 @@ def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
 
 
 def _size_16_bit(checkpoint: Checkpoint) -> int:
-    """Bytes of the model with two bytes a number."""
+    """Return bytes of the model with two bytes a number."""
     layouts = [checkpoint.layout(path) for path in checkpoint.stored.linears()]
     packed = {f"{path}.{name}" for path in checkpoint.stored.linears() for name in TENSOR_NAMES if name != "bias"}
     plain = sum(

@@ -19,7 +19,7 @@ DEPTH = [BEFORE, AFTER]
 
 
 def checkpoint_plots(facts: CheckpointFacts, strokes: Mapping[str, Stroke]) -> list[Plot]:
-    """Everything about one checkpoint that its files tell; what they do not tell is left out. strokes: of each model."""
+    """Return everything about one checkpoint that its files tell; what they do not tell is left out. strokes: of each model."""
     plots = []
     if any(linear.error is not None for linear in facts.linears):
         plots.append(_errors(facts.linears))
@@ -40,12 +40,12 @@ def checkpoint_plots(facts: CheckpointFacts, strokes: Mapping[str, Stroke]) -> l
 
 
 def strokes(facts: ReportFacts) -> dict[str, Stroke]:
-    """How each model is drawn, wherever it is: the originals in grey."""
+    """Return how each model is drawn, wherever it is: the originals in grey."""
     return strokes_of(facts.models, facts.measured.references)
 
 
 def comparison_plots(facts: ReportFacts, strokes: Mapping[str, Stroke]) -> list[Plot]:
-    """Everything that sets models side by side."""
+    """Return everything that sets models side by side."""
     plots = against_size_and_speed(facts.measured)
     recorded = [c for c in facts.checkpoints if any(linear.error is not None for linear in c.linears)]
     if len(recorded) > 1:
@@ -54,7 +54,7 @@ def comparison_plots(facts: ReportFacts, strokes: Mapping[str, Stroke]) -> list[
 
 
 def _errors(linears: list[LinearFacts]) -> Plot:
-    """Blocks across, kinds down."""
+    """Return blocks across, kinds down."""
     blocks = list(dict.fromkeys(linear.block for linear in linears))
     kinds = list(dict.fromkeys(linear.kind for linear in linears))
     cells = {(linear.kind, linear.block): linear for linear in linears}
@@ -152,7 +152,7 @@ def _histogram(key: str, title: str, caption: str, histogram: Histogram, axis: s
 
 
 def _training(blocks: list[BlockRecord]) -> Plot:
-    """A line per block and series; the stages follow each other."""
+    """Return a line per block and series; the stages follow each other."""
     figure = go.Figure(layout=layout(380, "epoch", "loss"))
     trained = [block for block in blocks if block.history]
     colors = sample_colorscale(DEPTH, [place / max(1, len(trained) - 1) for place in range(len(trained))])
@@ -177,7 +177,7 @@ def _training(blocks: list[BlockRecord]) -> Plot:
 
 
 def _epochs(block: BlockRecord) -> list[int]:
-    """Epochs counted through all stages, each of which starts at its own epoch 0: the end of the one before."""
+    """Return epochs counted through all stages, each of which starts at its own epoch 0: the end of the one before."""
     counted: list[int] = []
     done = 0
     for place, epoch in enumerate(block.history):

@@ -128,7 +128,7 @@ class Drawing:
 
 
 def _drawing() -> Drawing:
-    """Raises `ConfigError` without Plotly."""
+    """Raise `ConfigError` without Plotly."""
     try:
         from . import figures, style
     except ImportError as error:
@@ -153,7 +153,7 @@ def _render(panels: list[Panel], drawing: Drawing) -> str:
 
 
 def _panels(facts: ReportFacts, drawing: Drawing) -> list[Panel]:
-    """One per checkpoint, and before them a comparison if there is more than one model to compare."""
+    """Return one per checkpoint, and before them a comparison if there is more than one model to compare."""
     panels, strokes = [], drawing.figures.strokes(facts)
     known = {checkpoint.name for checkpoint in facts.checkpoints}
     others = [name for name in facts.measured.names() if name not in known]
@@ -174,7 +174,7 @@ def _panels(facts: ReportFacts, drawing: Drawing) -> list[Panel]:
 
 
 def _missing(facts: CheckpointFacts) -> list[str]:
-    """What the checkpoint's files do not tell, in words."""
+    """Return what the checkpoint's files do not tell, in words."""
     missing = []
     if all(linear.error is None for linear in facts.linears):
         missing.append("No errors were recorded (no pairquant.json).")
@@ -250,7 +250,7 @@ def _speed_card(speed: Speed) -> Card:
 
 
 def _measured_tables(measured: Measured) -> list[Table]:
-    """Of answers and of speed, as far as there are any."""
+    """Return the tables of answers and of speed, as far as there are any."""
     answers = [_answer_cells(e, accuracy) for e in measured.evaluations for accuracy in e.accuracies]
     speeds = [_speed_cells(speed, row) for speed in measured.speeds for row in speed.rows]
     columns = [
@@ -325,7 +325,7 @@ def _linear_table(linears: list[LinearFacts]) -> Table:
 
 
 def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
-    """A row per checkpoint, and per measured model that is none of them."""
+    """Return a row per checkpoint, and per measured model that is none of them."""
     texts = dict.fromkeys(
         (text, m) for e in facts.measured.evaluations for text in e.texts for m in ("kl", "perplexity")
     )
@@ -359,7 +359,7 @@ def _comparison_cells(facts: CheckpointFacts) -> list[Cell]:
 
 
 def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
-    """What is known of a model without its files."""
+    """Return what is known of a model without its files."""
     known = evaluations[0] if evaluations else Evaluation(name, None, None, {})
     return [
         Cell(name, name),

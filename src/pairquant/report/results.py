@@ -106,11 +106,11 @@ class Measured:
     speeds: list[Speed] = field(default_factory=list)
 
     def of(self, name: str) -> Measured:
-        """Of one model."""
+        """Return what is known of one model."""
         return Measured([e for e in self.evaluations if e.name == name], [s for s in self.speeds if s.name == name])
 
     def names(self) -> list[str]:
-        """Of every model, each once."""
+        """Return every model's name, each once."""
         return list(dict.fromkeys([e.name for e in self.evaluations] + [s.name for s in self.speeds]))
 
     @property
@@ -120,7 +120,7 @@ class Measured:
 
 
 def read(files: Iterable[Path], checkpoints: Mapping[str, ModelFiles]) -> Measured:
-    """Everything in these files; raises `ConfigError` for one that none of the three commands has written.
+    """Return everything in these files; raises `ConfigError` for one that none of the three commands has written.
 
     A model that several files tell of is one model: later files count where they tell the same thing.
     """
@@ -173,7 +173,7 @@ def _evaluation(found: results.Evaluation, names: Mapping[str, str]) -> Evaluati
 
 
 def _names(contents: Iterable[Any], checkpoints: Mapping[str, ModelFiles]) -> dict[str, str]:
-    """What is shown for every model that the files name: the checkpoint's name, if it is one of this report, else as much
+    """Return what is shown for every model that the files name: the checkpoint's name, if it is one of this report, else as much
     of the path's end as tells it from the others and from the checkpoints.
     """
     models = list(dict.fromkeys(model for content in contents for model in _models(content)))
@@ -190,7 +190,7 @@ def _names(contents: Iterable[Any], checkpoints: Mapping[str, ModelFiles]) -> di
 
 
 def _models(content: Any) -> Iterable[str]:
-    """As they are named in a file."""
+    """Yield the names of all models in a file, as they stand there."""
     if isinstance(content, SpeedResults):
         yield from (each.name for each in (content.model, content.reference) if each)
         return
@@ -203,7 +203,7 @@ def _models(content: Any) -> Iterable[str]:
 
 
 def _checkpoint_name(model: str, models: Sequence[str], checkpoints: Mapping[str, ModelFiles]) -> str | None:
-    """Of the same directory; of one that is not here any more, if it and a checkpoint alone have that last part."""
+    """Return the name of the checkpoint in this directory. A directory that is not here any more is known by its last part, if that is unique."""
     same = [name for name, known in checkpoints.items() if Path(model).resolve() == known.directory.resolve()]
     if not same and not Path(model).exists() and [Path(other).name for other in models].count(Path(model).name) == 1:
         same = [name for name, known in checkpoints.items() if Path(model).name == known.directory.name]
@@ -219,7 +219,7 @@ def _answers(sets: Mapping[str, AnswerResults]) -> Iterable[Accuracy]:
 
 
 def _tasks(tasks: TaskResults | None) -> Iterable[Accuracy]:
-    """Of metrics that are accuracies: those whose questions are right or wrong."""
+    """Yield the metrics that are accuracies: those whose questions are right or wrong."""
     if tasks is None:
         return
     for task, metrics in tasks.model.items():
@@ -233,7 +233,7 @@ def _tasks(tasks: TaskResults | None) -> Iterable[Accuracy]:
 
 
 def _around(metric: Metric) -> Interval | None:
-    """95 % of a normal distribution with lm-eval's standard error."""
+    """Return the 95 % interval of a normal distribution with lm-eval's standard error."""
     if metric.stderr is None:
         return None
     reach = 1.96 * metric.stderr

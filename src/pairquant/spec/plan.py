@@ -47,7 +47,7 @@ class Plan:
 
 
 def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str]) -> Plan:
-    """The plan for weights of these sizes, by path.
+    """Return the plan for weights of these sizes, by path.
 
     plain: path → reason of the weights that stay as they are. Raises `ConfigError` for an override that names nothing,
     and when weights do not fit, with all of them and the remedies.
@@ -68,7 +68,7 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
 
 
 def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
-    """The default group size, with "auto" resolved: the largest that divides every weight it is for."""
+    """Return the default group size, with "auto" resolved: the largest that divides every weight it is for."""
     if config.group_size != "auto":
         return int(config.group_size)
     own = [override.pattern for override in config.overrides if override.group_size is not None]
@@ -77,7 +77,7 @@ def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
 
 
 def _dividing(channels: Iterable[int]) -> list[int]:
-    """The group sizes that divide all of these numbers of channels, ascending."""
+    """Return the group sizes that divide all of these numbers of channels, ascending."""
     distinct = set(channels)
     return [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in distinct)]
 
@@ -112,7 +112,7 @@ def _last_names(paths: Iterable[str]) -> list[str]:
 
 
 def _grouped_by_reason(faults: Mapping[str, list[str]]) -> str:
-    """One line per kind of layer: how many, which, why."""
+    """Return one line per kind of layer: how many, which, why."""
     lines = []
     for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
         paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]

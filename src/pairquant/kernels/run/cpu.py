@@ -57,7 +57,7 @@ def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_si
 
 
 def decode(weights: CpuWeights, group_size: int) -> Tensor:
-    """The dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
+    """Return the dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
     eye = torch.eye(len(weights.matrix) * group_size, dtype=torch.bfloat16)
     rotated = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, weights.packed, group_size, weights.grid).T.float()
     return rotate_dense(rotated, weights.matrix.mT)
