@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..spec.experts import pool_of, shared_name
 from ..spec.fields import Field
 from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError
@@ -106,9 +107,33 @@ class StoredTensors:
             if have.dtype.is_floating_point != want.dtype.is_floating_point:
                 raise CheckpointError(f"tensor {name} is {have.dtype}, the model's is {want.dtype}. {REMEDY}")
 
+    def names_of(self, path: str) -> dict[str, str]:
+        """Return where the tensors of one linear lie: `qweight`, … → full name. Experts share a transform's (`spec.experts`)."""
+        found = {}
+        for name in TENSOR_NAMES:
+            shared = shared_name(path, name)
+            if f"{path}.{name}" in self.fields:
+                found[name] = f"{path}.{name}"
+            elif shared is not None and shared in self.fields:
+                found[name] = shared
+        return found
+
     def fields_of(self, path: str) -> dict[str, Field]:
         """Stored name (`qweight`, …) → dtype and shape, for one linear."""
-        return {name: self.fields[f"{path}.{name}"] for name in TENSOR_NAMES if f"{path}.{name}" in self.fields}
+        return {name: self.fields[full] for name, full in self.names_of(path).items()}
+
+    def tensors_of(self, path: str) -> dict[str, Tensor]:
+        """Load the tensors of one linear: `qweight`, … → tensor."""
+        return {name: self.load(full) for name, full in self.names_of(path).items()}
+
+    def packed_names(self) -> set[str]:
+        """Return the full names of all tensors that belong to quantized linears."""
+        return {full for path in self.linears() for full in self.names_of(path).values()}
+
+    def pools(self) -> dict[str, str]:
+        """Return path → pool, of the linears whose transform is stored once for many experts."""
+        own = {path: self.names_of(path) for path in self.linears()}
+        return {path: pool_of(path) for path, names in own.items() if names.get("theta", "").endswith("_weight_theta")}
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Return one tensor, onto the device."""

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import CheckpointError, ConfigError
 from .files import PARTIAL, checksum, durable, write_error, write_json, write_tensors
 from .headers import StoredTensors
@@ -133,12 +133,10 @@ class Journal:
         """Return one finished block: its linears by path, and what else was trained in it."""
         stored = self.stored(index)
         linears = {
-            path: PackedLinear.from_tensors(
-                path, self.layouts[path], {name: stored.load(f"{path}.{name}") for name in stored.fields_of(path)}
-            )
+            path: PackedLinear.from_tensors(path, self.layouts[path], stored.tensors_of(path))
             for path in stored.linears()
         }
-        taken = {f"{path}.{name}" for path in linears for name in TENSOR_NAMES}
+        taken = stored.packed_names()
         return linears, {name: stored.load(name) for name in stored.fields if name not in taken}
 
     def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:

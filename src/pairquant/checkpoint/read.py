@@ -17,9 +17,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
+from ..models.names import OWN, Names
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import CheckpointError, SourceError, did_you_mean
 from ..support.formatting import counted
 from .architecture import (
@@ -168,6 +170,10 @@ class ModelFiles:
                 missing = self._loaded(device_map="meta")[1]
         self._require_nothing_missing(missing)
 
+    def names(self, model: Any) -> Names:
+        """Return how the files name the tensors of a model, which may lack its weights; a GGUF file has Transformers' names."""
+        return OWN if self.gguf else Names.of(model, self.stored().fields)
+
     def stored(self) -> StoredTensors:
         """Return what a directory's weights are, from the headers; raises `SourceError` (`CheckpointError` if packed) if unreadable."""
         return self._read(StoredTensors.of_directory)
@@ -308,12 +314,11 @@ class Checkpoint:
     def packed(self, path: str) -> PackedLinear:
         """Return one linear, checked."""
         layout = self.layout(path)
-        tensors = {name: self.stored.load(f"{path}.{name}") for name in self.stored.fields_of(path)}
-        return PackedLinear.from_tensors(path, layout, tensors)
+        return PackedLinear.from_tensors(path, layout, self.stored.tensors_of(path))
 
     def check_plain(self) -> None:
         """Raise `CheckpointError` naming a tensor outside the quantized linears that has NaN or infinity in it."""
-        packed = {f"{path}.{name}" for path in self.stored.linears() for name in TENSOR_NAMES}
+        packed = self.stored.packed_names()
         for name, field in self.stored.fields.items():
             if name not in packed and field.dtype.is_floating_point and not finite(self.stored.load(name)):
                 raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
@@ -329,7 +334,7 @@ class Checkpoint:
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""
-        return bits_per_weight(self.layout(path) for path in self.stored.linears())
+        return bits_per_weight({path: self.layout(path) for path in self.stored.linears()}, self.stored.pools())
 
 
 def _download(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.names import Names
+from ..models.sites import Site
 from ..spec.fields import Field
 from ..support.errors import SourceError
 from .architecture import expected_fields
@@ -30,12 +32,12 @@ AHEAD_BYTES = 4_000_000_000
 class SourceWeights:
     """Weights under the model's own parameter names.
 
-    stored: where each lies; renamed: tensors of the source whose names are not the model's, which Transformers converts
-    on loading; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
+    stored: where each lies; originals: the source's own tensors where their names are others, which Transformers converts
+    on loading: they are what a checkpoint keeps; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
     """
 
-    def __init__(self, stored: StoredTensors, renamed: Sequence[str] = ()):
-        self.stored, self.renamed = stored, tuple(renamed)
+    def __init__(self, stored: StoredTensors, originals: StoredTensors | None = None):
+        self.stored, self.originals = stored, originals
         self.files = sorted(set(stored.files.values()))
         self._seen = {file: _state(file) for file in self.files}
         self._reader = ThreadPoolExecutor(1, "source")
@@ -52,8 +54,7 @@ class SourceWeights:
             return cls(found)
         if not spilled:
             _spill(files.model(), spill)
-        copied = StoredTensors.of_files(sorted(spill.glob("*.safetensors")))
-        return cls(copied, [name for name in found.fields if name not in copied.fields] if found else ())
+        return cls(StoredTensors.of_files(sorted(spill.glob("*.safetensors"))), found)
 
     def digest(self) -> str:
         """Tells this source from another or from a changed one, without reading all of it."""
@@ -76,6 +77,19 @@ class SourceWeights:
                 "put the file back to continue, or start over with --fresh."
             )
         return self.stored.load(name, device)
+
+    def plain_fields(self, quantized: Iterable[Site], names: Names) -> dict[str, Field]:
+        """Return what a checkpoint keeps of the source, by the source's names: all but what these sites hold."""
+        kept = self.originals or self.stored
+        replaced: set[str] = set()
+        for site in quantized:
+            for parameter in (site.parameter, site.bias_parameter):
+                replaced.update(names.sources.get(parameter, (parameter,)))
+        return {name: field for name, field in kept.fields.items() if name not in replaced}
+
+    def load_stored(self, name: str) -> Tensor:
+        """Return one of the tensors that a checkpoint keeps."""
+        return self.load(name) if self.originals is None else self.originals.load(name)
 
     def fill(
         self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None
@@ -190,9 +204,3 @@ def _state(file: Path) -> tuple[int, int]:
     except OSError as error:
         raise SourceError(f"{file} cannot be read any more: {error.strerror}.") from error
     return found.st_size, found.st_mtime_ns
-
-
-def plain_fields(stored: StoredTensors, linears: Iterable[str]) -> dict[str, Field]:
-    """Return what a checkpoint keeps of the source: all but the weights and biases of these linears."""
-    replaced = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
-    return {name: field for name, field in stored.fields.items() if name not in replaced}

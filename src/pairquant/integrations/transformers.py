@@ -63,7 +63,9 @@ class ParoQuantizer(HfQuantizer):
         config = self.quantization_config.checkpoint
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
         quantized = stored.linears() if stored else _by_config(model, config)
-        sites = {site.path: site for site in _sites().sites_in(model)}
+        names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
+        sites = {site.path: site for site in _sites().sites_in(model, names=names)}
+        experts: dict[str, dict[str, Any]] = {}
         for path in quantized:
             if path not in sites:
                 raise CheckpointError(
@@ -75,9 +77,15 @@ class ParoQuantizer(HfQuantizer):
                 if faults := layout.misfits():
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
-            _layers().replace_module(model, path, sites[path].packed_module(layout))
+            site = sites[path]
+            if site.pool is not None:
+                experts.setdefault(site.place, {})[path] = (site, layout)
+                continue
+            _layers().replace_module(model, site.place, site.packed_module(layout))
             # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
+            model.get_submodule(site.place.rpartition(".")[0])._is_hf_initialized = True
+        for place, found in experts.items():
+            _layers().replace_module(model, place, _sites().packed_experts(list(found.values())))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
@@ -86,6 +94,9 @@ class ParoQuantizer(HfQuantizer):
         for path, linear in _layers().rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
+        for path, experts in _layers().rotated_experts(model):
+            for below, packed in experts.packed():
+                packed.check_values(f"{path}.{below}")
         if _is_what_was_saved(model):
             _require_complete(model)
         _layers().link_siblings(model)
@@ -103,6 +114,8 @@ class ParoQuantizer(HfQuantizer):
                 f"{other[0]} stands for a layer that is not nn.Linear, which cannot be made here. Use `pairquant export`, and "
                 "load what it writes."
             )
+        if experts := next((path for path, _ in _layers().rotated_experts(model)), None):
+            raise ConfigError(f"{experts} holds quantized experts, which are not decoded here. Use `pairquant export`.")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if dtype not in (None, model.config.dtype):
             model = model.to(dtype)
@@ -115,7 +128,7 @@ class ParoQuantizer(HfQuantizer):
 
         PEFT's `merge_and_unload` makes such.
         """
-        if not any(_layers().rotated_linears(model)):
+        if not any(_layers().rotated_linears(model)) and not any(_layers().rotated_experts(model)):
             self.remove_quantization_config(model)
             return None, {}
         plain = {path for path, module in model.named_modules() if _sites().is_linear(module)}
@@ -180,6 +193,8 @@ def _require_complete(model: Any) -> None:
     """
     moved = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # accelerate drops the marks of buffers
     packed = {f"{path}.{name}" for path, linear in _layers().rotated_linears(model) for name in linear.layout.fields()}
+    for path, experts in _layers().rotated_experts(model):
+        packed |= {f"{path}.{name}" for name, _ in experts.named_buffers()}
     present = {name: t for name, t in _tensors(model) if not t.is_meta}
     loaded = {name for name, t in present.items() if getattr(t, "_is_hf_initialized", False)}
     dispensable = model._keys_to_ignore_on_load_missing or ()

@@ -22,12 +22,13 @@ from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_error
 from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
-from ..checkpoint.source import SourceWeights, plain_fields
+from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.range import require_fp16, require_representable
 from ..core.rounding import POOR_ERROR, poor_errors
 from ..layers.model import unlike_siblings
 from ..models.blocks import Block
+from ..models.names import Names
 from ..models.planning import plan_model
 from ..models.sites import is_linear
 from ..optimize.calibration import Calibration, calibrator
@@ -36,7 +37,7 @@ from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
-from ..spec.linear import bits_per_weight
+from ..spec.experts import bits_per_weight
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
@@ -106,13 +107,16 @@ def quantize(
     files.require_loadable()
     require_apart(output, files)
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
-    plan, blocks = plan_model(skeleton, config)
+    names = files.names(skeleton)
+    plan, blocks = plan_model(skeleton, config, names)
     config = config.with_group_size(plan.default.group_size)
     require_space(output, _needed_bytes(files, plan))
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
-        job = Job(files, tokenizer, skeleton, plan, blocks, config, output, target, ranks, progress or Silent(), log_to)
+        job = Job(
+            files, tokenizer, skeleton, names, plan, blocks, config, output, target, ranks, progress or Silent(), log_to
+        )
         return job.run(overwrite, fresh)
 
 
@@ -123,6 +127,7 @@ class Job:
     files: ModelFiles
     tokenizer: Any
     skeleton: Any
+    names: Names
     plan: Plan
     blocks: list[Block]
     config: QuantConfig
@@ -139,7 +144,6 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
-            self._tell_renamed()
             self._require_storable()
             self._rehearse(directory, calibration)
             self._open_journal(calibration, validation)
@@ -231,9 +235,14 @@ class Job:
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
-        tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors.items()}
+        sites = self.blocks[result.index].sites
+        tensors = {
+            sites[path].stored_name(name): tensor
+            for path, packed in result.packed.items()
+            for name, tensor in packed.tensors.items()
+        }
         for name, value in result.parameters.items():
-            tensors[name] = value.to(self.source.stored.fields[name].dtype)
+            tensors[self.names.stored(name)] = value.to(self.source.stored.fields[name].dtype)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
         else:
@@ -259,9 +268,16 @@ class Job:
         """Refuse weights that are not finite, or that fp16 scales cannot represent, before the work."""
         if not self.ranks.leads:
             return
+        sites = {path: site for block in self.blocks for path, site in block.sites.items()}
+        held: tuple[str, Any] = ("", None)
         for path, layout in self.plan.layouts.items():
-            for name in ("weight", "bias") if layout.bias else ("weight",):
-                value = self.source.load(f"{path}.{name}", self.device)
+            site = sites[path]
+            for name, parameter in {"weight": site.parameter, "bias": site.bias_parameter}.items():
+                if name == "bias" and not layout.bias:
+                    continue
+                if held[0] != parameter:  # experts have one for all of them
+                    held = parameter, self.source.load(parameter, self.device)
+                value = site.taken(held[1]) if name == "weight" else site.bias_taken(held[1])
                 if wrong := int((~value.isfinite()).sum()):
                     raise SourceError(
                         f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged."
@@ -303,19 +319,13 @@ class Job:
                 f"the configuration or tokenizer of {self.files.name!r} cannot be saved: {error}. Mend it there first."
             ) from error
 
-    def _tell_renamed(self) -> None:
-        if renamed := self.source.renamed:
-            self._notice(
-                f"{len(renamed)} tensors get the names that Transformers gives them on loading instead of the source's "
-                f"({', '.join(renamed[:3])}{', …' if len(renamed) > 3 else ''}): Transformers loads the result, other engines "
-                "may not"
-            )
-
     def _entries(self) -> dict[str, Entry]:
         """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
-        for name, stored in plain_fields(self.source.stored, self._errors()).items():
-            entries[name] = Entry(stored, lambda name=name: self.source.load(name))  # type: ignore[misc]
+        quantized = self._errors()
+        sites = [site for block in self.blocks for path, site in block.sites.items() if path in quantized]
+        for name, stored in self.source.plain_fields(sites, self.names).items():
+            entries[name] = Entry(stored, lambda name=name: self.source.load_stored(name))  # type: ignore[misc]
         for index in range(self.journal.count):
             block = self.journal.stored(index)
             for name, stored in block.fields.items():
@@ -325,13 +335,19 @@ class Job:
     def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
         config = self.config
         quantized = self._errors()
-        plain = [p for p, module in self.skeleton.named_modules() if is_linear(module) and p not in quantized]
+        linears = [p for p, module in self.skeleton.named_modules() if is_linear(module)]
+        plain = [path for path in map(self.names.module, linears) if path not in quantized]
         return CheckpointConfig.of_plan(
             self.plan,
             modules_to_not_convert=tuple(plain),
             shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
             provenance=_provenance(config, calibration, self.files),
         )
+
+    def _pools(self) -> dict[str, str]:
+        """Return path → pool, of experts' weights."""
+        sites = (site for block in self.blocks for site in block.sites.values())
+        return {site.path: site.pool for site in sites if site.pool is not None}
 
     def _errors(self) -> dict[str, float]:
         """Return the error of each quantized linear."""
@@ -344,7 +360,7 @@ class Job:
         return {
             "config": self.config.to_dict(),
             "provenance": _provenance(self.config, calibration, self.files),
-            "bits_per_weight": bits_per_weight(layouts.values()),
+            "bits_per_weight": bits_per_weight(layouts, self._pools()),
             "readme_sha256": None if self.files.gguf else readme_digest(self.files.directory),
             "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
             "linears": {

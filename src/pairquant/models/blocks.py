@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..spec.patterns import matches
 from ..support.errors import SourceError
+from .names import OWN, Names
 from .sites import Site, sites_in
 
 
@@ -69,8 +70,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
-    """Return the decoder blocks in order, each with the sites that `ignore` does not name.
+def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = OWN) -> list[Block]:
+    """Return the decoder blocks in order, each with the sites that `ignore` does not name, by their source's names.
 
     Raises `SourceError` when there are none with linears, and when one block stands at several places.
     """
@@ -87,7 +88,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
         Block(
             f"{path}.{i}",
             block,
-            {site.path: site for site in sites_in(block, f"{path}.{i}") if not matches(site.path, ignore)},
+            {site.path: site for site in sites_in(block, f"{path}.{i}", names) if not matches(site.path, ignore)},
         )
         for i, block in enumerate(stack)
     ]

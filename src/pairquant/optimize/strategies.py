@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,17 +23,21 @@ from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
 from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
-from .moments import Moments
+from .moments import Moments, Pool
 from .ranks import Ranks
 from .search import Problem, fit_transforms
 from .stages import Groups
+
+#: Most rows on which one transform is fitted: a block of 128 experts has 200,000.
+SHARED_ROWS = 32_768
 
 
 @dataclass
 class BlockWork:
     """One block to quantize, and what comes of it.
 
-    layouts: of its linears; moments: of their inputs; groups: the linears of each transform; seeds: for each group, by
+    layouts: of its linears; moments: of their inputs; pools: what the experts of a pool read together, by the pool's name;
+    groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
     block's other parameters are stored in. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
@@ -42,6 +46,7 @@ class BlockWork:
     call: Call | None
     layouts: Mapping[str, LinearLayout]
     moments: list[Moments]
+    pools: Mapping[str, Pool]
     groups: Groups
     seeds: Mapping[str, int]
     config: QuantConfig
@@ -69,6 +74,11 @@ class BlockWork:
     @property
     def hessians(self) -> dict[str, Tensor]:
         return {path: m.hessian for m in self.moments for path in m.readers}
+
+    def group_hessian(self, group: tuple[str, ...], hessians: Mapping[str, Tensor]) -> Tensor:
+        """Return the second moments of what the linears of one transform read; hessians: by path."""
+        pool = self.block.sites[group[0]].pool
+        return self.pools[pool].hessian if pool in self.pools else hessians[group[0]]
 
     def unit(self, path: str) -> int:
         """Return rows of a linear are shared out in multiples of this."""
@@ -133,9 +143,10 @@ class Rounding:
         hessians, problems, factors = work.hessians, [], starts(work)
         for group, factor in zip(work.groups, factors, strict=True):
             rows = [targets[path] for path in group]
-            stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
+            stacked = rows[0] if len(rows) == 1 else _sample(rows)
             weight = stacked if factor == 1 else stacked / factor
-            problems.append(Problem(weight, hessians[group[0]], work.seeds[group[0]], work.layouts[group[0]].spec))
+            hessian = work.group_hessian(group, hessians)
+            problems.append(Problem(weight, hessian, work.seeds[group[0]], work.layouts[group[0]].spec))
         found = fit_transforms(problems, work.config, work.ranks)
         return {
             path: transform.times(factor)
@@ -166,6 +177,12 @@ class Rounding:
                     solvers(work.device),
                 )
         return {p: ranks.shared(packed.pop(p, None), work.layouts[p], owners[p], work.device) for p in transforms}
+
+
+def _sample(rows: Sequence[Tensor]) -> Tensor:
+    """Join weights [N, C] that share a transform; of more than `SHARED_ROWS` rows, evenly spaced ones stand for all."""
+    step = -(-sum(map(len, rows)) // SHARED_ROWS)
+    return torch.cat([each[::step] for each in rows])
 
 
 class Refitting(Rounding):

@@ -79,7 +79,7 @@ class Streams:
             def once(hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
                 reference = output = None
                 if original is not None:
-                    with recorded_inputs(block.sites) as reference:
+                    with recorded_inputs(block.sites, routed=False) as reference:
                         output = self.calls[index].run(block.module, original)
                 with recorded_inputs(block.sites) as inputs:
                     self.calls[index].run(block.module, hidden)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..core.linear import Transform, rotated_weight, transform_of
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import ConfigError
 from ..support.formatting import block_and_rest, distinct_ends, short_name
 from .log import BlockRecord, read_log
@@ -281,7 +281,7 @@ def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
 def _size_16_bit(checkpoint: Checkpoint) -> int:
     """Return bytes of the model with two bytes a number."""
     layouts = [checkpoint.layout(path) for path in checkpoint.stored.linears()]
-    packed = {f"{path}.{name}" for path in checkpoint.stored.linears() for name in TENSOR_NAMES if name != "bias"}
+    packed = {name for name in checkpoint.stored.packed_names() if not name.endswith(".bias")}
     plain = sum(
         torch.Size(field.shape).numel() for name, field in checkpoint.stored.fields.items() if name not in packed
     )

@@ -133,6 +133,10 @@ class LinearLayout:
         """Return size of all stored tensors but the bias, in bits."""
         return sum(field.nbytes * 8 for part in self.spec.parts for field in part.fields(self.size).values())
 
+    def transform_bits(self) -> int:
+        """Return the size of the stored transform, in bits."""
+        return sum(self.fields()[name].nbytes * 8 for name in transform_names(self))
+
     def numbers(self) -> list[int]:
         """Return the layout as whole numbers, for operators that take no other arguments; `of_numbers` reads them."""
         spec = self.spec

@@ -17,6 +17,9 @@ from .linear import LinearLayout, Spec, bits_per_weight
 from .options import Override, QuantConfig
 from .patterns import matches
 
+#: Weights that do not fit are left plain, instead of refused, where those of one name are less than this share of all.
+SMALL_SHARE = 0.01
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,8 +66,22 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
     if not config.recipe.transform:  # such presets round the weight as it is
         specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
     layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}
+    for path, reason in _too_small(layouts).items():
+        del layouts[path]
+        reasons[path] = reason
     _require_fit(layouts, default)
     return Plan(default, layouts, reasons)
+
+
+def _too_small(layouts: Mapping[str, LinearLayout]) -> dict[str, str]:
+    """Return path → reason of the weights that do not fit and are, with all of their last name, a small share of the whole."""
+    weights: Counter[str] = Counter()
+    for path, layout in layouts.items():
+        weights[path.rpartition(".")[2]] += layout.in_features * layout.out_features
+    total = sum(weights.values())
+    small = {name for name, count in weights.items() if count < SMALL_SHARE * total}
+    faults = {path: layout.misfits() for path, layout in layouts.items() if path.rpartition(".")[2] in small}
+    return {path: f"small, and {'; '.join(reasons)}" for path, reasons in faults.items() if reasons}
 
 
 def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
