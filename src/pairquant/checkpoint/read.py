@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from ..models.names import OWN, Names
+from ..models.sites import sites_in
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
@@ -163,8 +164,12 @@ class ModelFiles:
         if self.gguf or not (self.is_packed or self.quantization is None):
             return
         stored = self.stored()
-        packed = {f"{path}.weight" for path in stored.linears()} if self.is_packed else set()
-        missing = [name for name in expected_fields(model) if name not in stored.fields and name not in packed]
+        there = set(stored.fields)
+        if self.is_packed:
+            names, linears = Names.of(model, stored.fields), set(stored.linears())
+            sites = [site for site in sites_in(model, names=names) if site.path in linears]
+            there |= {*names.sources, *(site.parameter for site in sites), *(site.bias_parameter for site in sites)}
+        missing = [name for name in expected_fields(model) if name not in there]
         if missing and not self.is_packed:  # or stored under names that Transformers converts on loading: it knows
             with quiet_transformers():
                 missing = self._loaded(device_map="meta")[1]

@@ -65,6 +65,7 @@ class ParoQuantizer(HfQuantizer):
         quantized = stored.linears() if stored else _by_config(model, config)
         names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
         sites = {site.path: site for site in _sites().sites_in(model, names=names)}
+        self._renamed = {target for target, sources in names.sources.items() if sources != (target,)}
         experts: dict[str, dict[str, Any]] = {}
         for path in quantized:
             if path not in sites:
@@ -94,6 +95,7 @@ class ParoQuantizer(HfQuantizer):
         for path, linear in _layers().rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
+        self._cast_renamed(model)
         for path, experts in _layers().rotated_experts(model):
             for below, packed in experts.packed():
                 packed.check_values(f"{path}.{below}")
@@ -101,6 +103,15 @@ class ParoQuantizer(HfQuantizer):
             _require_complete(model)
         _layers().link_siblings(model)
         return _layers().prepare(model)
+
+    def _cast_renamed(self, model) -> None:
+        """Give plain parameters that Transformers has renamed the model's dtype: it takes them for parts of packed layers."""
+        keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+        keep += tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        dtype = model.config.dtype
+        for name, parameter in model.named_parameters():
+            if name in self._renamed and parameter.is_floating_point() and not any(part in name for part in keep):
+                parameter.data = parameter.data.to(dtype) if isinstance(dtype, torch.dtype) else parameter.data
 
     def _dequantize(self, model, dtype=None):
         """Decode all layers to the model's dtype; if another dtype is asked for, cast the whole model to it."""

@@ -9,11 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.cpu_int4 import CpuInt4
+from ..backends.table import Explanation
+from ..backends.triton_int4 import TritonInt4
 from ..core.linear import rotated_weight, transform_of
 from ..core.rotation import rotate_dense
-from ..kernels.run.cpu import INT4_ROWS, int4_product, int4_weights
+from ..kernels.run.cpu import int4_product, int4_weights
 from ..spec.experts import TRANSFORM, pool_of
 from ..spec.linear import LinearLayout, PackedLinear
+
+#: What multiplies experts where there is no int4 product.
+DECODED = "decoded"
+
+
+def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether experts of this layout are multiplied from their codes, by PyTorch's int4 product for CPUs."""
+    return CpuInt4().refusal(layout, device, dtype) is None
+
+
+def explain_experts(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
+    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small."""
+    if has_int4(layout, device, dtype):
+        return Explanation(CpuInt4.name, {})
+    refusals = {CpuInt4.name: CpuInt4().refusal(layout, device, dtype) or ""}
+    return Explanation(DECODED, refusals | {TritonInt4.name: "has no kernel for experts yet"})
 
 
 @dataclass(frozen=True)
@@ -121,23 +140,13 @@ class RotatedExperts(nn.Module):
     def _product(self, number: int, part: str, turned: Tensor) -> Tensor:
         layout = self.plans[part].layout
         packed = self.packed_part(number, part)
-        if self._has_int4(layout, turned):
+        if has_int4(layout, turned.device, turned.dtype):
             if (number, part) not in self._int4:
                 self._int4[number, part] = int4_weights(packed)
             y = int4_product(turned, *self._int4[number, part], layout.group_size)
         else:
             y = turned @ rotated_weight(packed).T.to(turned.dtype)
         return y if packed.bias is None else y + packed.bias.to(y.dtype)
-
-    @staticmethod
-    def _has_int4(layout: LinearLayout, x: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.dtype == torch.bfloat16
-            and layout.bits == 4
-            and layout.out_features % INT4_ROWS == 0
-            and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Follow `fn` to another device, never to another dtype: a bfloat16 scale would lose stored bits."""

@@ -7,7 +7,7 @@ names of its source, so that every reader of the original model finds what it ex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +20,21 @@ OTHER_NAMES = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3", "w
 
 @dataclass(frozen=True)
 class Names:
-    """sources: parameter of the model → the source's tensors that it is made of, in the order in which they are joined."""
+    """sources: parameter of the model → the source's tensors that it is made of, in the order in which they are joined.
+
+    renamed: from a parameter's name to what a source would call it; joins: whether Transformers joins the tensor of this
+    name with others on loading, as it does with single experts.
+    """
 
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: Callable[[str], str] = lambda name: name
+    joins: Callable[[str], bool] = lambda name: False
 
     @classmethod
     def of(cls, model: Any, stored: Iterable[str]) -> Names:
         """Find out how Transformers names the tensors of the source; model: it may lack its weights."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
         known = model.state_dict()
         mapping = get_model_conversion_mapping(model)
@@ -43,7 +49,16 @@ class Names:
             number = NUMBER.search(name)
             order = (int(number[1]) if number and pattern else 0, places.get(pattern or "", 0), name)
             found.setdefault(target, []).append(order)
-        return cls({target: tuple(name for *_, name in sorted(names)) for target, names in found.items()})
+        back = [each.reverse_transform() for each in reversed(renamings) if not isinstance(each, PrefixChange)]
+
+        def renamed(name: str) -> str:
+            return rename_source_key(name, back, [], reverse=True)[0]
+
+        def joins(name: str) -> bool:
+            return rename_source_key(name, renamings, converters)[1] is not None
+
+        sources = {target: tuple(name for *_, name in sorted(names)) for target, names in found.items()}
+        return cls(sources, renamed, joins)
 
     def stored(self, parameter: str) -> str:
         """Return the source's name of a parameter that is one tensor there; its own name if the source is not known."""
