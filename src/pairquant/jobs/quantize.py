@@ -155,6 +155,8 @@ class Job:
             report = self._report(calibration)
             if poor := poor_errors(self._errors()):
                 self._notice(_poor_layers(poor))
+            if few := self._experts_with_few_tokens():
+                self._notice(few)
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
             self.ranks.wait()
@@ -190,11 +192,11 @@ class Job:
     def _source(self, spill: Path) -> SourceWeights:
         """Return the weights on disk; a copy of them is made by one rank for all."""
         if self.ranks.leads:
-            source = SourceWeights.open(self.files, self.skeleton, spill)
+            source = SourceWeights.open(self.files, self.skeleton, self.names, spill)
             self.ranks.wait()
             return source
         self.ranks.wait()
-        return SourceWeights.open(self.files, self.skeleton, spill, spilled=True)
+        return SourceWeights.open(self.files, self.skeleton, self.names, spill, spilled=True)
 
     def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         identity = {
@@ -217,7 +219,7 @@ class Job:
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
         self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
-        for line in _exceptions(self.plan):
+        for line in [*_exceptions(self.plan), *self._left_plain()]:
             self._notice(line)
         self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
         if self.journal.count == len(self.blocks):
@@ -242,7 +244,8 @@ class Job:
             for name, tensor in packed.tensors.items()
         }
         for name, value in result.parameters.items():
-            tensors[self.names.stored(name)] = value.to(self.source.stored.fields[name].dtype)
+            field = self.source.field(name)
+            tensors[self.names.stored(name)] = value if field is None else value.to(field.dtype)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
         else:
@@ -336,12 +339,57 @@ class Job:
         config = self.config
         quantized = self._errors()
         linears = [p for p, module in self.skeleton.named_modules() if is_linear(module)]
-        plain = [path for path in map(self.names.module, linears) if path not in quantized]
+        unknown = [name.removesuffix(".weight") for name in self._unknown_matrices()]
+        plain = [*(path for path in map(self.names.module, linears) if path not in quantized), *unknown]
         return CheckpointConfig.of_plan(
             self.plan,
             modules_to_not_convert=tuple(plain),
             shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
             provenance=_provenance(config, calibration, self.files),
+        )
+
+    def _unknown_matrices(self) -> list[str]:
+        """Return the source's matrices that the model's class does not use, so that nothing here quantizes them."""
+        stored = (self.source.originals or self.source.stored).fields
+        return [n for n in self.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
+
+    def _left_plain(self) -> list[str]:
+        """Return for the user what stays in 16 bits inside the blocks and beside them, and its share, before the work."""
+        total = 0
+        kinds: dict[tuple[str, str], list[int]] = {}
+        sites = [site for block in self.blocks for site in block.sites.values()]
+        quantized = {name for site in sites for name in (site.parameter, site.bias_parameter)}
+        for block in self.blocks:
+            for own, parameter in block.module.named_parameters():
+                name = f"{block.path}.{own}"
+                total += parameter.numel() if parameter.dim() >= 2 else 0
+                if parameter.dim() >= 2 and name not in quantized:
+                    path = self.names.module(name.removesuffix(".weight"))
+                    reason = self.plan.plain.get(path, "not a linear layer, or one that computes something of its own")
+                    kinds.setdefault((path.rpartition(".")[2], reason), []).append(parameter.numel())
+        lines = [
+            f"{name} stays plain in {counted(len(sizes), 'place')}, {sum(sizes) / total:.1%} of the blocks' weights: {reason}"
+            for (name, reason), sizes in kinds.items()
+        ]
+        if unknown := self.names.unknown:
+            more = ", …" if len(unknown) > 2 else ""
+            lines.append(
+                f"{counted(len(unknown), 'tensor')} that {type(self.skeleton).__name__} does not use are kept as they are: "
+                f"{', '.join(unknown[:2])}{more}"
+            )
+        return lines
+
+    def _experts_with_few_tokens(self) -> str | None:
+        """Say how many experts were fitted on fewer tokens than they have input channels."""
+        channels = {site.pool: site.size.in_features for block in self.blocks for site in block.sites.values()}
+        tokens = {home: counts for entry in self.journal.entries for home, counts in entry.get("tokens", {}).items()}
+        few = [count for home, counts in tokens.items() for count in counts if count < channels[f"{home}.gate_up"]]
+        if not few:
+            return None
+        return (
+            f"{len(few)} of {sum(map(len, tokens.values()))} experts got fewer tokens than they have input channels, the "
+            f"fewest {min(few)}: what they lack was made up for by the average token of their block. More text helps "
+            "(--samples); pairquant.jsonl has every count"
         )
 
     def _pools(self) -> dict[str, str]:
@@ -399,9 +447,7 @@ class _Finished:
     def result(self, index: int) -> BlockResult:
         entry = self.journal.entries[index]
         packed, parameters = self.journal.packed(index)
-        return BlockResult(
-            index, entry["path"], packed, entry["errors"], entry["shared"], entry["uncalled"], parameters
-        )
+        return BlockResult(index, entry["path"], packed, entry["errors"], parameters=parameters)
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()

@@ -18,9 +18,9 @@ from .sites import ExpertSite, Site, is_linear, sites_in
 
 #: A matrix of a block that no site covers is refused from this share of the blocks' weights on, unless it is ignored.
 LARGE_SHARE = 0.05
-#: Last names of linears that choose experts, weigh their results, or gate a state-space layer by head: small, and every
-#: error in them is an error of choice.
-ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "in_proj_a", "in_proj_b", "in_proj_ba")
+#: Last names of linears that choose experts, weigh their results, or set the gates and steps of a state-space layer: small,
+#: and read by kernels as parameters, or every error in them is one of choice.
+ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj")
 
 
 def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tuple[Plan, list[Block]]:
@@ -77,7 +77,7 @@ def _plain(model: nn.Module, quantized: Iterable[Site], ignore: tuple[str, ...],
             path = names.module(place)
             named = next((pattern for pattern in ignore if matches(path, (pattern,))), None)
             router = path.rpartition(".")[2] in ROUTERS
-            other = "a router or gate" if router else "not a plain linear layer of a decoder block"
+            other = "a router, gate or step size" if router else "not a plain linear layer of a decoder block"
             found[path] = f"--ignore {named}" if named else other
     return found
 

@@ -23,6 +23,9 @@ from ..spec.linear import LinearLayout
 from ..support.errors import CheckpointError
 from .names import OWN, Names
 
+#: Subclasses of `nn.Linear` with a forward of their own that computes the same.
+LINEAR_ALL_THE_SAME = ("FalconLinear",)
+
 
 @dataclass(frozen=True)
 class Site(ABC):
@@ -107,7 +110,8 @@ class LinearSite(Site):
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain = type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR_ALL_THE_SAME
+        return isinstance(module, nn.Linear) and plain
 
     @cached_property
     def size(self) -> Size:
