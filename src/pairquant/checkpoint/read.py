@@ -167,8 +167,12 @@ class ModelFiles:
         there = set(stored.fields)
         if self.is_packed:
             names, linears = Names.of(model, stored.fields), set(stored.linears())
-            sites = [site for site in sites_in(model, names=names) if site.path in linears]
-            there |= {*names.sources, *(site.parameter for site in sites), *(site.bias_parameter for site in sites)}
+            there |= {*names.sources, *(f"{path}.weight" for path in linears)}
+            lacking = set()
+            for site in sites_in(model, names=names):  # experts have one parameter for all of them
+                held = {site.parameter, site.bias_parameter}
+                (there if site.path in linears else lacking).update(held)
+            there -= {name for name in lacking if name not in names.sources}
         missing = [name for name in expected_fields(model) if name not in there]
         if missing and not self.is_packed:  # or stored under names that Transformers converts on loading: it knows
             with quiet_transformers():

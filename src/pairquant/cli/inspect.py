@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,8 @@ from ..support.formatting import block_and_rest, counted
 from .app import Device, Model, app, console, quiet_libraries
 from .display import duration, number, percent, plain, scientific, short_name, size
 
+#: The number of an expert in a path.
+NUMBER = re.compile(r"\.\d+\.")
 #: The backend that runs every layer, in full precision.
 DECODED = "decoded"
 
@@ -120,7 +123,8 @@ def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
     rows: dict[str, dict[str, Any]] = {}
     for path, entry in linears.items():
         block, name = block_and_rest(path)
-        rows.setdefault(block, {})[name] = entry
+        row, name = rows.setdefault(block, {}), NUMBER.sub(".", name)
+        row[name] = _together(row[name], entry) if name in row else {**entry, "count": 1}
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("block", no_wrap=True)
@@ -131,6 +135,14 @@ def _error_table(linears: dict[str, dict[str, Any]]) -> Table:
         cells = [percent(row[name]["error"]) if name in row else "" for name in columns]
         table.add_row(block, *cells, size(sum(entry["bytes"] for entry in row.values())))
     return table
+
+
+def _together(many: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """Add an expert to those of its block: the mean error, all bytes."""
+    count, error = many["count"] + 1, None
+    if many["error"] is not None and one["error"] is not None:
+        error = many["error"] + (one["error"] - many["error"]) / count
+    return {"error": error, "bytes": many["bytes"] + one["bytes"], "count": count}
 
 
 def _life_table(linear: str, steps: list[Any]) -> Table:

@@ -204,7 +204,10 @@ class _BlockProgress:
         self.bars.console.print(f"[yellow]{escape(text)}[/]")
 
     def block(self, result: Any) -> None:
-        errors = {short_name(path): error for path, error in result.errors.items()}
+        by_name: dict[str, list[float]] = {}
+        for path, error in result.errors.items():
+            by_name.setdefault(short_name(path), []).append(error)
+        errors = {name: sum(each) / len(each) for name, each in by_name.items()}  # the mean of many experts
         if list(errors) != self.columns:
             self.columns = list(errors)
             heading = "".join(f"{name:>{self.width(name)}}" for name in self.columns)

@@ -26,6 +26,9 @@ class Inputs:
     readers: list[list[str]] = field(default_factory=list)
     routed: list[bool] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.routed += [False] * (len(self.tensors) - len(self.routed))
+
     def add(self, tensor: Tensor, readers: list[str], routed: bool = False) -> None:
         """Add a distinct input."""
         self.tensors.append(tensor)

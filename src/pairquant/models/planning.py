@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -39,7 +39,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     sizes = {path: site.size for path, site in sites.items()}
     plan = plan_for(config, sizes, _plain(model, sites.values(), config.ignore, names))
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
-    _require_alike_experts(plan, sites)
+    every = [site for site in sites_in(model, names=names) if site.pool is not None]
+    _require_alike_experts(plan, every)
     if config.recipe.trains and any(isinstance(site, ExpertSite) for site in sites.values()):
         raise ConfigError(
             f"preset {config.preset!r} trains whole blocks, which is not possible yet with experts. Choose --preset fast."
@@ -51,22 +52,26 @@ def _with_sites(block: Block, wanted: Callable[[str], bool]) -> Block:
     return replace(block, sites={path: site for path, site in block.sites.items() if wanted(path)})
 
 
-def _require_alike_experts(plan: Plan, sites: Mapping[str, Site]) -> None:
+def _require_alike_experts(plan: Plan, sites: Iterable[Site]) -> None:
     """Refuse experts of one block that differ: their transform is stored once, and engines run them together."""
-    pools: dict[str, dict[str, Spec]] = {}
-    for path, layout in plan.layouts.items():
-        if (pool := sites[path].pool) is not None:
-            pools.setdefault(pool, {})[path] = layout.spec
+    pools: dict[str, dict[str, Spec | None]] = {}
+    for site in sites:
+        layout = plan.layouts.get(site.path)
+        pools.setdefault(str(site.pool), {})[site.path] = None if layout is None else layout.spec
     for pool, specs in pools.items():
-        if len(set(specs.values())) > 1:
-            odd = next(path for path, spec in specs.items() if spec != plan.default)
+        if len(set(specs.values())) == 1:
+            continue
+        if None in specs.values():
+            odd = next(path for path, spec in specs.items() if spec is None)
             raise ConfigError(
-                f"{odd} would be stored otherwise than the other experts of {pool}, which share its transform. Name all "
-                "of them in --override, such as 're:.*experts.*'."
+                f"{odd} cannot be left plain alone, as the experts of {pool} run together: name all of them in --ignore, "
+                "such as 're:.*experts.*'."
             )
-        whole = {path for path, site in sites.items() if site.pool == pool}
-        if whole - set(specs):
-            raise ConfigError(f"{min(whole - set(specs))} cannot be left plain alone: name all experts in --ignore")
+        odd = next(path for path, spec in specs.items() if spec != plan.default)
+        raise ConfigError(
+            f"{odd} would be stored otherwise than the other experts of {pool}, which share its transform. Name all of them "
+            "in --override, such as 're:.*experts.*'."
+        )
 
 
 def _plain(model: nn.Module, quantized: Iterable[Site], ignore: tuple[str, ...], names: Names) -> dict[str, str]:
