@@ -34,6 +34,7 @@ FLOORS = {
 DOORS = {
     "transformers": {
         "models/sites.py",
+        "models/names.py",
         "checkpoint/read.py",
         "checkpoint/architecture.py",
         "integrations/transformers.py",

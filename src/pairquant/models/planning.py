@@ -53,25 +53,28 @@ def _with_sites(block: Block, wanted: Callable[[str], bool]) -> Block:
 
 
 def _require_alike_experts(plan: Plan, sites: Iterable[Site]) -> None:
-    """Refuse experts of one block that differ: their transform is stored once, and engines run them together."""
-    pools: dict[str, dict[str, Spec | None]] = {}
+    """Refuse experts of one block that differ: their transforms are stored once, and they run together."""
+    homes: dict[str, dict[str, bool]] = {}
+    pools: dict[str, dict[str, Spec]] = {}
     for site in sites:
         layout = plan.layouts.get(site.path)
-        pools.setdefault(str(site.pool), {})[site.path] = None if layout is None else layout.spec
-    for pool, specs in pools.items():
-        if len(set(specs.values())) == 1:
-            continue
-        if None in specs.values():
-            odd = next(path for path, spec in specs.items() if spec is None)
+        homes.setdefault(site.place, {})[site.path] = layout is not None
+        if layout is not None:
+            pools.setdefault(str(site.pool), {})[site.path] = layout.spec
+    for packed in homes.values():
+        if len(set(packed.values())) > 1:
+            odd = next(path for path, is_packed in packed.items() if not is_packed)
             raise ConfigError(
-                f"{odd} cannot be left plain alone, as the experts of {pool} run together: name all of them in --ignore, "
+                f"{odd} cannot be left plain alone, as the experts of a block run together: name all of them in --ignore, "
                 "such as 're:.*experts.*'."
             )
-        odd = next(path for path, spec in specs.items() if spec != plan.default)
-        raise ConfigError(
-            f"{odd} would be stored otherwise than the other experts of {pool}, which share its transform. Name all of them "
-            "in --override, such as 're:.*experts.*'."
-        )
+    for pool, specs in pools.items():
+        if len(set(specs.values())) > 1:
+            odd = next(path for path, spec in specs.items() if spec != plan.default)
+            raise ConfigError(
+                f"{odd} would be stored otherwise than the other experts of {pool}, which share its transform. Name all of "
+                "them in --override, such as 're:.*experts.*'."
+            )
 
 
 def _plain(model: nn.Module, quantized: Iterable[Site], ignore: tuple[str, ...], names: Names) -> dict[str, str]:
