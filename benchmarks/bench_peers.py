@@ -39,7 +39,7 @@ from pairquant.evaluation import chains
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.generation import check_context
 from pairquant.evaluation.quality import measure
-from pairquant.jobs.compare import ranked
+from pairquant.evaluation.ranking import rank
 from pairquant.jobs.evaluate import chain_prompts
 from pairquant.optimize.calibration import calibrate
 from pairquant.support.devices import resolve_device
@@ -396,9 +396,9 @@ def behind_the_closest(rows: list[dict[str, Any]]) -> dict[str, str]:
     if not rows:
         return {}
     text = "wikitext2-test"
-    found = ranked([{"name": row["peer"], "evaluation": {"texts": {text: row[text]}}} for row in rows], seed=0)[text]
-    differences = {name: f"{d['kl']:.4f}{half(d['interval'])}" for name, d in found["ahead_of"].items()}
-    return {found["model"]: "closest", **differences}
+    found = rank({row["peer"]: row[text]["kl_of_windows"] for row in rows})
+    differences = {name: f"{gap.kl:.4f}{half(gap.interval)}" for name, gap in found.ahead_of.items()}
+    return {found.model: "closest", **differences}
 
 
 def results_file(options: argparse.Namespace) -> Path:

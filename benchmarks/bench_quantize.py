@@ -27,7 +27,7 @@ import torch
 import transformers
 from recipes import config_from
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 import pairquant
 from pairquant.jobs.quantize import Silent
@@ -35,6 +35,7 @@ from pairquant.jobs.quantize import Silent
 #: Name → hidden size, MLP size, key/value share of the heads, blocks of the whole model.
 SHAPES = {
     "llama-3-8b": (4096, 14336, 4, 32),
+    "qwen3-30b-a3b": (2048, 768, 8, 48),
     "hidden-1024": (1024, 3584, 4, 32),
     "hidden-2048": (2048, 7168, 4, 32),
     "hidden-4096": (4096, 14336, 4, 32),
@@ -42,6 +43,8 @@ SHAPES = {
 }
 
 
+#: Experts of each block, of which a token gets eight; the MLP size is then one expert's.
+EXPERTS = {"qwen3-30b-a3b": 128}
 #: Under torchrun the first process writes the model and reports.
 LEADS = os.environ.get("RANK", "0") == "0"
 
@@ -68,15 +71,26 @@ class Timer(Silent):
 
 def write_model(directory: Path, shape: str, blocks: int, tokens: int) -> None:
     hidden, mlp, share, _ = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=32768, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128 // share, max_position_embeddings=8192,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
+    common = {
+        "vocab_size": 32768, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": blocks,
+        "max_position_embeddings": 8192, "dtype": torch.bfloat16,
+    }  # fmt: skip
+    if shape in EXPERTS:
+        config = Qwen3MoeConfig(
+            **common, num_attention_heads=32, num_key_value_heads=32 // share, head_dim=128, moe_intermediate_size=mlp,
+            num_experts=EXPERTS[shape], num_experts_per_tok=8,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            **common, num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128 // share
+        )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).bfloat16()
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
+        for parameter in model.parameters():  # experts are made without values
+            if parameter.dim() == 3:
+                parameter.data.normal_(std=0.02)
     model.save_pretrained(directory)
     words = {f"w{i}": i for i in range(config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

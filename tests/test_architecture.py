@@ -22,7 +22,7 @@ FLOORS = {
     "optimize": 7,
     "evaluation": 8,
     "integrations": 8,
-    "hub": 8,
+    "hub": 9,
     "engines": 9,
     "jobs": 10,
     "report": 10,
@@ -34,6 +34,7 @@ FLOORS = {
 DOORS = {
     "transformers": {
         "models/sites.py",
+        "models/names.py",
         "checkpoint/read.py",
         "checkpoint/architecture.py",
         "integrations/transformers.py",
@@ -55,6 +56,7 @@ DOORS = {
     "accelerate": {"checkpoint/read.py"},
     "wandb": {"support/loggers.py"},
     "huggingface_hub": {"checkpoint/read.py", "hub/"},
+    "pydantic": {"evaluation/results.py"},
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {

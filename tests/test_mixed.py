@@ -143,4 +143,4 @@ def test_poor_layers_are_named(source, tmp_path):
     assert summary.poor
     assert all(summary.errors[path] > 0.2 for path in summary.poor)
     worst = next(iter(summary.poor))
-    assert any(text.startswith(f"{worst}: the output's relative error is") for text in heard.notices)
+    assert any(text.startswith(f"the output's relative error is above 20%: {worst} ") for text in heard.notices)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pairquant.evaluation.results import Evaluation, SpeedResults
 from pairquant.support.errors import ConfigError, did_you_mean
 
 ROOT = Path(__file__).parents[2]
@@ -313,27 +313,29 @@ def model_named(name: str) -> tuple[str, Model]:
     )
 
 
-def numbers(results: Iterable[dict[str, Any]]) -> dict[str, float]:
+def numbers(results: Iterable[Evaluation | SpeedResults]) -> dict[str, float]:
     """The paper's name of a measure → what `pairquant eval` or `bench` found; accuracies in percent, means over seeds."""
     found: dict[str, list[float]] = {}
     for result in results:
-        for metric, value in _measures(result):
+        measures = _speeds(result) if isinstance(result, SpeedResults) else _measures(result)
+        for metric, value in measures:
             found.setdefault(metric, []).append(value)
     return {metric: sum(values) / len(values) for metric, values in found.items()}
 
 
-def _measures(result: dict[str, Any]) -> Iterable[tuple[str, float]]:
-    if "rows" in result.get("model", {}):
-        yield "tokens/s", result["model"]["rows"][0]["decode_tokens_per_s"]
-        return
+def _speeds(result: SpeedResults) -> Iterable[tuple[str, float]]:
+    yield "tokens/s", result.model.rows[0].decode_tokens_per_s
+
+
+def _measures(result: Evaluation) -> Iterable[tuple[str, float]]:
     titles = {Path(WIKITEXT2).name: "WikiText2", "c4-test": "C4"}
-    for name, text in result["texts"].items():
+    for name, text in result.texts.items():
         if Path(name).name in titles:
-            yield titles[Path(name).name], text["perplexity"]
-    for name, answers in result.get("answers", {}).items():
-        yield PROBLEMS.get(Path(name).stem, name), 100 * answers["model"]["accuracy"]
-        if answers["reference"]:
-            yield f"{name}, original", 100 * answers["reference"]["accuracy"]
-            yield f"{name}, no worse", answers["paired"]["no_worse"]
-    for task, metrics in (result.get("tasks") or {"model": {}})["model"].items():
-        yield TASKS.get(task, task), 100 * metrics["acc"]["value"]
+            yield titles[Path(name).name], text.perplexity
+    for name, answers in (result.answers or {}).items():
+        yield PROBLEMS.get(Path(name).stem, name), 100 * answers.model.accuracy
+        if answers.reference and answers.paired:
+            yield f"{name}, original", 100 * answers.reference.accuracy
+            yield f"{name}, no worse", answers.paired.no_worse
+    for task, metrics in (result.tasks.model if result.tasks else {}).items():
+        yield TASKS.get(task, task), 100 * metrics["acc"].value

@@ -12,7 +12,6 @@ apart by their directories' names: give another --work for another model of the 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pairquant.evaluation.results import read_results
 from pairquant.support.errors import ConfigError, PairQuantError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this folder as a package, and the benchmarks beside it
@@ -93,8 +93,12 @@ def run_case(table: str, case: Case, dry: bool, results: Path = rows.RESULTS, ru
     measured = [ROOT / step.makes for step in steps if step.measures]
     if dry or not measured:
         return
-    found = [json.loads(file.read_text()) for file in measured]
-    row = {**rows.key(case), "numbers": numbers(found), **{part: found[-1][part] for part in ("device", "versions")}}
+    found = [read_results(file) for file in measured]
+    row = {
+        **rows.key(case),
+        "numbers": numbers(found),
+        **{part: getattr(found[-1], part) for part in ("device", "versions")},
+    }
     rows.append(table, {**row, "commands": [anywhere(step.command, case) for step in steps]}, results)
     print(f"{table}, {case.name}, {case.recipe}: {row['numbers']}")
 

@@ -12,6 +12,10 @@ from tiny_models import TEXT, save_tiny
 
 import pairquant
 from pairquant.cli import app
+from pairquant.evaluation.reasoning import Answers
+from pairquant.evaluation.results import AnswerResults, Evaluation, ModelSpeed, SpeedResults, TaskResults
+from pairquant.evaluation.speed import Speed, Workload
+from pairquant.evaluation.tasks import Metric
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import recipe_with
 from pairquant.support.errors import ConfigError
@@ -146,8 +150,8 @@ def fake(tmp_path):
             made.parent.mkdir()  # as `pairquant quantize`, which refuses a directory that is there
         else:
             made = Path(command[command.index("--json") + 1])
-        texts = {experiments.WIKITEXT2: {"perplexity": 5.7}, "c4-test": {"perplexity": 7.3}}
-        made.write_text(json.dumps({"texts": texts, "device": "test", "versions": {"torch": "2"}}))
+        texts = {experiments.WIKITEXT2: {"tokens": 9, "perplexity": 5.7}, "c4-test": {"tokens": 9, "perplexity": 7.3}}
+        made.write_text(json.dumps({"model": "m", "texts": texts, "device": "test", "versions": {"torch": "2"}}))
 
     return run, done
 
@@ -215,19 +219,22 @@ def test_what_does_not_exist_is_refused_with_what_does(arguments, expected):
 def test_numbers_of_a_real_evaluation(tmp_path):
     model = save_tiny(tmp_path / "model")
     found = pairquant.evaluate(model, texts=[str(TEXT)], seq_len=32, max_tokens=64, gsm8k=None, device="cpu")
-    result = json.loads(json.dumps(found))
-    result["texts"] = {experiments.WIKITEXT2: result["texts"][str(TEXT)]}
-    assert experiments.numbers([result]) == {"WikiText2": result["texts"][experiments.WIKITEXT2]["perplexity"]}
+    quality = Evaluation.from_dict(found).texts[str(TEXT)]
+    result = Evaluation(model="m", texts={experiments.WIKITEXT2: quality})
+    assert experiments.numbers([result]) == {"WikiText2": quality.perplexity}
 
 
 def test_numbers_are_percent_and_means_over_seeds():
-    def answers(accuracy):
-        return {"texts": {}, "answers": {"w/aime-24.jsonl": {"model": {"accuracy": accuracy}, "reference": None}}}
+    def answered(accuracy):
+        answers = Answers(10, 5, accuracy, (0, 1), 1.0, 9.0, [])
+        return Evaluation(model="m", texts={}, answers={"w/aime-24.jsonl": AnswerResults(answers, None, None)})
 
-    assert experiments.numbers([answers(0.5), answers(0.7)]) == {"AIME-24": pytest.approx(60)}
-    tasks = {"texts": {}, "tasks": {"model": {"arc_easy": {"acc": {"value": 0.25}}}}}
-    assert experiments.numbers([tasks]) == {"ARC-E": 25}
-    assert experiments.numbers([{"model": {"rows": [{"decode_tokens_per_s": 9.5}]}}]) == {"tokens/s": 9.5}
+    assert experiments.numbers([answered(0.5), answered(0.7)]) == {"AIME-24": pytest.approx(60)}
+    tasks = TaskResults({"arc_easy": {"acc": Metric(0.25, None, None)}})
+    assert experiments.numbers([Evaluation(model="m", texts={}, tasks=tasks)]) == {"ARC-E": 25}
+    speed = ModelSpeed(name="m", dtype="float32", rows=[Speed(1, 90.0, 9.5, 0.1)])
+    benched = SpeedResults(model=speed, workload=Workload(), engine="transformers", device="a CPU")
+    assert experiments.numbers([benched]) == {"tokens/s": 9.5}
 
 
 def test_choices_are_shuffled_and_the_letter_stays_with_the_right_one():

@@ -93,7 +93,14 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
 
 
 def measured_row(peer: str, *kl: float) -> dict:
-    text = {"perplexity": 2.0, "kl": sum(kl) / len(kl), "kl_interval": [0.1, 0.2], "kl_of_windows": kl, "top1": 0.5}
+    text = {
+        "tokens": 9,
+        "perplexity": 2.0,
+        "kl": sum(kl) / len(kl),
+        "kl_interval": [0.1, 0.2],
+        "kl_of_windows": kl,
+        "top1": 0.5,
+    }
     facts = {
         "peer": peer,
         "bits": 4,
@@ -114,7 +121,7 @@ def test_rows_are_read_by_the_report(tmp_path):
     (found,) = read_for_report([file], {}).evaluations
     assert found.name == "fast"
     assert (found.bits_per_weight, found.quantized_in_s) == (4.3, 3.0)
-    assert found.texts["wikitext2-test"]["kl"] == pytest.approx(0.2)
+    assert found.texts["wikitext2-test"].kl == pytest.approx(0.2)
 
 
 def test_the_table_ranks_and_says_what_was_not_run(tmp_path):

@@ -49,6 +49,6 @@ def test_a_source_that_has_become_another_model_is_said(made, tmp_path):
 
 def test_sites_are_those_of_the_class(made):
     source, _ = made
-    sites = sites_of(ModelFiles.find(str(source)))
+    sites, _ = sites_of(ModelFiles.find(str(source)))
     assert PATH in sites
     assert sites[PATH].module.weight.is_meta

@@ -18,7 +18,11 @@ def opened(tmp_path):
     """The source, its blocks without weights, and what they should hold."""
     files = ModelFiles.find(str(save_source(tmp_path / "source", blocks=2)))
     skeleton = files.skeleton()
-    return SourceWeights.open(files, skeleton, tmp_path / "spill"), find_blocks(skeleton), files.model().state_dict()
+    return (
+        SourceWeights.open(files, skeleton, files.names(skeleton), tmp_path / "spill"),
+        find_blocks(skeleton),
+        files.model().state_dict(),
+    )
 
 
 @pytest.mark.parametrize("largest", [0, module.AHEAD_BYTES])

@@ -8,7 +8,7 @@ from tiny_models import byte_tokenizer, save_tiny
 
 
 @pytest.fixture(scope="session")
-def directory(tmp_path_factory):
+def workplace(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     save_tiny(root / "source")
     (root / "custom").mkdir()
@@ -20,9 +20,9 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quantized(directory):
+def quantized(workplace):
     return pairquant(
-        directory, "quantize", "source", "--output", "out", "--preset", "quick", "--group-size", "auto", "--rotations", 2,
+        workplace, "quantize", "source", "--output", "out", "--preset", "quick", "--group-size", "auto", "--rotations", 2,
         "--samples", 4, "--seq-len", 32, "--calibration", "notes.txt", "--share-rotations", "--ignore", "o_proj",
         "--device", "cpu", "--seed", 3,
     )  # fmt: skip

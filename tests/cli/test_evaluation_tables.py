@@ -4,8 +4,10 @@ import pytest
 
 from pairquant.cli.app import console
 from pairquant.cli.evaluation_tables import perplexity, show
+from pairquant.evaluation.quality import Quality
+from pairquant.evaluation.results import Evaluation
 
-ROW = {"tokens": 4096, "perplexity": 12.5, "kl": None, "top1": None, "kl_interval": None, "kl_by_position": None}
+ROW = Quality(tokens=4096, perplexity=12.5)
 
 
 @pytest.mark.parametrize(
@@ -18,9 +20,16 @@ def test_a_huge_perplexity_stays_short(value, text):
 
 def test_without_a_reference_there_are_no_columns_for_it():
     with console.capture() as captured:
-        show({"texts": {"a/wiki.txt": ROW}, "reference": None})
+        show(Evaluation(model="m", texts={"a/wiki.txt": ROW}))
     shown = captured.get()
     assert "wiki.txt" in shown
     assert "12.500" in shown
     assert "KL" not in shown
     assert "top-1" not in shown
+
+
+def test_texts_of_one_file_name_are_told_apart():
+    with console.capture() as captured:
+        show(Evaluation(model="m", texts={"a/wiki.txt": ROW, "b/wiki.txt": ROW}))
+    assert "a/wiki.txt" in captured.get()
+    assert "b/wiki.txt" in captured.get()

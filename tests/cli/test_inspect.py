@@ -3,8 +3,8 @@
 from shell import assert_refused, pairquant
 
 
-def test_inspect_lists_every_block(quantized, directory):
-    done = pairquant(directory, "inspect", "out")
+def test_inspect_lists_every_block(quantized, workplace):
+    done = pairquant(workplace, "inspect", "out")
     assert done.returncode == 0, done.stderr
     for expected in (
         "4 bits, groups of 64, 2 rotations, 4 shared transforms",
@@ -15,12 +15,12 @@ def test_inspect_lists_every_block(quantized, directory):
         assert expected in done.stdout
 
 
-def test_inspect_follows_one_weight(quantized, directory):
-    done = pairquant(directory, "inspect", "out", "--linear", "model.layers.0.mlp.up_proj")
+def test_inspect_follows_one_weight(quantized, workplace):
+    done = pairquant(workplace, "inspect", "out", "--linear", "model.layers.0.mlp.up_proj")
     assert done.returncode == 0, done.stderr
     assert "③ rotated" in done.stdout
     assert "qweight" in done.stdout
 
 
-def test_errors_are_one_message_without_traceback(directory):
-    assert_refused(directory, ["inspect", "source"], "not quantized with pairwise rotations")
+def test_errors_are_one_message_without_traceback(workplace):
+    assert_refused(workplace, ["inspect", "source"], "not quantized with pairwise rotations")

@@ -10,8 +10,9 @@ import pairquant
 from pairquant.cli.app import app
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.reasoning import AnswerPlan
+from pairquant.evaluation.results import Comparison
 from pairquant.evaluation.speed import Workload
-from pairquant.jobs.compare import compare, ranked, ranked_along_chains
+from pairquant.jobs.compare import compare
 from pairquant.jobs.evaluate import SAMPLING
 from pairquant.support.errors import ConfigError, PairQuantError
 
@@ -40,7 +41,7 @@ def result(directory):
         directory / "source", [directory / "far", directory / "near"], [str(TEXT)], seq_len=64, max_tokens=1024,
         chains=ChainPlan(3, tokens=8), device="cpu", on_row=rows.append, on_part=on_part,
     )  # fmt: skip
-    assert found["rows"] == rows
+    assert Comparison.from_dict(found).rows == rows
     assert sum(SAMPLING in part for part in parts) == 1, "chains are sampled once for all"
     return found
 
@@ -74,32 +75,6 @@ def test_along_chains_the_closest_is_named_too_each_chain_counted_by_its_tokens(
     assert ranking["model"] == str(directory / "near")
     kl = [row["evaluation"]["chains"]["kl"] for row in result["rows"][1:]]
     assert ranking["ahead_of"][str(directory / "far")]["kl"] == pytest.approx(kl[0] - kl[1], rel=1e-4)
-
-
-def test_each_chain_counts_by_its_tokens():
-    chains = {"a": [0.1, 0.9], "b": [0.3, 0.2]}
-    rows = [
-        {"name": name, "evaluation": {"chains": {"kl_of_chains": kl, "tokens_of_chains": [9, 1]}}}
-        for name, kl in chains.items()
-    ]
-    ranking = ranked_along_chains(rows, 0)
-    assert ranking["model"] == "a"  # though b's mean over chains is the smaller
-    assert ranking["ahead_of"]["b"]["kl"] == pytest.approx(0.9 * 0.2 - 0.1 * 0.7)
-
-
-def test_what_is_not_a_number_is_not_the_closest():
-    rows = [
-        {"name": name, "evaluation": {"texts": {"t": {"kl_of_windows": [kl, kl]}}}}
-        for name, kl in (("broken", float("nan")), ("whole", 0.1))
-    ]
-    assert ranked(rows, 0)["t"]["model"] == "whole"
-
-
-def test_differences_are_taken_window_for_window():
-    windows = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.5]}
-    rows = [{"name": n, "evaluation": {"texts": {"t": {"kl_of_windows": v}}}} for n, v in windows.items()]
-    gap = ranked(rows, 0)["t"]["ahead_of"]["b"]
-    assert gap["interval"] == (0.5, 0.5)  # though the models' own means are far from certain
 
 
 def test_the_command_prints_a_table_and_writes_json(directory):

@@ -42,4 +42,4 @@ def test_the_command_shows_every_reason_and_what_is_mixed(checkpoint):
     assert "triton-int4 runs on NVIDIA GPUs, not on cpu" in shown
     assert "cpu-int4 multiplies 4-bit weights, the layer has 5" in shown
     plain = CliRunner().invoke(app, ["inspect", str(checkpoint)]).output
-    assert "2 layers: 5 bits, groups of 32, 0 rotations" in plain
+    assert "5 bits, groups of 32, 0 rotations (2 layers)" in plain

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pairquant.models.inputs import Inputs
-from pairquant.optimize.moments import MomentSum, second_moment
+from pairquant.optimize.moments import Moments, MomentSum, pooled, second_moment
 from pairquant.support.errors import CalibrationError, ConfigError
 
 
@@ -47,3 +47,28 @@ def test_products_are_summed_in_float32(generator):
     found = second_moment(x, x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, x.float().T @ x.float())
+
+
+def test_experts_with_few_tokens_get_the_average_token_of_their_pool(generator):
+    inputs, total = Inputs(), MomentSum()
+    tokens = [torch.randn(count, 4, generator=generator) for count in (30, 1, 0)]
+    for number, x in enumerate(tokens):
+        inputs.add(x, [f"experts.{number}.up_proj"], routed=True)
+    total.add(inputs, Inputs())
+    moments, _ = total.checked([])
+    assert all(each.cross is None for each in moments)
+    pools = {f"experts.{number}.up_proj": "experts.gate_up" for number in range(3)}
+    (pool,) = pooled(moments, pools).values()
+    joined = torch.cat(tokens)
+    average = joined.T @ joined / 31
+    torch.testing.assert_close(pool.hessian, 31 * average)
+    assert pool.tokens == [30, 1, 0]
+    torch.testing.assert_close(moments[0].hessian, tokens[0].T @ tokens[0])
+    torch.testing.assert_close(moments[1].hessian, tokens[1].T @ tokens[1] + 3 * average)
+    torch.testing.assert_close(moments[2].hessian, 4 * average)
+
+
+def test_experts_without_any_tokens_count_all_channels_alike():
+    moments = [Moments(["experts.0.up_proj"], torch.zeros(4, 4))]
+    pooled(moments, {"experts.0.up_proj": "experts.gate_up"})
+    torch.testing.assert_close(moments[0].hessian, 4 * torch.eye(4))

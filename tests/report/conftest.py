@@ -66,8 +66,11 @@ def evaluated():
         parts = [{"start": 0, "end": 10, "kl": 0.1}, {"start": 10, "end": 30, "kl": 0.3}]
         text = {"tokens": 630, "perplexity": 20.0, "kl": kl, "top1": 0.9, "kl_interval": [kl / 2, 2 * kl]}
         plain = {"tokens": 630, "perplexity": 20.0, "kl": None, "top1": None, "kl_interval": None}
-        answers = {"problems": 40, "accuracy": 0.5, "interval": [0.3, 0.7]}
-        pair = {"lost": 7, "gained": 3, "p_value": 0.3, "no_worse": 0.2}
+        answers = {
+            "problems": 40, "correct": 20, "accuracy": 0.5, "interval": [0.3, 0.7], "finished": 1.0, "tokens": 9.0,
+            "outcomes": [True, False] * 20,
+        }  # fmt: skip
+        pair = {"lost": 7, "gained": 3, "difference": -0.1, "interval": None, "p_value": 0.3, "no_worse": 0.2}
         metric = {"value": 0.5, "stderr": 0.1, "outcomes": [True, False]}
         words = {"value": 3.0, "stderr": None, "outcomes": None}
         task = {"small": {"acc": metric, "word_perplexity": words}}
@@ -86,7 +89,9 @@ def evaluated():
             found["tasks"] |= {"reference": original, "paired": {"small": {"acc": pair}}}
             found["chains"] = {
                 "chains": 4, "tokens": 90, "kl": 0.2, "kl_interval": [0.1, 0.3], "kl_by_position": parts,
-                "departures": [4, 9, None, 4], "departure_median": 9, "plan": {"tokens": 30},
+                "kl_of_chains": [0.2] * 4, "tokens_of_chains": [30, 30, 15, 15], "finished": 0.5,
+                "departures": [4, 9, None, 4], "departure_median": 9, "never_departed": 0.25,
+                "plan": {"count": 4, "tokens": 30},
             }  # fmt: skip
         return found
 

@@ -15,7 +15,8 @@ from pairquant.support.errors import CheckpointError, ConfigError, PairQuantErro
 PATH = "model.layers.1.mlp.down_proj"
 CHAINS = {
     "chains": 2, "tokens": 60, "kl": 0.2, "kl_interval": None, "departures": [4, None], "departure_median": None,
-    "plan": {"tokens": 30},
+    "kl_by_position": [], "kl_of_chains": [0.2, 0.2], "tokens_of_chains": [30, 30], "finished": 0.0,
+    "never_departed": 0.5, "plan": {"count": 2, "tokens": 30},
 }  # fmt: skip
 
 
@@ -164,8 +165,7 @@ def test_results_find_their_checkpoint_and_others_stay_beside(quick, trained, re
     assert [[e.name for e in c.measured.evaluations] for c in facts.checkpoints] == [["quick"], ["trained"]]
     assert [e.name for e in facts.measured.evaluations] == ["quick", "trained", "original"]
     first = facts.measured.evaluations[0]
-    assert first.texts["wiki.txt"]["kl"] == 0.2
-    assert first.kl_intervals == {"wiki.txt": (0.1, 0.4)}
+    assert (first.texts["wiki.txt"].kl, first.texts["wiki.txt"].kl_interval) == (0.2, (0.1, 0.4))
     assert first.kl_by_position == {name: [(5, 0.1), (20, 0.3)] for name in ("wiki.txt", "chains of thought")}
 
 
@@ -181,8 +181,8 @@ def test_what_is_wrong_is_told(quick, source, results):
         ({"models": [quick, quick]}, ConfigError, "given twice"),
         ({"models": [source]}, CheckpointError, "not quantized with pairwise rotations"),
         ({"models": [quick.parent / "qick"]}, PairQuantError, "did you mean"),
-        ({"models": [quick], "results": [quick / "config.json"]}, ConfigError, "are not those of `pairquant eval"),
-        ({"models": [quick], "results": [bad]}, ConfigError, "do not write"),
+        ({"models": [quick], "results": [quick / "config.json"]}, ConfigError, "have no entry rows, workload, texts"),
+        ({"models": [quick], "results": [bad]}, ConfigError, "kl_by_position.0.end is missing"),
     ):
         with pytest.raises(error, match=message):
             gather(**options)

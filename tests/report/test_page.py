@@ -15,8 +15,9 @@ pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
 from pairquant.report import images
 from pairquant.report.facts import gather
-from pairquant.report.figures import checkpoint_plots, comparison_plots
+from pairquant.report.figures import checkpoint_plots, comparison_plots, strokes
 from pairquant.report.page import write_report
+from pairquant.report.style import strokes_of
 from pairquant.support.errors import ConfigError, PairQuantError
 
 MOST_BYTES = 5_000_000
@@ -55,7 +56,7 @@ def values(array):
 
 
 def plots_of(checkpoint):
-    return {plot.key: plot.to_dict() for plot in checkpoint_plots(checkpoint)}
+    return {plot.key: plot.to_dict() for plot in checkpoint_plots(checkpoint, strokes_of([checkpoint.name]))}
 
 
 def data_of(page):
@@ -94,7 +95,7 @@ def test_accuracy_is_set_against_bits(quick, trained, results):
         results("c.json", "original", 16.0, {"wiki.txt": {}}),
     ]
     facts = gather([quick, trained], files)
-    plots = {plot.key: plot.to_dict()["data"] for plot in comparison_plots(facts)}
+    plots = {plot.key: plot.to_dict()["data"] for plot in comparison_plots(facts, strokes(facts))}
     assert set(plots) == {"kl-by-bits", "perplexity-by-bits", "errors-by-block", "kl-by-position"}
     (points,) = plots["kl-by-bits"]
     assert (points["x"], points["y"], points["text"]) == ([5.0, 4.0], [0.2, 0.4], ["quick", "trained"])

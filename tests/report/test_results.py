@@ -9,11 +9,16 @@ pytest.importorskip("plotly", reason="the extra `report` is not installed")
 
 from pairquant.report.evidence import against_size_and_speed, measured_plots
 from pairquant.report.facts import gather
+from pairquant.report.figures import comparison_plots, strokes
 from pairquant.report.page import write_report
 from pairquant.report.results import read
 from pairquant.report.scatter import Scale, _overlap, beside
-from pairquant.report.style import far_apart
+from pairquant.report.style import far_apart, strokes_of
 from pairquant.support.errors import ConfigError
+
+
+def plots_of(measured):
+    return measured_plots(measured, strokes_of(measured.names(), measured.references))
 
 
 def test_an_evaluation_tells_of_chains_answers_and_tasks(quick, evaluated, write_json):
@@ -49,7 +54,7 @@ def test_models_of_one_last_name_are_told_apart(compared, write_json):
 
 def test_models_stand_by_accuracy_size_and_speed(quick, compared, write_json):
     facts = gather([quick], [write_json("compare.json", compared("big", quick, "other"))])
-    plots = {plot.key: plot.to_dict() for plot in against_size_and_speed(facts.measured, facts.references)}
+    plots = {plot.key: plot.to_dict() for plot in against_size_and_speed(facts.measured)}
     assert set(plots) == {f"{what}-by-{over}" for what in ("kl", "answers") for over in ("bits", "speed")} | {
         "perplexity-by-bits",
         "kl-by-time",
@@ -67,7 +72,7 @@ def test_models_stand_by_accuracy_size_and_speed(quick, compared, write_json):
 
 def test_figures_without_axes_of_their_own(quick, evaluated, benched, write_json):
     files = [write_json("eval.json", evaluated(quick, "big")), write_json("bench.json", benched(quick, "big"))]
-    plots = {plot.key: plot.to_dict()["data"] for plot in measured_plots(read(files, {}))}
+    plots = {plot.key: plot.to_dict()["data"] for plot in plots_of(read(files, {}))}
     assert set(plots) == {"kl-by-position", "departures", "answers", "speed"}
     (together,) = plots["departures"]
     assert (together["x"], together["y"]) == ([0, 4, 4, 9, 30], [100, 75, 50, 25, 25])
@@ -83,7 +88,7 @@ def test_names_in_a_crowd_are_shown_for_one_text_until_others_are_asked_for(comp
     for row in content["rows"]:
         row["evaluation"]["texts"]["more.txt"] = row["evaluation"]["texts"]["wiki.txt"]
     found = read([write_json("compare.json", content)], {})
-    plot = next(plot for plot in against_size_and_speed(found, {"big"}) if plot.key == "kl-by-bits")
+    plot = next(plot for plot in against_size_and_speed(found) if plot.key == "kl-by-bits")
     assert [trace.visible for trace in plot.figure.data] == [True, "legendonly", "legendonly"]
     assert "Click a name" in plot.caption
 
@@ -94,7 +99,7 @@ def test_many_models_far_apart_take_the_pages_width_and_decades(compared, write_
     for number, row in enumerate(content["rows"]):
         row["evaluation"]["texts"]["wiki.txt"] |= {"kl": 0.05 * 1.4**number, "kl_interval": None}
     found = read([write_json("compare.json", content)], {})
-    plots = {plot.key: plot for plot in [*against_size_and_speed(found, {"big"}), *measured_plots(found)]}
+    plots = {plot.key: plot for plot in [*against_size_and_speed(found), *plots_of(found)]}
     assert [plots[key].wide for key in ("kl-by-bits", "kl-by-position", "departures")] == [True] * 3
     assert plots["kl-by-bits"].figure.layout.yaxis.type == "log"
     assert {trace.line.dash for trace in plots["departures"].figure.data} == {"solid", "dash"}
@@ -102,9 +107,9 @@ def test_many_models_far_apart_take_the_pages_width_and_decades(compared, write_
 
 def test_departures_are_shown_up_to_the_last_one(evaluated, write_json):
     content = evaluated("model", "big")
-    content["chains"] |= {"departures": [4, 9, 2, 4], "plan": {"tokens": 1000}}
+    content["chains"] |= {"departures": [4, 9, 2, 4], "plan": {"count": 4, "tokens": 1000}}
     found = read([write_json("eval.json", content)], {})
-    plot = next(plot for plot in measured_plots(found) if plot.key == "departures")
+    plot = next(plot for plot in plots_of(found) if plot.key == "departures")
     assert 9 < plot.figure.layout.xaxis.range[1] < 12
 
 
@@ -126,7 +131,7 @@ def test_narrow_axes_of_decades_have_a_tick_at_every_digit(compared, write_json)
             row["evaluation"].pop("chains", None)
             row["evaluation"]["texts"]["far.txt"] = row["evaluation"]["texts"]["wiki.txt"] | {"kl": kl * 1.5}
         found = read([write_json("compare.json", content)], {})
-        plot = next(plot for plot in against_size_and_speed(found, {"big"}) if plot.key == "kl-by-bits")
+        plot = next(plot for plot in against_size_and_speed(found) if plot.key == "kl-by-bits")
         assert plot.figure.layout.yaxis.dtick == tick
 
 
@@ -137,7 +142,7 @@ def test_models_never_departing_rank_behind_all_others(quick, compared, write_js
     page = (tmp_path / "report.html").read_text()
     assert "departs at token" in page
     assert 'data-rank="30" class="number">–' in page
-    assert 'data-rank="9" class="number">9' in page
+    assert 'data-rank="9.0" class="number">9' in page
 
 
 def test_a_checkpoint_is_not_taken_for_another_model_of_its_name(quick, evaluated, write_json, tmp_path):
@@ -179,11 +184,45 @@ def test_cards_and_tables_hold_the_numbers(quick, evaluated, benched, write_json
 
 
 @pytest.mark.parametrize(
-    "content", [{"rows": [{}]}, {"workload": {}, "engine": "e", "device": "d", "model": {"name": "m"}}, {"else": 1}]
+    ("content", "fault"),
+    [
+        ({"rows": [{}]}, "rows.0.name is missing"),
+        ({"workload": {}, "engine": "e", "device": "d", "model": {"name": "m"}}, "model.dtype is missing"),
+        ({"else": 1}, "have no entry rows, workload, texts"),
+    ],
 )
-def test_other_files_are_refused(content, write_json):
-    with pytest.raises(ConfigError, match=r"results '.*odd.json'"):
+def test_other_files_are_refused(content, fault, write_json):
+    with pytest.raises(ConfigError, match=rf"results '.*odd.json'.*{fault}"):
         read([write_json("odd.json", content)], {})
+
+
+def test_a_model_of_several_files_is_one_model_in_one_colour(quick, evaluated, compared, benched, write_json):
+    alone = evaluated(quick, None)  # without the original: it tells less of the same text
+    alone["texts"]["more.txt"] = alone["texts"]["wiki.txt"]
+    files = [
+        write_json("compare.json", compared("big", quick, "other")),
+        write_json("eval.json", alone),
+        write_json("bench.json", benched(quick, "big")),
+    ]
+    facts = gather([quick], files)
+    ours = facts.measured.of("quick").evaluations
+    assert [(set(each.texts), each.texts["wiki.txt"].kl, each.size_bytes) for each in ours] == [
+        ({"wiki.txt", "more.txt"}, 0.1, 100)
+    ]
+    drawn = {}
+    for plot in comparison_plots(facts, strokes(facts)):
+        for trace in plot.to_dict()["data"]:
+            if plot.key.startswith(("kl-by-position", "departures", "answers", "speed")) and "-by-" not in plot.key[7:]:
+                style = trace.get("line") or trace["marker"]
+                drawn.setdefault(trace["name"], set()).add(style["color"])
+    assert {name: len(colors) for name, colors in drawn.items()} == {"quick": 1, "other": 1, "big": 1}
+    assert len({color for colors in drawn.values() for color in colors}) == 3
+
+
+def test_a_text_measured_again_counts_as_the_last_file_says(quick, evaluated, write_json):
+    files = [write_json(f"{kl}.json", evaluated(quick, "big", kl)) for kl in (0.3, 0.2)]
+    (found,) = read(files, {}).evaluations
+    assert found.texts["wiki.txt"].kl == 0.2
 
 
 def test_a_checkpoint_is_known_by_its_directory(quick, evaluated, write_json):

@@ -28,34 +28,34 @@ class Backend(ABC):
 
     @abstractmethod
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it does not run this layer on activations of this dtype, in words; None if it does."""
+        """Return why it does not run this layer on activations of this dtype, in words; None if it does."""
 
     @abstractmethod
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        """The tensors that running these linears, which read one input, takes. They must agree in their specs."""
+        """Return the tensors that running these linears, which read one input, takes. They must agree in their specs."""
 
     @abstractmethod
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
-        """C of the linears that these tensors were prepared of."""
+        """Return C, the input channels of the linears from which these tensors were prepared."""
 
     @abstractmethod
     def compute(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
     ) -> Tensor:
-        """x [M, C] → [M, N] in x's dtype. tensors: of `prepare`; bias: [N] in x's dtype; sizes: out_features of each."""
+        """Multiply: x [M, C] → [M, N] in x's dtype. tensors: those that `prepare` returned; bias: [N] in x's dtype; sizes: out_features of each."""
 
     @abstractmethod
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
-        """grad [M, N] → grad · Ŵ, [M, C]."""
+        """Pass a gradient back to the input: grad [M, N] → grad · Ŵ, [M, C]."""
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
-        """The linears of one input, cut into what runs at once."""
+        """Return the linears of one input, cut into what runs at once."""
         return [list(linears[i : i + self.most]) for i in range(0, len(linears), self.most)]
 
     def stored(
         self, tensors: Sequence[Tensor], sizes: Sequence[int], index: int, layout: LinearLayout
     ) -> dict[str, Tensor]:
-        """The tensors named in `replaces` of one linear, bit for bit as they were loaded."""
+        """Return the tensors named in `replaces` of one linear, bit for bit as they were loaded."""
         return {}
 
 

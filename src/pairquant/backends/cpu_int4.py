@@ -57,7 +57,7 @@ class CpuInt4(Backend):
 
 @torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
 def cpu_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
-    """`CpuWeights.tensors()` of a 4-bit linear. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
+    """Return `CpuWeights.tensors()` of a 4-bit linear. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
     known = LinearLayout.of_numbers(layout)
     return CpuWeights.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
 

@@ -40,14 +40,14 @@ class Dense(Backend):
 
 
 def decoded(linear: PackedLinear) -> Tensor:
-    """The dense weight, float32 [N, C], by an operator: torch.compile need not look inside."""
+    """Return the dense weight, float32 [N, C], by an operator: torch.compile need not look inside."""
     layout = linear.layout.without_bias()
     return torch.ops.pairquant.decode([linear[name] for name in layout.fields()], layout.numbers())
 
 
 @torch.library.custom_op("pairquant::decode", mutates_args=())
 def decode_op(stored: list[Tensor], layout: list[int]) -> Tensor:
-    """The dense weight, float32 [N, C]. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
+    """Return the dense weight, float32 [N, C]. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
     known = LinearLayout.of_numbers(layout)
     return decode(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))))
 

@@ -21,7 +21,7 @@ from .table import BY_NAME
 def run(
     backend: Backend, x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
 ) -> Tensor:
-    """x [..., C] → [..., sum of sizes] in x's dtype, by this backend.
+    """Run linears of one input by this backend: x [..., C] → [..., sum of sizes] in x's dtype.
 
     tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear.
     """
@@ -81,7 +81,7 @@ rotated_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _rows(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """x as [M, C] with unit stride in the last dimension, checked."""
+    """Check x and return it as [M, C] with unit stride in the last dimension."""
     if x.dtype not in dtypes:
         raise KernelError(f"x is {short(x.dtype)}, allowed on {x.device.type}: {', '.join(map(short, dtypes))}")
     if x.dim() < 1 or x.shape[-1] != channels:

@@ -20,7 +20,7 @@ DENSE = BACKENDS[-1]
 
 
 def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Who runs a layer on activations of this dtype."""
+    """Return who runs a layer on activations of this dtype."""
     for backend in BACKENDS:
         if backend.refusal(layout, device, dtype) is None:
             return backend
@@ -36,14 +36,14 @@ class Explanation:
 
 
 def explain(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """`choose`, with the reasons of those before it in the list."""
+    """Return what `choose` does, with the reasons why the backends before it in the list refuse the layer."""
     chosen = choose(layout, device, dtype)
     before = BACKENDS[: BACKENDS.index(chosen)]
     return Explanation(chosen.name, {b.name: b.refusal(layout, device, dtype) or "" for b in before})
 
 
 def prepare_all(linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Prepared]:
-    """Linears that read the same input, ready to run in as few steps as their backend allows.
+    """Return linears that read the same input, ready to run in as few steps as their backend allows.
 
     They must lie on one device and agree in their specs. dtype: of the activations.
     """

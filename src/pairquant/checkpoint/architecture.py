@@ -17,7 +17,7 @@ SUPPORTED = "Decoder-only language models (…ForCausalLM) are supported."
 
 
 def auto_class(config: Any) -> Any:
-    """Of Transformers' classes the one that builds what config.json names.
+    """Return the one of Transformers' auto classes that builds the class which config.json names.
 
     That is `AutoModelForCausalLM`, unless only `AutoModelForImageTextToText` knows the class (a language model with a
     vision tower).
@@ -33,14 +33,14 @@ def auto_class(config: Any) -> Any:
 
 
 def require_decoder_only(config: Any, name: str) -> None:
-    """Raises `SourceError` for an encoder-decoder model, before it is built."""
+    """Raise `SourceError` for an encoder-decoder model, before it is built."""
     if getattr(config, "is_encoder_decoder", False):
         kind = (config.architectures or [type(config).__name__])[0]
         raise SourceError(f"{name!r} is an encoder-decoder model ({kind}). {SUPPORTED}")
 
 
 def require_named_class(config: Any, model: nn.Module, name: str) -> None:
-    """Raises `SourceError` if `model` was built from `config` as something else than the class that config.json names.
+    """Raise `SourceError` if `model` was built from `config` as something else than the class that config.json names.
 
     The parts that only the other class has would be lost or random. Two names of decoders count as one class: some files
     name it by an older spelling. Custom code says itself which class it is.
@@ -57,7 +57,7 @@ def require_named_class(config: Any, model: nn.Module, name: str) -> None:
 
 
 def require_one_tensor_a_name(model: nn.Module, name: str) -> None:
-    """Raises `SourceError` for a GGUF file of a model with experts.
+    """Raise `SourceError` for a GGUF file of a model with experts.
 
     Transformers holds all experts of a block in one parameter, and does not load them again under its name here.
     """
@@ -75,7 +75,7 @@ def require_one_tensor_a_name(model: nn.Module, name: str) -> None:
 
 
 def expected_fields(model: nn.Module) -> dict[str, Field]:
-    """Every tensor that the model's files must hold: tied ones once, and without what the model can do without."""
+    """Return every tensor that the model's files must hold: tied ones once, and without what the model can do without."""
     tied = getattr(model, "all_tied_weights_keys", None)
     spared = set(tied) if isinstance(tied, Mapping) else set()
     dispensable = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())

@@ -45,7 +45,7 @@ def describe_anew(
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """config.json, as Transformers indents it."""
+    """Write config.json, indented as Transformers does."""
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -59,7 +59,7 @@ def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def readme_digest(directory: Path) -> str | None:
-    """SHA-256 of the model card, which tells the source's from one that somebody has written since; None without one."""
+    """Return the SHA-256 of the model card, by which the source's is told from one that was written since; None without one."""
     readme = directory / README
     return checksum(readme) if readme.is_file() else None
 

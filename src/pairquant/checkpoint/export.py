@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.linear import decode
-from ..models.sites import Site
+from ..models.names import Names
+from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
-from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError, ConfigError, did_you_mean
 from .describe import README, readme_digest, state_dtype, write_config
 from .files import read_json
@@ -45,7 +45,7 @@ def export(
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
     require_apart(output, files)
-    entries = _entries(checkpoint, dtype, sites_of(files))
+    entries = _entries(checkpoint, dtype, *sites_of(files))
     require_space(output, sum(entry.field.nbytes for entry in entries.values()))
     if on_tensors is not None:
         entries = _told(entries, on_tensors(len(entries)))
@@ -66,28 +66,70 @@ def _dtype(to: str) -> torch.dtype:
     raise ConfigError(f"format is {to!r}, allowed: {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}{reason}")
 
 
-def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site]) -> dict[str, Entry]:
-    """Every tensor of the plain model, in the order of the packed ones."""
+def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site], names: Names) -> dict[str, Entry]:
+    """Return every tensor of the plain model, in the order of the packed ones."""
     stored = checkpoint.stored
-    quantized = set(stored.linears())
-    plain = {n: f for n, f in stored.fields.items() if n.rpartition(".")[0] not in quantized}
+    quantized, packed = set(stored.linears()), stored.packed_names()
+    plain = {n: f for n, f in stored.fields.items() if n not in packed}
     precise = _wider_on_purpose(plain)
+    joined = _joined_experts(checkpoint, dtype, sites, names)
     entries: dict[str, Entry] = {}
     for name, field in stored.fields.items():
         path, _, part = name.rpartition(".")
-        if path in quantized and part == "qweight":
+        if path in joined:
+            entries |= {full: entry for full, entry in joined[path].items() if full not in entries}
+        elif path in quantized and part == "qweight":
             layout, site = checkpoint.layout(path), sites.get(path)
             shape = (layout.out_features, layout.in_features)
+            site = (
+                None if site is not None and site.pool else site
+            )  # of one expert, [N, C] whatever holds it in a model
             held = tuple(site.as_held(torch.empty(shape, device="meta")).shape) if site else shape
             entries[f"{path}.weight"] = Entry(Field(dtype, held), partial(_decoded, checkpoint, path, dtype, site))
-        elif path not in quantized or part not in TENSOR_NAMES or part == "bias":
+        elif name not in packed or part == "bias":
             kept = dtype if field.dtype.is_floating_point and name not in precise else field.dtype
             entries[name] = Entry(Field(kept, field.shape), partial(_kept, checkpoint, name, kept))
     return entries
 
 
+def _joined_experts(
+    checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site], names: Names
+) -> dict[str, dict[str, Entry]]:
+    """Return what becomes of experts that the source held in one tensor: path → the tensors that hold all of them."""
+    quantized = set(checkpoint.stored.linears())
+    parameters: dict[str, list[ExpertSite]] = {}
+    for path, site in sites.items():
+        if isinstance(site, ExpertSite) and path in quantized and not names.joins(f"{path}.weight"):
+            parameters.setdefault(site.parameter, []).append(site)
+    found: dict[str, dict[str, Entry]] = {}
+    for parameter, mine in parameters.items():
+        entries = {names.renamed(parameter): _joined(checkpoint, mine, False, dtype)}
+        if mine[0].size.bias:
+            entries[names.renamed(mine[0].bias_parameter)] = _joined(checkpoint, mine, True, dtype)
+        found |= {site.path: entries for site in mine}
+    return found
+
+
+def _joined(checkpoint: Checkpoint, sites: list[ExpertSite], bias: bool, dtype: torch.dtype) -> Entry:
+    """Return one tensor that holds a part of all experts, as the module of the model holds it."""
+    module = sites[0].module
+    whole = module.get_parameter(sites[0].parameter.rpartition(".")[2] + ("_bias" if bias else ""))
+
+    def load() -> Tensor:
+        held = torch.empty(whole.shape, dtype=torch.float32)
+        for site in sites:
+            packed = checkpoint.packed(site.path)
+            if bias:
+                site.bias_taken(held).copy_(packed["bias"])
+            else:
+                site.taken(held).copy_(decode(packed))
+        return _cast(sites[0].parameter, held, dtype)
+
+    return Entry(Field(dtype, tuple(whole.shape)), load)
+
+
 def _wider_on_purpose(plain: dict[str, Field]) -> set[str]:
-    """Names of float32 tensors in a checkpoint that is stored in 16 bits: most of its numbers are."""
+    """Return names of float32 tensors in a checkpoint that is stored in 16 bits: most of its numbers are."""
     floats = {name: field for name, field in plain.items() if field.dtype.is_floating_point}
     narrow = sum(field.nbytes // 2 for field in floats.values() if field.dtype.itemsize == 2)
     wide = {name: field for name, field in floats.items() if field.dtype == torch.float32}
@@ -125,7 +167,7 @@ def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entr
 
 
 def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
-    """config.json without the quantization, and every file that does not speak of packed weights.
+    """Write config.json without the quantization, and copy every file that says nothing of packed weights.
 
     A model card does, unless it is the source's own.
     """

@@ -38,7 +38,7 @@ def durable(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, durable."""
+    """Write a safetensors file that is whole or absent, also after a power cut."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     durable(path, lambda staged: save_file(contiguous, staged, {"format": "pt", **(metadata or {})}))
 
@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object; raises `CheckpointError` for a file that is something else, nested too deeply, or larger than 100 MB."""
+    """Return an object; raises `CheckpointError` for a file that is something else, nested too deeply, or larger than 100 MB."""
     try:
         with path.open("rb") as file:
             content = file.read(JSON_BYTES + 1)
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def write_error(what: str | Path, error: OSError | SafetensorError, consolation: str) -> ResourceError:
-    """The user's version of a failed write: what, why, and what has become of the work."""
+    """Return the user's version of a failed write: what, why, and what has become of the work."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
         word in str(error) for word in ("No space left", "File too large", "quota")
     )

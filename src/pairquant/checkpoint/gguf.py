@@ -9,7 +9,7 @@ from ..support.windows import own_prefix
 
 
 def with_bos(tokenizer: Any, file: Path) -> Any:
-    """The tokenizer, putting `<bos>` before a text where the file says that it does (`tokenizer.ggml.add_bos_token`).
+    """Return the tokenizer, putting `<bos>` before a text where the file says that it does (`tokenizer.ggml.add_bos_token`).
 
     Transformers 5.19 leaves that out of Gemma's.
     """
@@ -19,7 +19,7 @@ def with_bos(tokenizer: Any, file: Path) -> Any:
 
 
 def adds_bos(file: Path) -> bool:
-    """Whether the file says that `<bos>` goes before a text."""
+    """Return whether the file says that `<bos>` goes before a text."""
     from gguf import GGUFReader  # needed for these files only; Transformers could not read them without it
 
     field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")

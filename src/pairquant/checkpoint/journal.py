@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import CheckpointError, ConfigError
 from .files import PARTIAL, checksum, durable, write_error, write_json, write_tensors
 from .headers import StoredTensors
@@ -43,7 +43,7 @@ class Journal:
 
     @staticmethod
     def beside(output: Path) -> Path:
-        """The journal's directory for this output."""
+        """Return the journal's directory for this output."""
         return output.absolute().with_name(f".{output.name}.journal")
 
     def lock(self) -> None:
@@ -82,7 +82,7 @@ class Journal:
             raise write_error(self.directory, error, "Choose another --output.") from error
 
     def read(self) -> None:
-        """The finished blocks, each checked; raises `CheckpointError` for a damaged one."""
+        """Read the finished blocks and check each; raises `CheckpointError` for a damaged one."""
         while (file := self._file(self.count).with_suffix(".json")).exists():
             entry = self._json(file)
             tensors = file.with_suffix(".safetensors")
@@ -126,19 +126,17 @@ class Journal:
         self.entries.append(complete)
 
     def stored(self, index: int) -> StoredTensors:
-        """One finished block's tensors."""
+        """Return one finished block's tensors."""
         return StoredTensors.of_files([self._file(index)])
 
     def packed(self, index: int) -> tuple[dict[str, PackedLinear], dict[str, Tensor]]:
-        """One finished block: its linears by path, and what else was trained in it."""
+        """Return one finished block: its linears by path, and what else was trained in it."""
         stored = self.stored(index)
         linears = {
-            path: PackedLinear.from_tensors(
-                path, self.layouts[path], {name: stored.load(f"{path}.{name}") for name in stored.fields_of(path)}
-            )
+            path: PackedLinear.from_tensors(path, self.layouts[path], stored.tensors_of(path))
             for path in stored.linears()
         }
-        taken = {f"{path}.{name}" for path in linears for name in TENSOR_NAMES}
+        taken = stored.packed_names()
         return linears, {name: stored.load(name) for name in stored.fields if name not in taken}
 
     def keep_streams(self, index: int, tensors: Mapping[str, Tensor], block_seconds: float) -> None:
@@ -161,7 +159,7 @@ class Journal:
                 older.unlink()
 
     def streams(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The latest streams that a finished block handed on, and the block that they enter."""
+        """Return the latest streams that a finished block handed on, and the block that they enter."""
         for file in sorted(self.directory.glob("streams-*.safetensors"), reverse=True):
             index = int(file.stem.rpartition("-")[2])
             if index <= self.count:
@@ -170,7 +168,7 @@ class Journal:
         return None
 
     def log(self, event: Mapping[str, Any]) -> None:
-        """A line of the machine-readable log, which ends up beside the weights."""
+        """Add a line to the machine-readable log, which will be copied beside the weights."""
         try:
             with (self.directory / LOG).open("a") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
@@ -230,7 +228,7 @@ def _differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any
 
 
 def copy_log(journal: Journal, directory: Path) -> None:
-    """The log, beside the weights."""
+    """Copy the log to the place beside the weights."""
     log = journal.directory / LOG
     if log.exists():
         durable(directory / "pairquant.jsonl", lambda staged: shutil.copyfile(log, staged))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..models.names import OWN, Names
 from ..models.sites import Site, sites_in
 from ..support.errors import PairQuantError, SourceError
 from .headers import StoredTensors
@@ -26,7 +27,7 @@ class Original:
             self.remark = f"the source ({source or 'not recorded'}) is not on this machine"
 
     def weight(self, path: str) -> Tensor | None:
-        """Of one linear: float32 [N, C]; None, from the first failure on, if it cannot be had (see `remark`)."""
+        """Return the original weight of one linear, float32 [N, C]; None once the source could not be read (see `remark`)."""
         if self._source is None:
             return None
         try:
@@ -47,24 +48,27 @@ class Original:
         files = ModelFiles.find(self._source)
         stored = None if files.gguf else StoredTensors.of_directory(files.directory)
         if stored and all(f"{path}.weight" in stored.fields for path in self._checkpoint.stored.linears()):
-            sites = sites_of(files)
+            sites, _ = sites_of(files)
 
             def load(path: str) -> Tensor:
                 weight = stored.load(f"{path}.weight")
-                return sites[path].as_held(weight) if path in sites else weight
+                return weight if path not in sites or sites[path].pool else sites[path].as_held(weight)
 
             return load
-        sites = {site.path: site for site in sites_in(files.model())}
+        model = files.model()
+        sites = {site.path: site for site in sites_in(model, names=files.names(model))}
         return lambda path: sites[path].weight
 
 
-def sites_of(files: ModelFiles) -> dict[str, Site]:
-    """Where the weights of a model lie, by path, without loading them.
+def sites_of(files: ModelFiles) -> tuple[dict[str, Site], Names]:
+    """Return where the weights of a model lie, by path, without loading them, and how its files name them.
 
     Empty for a model whose class cannot be built, such as custom code that is not trusted: its weights then count as those
     of `nn.Linear`.
     """
     try:
-        return {site.path: site for site in sites_in(files.skeleton())}
+        model = files.skeleton()
+        names = files.names(model)
+        return {site.path: site for site in sites_in(model, names=names)}, names
     except SourceError:
-        return {}
+        return {}, OWN

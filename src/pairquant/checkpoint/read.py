@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
+from ..models.names import OWN, Names
+from ..models.sites import sites_in
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear, bits_per_weight
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import CheckpointError, SourceError, did_you_mean
+from ..support.formatting import counted
 from .architecture import (
     auto_class,
     expected_fields,
@@ -120,7 +125,7 @@ class ModelFiles:
         return with_bos(tokenizer, self.directory / self.gguf) if self.gguf else tokenizer
 
     def skeleton(self) -> Any:
-        """The model in evaluation mode with its buffers, but without weights (meta device), in a moment.
+        """Return the model in evaluation mode with its buffers, but without weights (meta device), in a moment.
 
         Raises `SourceError` for a model that is no decoder, or would be built as another class than config.json names.
         """
@@ -133,7 +138,7 @@ class ModelFiles:
         return model.eval()
 
     def model(self, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Any:
-        """The model in evaluation mode. GGUF weights are dequantized; "auto" then means float16.
+        """Return the model in evaluation mode. GGUF weights are dequantized; "auto" then means float16.
 
         Raises `SourceError` if a weight is missing, which Transformers would make up, and what `skeleton` raises.
         """
@@ -159,23 +164,35 @@ class ModelFiles:
         if self.gguf or not (self.is_packed or self.quantization is None):
             return
         stored = self.stored()
-        packed = {f"{path}.weight" for path in stored.linears()} if self.is_packed else set()
-        missing = [name for name in expected_fields(model) if name not in stored.fields and name not in packed]
+        there = set(stored.fields)
+        if self.is_packed:
+            names, linears = Names.of(model, stored.fields), set(stored.linears())
+            there |= {*names.sources, *(f"{path}.weight" for path in linears)}
+            lacking = set()
+            for site in sites_in(model, names=names):  # experts have one parameter for all of them
+                held = {site.parameter, site.bias_parameter}
+                (there if site.path in linears else lacking).update(held)
+            there -= {name for name in lacking if name not in names.sources}
+        missing = [name for name in expected_fields(model) if name not in there]
         if missing and not self.is_packed:  # or stored under names that Transformers converts on loading: it knows
             with quiet_transformers():
                 missing = self._loaded(device_map="meta")[1]
         self._require_nothing_missing(missing)
 
+    def names(self, model: Any) -> Names:
+        """Return how the files name the tensors of a model, which may lack its weights; a GGUF file has Transformers' names."""
+        return OWN if self.gguf else Names.of(model, self.stored().fields)
+
     def stored(self) -> StoredTensors:
-        """What a directory's weights are, from the headers; raises `SourceError` (`CheckpointError` if packed) if unreadable."""
+        """Return what a directory's weights are, from the headers; raises `SourceError` (`CheckpointError` if packed) if unreadable."""
         return self._read(StoredTensors.of_directory)
 
     def weight_files(self) -> list[Path]:
-        """The files that are read, whatever else lies beside them; raises as `stored` does if there are none."""
+        """Return the files that are read, whatever else lies beside them; raises as `stored` does if there are none."""
         return [self.directory / self.gguf] if self.gguf else self._read(weight_files)
 
     def _read(self, read: Callable[[Path], T]) -> T:
-        """What a function reads from the directory; of a plain model, its `CheckpointError` as a `SourceError`."""
+        """Return what a function reads from the directory; of a plain model, its `CheckpointError` as a `SourceError`."""
         try:
             return read(self.directory)
         except CheckpointError as error:
@@ -184,11 +201,11 @@ class ModelFiles:
             raise SourceError(f"the weights of {self.name!r} cannot be loaded: {error}") from error
 
     def size_bytes(self) -> int:
-        """Size of the weight files."""
+        """Return size of the weight files."""
         return sum(file.stat().st_size for file in self.weight_files())
 
     def side_bytes(self) -> int:
-        """Size of what travels beside the weights."""
+        """Return size of what travels beside the weights."""
         files = [] if self.gguf else side_files(self.directory)
         return sum((self.directory / file).stat().st_size for file in files)
 
@@ -200,7 +217,7 @@ class ModelFiles:
             describe_copy(self.directory, directory, skeleton, dtype, quantization)
 
     def _built(self) -> Any:
-        """The model as its class is now on the current device, with weights that say nothing."""
+        """Return the model as its class is now on the current device, with weights that say nothing."""
         require_decoder_only(self.config, self.name)
         auto = self._build(lambda: auto_class(self.config), "architecture")
         model = self._build(lambda: auto.from_config(self.config, **self._remote), "architecture")
@@ -208,9 +225,11 @@ class ModelFiles:
         return model
 
     def _loaded(self, **kwargs: Any) -> tuple[Any, list[str]]:
-        """The model, and the names of its tensors that no file holds. Never from a pickle."""
+        """Return the model, and the names of its tensors that no file holds. Never from a pickle."""
         require_decoder_only(self.config, self.name)
-        if not self.gguf:
+        if self.gguf:
+            kwargs["config"] = self.config  # parsed already, which takes seconds
+        else:
             self.weight_files()
             kwargs["use_safetensors"] = True
         model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
@@ -276,7 +295,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, files: ModelFiles) -> Checkpoint:
-        """Raises `CheckpointError` when the model is not one of ours, or damaged."""
+        """Raise `CheckpointError` when the model is not one of ours, or damaged."""
         if not files.is_packed:
             raise CheckpointError(
                 f"{files.name!r} is not quantized with pairwise rotations (no quant_method 'paroquant')"
@@ -288,7 +307,7 @@ class Checkpoint:
         return cls(files.directory, config, stored, _report(files.directory / REPORT_FILE))
 
     def layout(self, path: str) -> LinearLayout:
-        """Of one linear, from the shapes of its tensors."""
+        """Return the layout of one linear, from the shapes of its tensors."""
         fields = self.stored.fields_of(path)
         if "qweight" not in fields:
             raise CheckpointError(f"no quantized linear {path!r}{did_you_mean(path, self.stored.linears())}")
@@ -302,21 +321,29 @@ class Checkpoint:
         return layout
 
     def packed(self, path: str) -> PackedLinear:
-        """One linear, checked."""
+        """Return one linear, checked."""
         layout = self.layout(path)
-        tensors = {name: self.stored.load(f"{path}.{name}") for name in self.stored.fields_of(path)}
-        return PackedLinear.from_tensors(path, layout, tensors)
+        return PackedLinear.from_tensors(path, layout, self.stored.tensors_of(path))
 
     def check_plain(self) -> None:
-        """Raises `CheckpointError` naming a tensor outside the quantized linears that has NaN or infinity in it."""
-        packed = {f"{path}.{name}" for path in self.stored.linears() for name in TENSOR_NAMES}
+        """Raise `CheckpointError` naming a tensor outside the quantized linears that has NaN or infinity in it."""
+        packed = self.stored.packed_names()
         for name, field in self.stored.fields.items():
             if name not in packed and field.dtype.is_floating_point and not finite(self.stored.load(name)):
                 raise CheckpointError(f"tensor {name} has values that are not finite. {REMEDY}")
 
+    def specs(self) -> list[str]:
+        """Return how the linears are stored, in words: the default's words alone, or each spec's with how many linears have it."""
+        default = self.config.spec
+        counts = Counter(self.layout(path).spec for path in self.stored.linears())
+        if set(counts) <= {default}:
+            return [str(default)]
+        ordered = sorted(counts.items(), key=lambda item: (item[0] != default, -item[1]))
+        return [f"{spec} ({counted(count, 'layer')})" for spec, count in ordered]
+
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""
-        return bits_per_weight(self.layout(path) for path in self.stored.linears())
+        return bits_per_weight({path: self.layout(path) for path in self.stored.linears()}, self.stored.pools())
 
 
 def _download(name: str) -> Path:
@@ -332,7 +359,7 @@ def _download(name: str) -> Path:
 
 
 def _report(file: Path) -> dict[str, Any]:
-    """pairquant.json, if there is one; `linears`, where it has them, are objects with an `error` that is a number."""
+    """Read pairquant.json, if there is one, and check that its `linears` are objects whose `error` is a number."""
     if not file.is_file():
         return {}
     report = read_json(file)

@@ -26,7 +26,7 @@ WRITTEN = frozenset({"config.json", "pairquant.json", "pairquant.jsonl"})
 
 
 def side_files(directory: Path) -> Iterator[Path]:
-    """Paths, relative to the directory, of all files that travel; in order.
+    """Yield paths, relative to the directory, of all files that travel; in order.
 
     A directory below that is a model itself (config.json and weights) stays where it is, and so do linked directories.
     """
@@ -48,7 +48,7 @@ def copy_side_files(directory: Path, target: Path, without: frozenset[str] = fro
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, of whatever format."""
+    """Return whether a file of this name holds weights, of whatever format."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in WEIGHTS)
 
 

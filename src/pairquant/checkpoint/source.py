@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.names import OWN, Names
+from ..models.sites import ExpertSite, Site, sites_in
 from ..spec.fields import Field
 from ..support.errors import SourceError
 from .architecture import expected_fields
@@ -30,30 +32,58 @@ AHEAD_BYTES = 4_000_000_000
 class SourceWeights:
     """Weights under the model's own parameter names.
 
-    stored: where each lies; renamed: tensors of the source whose names are not the model's, which Transformers converts
-    on loading; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
+    stored: where each lies; originals: the source's own tensors where their names are others, which Transformers converts
+    on loading: they are what a checkpoint keeps; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
     """
 
-    def __init__(self, stored: StoredTensors, renamed: Sequence[str] = ()):
-        self.stored, self.renamed = stored, tuple(renamed)
+    def __init__(
+        self,
+        stored: StoredTensors,
+        names: Names = OWN,
+        experts: Mapping[str, Sequence[ExpertSite]] | None = None,
+        originals: StoredTensors | None = None,
+    ):
+        self.stored, self.names, self.experts, self.originals = stored, names, dict(experts or {}), originals
         self.files = sorted(set(stored.files.values()))
         self._seen = {file: _state(file) for file in self.files}
         self._reader = ThreadPoolExecutor(1, "source")
         self._ahead: dict[str, Future[Tensor]] = {}
 
     @classmethod
-    def open(cls, files: ModelFiles, skeleton: nn.Module, spill: Path, spilled: bool = False) -> SourceWeights:
-        """The source's own files where their names are the model's; else (GGUF, other names) a copy of them in `spill`.
+    def open(
+        cls, files: ModelFiles, skeleton: nn.Module, names: Names, spill: Path, spilled: bool = False
+    ) -> SourceWeights:
+        """Return the source's own files where they hold the model's values; else (GGUF, values that Transformers changes) a
+        copy of them in `spill`.
 
         spilled: that copy has been made already. Raises `SourceError` if the weights cannot be read, or some are missing.
         """
         found = None if files.gguf else files.stored()
-        if found is not None and _streamable(found, skeleton):
-            return cls(found)
+        if found is not None:
+            source = cls(found, names, _single_experts(found, skeleton, names))
+            if source._holds(skeleton):
+                return source
         if not spilled:
             _spill(files.model(), spill)
-        copied = StoredTensors.of_files(sorted(spill.glob("*.safetensors")))
-        return cls(copied, [name for name in found.fields if name not in copied.fields] if found else ())
+        return cls(StoredTensors.of_files(sorted(spill.glob("*.safetensors"))), originals=found)
+
+    def field(self, name: str) -> Field | None:
+        """Return dtype and shape of a parameter of the model, or a buffer; None for one that is not stored."""
+        if name in self.experts:
+            sites = self.experts[name]
+            first = self.stored.fields[f"{sites[0].path}.weight"]
+            return Field(first.dtype, tuple(sites[0].module.get_parameter(name.rpartition(".")[2]).shape))
+        return self.stored.fields.get(self._stored_name(name))
+
+    def _stored_name(self, name: str) -> str:
+        return name if name in self.stored.fields else self.names.stored(name)
+
+    def _holds(self, skeleton: nn.Module) -> bool:
+        """Return whether the files hold all of the model's tensors as they are in the model, whatever their names."""
+        return all(
+            (own := self.field(name)) is not None and own.shape == field.shape and name not in self.names.changed
+            for name, field in expected_fields(skeleton).items()
+        )
 
     def digest(self) -> str:
         """Tells this source from another or from a changed one, without reading all of it."""
@@ -68,7 +98,17 @@ class SourceWeights:
         return total.hexdigest()
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor. Raises `SourceError` if its file has changed since this object was made."""
+        """Return one parameter of the model. Raises `SourceError` if its file has changed since this object was made."""
+        if name not in self.experts:
+            return self._tensor(self._stored_name(name), device)
+        own = self.field(name)
+        assert own is not None, "experts are stored, one by one"
+        whole = torch.empty(own.shape, dtype=own.dtype, device=device)
+        for site in self.experts[name]:
+            site.taken(whole).copy_(self._tensor(f"{site.path}.weight", device))
+        return whole
+
+    def _tensor(self, name: str, device: torch.device | str) -> Tensor:
         file = self.stored.files[name]
         if _state(file) != self._seen[file]:
             raise SourceError(
@@ -77,6 +117,19 @@ class SourceWeights:
             )
         return self.stored.load(name, device)
 
+    def plain_fields(self, quantized: Iterable[Site], names: Names) -> dict[str, Field]:
+        """Return what a checkpoint keeps of the source, by the source's names: all but what these sites hold."""
+        kept = self.originals or self.stored
+        replaced: set[str] = set()
+        for site in quantized:
+            for parameter in (site.parameter, site.bias_parameter):
+                replaced.update(names.sources.get(parameter, (parameter,)))
+        return {name: field for name, field in kept.fields.items() if name not in replaced}
+
+    def load_stored(self, name: str) -> Tensor:
+        """Return one of the tensors that a checkpoint keeps."""
+        return self._tensor(name, "cpu") if self.originals is None else self.originals.load(name)
+
     def fill(
         self, module: nn.Module, prefix: str, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> None:
@@ -84,36 +137,37 @@ class SourceWeights:
         for path, owner in module.named_modules():
             for name, old in _tensors(owner):
                 full = ".".join(part for part in (prefix, path, name) if part)
-                if full in self.stored.fields:
+                if self.field(full) is not None:
                     value = self._read(full, device)
                     _put(owner, name, value.to(dtype) if dtype is not None and value.is_floating_point() else value)
                 elif not old.is_meta:
                     _put(owner, name, old.to(device))
 
     def fill_all_but(self, model: Any, blocks: Iterable[Any]) -> None:
-        """Everything outside the blocks and the output embedding, on the CPU: what precedes the first block."""
+        """Load everything outside the blocks and the output embedding onto the CPU: it is needed to reach the first block."""
         spared = {id(m) for block in blocks for m in block.module.modules()}
         spared.add(id(model.get_output_embeddings()))
         for path, module in model.named_modules():
             if id(module) not in spared:
                 for name, _ in _tensors(module):
                     full = f"{path}.{name}" if path else name
-                    if full in self.stored.fields:
+                    if self.field(full) is not None:
                         _put(module, name, self.load(full))
 
     def dtype(self, block: Any) -> torch.dtype:
-        """That of the block's parameters in the checkpoint."""
-        return next(self.stored.fields[f"{block.path}.{name}"].dtype for name, _ in block.module.named_parameters())
+        """Return the dtype of the block's parameters in the source's files."""
+        fields = (self.field(f"{block.path}.{name}") for name, _ in block.module.named_parameters())
+        return next(field.dtype for field in fields if field is not None)
 
     def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """The block's weights, on the device."""
+        """Load the block's weights onto the device."""
         self.fill(block.module, block.path, device, dtype)
 
     def expect(self, block: Any, device: torch.device) -> None:
         """Begin to read the block that will enter next, in the background."""
-        names = [f"{block.path}.{name}" for name in block.module.state_dict()]
-        names = [name for name in names if name in self.stored.fields]
-        if sum(self.stored.fields[name].nbytes for name in names) <= AHEAD_BYTES:
+        fields = {name: self.field(name) for name in (f"{block.path}.{own}" for own in block.module.state_dict())}
+        names = [name for name, field in fields.items() if field is not None]
+        if sum(field.nbytes for field in fields.values() if field is not None) <= AHEAD_BYTES:
             pin = device.type == "cuda"
             self._ahead = {name: self._reader.submit(self._copy, name, pin) for name in names}
 
@@ -123,7 +177,7 @@ class SourceWeights:
         self._ahead = {}
 
     def _copy(self, name: str, pin: bool) -> Tensor:
-        """In memory, no map of the file; pinned, where the system lets it, it goes to a GPU at full speed."""
+        """Return the tensor in memory instead of a map of the file; pinned where the system allows it, which makes copying to a GPU fast."""
         value = self.load(name)
         try:
             return value.pin_memory() if pin else value.clone()
@@ -141,7 +195,7 @@ class SourceWeights:
                 _put(module, name, old.data.to("meta"))
 
     def not_finite(self, names: Iterable[str], device: torch.device) -> tuple[str, int] | None:
-        """The first of these tensors with NaN or infinity in it, and how many; looked for on the device."""
+        """Return the first of these tensors with NaN or infinity in it, and how many; looked for on the device."""
         for name in names:
             value = self.load(name, device)
             if not value.isfinite().all():
@@ -150,7 +204,7 @@ class SourceWeights:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The module's own parameters and buffers."""
+    """Return the module's own parameters and buffers."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
@@ -162,14 +216,23 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def _streamable(stored: StoredTensors, skeleton: nn.Module) -> bool:
-    """Whether these are all of the model's tensors, under the same names and in the same shapes."""
-    expected = expected_fields(skeleton)
-    return all(name in stored.fields and stored.fields[name].shape == field.shape for name, field in expected.items())
+def _single_experts(stored: StoredTensors, skeleton: nn.Module, names: Names) -> dict[str, list[ExpertSite]]:
+    """Return the parameters that hold experts which are single tensors in the files: name → sites of all of them."""
+    found: dict[str, list[ExpertSite]] = {}
+    for site in sites_in(skeleton, names=names):
+        if isinstance(site, ExpertSite):
+            found.setdefault(site.parameter, []).append(site)
+
+    def matches(site: ExpertSite) -> bool:
+        name = f"{site.path}.weight"
+        size = (site.size.out_features, site.size.in_features)
+        return name in stored.fields and names.joins(name) and stored.fields[name].shape == size
+
+    return {parameter: sites for parameter, sites in found.items() if all(map(matches, sites))}
 
 
 def _spill(model: nn.Module, directory: Path) -> None:
-    """The model's state in safetensors files, tied tensors once."""
+    """Write the model's state to safetensors files, tied tensors once."""
     directory.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -190,9 +253,3 @@ def _state(file: Path) -> tuple[int, int]:
     except OSError as error:
         raise SourceError(f"{file} cannot be read any more: {error.strerror}.") from error
     return found.st_size, found.st_mtime_ns
-
-
-def plain_fields(stored: StoredTensors, linears: Iterable[str]) -> dict[str, Field]:
-    """What a checkpoint keeps of the source: all but the weights and biases of these linears."""
-    replaced = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
-    return {name: field for name, field in stored.fields.items() if name not in replaced}

@@ -84,7 +84,7 @@ def write_checkpoint(
 
 
 def _write_shards(directory: Path, entries: Mapping[str, Entry]) -> None:
-    """`model.safetensors`, or several with an index, under the names that Transformers looks for."""
+    """Write `model.safetensors`, or several files with an index, under the names that Transformers looks for."""
     shards = _shards(entries)
     if len(shards) == 1:
         write_tensors(directory / "model.safetensors", {name: entries[name].load() for name in shards[0]})
@@ -99,7 +99,7 @@ def _write_shards(directory: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def _shards(entries: Mapping[str, Entry]) -> list[list[str]]:
-    """Names in order, cut where a file would grow beyond `SHARD_BYTES`."""
+    """Return names in order, cut where a file would grow beyond `SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -113,7 +113,7 @@ def _shards(entries: Mapping[str, Entry]) -> list[list[str]]:
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A fresh directory beside the output, removed if it is still there in the end; so is what killed runs left."""
+    """Make a directory beside the output, removed at the end unless it was renamed; remove what killed runs left behind."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f".{output.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -144,7 +144,7 @@ def _replace(staging: Path, output: Path) -> None:
 
 
 def _retired(output: Path) -> Path:
-    """Where an output that is being overwritten waits for its successor."""
+    """Return where an output that is being overwritten waits for its successor."""
     return output.with_name(f".{output.name}.retired")
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ..support.formatting import distinct_ends
-from .app import Model, app, console, quiet_libraries
+from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import duration, require_place, size
 from .engine_options import ENGINE, Device, Dtype, EngineName, Trust
 
@@ -23,34 +22,27 @@ OUTPUT = "Output"
 @app.command(epilog="Example: pairquant bench MODEL-PARO --reference MODEL --batch 1 --batch 8 --json bench.json")
 def bench(
     model: Model,
-    reference: Annotated[
-        str | None, typer.Option(help="The original model, to measure in the same way.", rich_help_panel=WORK)
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(help="Number of sequences at once; repeat for more. Default: 1.", rich_help_panel=WORK),
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", rich_help_panel=WORK)] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.", rich_help_panel=WORK)] = 128,
-    repeats: Annotated[
-        int, typer.Option(help="Number of runs after a warm-up; medians are shown.", rich_help_panel=WORK)
-    ] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the random prompts.", rich_help_panel=WORK)] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results to this file.", rich_help_panel=OUTPUT)
-    ] = None,
+    reference: Annotated[str | None, option(WORK, "The original, to measure in the same way.")] = None,
+    batch: Annotated[list[int] | None, option(WORK, "Sequences at once; repeat for more. Default: 1.")] = None,
+    prompt_tokens: Annotated[int, option(WORK, "Tokens of each prompt.")] = 512,
+    new_tokens: Annotated[int, option(WORK, "Tokens generated after it.")] = 128,
+    repeats: Annotated[int, option(WORK, "Runs after a warm-up; medians are shown.", rare=True)] = 3,
+    seed: Annotated[int, option(WORK, "Seed of the random prompts.", rare=True)] = 0,
+    json_file: Annotated[Path | None, option(OUTPUT, "Write the results to this file.", "--json")] = None,
     compile: Annotated[
         bool | None,
-        typer.Option(
+        option(
+            ENGINE,
+            "Use torch.compile, or not. Default: only with vLLM on a GPU.",
             "--compile/--no-compile",
-            help="Use torch.compile, or not. Default: only with vLLM on a GPU.",
-            rich_help_panel=ENGINE,
+            rare=True,
         ),
     ] = None,
     engine: EngineName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Measure speed and memory of MODEL, and of the original beside it."""
     quiet_libraries()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Model, app, console, quiet_libraries
+from .app import Model, app, console, option, quiet_libraries
 from .engine_options import Device, Dtype, EngineName, Trust
 
 ANSWERS = "Answers"
@@ -16,12 +16,8 @@ ANSWERS = "Answers"
 @app.command(epilog='Example: pairquant chat MODEL-PARO --prompt "Why is the sky blue?"')
 def chat(
     model: Model,
-    prompt: Annotated[
-        str | None, typer.Option(help="Answer this and exit. Default: ask for questions.", rich_help_panel=ANSWERS)
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=ANSWERS)
-    ] = 512,
+    prompt: Annotated[str | None, option(ANSWERS, "Answer this and exit. Default: ask for questions.")] = None,
+    max_new_tokens: Annotated[int, option(ANSWERS, "Longest answer, in tokens.", min=1)] = 512,
     engine: EngineName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",

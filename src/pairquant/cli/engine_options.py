@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from .app import option
 
 #: Heading of the group.
 ENGINE = "Engine"
 
-EngineName = Annotated[
-    str, typer.Option("--engine", help="What runs the model: auto, transformers or vllm.", rich_help_panel=ENGINE)
-]
-Dtype = Annotated[
-    str,
-    typer.Option(help="Type of the activations: auto, bfloat16, float16 or float32.", rich_help_panel=ENGINE),
-]
-Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, …", rich_help_panel=ENGINE)]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=ENGINE),
-]
+EngineName = Annotated[str, option(ENGINE, "auto, transformers or vllm.", "--engine")]
+Dtype = Annotated[str, option(ENGINE, "auto, bfloat16, float16 or float32.")]
+Device = Annotated[str, option(ENGINE, "auto, cpu, cuda, cuda:1, …")]
+Trust = Annotated[bool, option(ENGINE, "Run the model's own Python code.", "--trust-remote-code")]

@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
 
-from .app import Device, Model, Trust, app, console, quiet_libraries
+from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import followed, progress_bars, require_place
 from .evaluation_options import (
+    ANSWERS,
+    TEXTS,
     AnsweringEngine,
     AnswerTokens,
     Batch,
     Bos,
     ChainCount,
     ChainTokens,
+    Device,
     Gsm8k,
     JsonFile,
     MaxTokens,
@@ -25,14 +27,15 @@ from .evaluation_options import (
     SeqLen,
     TaskNames,
     Texts,
+    Trust,
     names_in,
 )
 
 
-@app.command(name="eval")
+@app.command("eval", epilog="Example: pairquant eval MODEL-PARO --reference MODEL --gsm8k 200 --json eval.json")
 def evaluate(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="The original model: KL, agreement, paired tests.")] = None,
+    reference: Annotated[str | None, option(TEXTS, "The original, to measure the distance from.")] = None,
     text: Texts = None,
     seq_len: SeqLen = 2048,
     max_tokens: MaxTokens = None,
@@ -41,24 +44,26 @@ def evaluate(
     chain_tokens: ChainTokens = 1024,
     gsm8k: Gsm8k = 0,
     boxed: Annotated[
-        list[Path] | None, typer.Option(help=r"Problems (.jsonl) to answer in \boxed{}; repeat for more.")
+        list[Path] | None, option(ANSWERS, r"Problems (.jsonl) to answer in \boxed{}; repeat for more.", rare=True)
     ] = None,
     answer_tokens: AnswerTokens = 1024,
-    temperature: Annotated[float, typer.Option(help="Of answers; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, option(ANSWERS, "Temperature of answers; 0 is greedy.", rare=True)] = 0.0,
     tasks: TaskNames = None,
-    task_dir: Annotated[Path | None, typer.Option(help="Where lm-eval finds more tasks (YAML).")] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Questions of each task. Default: all.")] = None,
+    task_dir: Annotated[Path | None, option(ANSWERS, "Where lm-eval finds more tasks (YAML).", rare=True)] = None,
+    task_limit: Annotated[int | None, option(ANSWERS, "Questions of each task. Default: all.", rare=True)] = None,
     batch: Batch = 8,
     engine: AnsweringEngine = "auto",
     seed: Seed = 0,
     json_file: JsonFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    help_all: HelpAll = False,
 ) -> None:
-    """Accuracy of MODEL, alone and beside the original."""
+    """Measure the accuracy of MODEL, alone and beside the original."""
     quiet_libraries()
     from ..evaluation.chains import ChainPlan
     from ..evaluation.reasoning import AnswerPlan
+    from ..evaluation.results import Evaluation
     from ..evaluation.tasks import TaskPlan
     from ..jobs.evaluate import evaluate as run
     from .evaluation_tables import show
@@ -84,10 +89,11 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             on_windows=followed(bars),
         )
-    show(results)
-    for notice in results["notices"]:
+    found = Evaluation.from_dict(results)
+    show(found)
+    for notice in found.notices:
         console.print(f"[yellow]{escape(notice)}[/]")
-    by = f", answers by vLLM {results['versions']['vllm']}" if results["engine"] == "vllm" else ""
-    console.print(f"{results['bits_per_weight']:.2f} bits per weight, on {results['device']}{by}")
+    by = f", answers by vLLM {found.versions['vllm']}" if found.engine == "vllm" else ""
+    console.print(f"{found.bits_per_weight:.2f} bits per weight, on {found.device}{by}")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")

@@ -5,35 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from .app import option
+
+TEXTS, ANSWERS, RUN = "Texts", "Chains of thought and answers", "Run"
 
 Texts = Annotated[
-    list[str] | None,
-    typer.Option("--text", help="Text to evaluate on; repeat for more. Default: GSM8K test problems."),
+    list[str] | None, option(TEXTS, "Repeat for more. Default: GSM8K test problems.", "--text", metavar="TEXT")
 ]
-SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Use at most this many tokens of each text.")]
+MaxTokens = Annotated[int | None, option(TEXTS, "Use at most so many tokens of each.")]
+SeqLen = Annotated[int, option(TEXTS, "Tokens per window.", rare=True)]
 Bos = Annotated[
     str,
-    typer.Option(
-        help="Begin windows with <bos>: auto as the tokenizer has it, always, or never, as published perplexities do."
+    option(
+        TEXTS,
+        "Begin windows with <bos>: auto as the tokenizer has it, always, or never, as published perplexities do.",
+        rare=True,
     ),
 ]
-ChainCount = Annotated[
-    int, typer.Option("--chains", help="Chains of thought sampled from the original to follow.", min=0)
-]
-ChainTokens = Annotated[int, typer.Option(help="Most tokens of a chain, up to 4096.")]
-Gsm8k = Annotated[int, typer.Option(help="GSM8K test problems to answer, of 1319.", min=0)]
-TaskNames = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, with commas between.")]
-AnsweringEngine = Annotated[
-    str, typer.Option("--engine", help="What answers and runs tasks: transformers (auto) or vllm.")
-]
-AnswerTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
-Batch = Annotated[int, typer.Option(help="Chains, answers or questions at once.")]
-Seed = Annotated[int, typer.Option(help="Of sampling and of bootstrapped intervals.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+ChainCount = Annotated[int, option(ANSWERS, "Chains of the original's to follow.", "--chains", min=0, metavar="N")]
+ChainTokens = Annotated[int, option(ANSWERS, "Most tokens of a chain, up to 4096.", rare=True)]
+Gsm8k = Annotated[int, option(ANSWERS, "GSM8K test problems to answer.", min=0, metavar="N")]
+TaskNames = Annotated[str | None, option(ANSWERS, "Tasks of lm-eval, with commas between.", "--tasks")]
+AnsweringEngine = Annotated[str, option(ANSWERS, "What answers: transformers or vllm.", "--engine")]
+AnswerTokens = Annotated[int, option(ANSWERS, "Most tokens of an answer.", rare=True)]
+Batch = Annotated[int, option(RUN, "Chains, answers or questions at once.", rare=True)]
+Seed = Annotated[int, option(RUN, "Seed of sampling and of bootstrapped intervals.", rare=True)]
+Device = Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")]
+Trust = Annotated[bool, option(RUN, "Run the models' own Python code.", "--trust-remote-code")]
+JsonFile = Annotated[Path | None, option(RUN, "Write the results to this file.", "--json")]
 
 
 def names_in(tasks: str | None) -> tuple[str, ...]:
-    """The tasks that an option names."""
+    """Return the tasks that an option names."""
     return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())

@@ -11,7 +11,7 @@ from .app import Model, app, console, quiet_libraries
 from .display import progress_bars, size
 
 
-@app.command()
+@app.command(epilog="Example: pairquant export MODEL-PARO --output MODEL-BF16")
 def export(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],

@@ -10,7 +10,7 @@ import typer
 from .app import app, console, quiet_libraries
 
 
-@app.command()
+@app.command(epilog="Example: pairquant push MODEL-PARO OWNER/MODEL-PARO --results eval.json")
 def push(
     model: Annotated[Path, typer.Argument(help="A directory that `quantize` has written.")],
     name: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the hub; made if it does not exist.")],

@@ -10,70 +10,65 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .app import Model, app, console, quiet_libraries
+from ..support.formatting import counted
+from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import command_line, duration, plain, progress_bars, short_name, size
 
-WHAT, CALIBRATION, METHOD, RUN, OUTPUT = "What to quantize", "Calibration", "Method", "Run", "Output"
-
-
-def option(panel: str, text: str, *names: str) -> Any:
-    """An option in a group of the help."""
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 
 
 @app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best --override down_proj=bits:8")
 def quantize(
     model: Model,
-    output: Annotated[Path, option(OUTPUT, "Directory to write; must not exist.")],
+    output: Annotated[Path, option(OUTPUT, "Directory to write.")],
     overwrite: Annotated[bool, option(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
-    push_to_hub: Annotated[str | None, option(OUTPUT, "Upload the result as NAME or OWNER/NAME.")] = None,
-    private: Annotated[bool, option(OUTPUT, "Make the uploaded repository private.", "--private")] = False,
-    log_to: Annotated[str | None, option(OUTPUT, "Also log to tensorboard or wandb.")] = None,
-    preset: Annotated[
-        str, option(METHOD, "fast, best, paper, quick, or the baselines gptq and rtn; see `pairquant presets`.")
-    ] = "fast",
-    bits: Annotated[int, option(METHOD, "Bits per code: 2, 3, 4, 5, 6 or 8.")] = 4,
-    group_size: Annotated[str, option(METHOD, "Weights per scale: 128, 64, 32, or auto.")] = "128",
-    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.")] = 8,
+    push_to_hub: Annotated[str | None, option(OUTPUT, "Upload it as NAME or OWNER/NAME.")] = None,
+    private: Annotated[bool, option(OUTPUT, "Make the uploaded repository private.", "--private", rare=True)] = False,
+    log_to: Annotated[str | None, option(OUTPUT, "Also log to tensorboard or wandb.", rare=True)] = None,
+    preset: Annotated[str, option(METHOD, "See `pairquant presets`.")] = "fast",
+    bits: Annotated[int, option(METHOD, "2, 3, 4, 5, 6 or 8 per weight.")] = 4,
+    group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
+    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
     share_rotations: Annotated[
-        bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations")
+        bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
     ] = False,
-    pair_selection: Annotated[str, option(METHOD, "random, or magnitude: the most different first.")] = "random",
+    pair_selection: Annotated[
+        str, option(METHOD, "random, or magnitude: the most different first.", rare=True)
+    ] = "random",
     setting: Annotated[
-        list[str] | None, option(METHOD, "Change the preset, NAME=VALUE; repeat for more.", "--set")
+        list[str] | None, option(METHOD, "Change the preset, NAME=VALUE; repeat for more.", "--set", rare=True)
     ] = None,
     ignore: Annotated[
-        list[str] | None, option(WHAT, "Leave these modules: a path, its end, or re:…; repeat for more.")
+        list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN")
     ] = None,
     override: Annotated[
         list[str] | None,
-        option(
-            WHAT, "Bits, group_size, rotations of some layers: PATTERN=bits:8,rotations:0; repeat, the last match wins."
-        ),
+        option(METHOD, "Store some otherwise; the last wins.", metavar="PATTERN=…"),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, option(WHAT, "Run Python code that comes with the model.", "--trust-remote-code")
-    ] = False,
     calibration: Annotated[
-        list[str] | None,
-        option(CALIBRATION, "Text or chats: .txt .md .jsonl .json .csv .parquet, or a data set; repeat for more."),
+        list[str] | None, option(CALIBRATION, "Text or chats: a file, a data set; repeat.", metavar="TEXT")
     ] = None,
     samples: Annotated[int, option(CALIBRATION, "Windows of text.")] = 128,
     seq_len: Annotated[int, option(CALIBRATION, "Tokens per window.")] = 2048,
     bos: Annotated[
-        str, option(CALIBRATION, "Begin windows with <bos>: auto as the tokenizer has it, never, always.")
+        str, option(CALIBRATION, "Begin windows with <bos>: auto as the tokenizer has it, never, always.", rare=True)
     ] = "auto",
     validation: Annotated[
-        list[str] | None, option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.")
+        list[str] | None,
+        option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.", rare=True),
     ] = None,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
-    compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, option(RUN, "Seed of pairs and windows.")] = 0,
-    fresh: Annotated[bool, option(RUN, "Start over instead of continuing a stopped run.", "--fresh")] = False,
+    trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
+    compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.", rare=True)] = "auto",
+    seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
+    fresh: Annotated[
+        bool, option(RUN, "Start over instead of continuing a stopped run.", "--fresh", rare=True)
+    ] = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Quantize MODEL into a checkpoint that Transformers, vLLM and every ParoQuant reader load.
 
-    The same command continues a run that was stopped. torchrun --nproc-per-node N -m pairquant quantize … uses N GPUs.
+    The same command continues a run that was stopped.
     """
     from ..spec.options import QuantConfig
     from ..spec.recipe import recipe_with
@@ -125,24 +120,11 @@ def quantize(
     table.add_row("time", duration(summary.seconds))
     table.add_row("written to", escape(str(summary.output)))
     console.print(table)
-    _warn_of(summary.poor)
     if push_to_hub:
         _push(summary.output, push_to_hub, private)
     trust = ["--trust-remote-code"] if trust_remote_code else []
     following = command_line("pairquant", "eval", summary.output, "--reference", model, *trust)
     console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
-
-
-def _warn_of(poor: dict[str, float]) -> None:
-    """Name the layers that were represented badly, worst first."""
-    if not poor:
-        return
-    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
-    more = f" and {len(poor) - 5} more" if len(poor) > 5 else ""
-    console.print(
-        f"[yellow]relative error of the output above 20 %: {escape(', '.join(shown))}{more}. Give these layers more bits "
-        "(--override) or leave them as they are (--ignore).[/]"
-    )
 
 
 def _push(output: Path, name: str, private: bool) -> None:
@@ -158,11 +140,11 @@ def _push(output: Path, name: str, private: bool) -> None:
     console.print(f"{output} is at {address}", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: pairquant presets best")
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show only this one.")] = None,
 ) -> None:
-    """What each preset does, setting by setting: the names that `quantize --set` takes."""
+    """Show what each preset does, setting by setting, by the names that `quantize --set` takes."""
     from ..spec.recipe import PRESETS, flat, preset_named
 
     chosen = {name: preset_named(name)} if name else PRESETS
@@ -180,7 +162,7 @@ def presets(
 
 
 def _short(value: Any) -> str:
-    """A setting in a narrow column: a list by its length."""
+    """Return a setting in a narrow column: a list by its length."""
     return f"({len(value)})" if isinstance(value, tuple) and len(value) > 1 else plain(value)
 
 
@@ -212,7 +194,7 @@ class _BlockProgress:
         self.blocks = blocks
         self.bars.reset(self.task, total=blocks, completed=finished, description=f"block {finished}")
         self.bars.console.print(
-            f"{linears} linear layers in {blocks} blocks; predicted peak {size(memory.device)} of "
+            f"{counted(linears, 'linear layer')} in {counted(blocks, 'block')}; predicted peak {size(memory.device)} of "
             f"{size(memory.available)} memory free on {memory.on}"
         )
         if finished:
@@ -222,7 +204,10 @@ class _BlockProgress:
         self.bars.console.print(f"[yellow]{escape(text)}[/]")
 
     def block(self, result: Any) -> None:
-        errors = {short_name(path): error for path, error in result.errors.items()}
+        by_name: dict[str, list[float]] = {}
+        for path, error in result.errors.items():
+            by_name.setdefault(short_name(path), []).append(error)
+        errors = {name: sum(each) / len(each) for name, each in by_name.items()}  # the mean of many experts
         if list(errors) != self.columns:
             self.columns = list(errors)
             heading = "".join(f"{name:>{self.width(name)}}" for name in self.columns)

@@ -11,7 +11,7 @@ from .app import app, console, quiet_libraries
 from .display import progress_bars, size
 
 
-@app.command()
+@app.command(epilog="Example: pairquant report MODEL-PARO --eval eval.json --output report.html")
 def report(
     models: Annotated[list[str], typer.Argument(help="Quantized model directories, shown side by side.")],
     results: Annotated[
@@ -26,7 +26,7 @@ def report(
         str | None, typer.Option(help="The layer whose weight is shown. Default: the one of the strongest outliers.")
     ] = None,
 ) -> None:
-    """One HTML page about quantized MODELS: errors, weights before and after the transform, times, results."""
+    """Write one HTML page about quantized MODELS: errors, weights before and after the transform, times, results."""
     quiet_libraries()
     from ..report.page import write_report
 

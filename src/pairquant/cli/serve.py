@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .app import Model, app, problems, quiet_libraries
+from .app import Model, app, option, problems, quiet_libraries
 from .engine_options import ENGINE, Dtype, EngineName, Trust
 
 ADDRESS = "Address"
@@ -18,22 +18,15 @@ ADDRESS = "Address"
 def serve(
     model: Model,
     extra: Annotated[list[str] | None, typer.Argument(help="Arguments for the engine's own server, after --.")] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=ADDRESS)
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=ADDRESS)] = 8000,
+    host: Annotated[str, option(ADDRESS, "Where to listen; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, option(ADDRESS, "Port to listen on.", min=1, max=65535)] = 8000,
     engine: EngineName = "auto",
     dtype: Dtype = "auto",
     max_model_len: Annotated[
         int | None,
-        typer.Option(
-            help="Longest sequence, prompt and answer together, in tokens. Default: what the model and memory allow.",
-            rich_help_panel=ENGINE,
-        ),
+        option(ENGINE, "Longest sequence in tokens, prompt and answer. Default: what the model and memory allow."),
     ] = None,
-    tensor_parallel: Annotated[
-        int, typer.Option(help="Number of GPUs that share each layer; vLLM only.", rich_help_panel=ENGINE)
-    ] = 1,
+    tensor_parallel: Annotated[int, option(ENGINE, "GPUs that share each layer; vLLM only.")] = 1,
     trust_remote_code: Trust = False,
 ) -> None:
     """Serve MODEL to OpenAI's clients, with vLLM where it is installed, else with Transformers."""

@@ -8,7 +8,7 @@ from rich.table import Table
 from .app import Device, Model, app, console, quiet_libraries
 
 
-@app.command()
+@app.command(epilog="Example: pairquant tune MODEL-PARO")
 def tune(model: Model, device: Device = "auto") -> None:
     """Measure the kernels' tiles for the shapes of a checkpoint on this GPU; they are used from then on."""
     quiet_libraries()

@@ -37,7 +37,7 @@ class Transform:
 
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, inverse_scales: Tensor, group_size: int) -> Transform:
-        """From fitted or stored values; rounds them to fp16 first."""
+        """Make a transform from fitted or stored values, which are rounded to fp16 first."""
         theta = stored(theta.detach().float())
         matrix = rotation_matrix(theta, pairs, group_size)
         return cls(theta, pairs, stored(inverse_scales.detach().float()).flatten(), matrix)
@@ -51,7 +51,7 @@ class Transform:
         return cls.build(theta, pairs.view(rotations, channels), scales, group_size)
 
     def times(self, factor: float) -> Transform:
-        """The transform of `factor` times the weight: the factor, a power of two, goes into the channel scales.
+        """Return the transform of `factor` times the weight: the factor, a power of two, goes into the channel scales.
 
         Raises `ConfigError` where fp16 cannot hold them.
         """
@@ -66,7 +66,7 @@ class Transform:
         return replace(self, inverse_scales=inverse)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored: theta, pairs, channel_scales."""
+        """Return theta, pairs and channel_scales as they are stored."""
         return {
             "theta": self.theta.half().contiguous(),
             "pairs": self.pairs.to(torch.int16).contiguous(),
@@ -78,7 +78,7 @@ class Transform:
         return rotate_dense(w / self.inverse_scales, self.matrix)
 
     def weight_out(self, w_rot: Tensor) -> Tensor:
-        """The inverse of `weight_in`."""
+        """Return the inverse of `weight_in`."""
         return rotate_dense(w_rot, self.matrix.mT) * self.inverse_scales
 
     def hessian_in(self, hessian: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def encode(
 def assemble(
     layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
 ) -> PackedLinear:
-    """Codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
+    """Return codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
     tensors = {
         "qweight": pack(codes.T.contiguous(), layout.bits),
         "qzeros": pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
@@ -129,7 +129,7 @@ def assemble(
 
 
 def transform_of(packed: PackedLinear) -> Transform:
-    """The stored transform, ready to use."""
+    """Return the stored transform, ready to use."""
     return Transform.build(packed["theta"], packed["pairs"], packed["channel_scales"], packed.layout.group_size)
 
 
@@ -141,12 +141,12 @@ def rotated_weight(packed: PackedLinear) -> Tensor:
 
 
 def decode(packed: PackedLinear) -> Tensor:
-    """The dense weight that the packed linear stands for, in the original basis: float32 [N, C]."""
+    """Return the dense weight that the packed linear stands for, in the original basis: float32 [N, C]."""
     return transform_of(packed).weight_out(rotated_weight(packed))
 
 
 def forward(packed: PackedLinear, x: Tensor) -> Tensor:
-    """The reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
+    """Return the reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
     scaled = x.float() * packed["channel_scales"].float()
     x_rot = rotate(scaled, packed["theta"].float(), packed["pairs"], packed.layout.group_size)
     y = x_rot @ rotated_weight(packed).T

@@ -30,7 +30,7 @@ class PairSelection:
 def random_rank(
     num_groups: int, group_size: int, generator: torch.Generator, device: torch.device | None = None
 ) -> Tensor:
-    """An independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal.
+    """Return an independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal.
 
     The numbers are drawn on the CPU, so that the order is the same whatever device it is for.
     """
@@ -40,7 +40,7 @@ def random_rank(
 
 
 def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
-    """Largest difference in channel magnitude first.
+    """Return largest difference in channel magnitude first.
 
     magnitude: [C], any measure of a channel's size, such as the mean absolute weight. Returns float32 [G, g, g].
     """
@@ -52,7 +52,7 @@ def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
 
 
 def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
-    """K independent rotations for each group, greedy in the order given by `rank` [G, g, g], on its device."""
+    """Select the pairs of K independent rotations for each group, greedily in the order given by `rank` [G, g, g], on its device."""
     num_groups, g, _ = rank.shape
     rank = rank.clone()
     pairs = torch.empty(rotations, num_groups, g // 2, 2, dtype=torch.int16, device=rank.device)
@@ -65,7 +65,7 @@ def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
 
 
 def _symmetric(position: Tensor, g: int) -> Tensor:
-    """Positions of the pairs (i < j) in upper-triangle order [G, g(g-1)/2] → symmetric matrices [G, g, g]."""
+    """Return positions of the pairs (i < j) in upper-triangle order [G, g(g-1)/2] → symmetric matrices [G, g, g]."""
     rank = torch.full((position.shape[0], g, g), torch.inf, device=position.device)
     i, j = torch.triu_indices(g, g, offset=1, device=position.device)
     rank[:, i, j] = rank[:, j, i] = position.float()
@@ -73,7 +73,7 @@ def _symmetric(position: Tensor, g: int) -> Tensor:
 
 
 def _first_matching(rank: Tensor) -> Tensor:
-    """The lexicographically first matching of each group: partner of each channel [G, g], or -1 when left alone."""
+    """Return the lexicographically first matching of each group: partner of each channel [G, g], or -1 when left alone."""
     num_groups, g, _ = rank.shape
     remaining = rank.clone()
     partner = torch.full((num_groups, g), -1, device=rank.device)
@@ -89,7 +89,7 @@ def _first_matching(rank: Tensor) -> Tensor:
 
 
 def _as_pairs(partner: Tensor) -> tuple[Tensor, Tensor]:
-    """Partners [G, g] → pairs [G, g/2, 2] with those left alone paired last, and a mask of the genuine ones."""
+    """Return partners [G, g] → pairs [G, g/2, 2] with those left alone paired last, and a mask of the genuine ones."""
     num_groups, g = partner.shape
     channel = torch.arange(g, device=partner.device).expand(num_groups, g)
     lonely = partner < 0

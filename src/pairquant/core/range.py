@@ -28,7 +28,7 @@ def extent(weight: Tensor) -> tuple[float, float]:
 
 
 def power_of_two(rms: float, peak: float, bits: int) -> float:
-    """What to divide a weight by so that its group scales fit fp16; 1.0 for nearly every weight.
+    """Return what to divide a weight by so that its group scales fit fp16; 1.0 for nearly every weight.
 
     rms, peak: see `extent`. Raises `ConfigError` for weights that no power of two brings into range.
     """

@@ -24,7 +24,7 @@ def unrotate(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int) -> Tensor
 
 
 def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Tensor | None = None) -> Tensor:
-    """The dense R of every group: [G, g, g] in theta's dtype, differentiable in theta.
+    """Return the dense R of every group: [G, g, g] in theta's dtype, differentiable in theta.
 
     `positions` is `givens_positions(pairs, group_size)`, for callers that build R for the same pairs again and again.
     The K factors are multiplied as a balanced tree of batched products, so autograd runs through log2(K) of them.
@@ -46,7 +46,7 @@ def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Te
 
 
 def givens_positions(pairs: Tensor, group_size: int) -> Tensor:
-    """Where [i, i], [j, j], [j, i] and [i, j] of each pair lie in the flattened factors: int64 [4, K · C/2]."""
+    """Return where [i, i], [j, j], [j, i] and [i, j] of each pair lie in the flattened factors: int64 [4, K · C/2]."""
     rotations, channels = pairs.shape
     i, j = pairs.long().reshape(-1, 2).unbind(-1)
     block = torch.arange(rotations * channels // group_size, device=pairs.device)
@@ -62,7 +62,7 @@ def rotate_dense(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def channel_form(theta: Tensor, pairs: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """One rotation as y_c = cos_c · x_c + s_c · x_p(c) for every channel c, with its partner p(c).
+    """Return one rotation as y_c = cos_c · x_c + s_c · x_p(c) for every channel c, with its partner p(c).
 
     theta [K, C/2], pairs [K, C] → coefficients [K, 2, C] (cos_c and the signed sine s_c: +sin for the first channel of
     a pair, -sin for the second; theta's dtype, differentiable) and partners uint8 [K, C], group-local.

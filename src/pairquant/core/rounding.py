@@ -37,7 +37,7 @@ class Grid:
 
     @classmethod
     def spanning(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-        """The grid whose ends are `low` and `high` [N, G]."""
+        """Return the grid whose ends are `low` and `high` [N, G]."""
         scale, zero = affine_parameters(low, high, bits, symmetric)
         return cls(stored(scale), zero, bits)
 
@@ -49,19 +49,19 @@ class Grid:
 
 
 def stored(x: Tensor) -> Tensor:
-    """The values that fp16 storage keeps."""
+    """Return the values that fp16 storage keeps."""
     return x.half().to(x.dtype)
 
 
 def nearest(w: Tensor, grid: Grid) -> Tensor:
-    """Codes of the nearest grid points."""
+    """Return codes of the nearest grid points."""
     return grid.codes(w)
 
 
 def search_range(
     w: Tensor, hessian: Tensor | None, bits: int, group_size: int, symmetric: bool, shrinks: tuple[float, ...] = (1.0,)
 ) -> Grid:
-    """For each row and group the range, out of `shrinks` times min and max, with the least error after rounding.
+    """Return for each row and group the range, among `shrinks` times its min and max, that has the least error after rounding.
 
     The error counts within the group only: e H_gg eᵀ, with H_gg the group's g × g block of the Hessian (identity
     when there is none).
@@ -82,7 +82,7 @@ def search_range(
 
 
 def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Rounds B columns in turn, each one's error compensated on those after it: codes uint8 and errors, both [B, N].
+    """Return rounds B columns in turn, each one's error compensated on those after it: codes uint8 and errors, both [B, N].
 
     todo: the columns as the rows of [B, N], changed in place; factor: upper triangular [B, B], of `inverse_factor`;
     scale, zero: [B, N]; top: the largest code.
@@ -100,7 +100,7 @@ def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: i
 def descend(
     k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
 ) -> None:
-    """Rounds the g columns of one group anew, in turn, each given all the others (see `refine`).
+    """Round the g columns of one group again, one after another, each given all the others (see `refine`).
 
     k = q - z and m = Mᵀ: [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its diagonal,
     positive, [g]; scale, and lowest and highest, the bounds of k: [N].
@@ -126,7 +126,7 @@ SOLVERS = Solvers()
 def gptq(
     w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: bool, solvers: Solvers = SOLVERS
 ) -> Tensor:
-    """Codes by error compensation, on a grid fixed beforehand.
+    """Return codes by error compensation, on a grid fixed beforehand.
 
     by_activation: treat the columns with the largest diagonal of H first, while many others can still compensate.
     """
@@ -206,7 +206,7 @@ def _damped(hessian: Tensor, damping: float, factorize: Callable[[Tensor], tuple
 
 
 def _plus_diagonal(hessian: Tensor, value: Tensor) -> Tensor:
-    """A copy in float64."""
+    """Return a copy in float64."""
     damped = hessian.to(torch.float64, copy=True)
     damped.diagonal().add_(value)
     return damped
@@ -241,12 +241,12 @@ def proxy_terms(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
 
 
 def ratio(terms: Tensor) -> float:
-    """The first of two numbers over the second, which may be zero."""
+    """Return the first of two numbers over the second, which may be zero."""
     return (terms[0] / terms[1].clamp(min=1e-30)).item()
 
 
 def poor_errors(errors: Mapping[str, float | None]) -> dict[str, float]:
-    """Those of these errors, by path, that are above `POOR_ERROR`, worst first."""
+    """Return those of these errors, by path, that are above `POOR_ERROR`, worst first."""
     poor = {path: error for path, error in errors.items() if error is not None and error > POOR_ERROR}
     return dict(sorted(poor.items(), key=lambda item: -item[1]))
 
@@ -260,7 +260,7 @@ def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple
 
 
 def _diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
-    """The [G, g, g] blocks on the diagonal of H [C, C]."""
+    """Return the [G, g, g] blocks on the diagonal of H [C, C]."""
     num_groups = len(hessian) // group_size
     return hessian.view(num_groups, group_size, num_groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 

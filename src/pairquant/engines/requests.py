@@ -132,7 +132,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _is_content(value: Any) -> bool:
-    """Whether it is text, in one piece or in parts; Transformers' server would leave out parts of other kinds."""
+    """Return whether it is text, in one piece or in parts; Transformers' server would leave out parts of other kinds."""
     if isinstance(value, list):
         return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value)
     return value is None or isinstance(value, str)

@@ -128,14 +128,14 @@ class _Manager:
         self.served = served
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any) -> Any:
-        """Raises `RequestError`."""
+        """Raise `RequestError`."""
         self._limit(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, **rest)  # type: ignore[misc]
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any
     ) -> Any:
-        """Raises `RequestError`."""
+        """Raise `RequestError`."""
         self._limit(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, **rest)  # type: ignore[misc]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..support.errors import ConfigError
 from .generation import GREEDY, SAMPLED, Continuation, generate
-from .quality import by_position, score
+from .quality import Part, by_position, score
 from .statistics import Interval, bootstrap_mean
 
 MAX_TOKENS = 4096
@@ -28,7 +28,7 @@ class ChainPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Raise `ConfigError`."""
         if self.count < 1:
             raise ConfigError(f"the number of chains is {self.count}, allowed: 1 or more")
         if not 1 <= self.tokens <= MAX_TOKENS:
@@ -63,7 +63,7 @@ class ChainQuality:
     tokens: int
     kl: float
     kl_interval: Interval | None
-    kl_by_position: list[dict[str, float]]
+    kl_by_position: list[Part]
     kl_of_chains: list[float]
     tokens_of_chains: list[int]
     finished: float
@@ -75,7 +75,7 @@ class ChainQuality:
 def sample(
     reference: Any, prompts: Sequence[Sequence[int]], plan: ChainPlan, on_chain: Callable[[], None] | None = None
 ) -> Chains:
-    """`on_chain` is called twice for each prompt."""
+    """Sample a chain for each prompt, and decode one greedily; `on_chain` is called after each."""
     sampled, greedy = (
         generate(reference, prompts, plan.tokens, way, batch=plan.batch, seed=plan.seed, on_prompt=on_chain)
         for way in (SAMPLED, GREEDY)
@@ -84,7 +84,7 @@ def sample(
 
 
 def measure(model: Any, reference: Any, chains: Chains, on_chain: Callable[[], None] | None = None) -> ChainQuality:
-    """Of the model against the reference that the chains are from. `on_chain` is called twice for each prompt."""
+    """Measure the model against the reference that made the chains. `on_chain` is called after each of the two chains of a prompt."""
     step = on_chain or (lambda: None)
     kl, departures = [], []
     for prompt, chain, own in zip(chains.prompts, chains.sampled, chains.greedy, strict=True):
@@ -118,7 +118,7 @@ def _along(model: Any, reference: Any, prompt: Sequence[int], chain: Continuatio
 
 
 def _departure(agrees: Tensor) -> int | None:
-    """Where the model first chooses otherwise. Up to there both decode the same tokens, so the reference's are enough.
+    """Return where the model first chooses otherwise. Up to there both decode the same tokens, so the reference's are enough.
 
     The reference's choice is the one from the same forward pass, not the chain's token: near-ties that fall differently
     in a batch are not the model's doing.
@@ -128,6 +128,6 @@ def _departure(agrees: Tensor) -> int | None:
 
 
 def _median(departures: list[int | None]) -> float | None:
-    """Chains that never depart count as longer than all others."""
+    """Return chains that never depart count as longer than all others."""
     middle = median(float("inf") if place is None else place for place in departures)
     return None if middle == float("inf") else middle

@@ -21,14 +21,14 @@ SAMPLED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Continuation:
-    """tokens: ids, the end-of-text token included; finished: whether it ended by itself, not for want of room."""
+    """tokens: ids, the end-of-text token included; finished: whether the model ended it, rather than the limit on new tokens."""
 
     tokens: list[int]
     finished: bool
 
 
 def check_context(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None, option: str) -> None:
-    """Raises `ConfigError` when the longest prompt and new_tokens are more than a model's longest sequence."""
+    """Raise `ConfigError` when the longest prompt and new_tokens are more than a model's longest sequence."""
     longest = max(map(len, prompts))
     if context is not None and longest + new_tokens > context:
         raise ConfigError(
@@ -47,7 +47,7 @@ def generate(
     seed: int = 0,
     on_prompt: Callable[[], None] | None = None,
 ) -> list[Continuation]:
-    """Of each prompt's token ids the continuation, new_tokens long at the most."""
+    """Continue each prompt of token ids by at most new_tokens tokens; `on_prompt` is called after each."""
     ends = _end_tokens(model)
     found = []
     with current(model.device), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -69,7 +69,7 @@ def _end_tokens(model: Any) -> list[int]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, int64 [B, longest], padded on the left."""
+    """Return tokens and attention mask, int64 [B, longest], padded on the left."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -77,7 +77,7 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def _until_end(row: list[int], ends: Sequence[int]) -> Continuation:
-    """Up to the first end-of-text token; batches go on behind it."""
+    """Return the row up to its first end-of-text token; in a batch, rows go on until the last has ended."""
     for place, token in enumerate(row, 1):
         if token in ends:
             return Continuation(row[:place], finished=True)

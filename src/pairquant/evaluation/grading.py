@@ -35,7 +35,7 @@ def same_boxed(answer: str, expected: str) -> bool:
 
 
 def require_math_verify() -> None:
-    """Raises `ConfigError`."""
+    """Raise `ConfigError`."""
     if find_spec("math_verify") is None:
         raise ConfigError(
             "boxed answers are compared by Math-Verify, which is not installed. Run: pip install 'pairquant[eval]'"
@@ -43,7 +43,7 @@ def require_math_verify() -> None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{…} holds, braces within it included."""
+    r"""Return what the last complete \boxed{…} holds, braces within it included."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
         depth = 1
         for place in range(start, len(text)):

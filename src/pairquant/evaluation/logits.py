@@ -17,7 +17,7 @@ Logits = Callable[[slice], Tensor]
 
 
 def logits_over(model: nn.Module, window: Tensor) -> Logits:
-    """The logits over a window int64 [T], made when asked for: the body runs once, the output embedding for each chunk.
+    """Return the logits over a window int64 [T], made when asked for: the body runs once, the output embedding for each chunk.
 
     What a model does to its logits after the output embedding is read from its configuration (see `_finish`), and
     checked at the last position against the model's own; a model that does something else gives all its logits at once.
@@ -38,13 +38,13 @@ def logits_over(model: nn.Module, window: Tensor) -> Logits:
 
 
 def chunks(positions: range, vocabulary: int) -> list[slice]:
-    """Positions cut so that the logits of each piece are `CHUNK_NUMBERS` at the most."""
+    """Return positions cut so that the logits of each piece are `CHUNK_NUMBERS` at the most."""
     step = max(1, CHUNK_NUMBERS // vocabulary)
     return [slice(start, min(start + step, positions.stop)) for start in range(positions.start, positions.stop, step)]
 
 
 def _body(model: Any) -> nn.Module | None:
-    """The part before the output embedding; None where the two cannot be told apart."""
+    """Return the part before the output embedding; None where the two cannot be told apart."""
     if getattr(model, "get_output_embeddings", None) is None or model.get_output_embeddings() is None:
         return None
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -54,7 +54,7 @@ def _body(model: Any) -> nn.Module | None:
 
 
 def _states(model: nn.Module, body: nn.Module, window: Tensor) -> tuple[Tensor, Tensor]:
-    """The body's output [T, hidden], and the model's own logits [V] at the last position."""
+    """Return the body's output [T, hidden], and the model's own logits [V] at the last position."""
     caught: list[Tensor] = []
     hook = body.register_forward_hook(lambda module, inputs, output: caught.append(output[0][0]))
     try:
@@ -77,6 +77,6 @@ def _finish(model: Any, logits: Tensor) -> Tensor:
 
 
 def _same(logits: Tensor, own: Tensor) -> bool:
-    """Up to what one position's product and many positions' may differ by."""
+    """Return whether two logits are the same, up to the rounding by which a product of one position differs from one of many."""
     tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
     return bool((logits - own).abs().max() <= tolerance * own.abs().max())

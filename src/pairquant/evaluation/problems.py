@@ -31,7 +31,7 @@ class Problem:
 
 
 def gsm8k(count: int) -> list[Problem]:
-    """The first `count` test problems, the same for all models. Raises `ConfigError`."""
+    """Return the first `count` test problems, the same for all models. Raises `ConfigError`."""
     text = (resources.files("pairquant") / "data" / Path(BUNDLED_TEST).name).read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     if not 1 <= count <= len(rows):
@@ -40,7 +40,7 @@ def gsm8k(count: int) -> list[Problem]:
 
 
 def from_file(path: Path) -> list[Problem]:
-    """Rows of JSON lines, JSON or CSV with "problem" or "question", and "answer"; raises `TextError`."""
+    """Return rows of JSON lines, JSON or CSV with "problem" or "question", and "answer"; raises `TextError`."""
     if not path.is_file():
         raise TextError(f"problem file {str(path)!r} does not exist")
     if path.suffix.lower() not in ROW_READERS:

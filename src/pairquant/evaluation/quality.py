@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from .logits import chunks, logits_over
 from .statistics import Interval, bootstrap_mean
@@ -18,6 +19,14 @@ from .statistics import Interval, bootstrap_mean
 BINS = 8
 #: Logits that a CPU compares at a time, as numbers: 4 MiB in float32, which stay in caches.
 PIECE_NUMBERS = 2**20
+
+
+class Part(TypedDict):
+    """The mean divergence of predictions start to end - 1, counted from 0. kl: nats per token."""
+
+    start: int
+    end: int
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Quality:
     kl: float | None = None
     top1: float | None = None
     kl_interval: Interval | None = None
-    kl_by_position: list[dict[str, float]] | None = None
+    kl_by_position: list[Part] | None = None
     kl_of_windows: list[float] | None = None
 
 
@@ -54,7 +63,7 @@ def measure(
     seed: int = 0,
     start: int = 1,
 ) -> Quality:
-    """Next-token quality over windows int64 [W, T], each of which predicts its tokens from `start` on.
+    """Measure how well the tokens of windows, int64 [W, T], are predicted from `start` on.
 
     start: 1, or the length of what all windows begin with, which is not predicted; seed: the bootstrap's.
     """
@@ -84,7 +93,7 @@ def measure(
 
 @torch.no_grad()
 def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, start: int = 1) -> Scores:
-    """The model's predictions of the tokens from `start` on of a window int64 [T], each from all tokens before it."""
+    """Return the model's predictions of the tokens from `start` on of a window int64 [T], each from all tokens before it."""
     logits = logits_over(model, window)
     expected = logits_over(reference, window) if reference is not None else None
     vocabulary = logits(slice(0, 1)).shape[-1]
@@ -100,7 +109,7 @@ def score(model: nn.Module, window: Tensor, reference: nn.Module | None = None, 
 
 
 def _pieces(logits: Tensor) -> list[slice]:
-    """A few rows after the other on a CPU, all at once on a GPU."""
+    """Return a few rows after the other on a CPU, all at once on a GPU."""
     step = len(logits) if logits.is_cuda else max(1, PIECE_NUMBERS // logits.shape[-1])
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
@@ -121,14 +130,14 @@ def _scores(logits: Tensor, targets: Tensor, expected: Tensor | None) -> tuple[T
     return loss, kl, top1.float()
 
 
-def by_position(kl: list[Tensor], bins: int = BINS) -> list[dict[str, float]]:
-    """The mean of rows [P], which may differ in length, over equal parts of the longest.
+def by_position(kl: list[Tensor], bins: int = BINS) -> list[Part]:
+    """Return the mean of rows [P], which may differ in length, over equal parts of the longest.
 
-    Returns [{"start", "end", "kl"}]: predictions start to end - 1 of a row, counted from 0.
+    Parts in which no row has a prediction are left out.
     """
     longest = max(map(len, kl))
     edges = [longest * i // bins for i in range(bins + 1)]
-    parts = []
+    parts: list[Part] = []
     for start, end in pairwise(edges):
         if values := [row[start:end].double() for row in kl if len(row) > start and end > start]:
             parts.append({"start": start, "end": end, "kl": torch.cat(values).mean().item()})

@@ -25,7 +25,7 @@ class AnswerPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Raise `ConfigError`."""
         if self.tokens < 1 or self.batch < 1:
             raise ConfigError(f"tokens are {self.tokens}, batch is {self.batch}, allowed: 1 or more")
         if not 0 <= self.temperature <= 2:
@@ -84,7 +84,7 @@ def answer(
 
 
 def grade(found: Sequence[Continuation], tokenizer: Any, is_right: Callable[[int, str], bool]) -> Answers:
-    """Of continuations that an engine has made; `is_right` as above."""
+    """Grade continuations that an engine has made; `is_right` is called with the number of the problem and the answer."""
     texts = tokenizer.batch_decode([each.tokens for each in found], skip_special_tokens=True)
     outcomes = [is_right(number, text) for number, text in enumerate(texts)]
     correct, count = sum(outcomes), len(outcomes)
@@ -100,7 +100,7 @@ def grade(found: Sequence[Continuation], tokenizer: Any, is_right: Callable[[int
 
 
 def compare(outcomes: Sequence[bool], expected: Sequence[bool], seed: int = 0) -> Paired:
-    """The model's outcomes with the reference's, on the same problems."""
+    """Return the model's outcomes with the reference's, on the same problems."""
     changes = [float(ours) - float(theirs) for ours, theirs in zip(outcomes, expected, strict=True)]
     lost, gained = changes.count(-1.0), changes.count(1.0)
     return Paired(

@@ -35,7 +35,7 @@ class Generates(Protocol):
     context: int | None
 
     def generate(self, prompts: Tensor, new_tokens: int) -> Generation:
-        """Exactly new_tokens for each prompt of int64 [B, T], end-of-text or not."""
+        """Return exactly new_tokens for each prompt of int64 [B, T], end-of-text or not."""
         ...
 
 
@@ -50,7 +50,7 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Raise `ConfigError`."""
         if not self.batches or min(self.batches) < 1:
             raise ConfigError(f"batches are {list(self.batches)}, allowed: numbers of sequences from 1 on")
         least = {"prompt_tokens": 1, "new_tokens": 2, "repeats": 1}  # the first token belongs to prefill
@@ -64,7 +64,7 @@ class Workload:
         return self.prompt_tokens + self.new_tokens
 
     def check_context(self, context: int | None) -> None:
-        """Raises `ConfigError` when sequences are longer than a model's longest."""
+        """Raise `ConfigError` when sequences are longer than a model's longest."""
         if context is not None and self.sequence_tokens > context:
             raise ConfigError(
                 f"prompt_tokens + new_tokens is {self.sequence_tokens}, allowed: {context}, the model's context. "
@@ -72,7 +72,7 @@ class Workload:
             )
 
     def prompts(self, batch: int, vocabulary: int) -> Tensor:
-        """Random tokens, int64 [batch, prompt_tokens]; the same for the same seed."""
+        """Return random tokens, int64 [batch, prompt_tokens]; the same for the same seed."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(vocabulary, (batch, self.prompt_tokens), generator=generator)
 
@@ -88,7 +88,7 @@ class Speed:
 
 
 def measure(engine: Generates, workload: Workload, batch: int) -> Speed:
-    """Speed at one batch size; raises `ConfigError` when the sequences are longer than the model's context."""
+    """Return speed at one batch size; raises `ConfigError` when the sequences are longer than the model's context."""
     workload.check_context(engine.context)
     prompts = workload.prompts(batch, engine.vocabulary)
     engine.generate(prompts, workload.new_tokens)  # compiles, captures, repacks
@@ -96,7 +96,7 @@ def measure(engine: Generates, workload: Workload, batch: int) -> Speed:
 
 
 def summarize(runs: Sequence[Generation], prompt_tokens: int) -> Speed:
-    """Medians of repeated runs over the same prompts, prompt_tokens in all."""
+    """Return medians of repeated runs over the same prompts, prompt_tokens in all."""
     return Speed(
         batch=len(runs[0].tokens),
         prefill_tokens_per_s=median(prompt_tokens / run.first_token_s for run in runs),
@@ -127,7 +127,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
-    """ "VmRSS", now, or "VmHWM", the peak: bytes, from Linux."""
+    """Return this process's memory in bytes as Linux tells it: "VmRSS" is now, "VmHWM" the peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     kibibytes = (int(line.split()[1]) for line in lines if line.startswith(field + ":"))

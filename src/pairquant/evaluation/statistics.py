@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> Interval | None:
-    """The percentile interval of the weighted mean, values drawn again with their weights; None for fewer than two."""
+    """Return the percentile interval of the weighted mean, values drawn again with their weights; None for fewer than two."""
     if len(values) < 2:
         return None
     v = torch.tensor(values, dtype=torch.float64)
@@ -29,7 +29,7 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Wilson's score interval of a proportion."""
+    """Return Wilson's score interval of a proportion."""
     z, share = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), successes / trials
     center = share + z * z / (2 * trials)
     reach = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -38,15 +38,15 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p-value of McNemar's test, from the pairs in which one was right and the other wrong."""
+    """Return the exact two-sided p-value of McNemar's test, from the pairs in which one was right and the other wrong."""
     return min(1.0, 2 * _binomial_cdf(min(lost, gained), lost + gained))
 
 
 def probability_no_worse(lost: int, gained: int) -> float:
-    """That a pair which differs is more likely gained than lost, given these, from a uniform prior (Beta(1, 1))."""
+    """Return the probability that a question whose outcome differs is more likely gained than lost, from a uniform prior (Beta(1, 1))."""
     return _binomial_cdf(gained, lost + gained + 1)
 
 
 def _binomial_cdf(successes: int, trials: int) -> float:
-    """P(X ≤ successes) for X of a fair coin's trials, exactly."""
+    """Return P(X ≤ successes) for the heads X of a fair coin, exactly."""
     return sum(comb(trials, k) for k in range(successes + 1)) / 2**trials

@@ -29,7 +29,7 @@ class TaskPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError`."""
+        """Raise `ConfigError`."""
         if self.directory is not None and not self.directory.is_dir():
             raise ConfigError(f"task directory {str(self.directory)!r} does not exist")
         if self.batch < 1 or (self.limit is not None and self.limit < 1):
@@ -79,21 +79,21 @@ class Tasks:
             ) from error
 
     def run(self, model: Any, tokenizer: Any) -> Metrics:
-        """Every task and subtask, on a model of Transformers."""
+        """Return every task and subtask, on a model of Transformers."""
         from lm_eval.models.huggingface import HFLM
 
         with current(model.device):
             return self.examine(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.plan.batch))
 
     def vllm(self, arguments: Mapping[str, Any]) -> Any:
-        """A model that lm-eval loads into vLLM, in this process, for `examine`. arguments: of vLLM's `LLM`."""
+        """Return a model that lm-eval loads into vLLM, in this process, for `examine`. arguments: of vLLM's `LLM`."""
         from lm_eval.models.vllm_causallms import VLLM
 
         options = {name: value for name, value in arguments.items() if name != "model"}
         return VLLM(pretrained=arguments["model"], batch_size=VLLM_BATCH, seed=self.plan.seed, **options)
 
     def examine(self, subject: Any) -> Metrics:
-        """Every task and subtask. subject: lm-eval's `LM`."""
+        """Return every task and subtask. subject: lm-eval's `LM`."""
         from lm_eval import simple_evaluate
 
         plan = self.plan
@@ -109,7 +109,7 @@ class Tasks:
 
 
 def _manager(plan: TaskPlan) -> Any:
-    """lm-eval's `TaskManager`; of the directory alone if that is enough: its own 14,000 entries take it nine seconds."""
+    """Return lm-eval's `TaskManager`, for the directory alone if that has all tasks: lm-eval's own 14,000 entries take nine seconds."""
     from lm_eval.tasks import TaskManager
 
     if plan.directory is None:
@@ -130,7 +130,7 @@ def paired(ours: Metrics, theirs: Metrics, seed: int = 0) -> dict[str, dict[str,
 
 
 def _metrics(row: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Metric]:
-    """From lm-eval's {"acc,none": value, "acc_stderr,none": value, …}: "acc", or "acc,strict" under a filter's name."""
+    """Read lm-eval's {"acc,none": value, "acc_stderr,none": value, …}: "acc", or "acc,strict" under a filter's name."""
     found = {}
     for key, value in row.items():
         name, comma, kept = key.partition(",")

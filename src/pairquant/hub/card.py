@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from ..checkpoint.describe import README, readme_digest
-from ..checkpoint.files import read_json
 from ..checkpoint.read import Checkpoint
-from ..support.errors import CheckpointError, ConfigError
-from ..support.formatting import source_names, token_count
+from ..evaluation.results import Evaluation, read_results
+from ..support.errors import ConfigError
+from ..support.formatting import counted, source_names, token_count
 
 TEMPLATE = Path(__file__).with_name("card.md")
 #: Tells a card that may be rendered anew from one that somebody has edited.
@@ -24,8 +24,6 @@ MARKER = "Written by pairquant push. Delete this line to keep your changes."
 ORIGINAL = "<!-- The card of the original model -->"
 #: Of the original's front matter: what is not true of the quantized model.
 NOT_TAKEN = ("model-index", "new_version")
-#: What `pairquant eval --json` says of each text.
-MEASURES = ("tokens", "perplexity", "kl", "top1")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def write_card(checkpoint: Checkpoint, name: str, origin: Origin, results: Path 
 
 
 def _original_card(checkpoint: Checkpoint) -> OriginalCard | None:
-    """The source's card, also from below the one that we have rendered; None if somebody has written another since."""
+    """Return the source's card, also from below the one that we have rendered; None if somebody has written another since."""
     readme = checkpoint.directory / README
     if not readme.is_file():
         return OriginalCard()
@@ -86,9 +84,9 @@ def _original_card(checkpoint: Checkpoint) -> OriginalCard | None:
 
 
 def _front_matter(checkpoint: Checkpoint, origin: Origin, original: dict[str, Any]) -> ModelCardData:
-    """The original's, but for what is other in the quantized model."""
+    """Return the original's, but for what is other in the quantized model."""
     taken = {key: value for key, value in original.items() if key not in NOT_TAKEN}
-    ours = ["paroquant", "pairquant", "quantized", f"{checkpoint.config.spec.bits}-bit"]
+    ours = ["paroquant", "pairquant", "quantized", *(f"{bits}-bit" for bits in widths(checkpoint))]
     tags = taken.get("tags")
     named = {"base_model": origin.base_model, "base_model_relation": "quantized"} if origin.base_model else {}
     return ModelCardData(**{
@@ -99,6 +97,13 @@ def _front_matter(checkpoint: Checkpoint, origin: Origin, original: dict[str, An
         "tags": list(dict.fromkeys([*(tags if isinstance(tags, list) else []), *ours])),
         **named,
     })  # fmt: skip
+
+
+def widths(checkpoint: Checkpoint) -> list[int]:
+    """Return bits of the codes, each once, the default's first."""
+    default = checkpoint.config.spec.bits
+    found = {checkpoint.layout(path).bits for path in checkpoint.stored.linears()}
+    return sorted(found, key=lambda bits: (bits != default, bits))
 
 
 def _card(
@@ -114,7 +119,7 @@ def _card(
         below=f"{ORIGINAL}\n{original.text}" if original.text or original.data else None,
         name=name,
         base=origin.base_model,
-        format=checkpoint.config,
+        bits=" and ".join(map(str, widths(checkpoint))),
         facts=_facts(checkpoint),
         results=results,
         recipe=json.dumps(recipe, indent=1) if recipe else None,
@@ -125,8 +130,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     config, provenance = checkpoint.config, checkpoint.config.provenance or {}
     weights = sum(file.stat().st_size for file in checkpoint.directory.glob("*.safetensors"))
     facts = {
-        "format": str(config.spec),
-        "bits per weight": f"{checkpoint.bits_per_weight():.2f} in {len(checkpoint.stored.linears())} linear layers",
+        "format": "; ".join(checkpoint.specs()),
+        "bits per weight": f"{checkpoint.bits_per_weight():.2f} in {counted(len(checkpoint.stored.linears()), 'linear layer')}",
         "size": f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.1f} MB",
     }
     if config.shared_rotations:
@@ -144,40 +149,19 @@ def _calibration(texts: Any, tokens: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays within its cell of a Markdown table."""
+    """Return text that stays within its cell of a Markdown table."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 
-def read_results(file: Path) -> dict[str, Any]:
-    """What `pairquant eval --json` has written: `texts`, name → `MEASURES`. Raises `ConfigError` if it is something else."""
-    try:
-        content = read_json(file)
-    except CheckpointError as error:
-        raise ConfigError(f"results {str(file)!r} cannot be read. Make them with `pairquant eval --json`.") from error
-    texts = content.get("texts")
-    if not isinstance(texts, dict) or not all(_measured(row) for row in texts.values()):
-        raise ConfigError(
-            f"results {str(file)!r} are not those of `pairquant eval --json`: they hold no measured texts"
-        )
-    return content
-
-
 def _results(file: Path) -> dict[str, Any]:
-    content = read_results(file)
-    rows = [{"text": _cell(Path(text).name), **row} for text, row in content["texts"].items()]
-    reference = content.get("reference")
+    """Read the results of one model for the template; raises `ConfigError` for any other file."""
+    found = read_results(file)
+    if not isinstance(found, Evaluation):
+        raise ConfigError(f"results {str(file)!r} are not those of `pairquant eval --json`: they hold several models")
+    reference = found.reference
     return {
-        "rows": rows,
+        "rows": [{"text": _cell(Path(text).name), **vars(quality)} for text, quality in found.texts.items()],
         "reference": _cell(Path(reference).name if Path(reference).is_absolute() else reference) if reference else None,
-        "device": _cell(content.get("device", "an unknown device")),
-        "versions": content.get("versions") or {},
+        "device": _cell(found.device),
+        "versions": found.versions,
     }
-
-
-def _measured(row: Any) -> bool:
-    numbers = (int, float)
-    return (
-        isinstance(row, dict)
-        and all(isinstance(row.get(name), numbers) for name in MEASURES[:2])
-        and all(isinstance(row.get(name), (*numbers, type(None))) for name in MEASURES)
-    )

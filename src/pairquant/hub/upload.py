@@ -32,7 +32,7 @@ TELLING = ("config.json", REPORT_FILE)
 
 
 def require_writable(name: str, private: bool = False) -> str:
-    """`NAME` or `OWNER/NAME` to `OWNER/NAME`, if the logged-in user may write there.
+    """Return `OWNER/NAME` for `NAME` or `OWNER/NAME`, if the logged-in user may write there.
 
     Raises `ConfigError` for impossible names, foreign owners, and public repositories if it is to be `private`;
     `HubError` without a token that can write, or without a hub.
@@ -48,7 +48,7 @@ def require_writable(name: str, private: bool = False) -> str:
 
 
 def _owned(name: str) -> str:
-    """The name with its owner: the user, or one of the user's organizations."""
+    """Return the name with its owner: the user, or one of the user's organizations."""
     with _explained("checking who is logged in"):
         user = HfApi().whoami()
     token = user.get("auth", {}).get("accessToken") or {}
@@ -103,7 +103,7 @@ def push(
 
 
 def _additions(directory: Path) -> list[CommitOperationAdd]:
-    """Every file of the checkpoint, without this machine's paths."""
+    """Return every file of the checkpoint, without this machine's paths."""
     additions = []
     for file in sorted(directory.rglob("*")):
         place = file.relative_to(directory)
@@ -115,7 +115,7 @@ def _additions(directory: Path) -> list[CommitOperationAdd]:
 
 
 def _without_paths(content: Any) -> Any:
-    """JSON with absolute paths reduced to their last part."""
+    """Return JSON with absolute paths reduced to their last part."""
     if isinstance(content, dict):
         return {key: _without_paths(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -124,7 +124,7 @@ def _without_paths(content: Any) -> Any:
 
 
 def _source_on_hub(checkpoint: Checkpoint) -> str | None:
-    """The source's hub name, when it was given by one: `OWNER/NAME` that is not a path on this machine."""
+    """Return the source's hub name, when it was given by one: `OWNER/NAME` that is not a path on this machine."""
     source = (checkpoint.config.provenance or {}).get("source")
     if not isinstance(source, str) or source.count("/") != 1 or source.endswith(".gguf") or Path(source).exists():
         return None
@@ -136,13 +136,13 @@ def _source_on_hub(checkpoint: Checkpoint) -> str | None:
 
 
 def _license_of(name: str) -> str | None:
-    """As the model's card says; None if there is no such model, or it says nothing."""
+    """Return the license that the model's card names; None if there is no such model, or its card names none."""
     found = _model(name)
     return found.card_data.get("license") if found and found.card_data else None
 
 
 def _model(name: str) -> ModelInfo | None:
-    """What the hub says of a model; None if there is none, or none that this user may see."""
+    """Return what the hub says of a model; None if there is none, or none that this user may see."""
     with _explained(f"looking up {name!r}"):
         try:
             return HfApi().model_info(name)
@@ -152,11 +152,11 @@ def _model(name: str) -> ModelInfo | None:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """The client's errors as ours."""
+    """Turn the errors of the hub's client into `HubError`; what: the action that failed, as the message begins."""
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise HubError(f"{what}: nobody is. Log in with `hf auth login`, or set HF_TOKEN.") from error
+        raise HubError(f"{what}: no one is logged in. Log in with `hf auth login`, or set HF_TOKEN.") from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"{what}: the environment says offline. Unset HF_HUB_OFFLINE.") from error
     except HfHubHTTPError as error:

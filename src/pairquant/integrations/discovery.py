@@ -29,9 +29,9 @@ def register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds `target` like anybody else, and gives it a loader that imports our registration afterwards.
+    """Lets the other finders find `target`, and wraps its loader so that our registration is imported right after it.
 
-    It stays until then: libraries ask for the spec of PEFT just to see whether it is there.
+    It is removed only once `target` has been loaded, since libraries look for PEFT's spec without importing it.
     """
 
     def __init__(self, target: str):
@@ -62,7 +62,7 @@ class _Loader(Loader):
 
 
 def _register_with(target: str) -> None:
-    """A version of the library that we do not know must go on working for everything but our models."""
+    """Register with a library; if its version is unknown to us, it goes on working for everything but our models."""
     try:
         importlib.import_module(REGISTRATIONS[target])
     except (ImportError, AttributeError) as error:

@@ -38,7 +38,7 @@ class RotatedLoraLinear(LoraLinear):
         return {(): None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Raises `ConfigError` for what plain LoRA cannot do."""
+        """Raise `ConfigError` for what plain LoRA cannot do."""
         begin = config.init_lora_weights
         if begin not in INITIALISATIONS:
             allowed = ", ".join(map(repr, INITIALISATIONS))
@@ -59,7 +59,7 @@ class RotatedLoraLinear(LoraLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The quantized layer, or a plain one with the adapters' weights added, in the dtype the layer computes in."""
+        """Return the quantized layer, or a plain one with the adapters' weights added, in the dtype the layer computes in."""
         base: RotatedLinear = self.get_base_layer()  # type: ignore[assignment]  # what we are registered for
         names = check_adapters_to_merge(self, adapter_names) if merge else []
         if not names:
@@ -88,7 +88,7 @@ class RotatedLoraLinear(LoraLinear):
 
 
 def _know_rotated_linear(initialise):
-    """`LoraConfig.__post_init__`, with our layers added to the mapping that it makes."""
+    """Extend `LoraConfig.__post_init__`: add our layers to the mapping that it makes."""
 
     @functools.wraps(initialise)
     def with_our_layers(self) -> None:
@@ -99,7 +99,7 @@ def _know_rotated_linear(initialise):
 
 
 def _count_as_linear(include):
-    """PEFT's search for "all-linear", which sees plain linears alone: those of the model that are ours are added."""
+    """Extend PEFT's search for "all-linear", which finds plain linears only, by the layers that are ours."""
 
     @functools.wraps(include)
     def with_our_layers(config: Any, model: nn.Module) -> Any:

@@ -63,7 +63,10 @@ class ParoQuantizer(HfQuantizer):
         config = self.quantization_config.checkpoint
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
         quantized = stored.linears() if stored else _by_config(model, config)
-        sites = {site.path: site for site in _sites().sites_in(model)}
+        names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
+        sites = {site.path: site for site in _sites().sites_in(model, names=names)}
+        self._renamed = {target for target, sources in names.sources.items() if sources != (target,)}
+        experts: dict[str, dict[str, Any]] = {}
         for path in quantized:
             if path not in sites:
                 raise CheckpointError(
@@ -75,9 +78,15 @@ class ParoQuantizer(HfQuantizer):
                 if faults := layout.misfits():
                     raise CheckpointError(f"{path}: {'; '.join(faults)}. The checkpoint does not belong to this model.")
                 check_fields(path, layout, stored.fields_of(path))
-            _layers().replace_module(model, path, sites[path].packed_module(layout))
+            site = sites[path]
+            if site.pool is not None:
+                experts.setdefault(site.place, {})[path] = (site, layout)
+                continue
+            _layers().replace_module(model, site.place, site.packed_module(layout))
             # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
+            model.get_submodule(site.place.rpartition(".")[0])._is_hf_initialized = True
+        for place, found in experts.items():
+            _layers().replace_module(model, place, _sites().packed_experts(list(found.values())))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
@@ -86,13 +95,26 @@ class ParoQuantizer(HfQuantizer):
         for path, linear in _layers().rotated_linears(model):
             if not linear.qweight.is_meta:  # offloaded layers stay on disk
                 linear.packed.check_values(path)
+        self._cast_renamed(model)
+        for path, experts in _layers().rotated_experts(model):
+            for below, packed in experts.packed():
+                packed.check_values(f"{path}.{below}")
         if _is_what_was_saved(model):
             _require_complete(model)
         _layers().link_siblings(model)
         return _layers().prepare(model)
 
+    def _cast_renamed(self, model) -> None:
+        """Give plain parameters that Transformers has renamed the model's dtype: it takes them for parts of packed layers."""
+        keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+        keep += tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        dtype = model.config.dtype
+        for name, parameter in model.named_parameters():
+            if name in self._renamed and parameter.is_floating_point() and not any(part in name for part in keep):
+                parameter.data = parameter.data.to(dtype) if isinstance(dtype, torch.dtype) else parameter.data
+
     def _dequantize(self, model, dtype=None):
-        """In the model's dtype, unless another than that of its configuration is asked for: then all of it is cast."""
+        """Decode all layers to the model's dtype; if another dtype is asked for, cast the whole model to it."""
         if offloaded := [path for path, linear in _layers().rotated_linears(model) if linear.qweight.is_meta]:
             raise ConfigError(
                 f"{len(offloaded)} layers are offloaded ({offloaded[0]}, …), so their weights cannot be decoded. "
@@ -103,6 +125,8 @@ class ParoQuantizer(HfQuantizer):
                 f"{other[0]} stands for a layer that is not nn.Linear, which cannot be made here. Use `pairquant export`, and "
                 "load what it writes."
             )
+        if experts := next((path for path, _ in _layers().rotated_experts(model)), None):
+            raise ConfigError(f"{experts} holds quantized experts, which are not decoded here. Use `pairquant export`.")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if dtype not in (None, model.config.dtype):
             model = model.to(dtype)
@@ -115,7 +139,7 @@ class ParoQuantizer(HfQuantizer):
 
         PEFT's `merge_and_unload` makes such.
         """
-        if not any(_layers().rotated_linears(model)):
+        if not any(_layers().rotated_linears(model)) and not any(_layers().rotated_experts(model)):
             self.remove_quantization_config(model)
             return None, {}
         plain = {path for path, module in model.named_modules() if _sites().is_linear(module)}
@@ -148,14 +172,14 @@ def _layers() -> ModuleType:
 
 
 def _sites() -> ModuleType:
-    """Where weights live in models, loaded as late as `_layers`."""
+    """Return where weights live in models, loaded as late as `_layers`."""
     from ..models import sites
 
     return sites
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:
-    """What the files hold; a local model's must lie in its directory, whatever its index says."""
+    """Return what the files hold; a local model's must lie in its directory, whatever its index says."""
     home = model.config.name_or_path
     stored = StoredTensors.of_files(checkpoint_files, home if os.path.isdir(home) else None)
     stored.require_whole_linears()
@@ -169,17 +193,19 @@ def _is_what_was_saved(model: Any) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a checkpoint of the model holds."""
+    """Return everything that a checkpoint of the model holds."""
     return ((name, t) for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor))
 
 
 def _require_complete(model: Any) -> None:
-    """Raises `CheckpointError` for missing tensors, which Transformers makes up with a warning, and plain ones not finite.
+    """Raise `CheckpointError` for missing tensors, which Transformers makes up with a warning, and plain ones not finite.
 
     It marks what it has loaded; offloaded tensors are elsewhere; the values of packed ones have been checked.
     """
     moved = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # accelerate drops the marks of buffers
     packed = {f"{path}.{name}" for path, linear in _layers().rotated_linears(model) for name in linear.layout.fields()}
+    for path, experts in _layers().rotated_experts(model):
+        packed |= {f"{path}.{name}" for name, _ in experts.named_buffers()}
     present = {name: t for name, t in _tensors(model) if not t.is_meta}
     loaded = {name for name, t in present.items() if getattr(t, "_is_hf_initialized", False)}
     dispensable = model._keys_to_ignore_on_load_missing or ()
@@ -200,7 +226,7 @@ def _unlisted(model: Any, plain: set[str], config: CheckpointConfig) -> set[str]
 
 
 def _by_config(model: Any, config: CheckpointConfig) -> list[str]:
-    """Without files to look into (a state dict was passed): every linear but those named, and the output embedding."""
+    """Return every linear but those that the configuration names and the output embedding: without files, a state dict was passed."""
     output = model.get_output_embeddings()
     return [
         site.path

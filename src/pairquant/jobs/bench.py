@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.read import ModelFiles
 from ..engines import choice
 from ..engines.engine import EngineOptions, context_of
+from ..evaluation.results import ModelSpeed, SpeedResults
 from ..evaluation.speed import PeakMemory, Workload, measure
 from ..support.environment import device_name, versions
 from ..support.processes import in_own_process
@@ -30,15 +31,32 @@ def bench(
 ) -> dict[str, Any]:
     """Measure prefill and decoding speed, time to first token, peak memory and size; ready for JSON.
 
-    Returns {"model", "reference", "ratios", "workload", "engine", "device", "versions"}. A model is {"name",
-    "size_bytes", "load_s", "peak_memory_bytes", "dtype", "compiled", "rows": [a `Speed` for each batch]}; ratios are
-    model / reference, None without one. `on_stage` is told what is being done. Models run in spawned processes: call it
-    from a script below `if __name__ == "__main__":`. Raises `ConfigError` and `SourceError` before anything is loaded,
-    `ResourceError` when a process dies.
+    Returns the entries of `evaluation.results.SpeedResults`. `on_stage` is told what is being done. Models run in spawned
+    processes: call it from a script below `if __name__ == "__main__":`. Raises `ConfigError` and `SourceError` before
+    anything is loaded, `ResourceError` when a process dies.
     """
+    names = [str(name) for name in (model, reference) if name is not None]
+    found = measure_speed(
+        names, workload, engine=engine, device=device, dtype=dtype, compile=compile,
+        trust_remote_code=trust_remote_code, on_stage=on_stage,
+    )  # fmt: skip
+    return found.to_dict()
+
+
+def measure_speed(
+    names: Sequence[str],
+    workload: Workload | None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool | None = None,
+    trust_remote_code: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> SpeedResults:
+    """Do what `bench` does, for a model and, if it is named too, the original."""
     workload = workload or Workload()
     tell = on_stage or (lambda stage: None)
-    names = [str(name) for name in (model, reference) if name is not None]
     found = [ModelFiles.find(name, trust_remote_code) for name in names]
     chosen = choice.choose(engine, found[0], prefer_vllm=choice.gpu_wanted(device) and not any(f.gguf for f in found))
     options = EngineOptions(device, dtype, compile, max(workload.batches), workload.sequence_tokens)
@@ -53,14 +71,15 @@ def bench(
         for name in names
     ]
     environments = [entry.pop("environment") for entry in measured]
-    return {
-        "model": measured[0],
-        "reference": measured[1] if len(measured) > 1 else None,
-        "ratios": ratios(*measured) if len(measured) > 1 else None,
-        "workload": vars(workload),
-        "engine": chosen,
+    models = [ModelSpeed.from_dict(entry) for entry in measured]
+    return SpeedResults(
+        model=models[0],
+        reference=models[1] if len(models) > 1 else None,
+        ratios=ratios(*measured) if len(models) > 1 else None,
+        workload=workload,
+        engine=chosen,
         **environments[0],
-    }
+    )
 
 
 def ratios(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..engines.engine import context_of
 from ..evaluation.chains import ChainPlan, Chains
+from ..evaluation.ranking import Ranking, rank
 from ..evaluation.reasoning import AnswerPlan
+from ..evaluation.results import Compared, Comparison, Evaluation
 from ..evaluation.speed import Workload
-from ..evaluation.statistics import bootstrap_mean
 from ..evaluation.tasks import TaskPlan
 from ..support.errors import ConfigError
-from .bench import bench
-from .evaluate import Assessment, Measures, OnPart, assess, prepare
+from .bench import measure_speed
+from .evaluate import Measures, OnPart, assess, prepare
 
 
 def compare(
@@ -38,15 +38,13 @@ def compare(
     device: str = "auto",
     trust_remote_code: bool = False,
     on_part: OnPart | None = None,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_row: Callable[[Compared], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the original, then each model against it; with `speed` also bench them, each in a process of its own.
 
-    The options are those of `assessment.evaluate` and `benchmark.bench`; all models follow the same chains. `on_row` is
-    given each row once it is there. Returns {"rows": [{"name", "size_bytes", "quantized_in_s", "evaluation": what
-    `evaluate` returns, "speed": a model of `bench` or None}], the original first, "closest": {text: see `ranked`}, and with
-    chains "closest_along_chains"}, ready for JSON. Raises what those two do, and `ConfigError` for no models or one given
-    twice, before any of them is loaded.
+    The options are those of `evaluate.evaluate` and `bench.bench`; all models follow the same chains. `on_row` is given each
+    row once it is there. Returns the entries of `evaluation.results.Comparison`, the original first, ready for JSON. Raises
+    what those two do, and `ConfigError` for no models or one given twice, before any of them is loaded.
     """
     names = [str(original), *map(str, models)]
     if not models:
@@ -64,7 +62,7 @@ def compare(
         if speed:
             speed.check_context(context_of(each.files.config))
     tell = on_part or (lambda name, count: lambda: None)
-    rows: list[dict[str, Any]] = []
+    rows: list[Compared] = []
     followed: Chains | None = None
     for name, each in asked.items():
         if followed and each.original:
@@ -72,61 +70,33 @@ def compare(
         on_windows = lambda part, count, name=name: tell(f"{Path(name).name}: {part}", count)  # noqa: E731
         evaluation, sampled = assess(each, on_windows)
         followed = followed or sampled
-        fast = bench(name, None, speed, device=device, trust_remote_code=trust_remote_code) if speed else None
-        rows.append(_row(each, evaluation, fast))
+        fast = measure_speed([name], speed, device=device, trust_remote_code=trust_remote_code).model if speed else None
+        rows.append(Compared(name, each.files.size_bytes(), _quantized_in(each.files), evaluation, fast))
         if on_row is not None:
             on_row(rows[-1])
-    along_chains = {"closest_along_chains": ranked_along_chains(rows[1:], seed)} if chains else {}
-    return {"rows": rows, "closest": ranked(rows[1:], seed), **along_chains}
+    evaluations = {row.name: row.evaluation for row in rows[1:]}
+    along_chains = ranked_along_chains(evaluations, seed) if chains else None
+    return Comparison(rows, ranked(evaluations, seed), along_chains).to_dict()
 
 
-def _row(asked: Assessment, evaluation: dict[str, Any], speed: dict[str, Any] | None) -> dict[str, Any]:
+def ranked(evaluations: Mapping[str, Evaluation], seed: int) -> dict[str, Ranking]:
+    """Rank models, by name, on each text by their KL from the original, window for window."""
+    texts = next(iter(evaluations.values())).texts
     return {
-        "name": asked.name,
-        "size_bytes": asked.files.size_bytes(),
-        "quantized_in_s": _quantized_in(asked.files),
-        "evaluation": evaluation,
-        "speed": speed["model"] if speed else None,
+        text: rank({name: each.texts[text].kl_of_windows or [] for name, each in evaluations.items()}, seed=seed)
+        for text in texts
     }
 
 
-def ranked(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, dict[str, Any]]:
-    """Of each text: which model is closest to the original, and by how much, window for window.
-
-    {"model": its name, "ahead_of": {other's name: {"kl": mean difference in nats, "interval": its 95 % bootstrap
-    interval, None for a single window}}}.
-    """
-    return {
-        text: _ranking({row["name"]: row["evaluation"]["texts"][text]["kl_of_windows"] for row in rows}, None, seed)
-        for text in rows[0]["evaluation"]["texts"]
-    }
-
-
-def ranked_along_chains(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """As a text of `ranked`, chain for chain, weighted by their tokens; all models must have followed the same ones."""
-    chains = {row["name"]: row["evaluation"]["chains"] for row in rows}
-    (tokens,) = {tuple(each["tokens_of_chains"]) for each in chains.values()}
-    return _ranking({name: each["kl_of_chains"] for name, each in chains.items()}, tokens, seed)
-
-
-def _ranking(kl: Mapping[str, Sequence[float]], weights: Sequence[float] | None, seed: int) -> dict[str, Any]:
-    """Of models' KL, window for window (or chain for chain)."""
-    shares = weights or [1.0] * len(next(iter(kl.values())))
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(share * value for share, value in zip(shares, values, strict=True)) / sum(shares)
-
-    closest = min(kl, key=lambda name: (isnan(mean(kl[name])), mean(kl[name])))
-    ahead = {}
-    for name, values in kl.items():
-        if name != closest:
-            differences = [other - own for other, own in zip(values, kl[closest], strict=True)]
-            ahead[name] = {"kl": mean(differences), "interval": bootstrap_mean(differences, weights, seed)}
-    return {"model": closest, "ahead_of": ahead}
+def ranked_along_chains(evaluations: Mapping[str, Evaluation], seed: int) -> Ranking:
+    """Rank models, by name, chain for chain, weighted by their tokens; all must have followed the same chains."""
+    chains = {name: each.chains for name, each in evaluations.items() if each.chains}
+    (tokens,) = {tuple(each.tokens_of_chains) for each in chains.values()}
+    return rank({name: each.kl_of_chains for name, each in chains.items()}, tokens, seed)
 
 
 def _quantized_in(files: ModelFiles) -> float | None:
-    """Seconds, of a checkpoint of ours that says."""
+    """Return seconds, of a checkpoint of ours that says."""
     if files.quantization is None or files.gguf:
         return None
     seconds = Checkpoint.open(files).report.get("seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..evaluation import chains as along_chains
 from ..evaluation import grading, problems, quality, reasoning
 from ..evaluation.chains import ChainPlan, Chains
 from ..evaluation.generation import check_context
-from ..evaluation.reasoning import AnswerPlan, Answers
+from ..evaluation.quality import Quality
+from ..evaluation.reasoning import AnswerPlan
+from ..evaluation.results import AnswerResults, ChainResults, Evaluation, TaskResults
 from ..evaluation.tasks import TaskPlan, Tasks, paired
 from ..models.limits import check_length, check_tokens
 from ..spec.checks import require_choice
@@ -63,7 +65,7 @@ def evaluate(
     trust_remote_code: bool = False,
     on_windows: OnPart | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
+    """Return perplexity of each text, and with a reference mean token KL(reference ‖ model) in nats and top-1 agreement.
 
     texts: as for calibration (see `text`); by default the bundled GSM8K test problems. Each is cut into windows of
     seq_len tokens, the first max_tokens of them used. bos: whether windows begin with `<bos>`: "auto" as the tokenizer of the
@@ -73,10 +75,8 @@ def evaluate(
     script below `if __name__ == "__main__":`); "auto" is Transformers, which texts and chains always need. seed: the
     bootstrap's. `on_windows(name, count)` is told what is coming and returns what to call after each step.
 
-    Returns {"model", "reference", "texts": {name: `Quality`}, "bos", "notices", "bits_per_weight", "engine", "device", "versions"}, and as asked
-    "chains": `ChainQuality` and its "plan"; "answers": {name: {"model": `Answers`, "reference", "paired": `Paired`}} and
-    their plan as "answer_plan"; "tasks": {"model": `Metrics`, "reference", "paired"}; ready for JSON. Everything that can
-    be wrong with what is asked is told before a model is loaded.
+    Returns the entries of `evaluation.results.Evaluation`, ready for JSON; its `from_dict` makes typed values of them.
+    Everything that can be wrong with what is asked is told before a model is loaded.
     """
     measures = Measures(
         tuple(texts),
@@ -91,8 +91,8 @@ def evaluate(
         seed,
         bos,
     )
-    results, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
-    return results
+    found, _ = assess(prepare(model, reference, measures, device, trust_remote_code), on_windows)
+    return found.to_dict()
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Assessment:
 def prepare(
     model: str | Path, reference: str | Path | None, measures: Measures, device: str, trust_remote_code: bool
 ) -> Assessment:
-    """Raises what `evaluate` does; no weight is read."""
+    """Raise what `evaluate` does; no weight is read."""
     target, chains, answers = resolve_device(device), measures.chains, measures.answers
     if chains and reference is None:
         raise ConfigError("chains are sampled from the original model, and none is given. Add --reference.")
@@ -186,69 +186,83 @@ def prepare(
     )  # fmt: skip
 
 
-def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[dict[str, Any], Chains | None]:
-    """What `evaluate` returns, and the chains that were followed."""
+def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[Evaluation, Chains | None]:
+    """Measure what was asked; return it, and the chains that were followed."""
     tell = on_part or (lambda name, count: lambda: None)
     questions = Questions({name: each.prompts for name, each in asked.sets.items()}, asked.answers, asked.tasks)
     answered = {}
     if asked.engine == "vllm":  # first: it may yet refuse, and wants the memory
         answered = _examined(_on_vllm(asked.both, asked.device), questions, tell)
     networks = {who: load(each, asked.device) for who, each in asked.both.items()}
-    results: dict[str, Any] = {
-        "model": asked.name,
-        "reference": asked.reference,
-        "texts": _texts(networks, asked, tell),
-        "bos": bool(asked.prefix),
-        "notices": list(asked.notices),
-        "bits_per_weight": bits_per_weight(asked.files, networks["model"]),
-        "engine": asked.engine,
-        "device": device_name(asked.device),
-        "versions": versions() | ({"lm-eval": asked.tasks.version} if asked.tasks else {}),
-    }
+    texts = _texts(networks, asked, tell)
     followed = _followed(asked, networks.get("reference"), tell)
-    if followed:
-        step = tell("chains", 2 * followed.plan.count)
-        measured = along_chains.measure(networks["model"], networks["reference"], followed, step)
-        results["chains"] = asdict(measured) | {"plan": asdict(followed.plan)}
-    if asked.engine == "vllm":
-        results["versions"]["vllm"] = choice.vllm_version()
-    elif asked.sets or asked.tasks:
+    chains = _along(networks, followed, tell) if followed else None
+    if asked.engine != "vllm" and (asked.sets or asked.tasks):
         on_transformers = {who: OnTransformers(each, asked.tokenizer) for who, each in networks.items()}
         answered = _examined(on_transformers, questions, tell)
-    results |= _answers(answered, asked.tokenizer, asked.sets, asked.answers) | _tasks(answered, asked.tasks)
-    return results, followed
+    found = Evaluation(
+        model=asked.name,
+        reference=asked.reference,
+        texts=texts,
+        bos=bool(asked.prefix),
+        notices=list(asked.notices),
+        bits_per_weight=bits_per_weight(asked.files, networks["model"]),
+        engine=asked.engine,
+        device=device_name(asked.device),
+        versions=_versions(asked),
+        chains=chains,
+        answers=_answers(answered, asked.tokenizer, asked.sets, asked.answers.seed) if asked.sets else None,
+        answer_plan=asked.answers if asked.sets else None,
+        tasks=_tasks(answered, asked.tasks.plan.seed) if asked.tasks else None,
+    )
+    return found, followed
+
+
+def _versions(asked: Assessment) -> dict[str, str]:
+    """Return the versions of everything that took part in the measurement."""
+    found = versions()
+    if asked.tasks:
+        found["lm-eval"] = asked.tasks.version
+    if asked.engine == "vllm":
+        found["vllm"] = choice.vllm_version()
+    return found
+
+
+def _along(networks: Mapping[str, Any], followed: Chains, tell: OnPart) -> ChainResults:
+    step = tell("chains", 2 * followed.plan.count)
+    measured = along_chains.measure(networks["model"], networks["reference"], followed, step)
+    return ChainResults(**vars(measured), plan=followed.plan)
 
 
 def _followed(asked: Assessment, reference: Any, tell: OnPart) -> Chains | None:
-    """The chains that are given, or sampled now."""
+    """Return the chains that are given, or sampled now."""
     if not isinstance(asked.chains, ChainPlan):
         return asked.chains
     step = tell(SAMPLING, 2 * asked.chains.count)
     return along_chains.sample(reference, asked.prompts, asked.chains, step)
 
 
-def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict[str, Any]:
-    """ "texts" of `evaluate`."""
+def _texts(networks: Mapping[str, Any], asked: Assessment, tell: OnPart) -> dict[str, Quality]:
     network, other, start = networks["model"], networks.get("reference"), max(1, len(asked.prefix))
     return {
-        name: asdict(quality.measure(network, batch, other, tell(name, len(batch)), asked.seed, start))
+        name: quality.measure(network, batch, other, tell(name, len(batch)), asked.seed, start)
         for name, batch in asked.windows.items()
     }
 
 
 def load(files: ModelFiles, device: torch.device) -> Any:
-    """The model, ready to run, in the dtype of `_dtype`."""
+    """Return the model, ready to run, in the dtype of `_dtype`."""
     dtype = _dtype(device)
     return files.model(dtype if dtype == "auto" else getattr(torch, dtype), device)
 
 
 def _dtype(device: torch.device) -> str:
-    """float32 on a CPU, for exactness; the stored one on a GPU; the same on every engine."""
+    """Return the dtype to compute in, the same for every engine: float32 on a CPU, for exactness, the stored one on a GPU."""
     return "float32" if device.type == "cpu" else "auto"
 
 
 def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
-    """Of a packed checkpoint: over its quantized linears. Of a plain model: its files' size over its parameters."""
+    """Return the bits per weight: of a packed checkpoint those of its quantized linears, of a plain model its files' size over its parameters."""
     if files.quantization is not None:
         return Checkpoint.open(files).bits_per_weight()
     return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
@@ -263,7 +277,7 @@ def _check_vocabularies(both: Iterable[ModelFiles]) -> None:
 
 
 def _engine(name: str, both: Collection[ModelFiles], asked: bool) -> str:
-    """What answers and runs tasks. Raises what `choice` does, and `ConfigError` for vLLM with nothing to do.
+    """Return what answers and runs tasks. Raises what `choice` does, and `ConfigError` for vLLM with nothing to do.
 
     Checks what vLLM would only tell after a minute.
     """
@@ -290,7 +304,7 @@ def _examined(examinees: Mapping[str, Examinee], questions: Questions, tell: OnP
 
 
 def _windows(tokenizer: Any, name: str, measures: Measures, prefix: Sequence[int], notice: Notice) -> Tensor:
-    """A text's windows, int64 [W, T]: no more of it is read than they need."""
+    """Return a text's windows, int64 [W, T]: no more of it is read than they need."""
 
     def tell(text: str) -> None:
         notice(f"{name}: {text}")
@@ -303,7 +317,7 @@ def _windows(tokenizer: Any, name: str, measures: Measures, prefix: Sequence[int
 
 
 def _check_lengths(models: Iterable[Any], seq_len: int) -> list[str]:
-    """Notices about windows that are longer than the models were made for; raises what `check_length` does."""
+    """Return notices about windows that are longer than the models were made for; raises what `check_length` does."""
     found = [check_length(model, seq_len) for model in models]
     return list(dict.fromkeys(text for text in found if text))
 
@@ -313,7 +327,7 @@ def _prompts(tokenizer: Any, asked: Sequence[problems.Problem]) -> list[list[int
 
 
 def chain_prompts(tokenizer: Any, plan: ChainPlan) -> list[list[int]]:
-    """Of chains, each prompt's token ids: GSM8K test problems as a user would ask them."""
+    """Return each prompt's token ids: GSM8K test problems as a user would ask them."""
     return _prompts(tokenizer, problems.gsm8k(plan.count))
 
 
@@ -338,7 +352,7 @@ def _check_contexts(
     answers: AnswerPlan,
     sets: Mapping[str, ProblemSet],
 ) -> None:
-    """Raises `ConfigError` when prompts and what is generated are longer than a model's longest sequence."""
+    """Raise `ConfigError` when prompts and what is generated are longer than a model's longest sequence."""
     for context in (context_of(each.config) for each in files):
         if chains:
             check_context(chain_prompts, chains.tokens, context, "--chain-tokens")
@@ -347,7 +361,7 @@ def _check_contexts(
 
 
 def _steps(questions: Questions, who: str, tell: OnPart) -> Callable[[str], None]:
-    """For `Examinee.examine`: a part is told of with its first step."""
+    """Return what `Examinee.examine` calls after each step; the user is told of a part when its first step is done."""
     begun: dict[str, Callable[[], None]] = {}
 
     def step(name: str) -> None:
@@ -360,37 +374,18 @@ def _steps(questions: Questions, who: str, tell: OnPart) -> Callable[[str], None
 
 
 def _answers(
-    answered: Mapping[str, Answered], tokenizer: Any, sets: Mapping[str, ProblemSet], plan: AnswerPlan
-) -> dict[str, Any]:
-    """ "answers" of `evaluate` and their plan; nothing without sets."""
+    answered: Mapping[str, Answered], tokenizer: Any, sets: Mapping[str, ProblemSet], seed: int
+) -> dict[str, AnswerResults]:
     found = {}
     for name, each in sets.items():
         graded = {who: reasoning.grade(given.sets[name], tokenizer, each.is_right) for who, given in answered.items()}
-        found[name] = _beside(graded["model"], graded.get("reference"), plan.seed)
-    return {"answers": found, "answer_plan": asdict(plan)} if found else {}
+        ours, theirs = graded["model"], graded.get("reference")
+        pair = reasoning.compare(ours.outcomes, theirs.outcomes, seed) if theirs else None
+        found[name] = AnswerResults(ours, theirs, pair)
+    return found
 
 
-def _beside(ours: Answers, theirs: Answers | None, seed: int) -> dict[str, Any]:
-    return {
-        "model": asdict(ours),
-        "reference": asdict(theirs) if theirs else None,
-        "paired": asdict(reasoning.compare(ours.outcomes, theirs.outcomes, seed)) if theirs else None,
-    }
-
-
-def _tasks(answered: Mapping[str, Answered], tasks: Tasks | None) -> dict[str, Any]:
-    """ "tasks" of `evaluate`; nothing without them."""
-    if tasks is None:
-        return {}
+def _tasks(answered: Mapping[str, Answered], seed: int) -> TaskResults:
     found = {who: each.tasks for who, each in answered.items() if each.tasks is not None}
-    pairs = paired(found["model"], found["reference"], tasks.plan.seed) if "reference" in found else None
-    return {
-        "tasks": {"model": _plain(found["model"]), "reference": _plain(found.get("reference")), "paired": _plain(pairs)}
-    }
-
-
-def _plain(rows: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    """Task → metric → a data class, as plain dictionaries."""
-    if rows is None:
-        return None
-    return {task: {name: asdict(value) for name, value in row.items()} for task, row in rows.items()}
+    pairs = paired(found["model"], found["reference"], seed) if "reference" in found else None
+    return TaskResults(found["model"], found.get("reference"), pairs)

@@ -10,6 +10,7 @@ import torch
 
 from ..backends.table import Explanation, explain
 from ..checkpoint.read import Checkpoint, ModelFiles
+from ..layers.experts import explain_experts
 from ..spec.linear import LinearLayout
 from ..support.devices import resolve_device
 from ..support.errors import ConfigError, SourceError, did_you_mean
@@ -63,7 +64,7 @@ class Running:
 
 
 def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> list[Running]:
-    """For every layer of a packed checkpoint who would run it on this machine, and why the better ones do not.
+    """Return what would run each layer of a packed checkpoint on this machine, and why better backends would not.
 
     Layers of one name and layout share a row. dtype: of the activations. Raises `ConfigError` for an unknown dtype or device,
     `CheckpointError` for a damaged checkpoint.
@@ -72,10 +73,12 @@ def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -
         raise ConfigError(f"dtype is {dtype!r}, allowed: {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     target = resolve_device(device)
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
-    kinds: dict[tuple[str, LinearLayout], int] = {}
+    pools = checkpoint.stored.pools()
+    kinds: dict[tuple[str, LinearLayout, bool], int] = {}
     for path in checkpoint.stored.linears():
-        kind = short_name(path), checkpoint.layout(path)
+        kind = short_name(path), checkpoint.layout(path), path in pools
         kinds[kind] = kinds.get(kind, 0) + 1
     return [
-        Running(name, count, layout, explain(layout, target, DTYPES[dtype])) for (name, layout), count in kinds.items()
+        Running(name, count, layout, (explain_experts if expert else explain)(layout, target, DTYPES[dtype]))
+        for (name, layout, expert), count in kinds.items()
     ]

@@ -22,12 +22,13 @@ from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_error
 from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
-from ..checkpoint.source import SourceWeights, plain_fields
+from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.range import require_fp16, require_representable
-from ..core.rounding import poor_errors
+from ..core.rounding import POOR_ERROR, poor_errors
 from ..layers.model import unlike_siblings
 from ..models.blocks import Block
+from ..models.names import Names
 from ..models.planning import plan_model
 from ..models.sites import is_linear
 from ..optimize.calibration import Calibration, calibrator
@@ -36,11 +37,12 @@ from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
-from ..spec.linear import bits_per_weight
+from ..spec.experts import bits_per_weight
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
+from ..support.formatting import counted
 from ..support.version import __version__, code_digest
 
 
@@ -105,13 +107,16 @@ def quantize(
     files.require_loadable()
     require_apart(output, files)
     tokenizer, skeleton = files.tokenizer(), files.skeleton()
-    plan, blocks = plan_model(skeleton, config)
+    names = files.names(skeleton)
+    plan, blocks = plan_model(skeleton, config, names)
     config = config.with_group_size(plan.default.group_size)
     require_space(output, _needed_bytes(files, plan))
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
-        job = Job(files, tokenizer, skeleton, plan, blocks, config, output, target, ranks, progress or Silent(), log_to)
+        job = Job(
+            files, tokenizer, skeleton, names, plan, blocks, config, output, target, ranks, progress or Silent(), log_to
+        )
         return job.run(overwrite, fresh)
 
 
@@ -122,6 +127,7 @@ class Job:
     files: ModelFiles
     tokenizer: Any
     skeleton: Any
+    names: Names
     plan: Plan
     blocks: list[Block]
     config: QuantConfig
@@ -138,7 +144,6 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
-            self._tell_renamed()
             self._require_storable()
             self._rehearse(directory, calibration)
             self._open_journal(calibration, validation)
@@ -148,8 +153,10 @@ class Job:
                 self.source.close()
             self.progress.stage("writing")
             report = self._report(calibration)
-            for path, error in poor_errors(self._errors()).items():
-                self._notice(f"{path}: the output's relative error is {error:.0%}; try more bits or --ignore for it")
+            if poor := poor_errors(self._errors()):
+                self._notice(_poor_layers(poor))
+            if few := self._experts_with_few_tokens():
+                self._notice(few)
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
             self.ranks.wait()
@@ -161,7 +168,7 @@ class Job:
         )  # fmt: skip
 
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
-        """Windows to fit on, and those that choose the best epoch."""
+        """Return windows to fit on, and those that choose the best epoch."""
         config = self.config
         if not config.recipe.needs_text:
             return None, None
@@ -183,13 +190,13 @@ class Job:
         return calibration.first(config.samples), validation if len(validation) else None
 
     def _source(self, spill: Path) -> SourceWeights:
-        """The weights on disk; a copy of them is made by one rank for all."""
+        """Return the weights on disk; a copy of them is made by one rank for all."""
         if self.ranks.leads:
-            source = SourceWeights.open(self.files, self.skeleton, spill)
+            source = SourceWeights.open(self.files, self.skeleton, self.names, spill)
             self.ranks.wait()
             return source
         self.ranks.wait()
-        return SourceWeights.open(self.files, self.skeleton, spill, spilled=True)
+        return SourceWeights.open(self.files, self.skeleton, self.names, spill, spilled=True)
 
     def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         identity = {
@@ -212,7 +219,7 @@ class Job:
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
         self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
-        for line in _exceptions(self.plan):
+        for line in [*_exceptions(self.plan), *self._left_plain()]:
             self._notice(line)
         self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
         if self.journal.count == len(self.blocks):
@@ -230,9 +237,15 @@ class Job:
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
-        tensors = {f"{p}.{name}": t for p, packed in result.packed.items() for name, t in packed.tensors.items()}
+        sites = self.blocks[result.index].sites
+        tensors = {
+            sites[path].stored_name(name): tensor
+            for path, packed in result.packed.items()
+            for name, tensor in packed.tensors.items()
+        }
         for name, value in result.parameters.items():
-            tensors[name] = value.to(self.source.stored.fields[name].dtype)
+            field = self.source.field(name)
+            tensors[self.names.stored(name)] = value if field is None else value.to(field.dtype)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
         else:
@@ -258,9 +271,16 @@ class Job:
         """Refuse weights that are not finite, or that fp16 scales cannot represent, before the work."""
         if not self.ranks.leads:
             return
+        sites = {path: site for block in self.blocks for path, site in block.sites.items()}
+        held: tuple[str, Any] = ("", None)
         for path, layout in self.plan.layouts.items():
-            for name in ("weight", "bias") if layout.bias else ("weight",):
-                value = self.source.load(f"{path}.{name}", self.device)
+            site = sites[path]
+            for name, parameter in {"weight": site.parameter, "bias": site.bias_parameter}.items():
+                if name == "bias" and not layout.bias:
+                    continue
+                if held[0] != parameter:  # experts have one for all of them
+                    held = parameter, self.source.load(parameter, self.device)
+                value = site.taken(held[1]) if name == "weight" else site.bias_taken(held[1])
                 if wrong := int((~value.isfinite()).sum()):
                     raise SourceError(
                         f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged."
@@ -280,7 +300,7 @@ class Job:
         write_checkpoint(self.output, self._entries(), describe, report, overwrite, kept)
 
     def _describe(self, directory: Path, calibration: Calibration | None) -> None:
-        """All of the checkpoint but its weights."""
+        """Write all of the checkpoint but its weights."""
         stored = self.source.stored.fields.items()
         dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
         quantization = self._checkpoint_config(calibration).to_dict()
@@ -302,19 +322,13 @@ class Job:
                 f"the configuration or tokenizer of {self.files.name!r} cannot be saved: {error}. Mend it there first."
             ) from error
 
-    def _tell_renamed(self) -> None:
-        if renamed := self.source.renamed:
-            self._notice(
-                f"{len(renamed)} tensors get the names that Transformers gives them on loading instead of the source's "
-                f"({', '.join(renamed[:3])}{', …' if len(renamed) > 3 else ''}): Transformers loads the result, other engines "
-                "may not"
-            )
-
     def _entries(self) -> dict[str, Entry]:
-        """Every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
+        """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
-        for name, stored in plain_fields(self.source.stored, self._errors()).items():
-            entries[name] = Entry(stored, lambda name=name: self.source.load(name))  # type: ignore[misc]
+        quantized = self._errors()
+        sites = [site for block in self.blocks for path, site in block.sites.items() if path in quantized]
+        for name, stored in self.source.plain_fields(sites, self.names).items():
+            entries[name] = Entry(stored, lambda name=name: self.source.load_stored(name))  # type: ignore[misc]
         for index in range(self.journal.count):
             block = self.journal.stored(index)
             for name, stored in block.fields.items():
@@ -324,7 +338,9 @@ class Job:
     def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
         config = self.config
         quantized = self._errors()
-        plain = [p for p, module in self.skeleton.named_modules() if is_linear(module) and p not in quantized]
+        linears = [p for p, module in self.skeleton.named_modules() if is_linear(module)]
+        unknown = [name.removesuffix(".weight") for name in self._unknown_matrices()]
+        plain = [*(path for path in map(self.names.module, linears) if path not in quantized), *unknown]
         return CheckpointConfig.of_plan(
             self.plan,
             modules_to_not_convert=tuple(plain),
@@ -332,18 +348,67 @@ class Job:
             provenance=_provenance(config, calibration, self.files),
         )
 
+    def _unknown_matrices(self) -> list[str]:
+        """Return the source's matrices that the model's class does not use, so that nothing here quantizes them."""
+        stored = (self.source.originals or self.source.stored).fields
+        return [n for n in self.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
+
+    def _left_plain(self) -> list[str]:
+        """Return for the user what stays in 16 bits inside the blocks and beside them, and its share, before the work."""
+        total = 0
+        kinds: dict[tuple[str, str], list[int]] = {}
+        sites = [site for block in self.blocks for site in block.sites.values()]
+        quantized = {name for site in sites for name in (site.parameter, site.bias_parameter)}
+        for block in self.blocks:
+            for own, parameter in block.module.named_parameters():
+                name = f"{block.path}.{own}"
+                total += parameter.numel() if parameter.dim() >= 2 else 0
+                if parameter.dim() >= 2 and name not in quantized:
+                    path = self.names.module(name.removesuffix(".weight"))
+                    reason = self.plan.plain.get(path, "not a linear layer, or one that computes something of its own")
+                    kinds.setdefault((path.rpartition(".")[2], reason), []).append(parameter.numel())
+        lines = [
+            f"{name} stays plain in {counted(len(sizes), 'place')}, {sum(sizes) / total:.1%} of the blocks' weights: {reason}"
+            for (name, reason), sizes in kinds.items()
+        ]
+        if unknown := self.names.unknown:
+            more = ", …" if len(unknown) > 2 else ""
+            lines.append(
+                f"{counted(len(unknown), 'tensor')} that {type(self.skeleton).__name__} does not use are kept as they are: "
+                f"{', '.join(unknown[:2])}{more}"
+            )
+        return lines
+
+    def _experts_with_few_tokens(self) -> str | None:
+        """Say how many experts were fitted on fewer tokens than they have input channels."""
+        channels = {site.pool: site.size.in_features for block in self.blocks for site in block.sites.values()}
+        tokens = {home: counts for entry in self.journal.entries for home, counts in entry.get("tokens", {}).items()}
+        few = [count for home, counts in tokens.items() for count in counts if count < channels[f"{home}.gate_up"]]
+        if not few:
+            return None
+        return (
+            f"{len(few)} of {sum(map(len, tokens.values()))} experts got fewer tokens than they have input channels, the "
+            f"fewest {min(few)}: what they lack was made up for by the average token of their block. More text helps "
+            "(--samples); pairquant.jsonl has every count"
+        )
+
+    def _pools(self) -> dict[str, str]:
+        """Return path → pool, of experts' weights."""
+        sites = (site for block in self.blocks for site in block.sites.values())
+        return {site.path: site.pool for site in sites if site.pool is not None}
+
     def _errors(self) -> dict[str, float]:
-        """The error of each quantized linear."""
+        """Return the error of each quantized linear."""
         return {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
 
     def _report(self, calibration: Calibration | None) -> dict[str, Any]:
-        """The content of pairquant.json: recipe, provenance, and each linear's error and size."""
+        """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
         errors = self._errors()
         layouts = {path: self.plan.layouts[path] for path in errors}
         return {
             "config": self.config.to_dict(),
             "provenance": _provenance(self.config, calibration, self.files),
-            "bits_per_weight": bits_per_weight(layouts.values()),
+            "bits_per_weight": bits_per_weight(layouts, self._pools()),
             "readme_sha256": None if self.files.gguf else readme_digest(self.files.directory),
             "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
             "linears": {
@@ -353,7 +418,7 @@ class Job:
 
     @contextmanager
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
-        """The journal outlives an error if a block is finished, and nothing if none is; success removes it."""
+        """Keep the journal after an error if a block is finished, and remove it otherwise and after success."""
         existed = directory.exists()
         self.journal = Journal(directory, self.plan.layouts)
         if self.ranks.leads:
@@ -382,9 +447,7 @@ class _Finished:
     def result(self, index: int) -> BlockResult:
         entry = self.journal.entries[index]
         packed, parameters = self.journal.packed(index)
-        return BlockResult(
-            index, entry["path"], packed, entry["errors"], entry["shared"], entry["uncalled"], parameters
-        )
+        return BlockResult(index, entry["path"], packed, entry["errors"], parameters=parameters)
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()
@@ -400,18 +463,28 @@ def _needed_bytes(files: ModelFiles, plan: Plan) -> int:
 
 
 def _exceptions(plan: Plan) -> list[str]:
-    """What differs from the default, for the user: how many layers, which spec, by which option."""
+    """Return what differs from the default, for the user: how many layers, which spec, by which option."""
     kinds: dict[tuple[str, str], int] = {}
     for path, spec in plan.exceptions.items():
         kind = (plan.reasons[path], str(spec))
         kinds[kind] = kinds.get(kind, 0) + 1
-    lines = [f"{count} layers at {spec}: {reason}" for (reason, spec), count in kinds.items()]
+    lines = [f"{counted(count, 'layer')} at {spec}: {reason}" for (reason, spec), count in kinds.items()]
     if mixed := unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
         lines.append(
-            f"{' and '.join(mixed[0])} differ in bits, group size or rotations; vLLM runs them as one layer and will refuse "
-            f"this checkpoint ({len(mixed)} such groups). Transformers runs it."
+            f"{', '.join(mixed[0])} differ in bits, group size or rotations. vLLM runs them as one layer and will refuse "
+            f"this checkpoint ({counted(len(mixed), 'such group')}); Transformers runs it."
         )
     return lines
+
+
+def _poor_layers(poor: Mapping[str, float]) -> str:
+    """Name the layers that were represented badly, worst first."""
+    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
+    more = f" and {len(poor) - 5} more (`pairquant inspect` lists them)" if len(poor) > 5 else ""
+    return (
+        f"the output's relative error is above {POOR_ERROR:.0%}: {', '.join(shown)}{more}. Give these layers more bits "
+        "(--override) or leave them as they are (--ignore)."
+    )
 
 
 class _out_of_memory_explained:

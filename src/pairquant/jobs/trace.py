@@ -31,7 +31,7 @@ class Step:
 
 
 def trace(model: str | Path, path: str) -> tuple[list[Step], str]:
-    """The life of one linear's weight, step by step, and a remark on where the original came from."""
+    """Return the life of one linear's weight, step by step, and a remark on where the original came from."""
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
     packed = checkpoint.packed(path)
     original = Original(checkpoint)

@@ -1,4 +1,5 @@
-"""Kernels, and what they need around them: `run` has those of quantized layers, `fit` those of fitting and rounding.
+"""The kernels: `run` has those of quantized layers, `fit` those of fitting and rounding; `availability` finds Triton.
 
-Importing compiles nothing and touches no GPU. Who uses which kernel is decided in `backends` and in `fit`.
+Importing this package compiles nothing and touches no GPU. `backends` decides which kernel of `run` a layer uses, and the
+launchers in `fit` decide between their kernels and PyTorch.
 """

@@ -18,7 +18,7 @@ def triton_missing() -> str | None:
 
 
 def device_class(device: torch.device) -> str:
-    """ "sm90" for an H100: what `kernels.run.table` is keyed by. "interpreter" where kernels run as Python, in tests."""
+    """Return the class of a device, such as "sm90" for an H100, by which `kernels.run.table` is ordered; "interpreter" in tests without a GPU."""
     if device.type != "cuda":
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)

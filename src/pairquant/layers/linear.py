@@ -51,7 +51,7 @@ class RotatedLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedLinear) -> RotatedLinear:
-        """A module that holds these tensors."""
+        """Return a module that holds these tensors."""
         module = cls(packed.layout, device="meta")
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -92,7 +92,7 @@ class RotatedLinear(nn.Module):
         return True
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A plain, frozen layer with the decoded weight."""
+        """Return a plain, frozen layer with the decoded weight."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(decoded(self.packed).to(dtype), requires_grad=False)
         if self.bias is not None:
@@ -114,7 +114,7 @@ class RotatedLinear(nn.Module):
             member._merged = rest
 
     def _kept_for(self, x: Tensor) -> _Kept:
-        """What a backend that leaves the stored tensors in place needs for activations like x, kept for the next call."""
+        """Return what a backend that leaves the stored tensors in place needs for activations like x, kept for the next call."""
         kept = self._kept
         if kept is None or not kept.serves(x, self.theta.device):
             backend = choose(self.layout, self.theta.device, x.dtype)
@@ -161,5 +161,5 @@ class _Kept:
         self.backend, self.dtype, self.device, self.tensors = backend, dtype, device, tensors
 
     def serves(self, x: Tensor, device: torch.device) -> bool:
-        """Whether it is for activations like x, of a layer that is on this device now."""
+        """Return whether it is for activations like x, of a layer that is on this device now."""
         return self.dtype == x.dtype and self.device == device

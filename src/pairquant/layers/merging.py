@@ -50,7 +50,7 @@ class Merged:
         return y
 
     def gathered(self) -> bool:
-        """Whether all stored tensors are on one device, to stay."""
+        """Return whether all stored tensors are on one device, to stay."""
         devices = {tensor.device for member in self.members for tensor in member.buffers()}
         return len(devices) == 1 and not any(map(offloaded, self.members))
 
@@ -67,7 +67,7 @@ class Merged:
                 member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
-        """The tensors that `member` gave up; none before `build`."""
+        """Return the tensors that `member` gave up; none before `build`."""
         if self.backend is None:
             return {}
         return self.backend.stored(self.tensors, self.sizes, self.members.index(member), member.layout)
@@ -93,7 +93,7 @@ class _Computed:
     waiting: list[Tensor | None]
 
     def share(self, index: int, x: Tensor) -> Tensor | None:
-        """A layer's share, once; None if this is another input, or the share is gone."""
+        """Return a layer's share, once; None if this is another input, or the share is gone."""
         if self.x is not x or self.state != _state(x):
             return None
         y, self.waiting[index] = self.waiting[index], None
@@ -101,7 +101,7 @@ class _Computed:
 
 
 def _state(x: Tensor) -> tuple[int, bool, bool]:
-    """What must not have changed since: the values, counted by changes in place, and whether gradients are recorded.
+    """Return what must not have changed since: the values, counted by changes in place, and whether gradients are recorded.
 
     Changes of inference mode and inside a compiled graph cannot be counted.
     """
@@ -115,6 +115,6 @@ def plain_tensors() -> AbstractContextManager:
 
 
 def offloaded(layer: nn.Module) -> bool:
-    """Whether accelerate brings the stored tensors for each forward and takes them away after it."""
+    """Return whether accelerate brings the stored tensors for each forward and takes them away after it."""
     hook = getattr(layer, "_hf_hook", None)
     return getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..kernels.run.weights import MAX_SEGMENTS
 from ..spec.linear import Spec
+from .experts import RotatedExperts
 from .linear import RotatedLinear
 from .merging import Merged
 
@@ -28,7 +29,7 @@ def link_siblings(model: nn.Module) -> None:
 
 
 def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
-    """Groups of quantized layers that engines run as one, but whose specs, by path, differ."""
+    """Return groups of quantized layers that engines run as one, but whose specs, by path, differ."""
     found: dict[tuple[str, ...], None] = {}
     for path in specs:
         parent, _, name = path.rpartition(".")
@@ -44,6 +45,11 @@ def prepare(model: nn.Module) -> nn.Module:
     for _, layer in rotated_linears(model):
         layer.prepare()
     return model
+
+
+def rotated_experts(model: nn.Module) -> Iterator[tuple[str, RotatedExperts]]:
+    """Path and module of every block's quantized experts."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, RotatedExperts))
 
 
 def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:

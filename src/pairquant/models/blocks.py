@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..spec.patterns import matches
 from ..support.errors import SourceError
+from .names import OWN, Names
 from .sites import Site, sites_in
 
 
@@ -47,7 +48,7 @@ class Call:
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Call:
-        """The same with all tensors on `device`, floating ones in `dtype`."""
+        """Return the same with all tensors on `device`, floating ones in `dtype`."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, dtype) if x.is_floating_point() else x.to(device)
@@ -59,7 +60,7 @@ class Call:
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed."""
+    """Return the same structure with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -69,8 +70,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
-    """The decoder blocks in order, each with the sites that `ignore` does not name.
+def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = OWN) -> list[Block]:
+    """Return the decoder blocks in order, each with the sites that `ignore` does not name, by their source's names.
 
     Raises `SourceError` when there are none with linears, and when one block stands at several places.
     """
@@ -87,7 +88,7 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[Block]:
         Block(
             f"{path}.{i}",
             block,
-            {site.path: site for site in sites_in(block, f"{path}.{i}") if not matches(site.path, ignore)},
+            {site.path: site for site in sites_in(block, f"{path}.{i}", names) if not matches(site.path, ignore)},
         )
         for i, block in enumerate(stack)
     ]
@@ -121,26 +122,44 @@ class Entry:
     passes: int
 
 
-@torch.no_grad()
 def enter(model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: int) -> Entry:
     """Run what precedes the blocks. tokens: int64 [samples, T].
 
     The blocks themselves are skipped: what they are called with does not depend on their outputs; their weights may be
-    absent, and those of the output embedding.
+    absent, and those of the output embedding. Whether a block returns its states alone or first in a tuple is tried out.
     """
+    first: Exception | None = None
+    for returned in (lambda states: states, lambda states: (states, None)):
+        try:
+            return _entered(model, blocks, tokens, micro_batch, returned)
+        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = first or error
+    assert first is not None, "both ways have failed"
+    raise first
+
+
+@torch.no_grad()
+def _entered(
+    model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: int, returned: Callable[[Tensor], Any]
+) -> Entry:
+    """Do what `enter` does, with blocks that return what `returned` makes of the states."""
     hidden: list[Tensor] = []
     calls: dict[int, Call] = {}
     runs = [0] * len(blocks)
 
-    def skip(index: int) -> Callable[..., Tensor]:
-        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def skip(index: int) -> Callable[..., Any]:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
             runs[index] += 1
+            if hidden and states.shape[1:] != hidden[0].shape[1:]:
+                raise ValueError(f"block {index} is given states of shape {list(states.shape)}")
             if index == 0 and len(hidden) < batches:
                 hidden.append(states.detach())
             calls.setdefault(index, Call(args, kwargs, states.shape[0]))
             if index == len(blocks) - 1 and batches > 1:
                 raise _Stop  # the first micro-batch goes on, to count the passes
-            return states
+            return returned(states)
 
         return forward
 

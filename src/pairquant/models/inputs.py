@@ -2,47 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sites import Site
+from .sites import ExpertSite, Site
 
 
 @dataclass
 class Inputs:
     """The distinct inputs of a block's linears in one forward pass.
 
-    readers[n]: paths of the linears that read tensors[n], float [tokens, C].
+    readers[n]: paths of the linears that read tensors[n], float [tokens, C]; routed[n]: whether a router chose these
+    tokens for one expert, so that another model may choose others.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     readers: list[list[str]] = field(default_factory=list)
+    routed: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.routed += [False] * (len(self.tensors) - len(self.routed))
+
+    def add(self, tensor: Tensor, readers: list[str], routed: bool = False) -> None:
+        """Add a distinct input."""
+        self.tensors.append(tensor)
+        self.readers.append(readers)
+        self.routed.append(routed)
 
 
 @contextmanager
-def recorded_inputs(sites: Mapping[str, Site]) -> Iterator[Inputs]:
-    """Collect what the module of each site reads while the context is open."""
+def recorded_inputs(sites: Mapping[str, Site], routed: bool = True) -> Iterator[Inputs]:
+    """Collect what the module of each site reads while the context is open.
+
+    routed: also what each expert reads: the tokens that its router gives it, and the inner activations that follow.
+    """
     inputs = Inputs()
-    originals: list[Tensor] = []
+    originals: dict[int, Tensor] = {}
 
-    def hook(path: str):
-        def record(module: nn.Module, args: tuple) -> None:
-            for i, seen in enumerate(originals):
-                if seen is args[0]:
-                    inputs.readers[i].append(path)
-                    return
-            originals.append(args[0])
-            inputs.tensors.append(args[0].detach().flatten(0, -2))
-            inputs.readers.append([path])
+    def record(path: str, module: nn.Module, args: tuple) -> None:
+        for i, seen in originals.items():
+            if seen is args[0]:
+                inputs.readers[i].append(path)
+                return
+        originals[len(inputs.tensors)] = args[0]
+        inputs.add(args[0].detach().flatten(0, -2), [path])
 
-        return record
+    def record_experts(mine: list[ExpertSite], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        for tensor, readers in _of_experts(mine, module, *args, **kwargs):
+            inputs.add(tensor, readers, routed=True)
 
-    handles = [site.module.register_forward_pre_hook(hook(path)) for path, site in sites.items()]
+    handles = []
+    homes: dict[str, list[ExpertSite]] = {}
+    for path, site in sites.items():
+        if isinstance(site, ExpertSite):
+            homes.setdefault(site.place, []).append(site)
+        else:
+            handles.append(site.module.register_forward_pre_hook(partial(record, path)))
+    for mine in homes.values() if routed else ():
+        hook = partial(record_experts, mine)
+        handles.append(mine[0].module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield inputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def _of_experts(
+    sites: Iterable[ExpertSite], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, *_: Tensor
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield what each expert reads, [its tokens, C], and by which of its parts; experts without tokens read nothing."""
+    hidden = hidden_states.detach().flatten(0, -2)
+    index = top_k_index.flatten(0, -2)
+    by_number: dict[int, list[ExpertSite]] = {}
+    for site in sites:
+        by_number.setdefault(site.number, []).append(site)
+    for number, mine in by_number.items():
+        x = hidden[(index == number).any(-1)]
+        outer = [site.path for site in mine if site.part != "down_proj"]
+        inner = [site.path for site in mine if site.part == "down_proj"]
+        if outer:
+            yield x, outer
+        if inner:
+            yield inner_activations(module, number, x), inner
+
+
+def inner_activations(module: nn.Module, number: int, x: Tensor) -> Tensor:
+    """Return what the last product of an expert reads, [T, I], for its input x [T, H]."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    weight, bias = module.get_parameter(name)[number], module._parameters.get(f"{name}_bias")
+    y = F.linear(x, weight.T if module.is_transposed else weight, None if bias is None else bias[number])
+    return module._apply_gate(y) if module.has_gate else module.act_fn(y)  # type: ignore[operator]

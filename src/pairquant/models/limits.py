@@ -14,7 +14,7 @@ POSITION_NAMES = ("wpe", "position", "pos_emb")
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model with a table of learned ones has; None for a model without."""
+    """Return how many positions a model with a table of learned ones has; None for a model without."""
     context, tokens = _context(model), model.get_input_embeddings()
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
@@ -26,7 +26,7 @@ def learned_positions(model: Any) -> int | None:
 
 
 def _context(model: Any) -> int | None:
-    """The longest sequence, in tokens, that the model's configuration names."""
+    """Return the longest sequence, in tokens, that the model's configuration names."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -2,48 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from torch import nn
 
+from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.patterns import matches
 from ..spec.plan import Plan, plan_for
 from ..support.errors import ConfigError, did_you_mean
 from .blocks import Block, find_blocks
-from .sites import is_linear
+from .names import OWN, Names
+from .sites import ExpertSite, Site, is_linear, sites_in
 
 #: A matrix of a block that no site covers is refused from this share of the blocks' weights on, unless it is ignored.
 LARGE_SHARE = 0.05
+#: Last names of linears that choose experts, weigh their results, or set the gates and steps of a state-space layer: small,
+#: and read by kernels as parameters, or every error in them is one of choice.
+ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj")
 
 
-def plan_model(model: nn.Module, config: QuantConfig) -> tuple[Plan, list[Block]]:
-    """Find the blocks of a model, which may lack its weights, and resolve the plan for them.
+def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tuple[Plan, list[Block]]:
+    """Find the blocks of a model, which may lack its weights, and resolve the plan for them, by the source's names.
 
-    Raises `SourceError` for a model without blocks; `ConfigError` for patterns that name nothing, weights that do not
+    Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks; `ConfigError` for patterns that name nothing, weights that do not
     fit, and large weights that nothing here can quantize.
     """
-    blocks = find_blocks(model, config.ignore)
-    _require_known(model, config.ignore)
-    sizes = {path: site.size for block in blocks for path, site in block.sites.items()}
-    if not sizes:
-        raise ConfigError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize")
+    blocks = find_blocks(model, config.ignore, names)
+    _require_known(model, config.ignore, names)
     _require_covered(blocks, config.ignore)
-    return plan_for(config, sizes, _plain(model, sizes, config.ignore)), blocks
+    blocks = [_with_sites(block, lambda path: path.rpartition(".")[2] not in ROUTERS) for block in blocks]
+    sites = {path: site for block in blocks for path, site in block.sites.items()}
+    if not sites:
+        raise ConfigError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize")
+    sizes = {path: site.size for path, site in sites.items()}
+    plan = plan_for(config, sizes, _plain(model, sites.values(), config.ignore, names))
+    blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
+    every = [site for site in sites_in(model, names=names) if site.pool is not None]
+    _require_alike_experts(plan, every)
+    if config.recipe.trains and any(isinstance(site, ExpertSite) for site in sites.values()):
+        raise ConfigError(
+            f"preset {config.preset!r} trains whole blocks, which is not possible yet with experts. Choose --preset fast."
+        )
+    return plan, blocks
 
 
-def _plain(model: nn.Module, quantized: Iterable[str], ignore: tuple[str, ...]) -> dict[str, str]:
+def _with_sites(block: Block, wanted: Callable[[str], bool]) -> Block:
+    return replace(block, sites={path: site for path, site in block.sites.items() if wanted(path)})
+
+
+def _require_alike_experts(plan: Plan, sites: Iterable[Site]) -> None:
+    """Refuse experts of one block that differ: their transforms are stored once, and they run together."""
+    homes: dict[str, dict[str, bool]] = {}
+    pools: dict[str, dict[str, Spec]] = {}
+    for site in sites:
+        layout = plan.layouts.get(site.path)
+        homes.setdefault(site.place, {})[site.path] = layout is not None
+        if layout is not None:
+            pools.setdefault(str(site.pool), {})[site.path] = layout.spec
+    for packed in homes.values():
+        if len(set(packed.values())) > 1:
+            odd = next(path for path, is_packed in packed.items() if not is_packed)
+            raise ConfigError(
+                f"{odd} cannot be left plain alone, as the experts of a block run together: name all of them in --ignore, "
+                "such as 're:.*experts.*'."
+            )
+    for pool, specs in pools.items():
+        if len(set(specs.values())) > 1:
+            odd = next(path for path, spec in specs.items() if spec != plan.default)
+            raise ConfigError(
+                f"{odd} would be stored otherwise than the other experts of {pool}, which share its transform. Name all of "
+                "them in --override, such as 're:.*experts.*'."
+            )
+
+
+def _plain(model: nn.Module, quantized: Iterable[Site], ignore: tuple[str, ...], names: Names) -> dict[str, str]:
     """Path → reason of every linear that is not quantized."""
-    taken, found = set(quantized), {}
-    for path, module in model.named_modules():
-        if is_linear(module) and path not in taken:
+    taken, found = {site.place for site in quantized}, {}
+    for place, module in model.named_modules():
+        if is_linear(module) and place not in taken:
+            path = names.module(place)
             named = next((pattern for pattern in ignore if matches(path, (pattern,))), None)
-            found[path] = f"--ignore {named}" if named else "not a plain linear layer of a decoder block"
+            router = path.rpartition(".")[2] in ROUTERS
+            other = "a router, gate or step size" if router else "not a plain linear layer of a decoder block"
+            found[path] = f"--ignore {named}" if named else other
     return found
 
 
 def uncovered(block: Block) -> dict[str, int]:
-    """Full name → number of values of the block's matrices that belong to no site, whatever `ignore` says."""
+    """Return full name → number of values of the block's matrices that belong to no site, whatever `ignore` says."""
     covered = {id(site.module) for site in block.sites.values()}
     return {
         ".".join(part for part in (block.path, path, name) if part): parameter.numel()
@@ -74,11 +122,12 @@ def _require_covered(blocks: list[Block], ignore: tuple[str, ...]) -> None:
     )
 
 
-def _require_known(model: nn.Module, ignore: Iterable[str]) -> None:
-    """A pattern that names nothing is a typing error; found now, not after hours."""
-    paths = [path for path, _ in model.named_modules() if path]
-    names = [*paths, *(name for name, _ in model.named_parameters())]
+def _require_known(model: nn.Module, ignore: Iterable[str], names: Names) -> None:
+    """Refuse a pattern that names nothing: it is a typing error, found now instead of after hours."""
+    paths = [names.module(path) for path, _ in model.named_modules() if path]
+    experts = [site.path for site in sites_in(model, names=names) if isinstance(site, ExpertSite)]
+    known = [*paths, *experts, *(names.stored(name) for name, _ in model.named_parameters())]
     for pattern in ignore:
-        if pattern not in QuantConfig.ignore and not any(matches(name, (pattern,)) for name in names):
-            known = {part for path in paths for part in (path, path.rpartition(".")[2])}
-            raise ConfigError(f"ignore pattern {pattern!r} names no module of this model{did_you_mean(pattern, known)}")
+        if pattern not in QuantConfig.ignore and not any(matches(name, (pattern,)) for name in known):
+            close = {part for path in paths for part in (path, path.rpartition(".")[2])}
+            raise ConfigError(f"ignore pattern {pattern!r} names no module of this model{did_you_mean(pattern, close)}")

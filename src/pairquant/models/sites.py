@@ -7,7 +7,7 @@ rows of `KINDS`: a new way to hold a weight is a class and a row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,22 +15,33 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.experts import PartPlan, RotatedExperts
 from ..layers.linear import RotatedLinear
+from ..spec.experts import pool_of, shared_name
 from ..spec.fields import Size
 from ..spec.linear import LinearLayout
+from ..support.errors import CheckpointError
+from .names import OWN, Names
+
+#: Subclasses of `nn.Linear` with a forward of their own that computes the same.
+LINEAR_ALL_THE_SAME = ("FalconLinear",)
 
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """A weight in a model. path: of the module that holds it."""
+    """A weight in a model.
+
+    path: what it is stored under, by the source's names; module: what holds it; place: the module's path in the model.
+    """
 
     path: str
     module: nn.Module
+    place: str
 
     @staticmethod
     @abstractmethod
     def holds(module: nn.Module) -> bool:
-        """Whether a module is of this kind."""
+        """Return whether a module is of this kind."""
 
     @cached_property
     @abstractmethod
@@ -39,12 +50,39 @@ class Site(ABC):
 
     @abstractmethod
     def as_held(self, weight: Tensor) -> Tensor:
-        """A weight [N, C] in the orientation of the module's parameter; its own inverse."""
+        """Return a weight [N, C] in the orientation of the module's parameter; its own inverse."""
+
+    @property
+    def pool(self) -> str | None:
+        """The pool of an expert's weight, which shares its transform with the others of it; None for every other weight."""
+        return None
+
+    @property
+    def parameter(self) -> str:
+        """The full name of the parameter that holds the weight."""
+        return f"{self.place}.weight"
+
+    @property
+    def bias_parameter(self) -> str:
+        """The full name of the parameter that holds the bias, where there is one."""
+        return f"{self.place}.bias"
+
+    def bias_taken(self, held: Tensor) -> Tensor:
+        """Return the bias [N] out of what its parameter holds."""
+        return held
+
+    def stored_name(self, name: str) -> str:
+        """Return the full name under which a tensor of the quantized weight is stored."""
+        return f"{self.path}.{name}"
+
+    def taken(self, held: Tensor) -> Tensor:
+        """Return the weight [N, C] out of what the parameter holds; a view of it."""
+        return self.as_held(held)
 
     @property
     def weight(self) -> Tensor:
         """[N, C], a view of the module's parameter."""
-        return self.as_held(self.module.get_parameter("weight").detach())
+        return self.taken(self.module.get_parameter("weight").detach())
 
     @property
     def bias(self) -> Tensor | None:
@@ -62,7 +100,7 @@ class Site(ABC):
         parameter.data = self.as_held(weight).to(parameter.dtype)
 
     def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        """What runs the quantized weight in the module's place, on its device, empty."""
+        """Return what runs the quantized weight in the module's place, on its device, empty."""
         parameter = self.module.get_parameter("weight")
         return RotatedLinear(layout, parameter.device, parameter.dtype)
 
@@ -72,7 +110,8 @@ class LinearSite(Site):
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain = type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR_ALL_THE_SAME
+        return isinstance(module, nn.Linear) and plain
 
     @cached_property
     def size(self) -> Size:
@@ -103,22 +142,139 @@ class Conv1DSite(Site):
         return module
 
 
+@dataclass(frozen=True)
+class ExpertSite(Site):
+    """One part of one expert, in a module that holds those of all experts in parameters [E, …].
+
+    number: the expert's; part: "gate_proj", "up_proj" or "down_proj", whatever the source calls it.
+    """
+
+    number: int
+    part: str
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Return whether the module is made by Transformers' interface for experts, which states how weights lie in it."""
+        own = module._parameters
+        return hasattr(module, "_apply_gate") and "down_proj" in own and ("gate_up_proj" in own or "up_proj" in own)
+
+    @classmethod
+    def within(cls, place: str, module: nn.Module, names: Names) -> Iterator[ExpertSite]:
+        """Yield the sites of all experts, expert by expert."""
+        home = names.experts(place)
+        outer = {"gate_proj": 0, "up_proj": 1} if module.has_gate else {"up_proj": 0}
+        joined = "gate_up_proj" if module.has_gate else "up_proj"
+        for number in range(len(module.get_parameter("down_proj"))):
+            for part, index in outer.items():
+                path = names.expert(place, number, part, joined, index) or f"{home}.{number}.{part}"
+                yield cls(path, module, place, number, part)
+            path = names.expert(place, number, "down_proj", "down_proj", 0) or f"{home}.{number}.down_proj"
+            yield cls(path, module, place, number, "down_proj")
+
+    @property
+    def _own(self) -> str:
+        """The name of the parameter that holds this part of all experts."""
+        return "gate_up_proj" if self.part != "down_proj" and self.module.has_gate else self.part
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.place}.{self._own}"
+
+    @property
+    def pool(self) -> str:
+        return pool_of(self.path)
+
+    def stored_name(self, name: str) -> str:
+        return shared_name(self.path, name) or super().stored_name(name)
+
+    def _rows(self, whole: Tensor) -> Tensor:
+        """This part's rows, of the first dimension of what an expert has of the parameter or its bias."""
+        if self._own != "gate_up_proj":
+            return whole
+        place = ("gate_proj", "up_proj").index(self.part)
+        if self.module.is_concatenated:
+            return whole.chunk(2)[place]
+        return whole[place::2]
+
+    def as_held(self, weight: Tensor) -> Tensor:
+        return weight.T if self.module.is_transposed else weight
+
+    def taken(self, held: Tensor) -> Tensor:
+        return self._rows(self.as_held(held[self.number]))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.taken(self.module.get_parameter(self._own).detach())
+
+    @property
+    def bias_parameter(self) -> str:
+        return f"{self.parameter}_bias"
+
+    def bias_taken(self, held: Tensor) -> Tensor:
+        return self._rows(held[self.number])
+
+    @property
+    def bias(self) -> Tensor | None:
+        held = self.module._parameters.get(f"{self._own}_bias")
+        return None if held is None else self.bias_taken(held.detach())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.get_parameter(self._own).dtype
+
+    @cached_property
+    def size(self) -> Size:
+        rows, columns = self.weight.shape
+        return Size(columns, rows, self.bias is not None)
+
+    def put(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
+        raise NotImplementedError("experts are replaced together, by `layers.experts.RotatedExperts`")
+
+
+def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedExperts:
+    """Return what runs the quantized experts of one module in its place, on its device, empty.
+
+    found: every site of the module and its layout, which is the same for all experts. Raises `CheckpointError` for experts
+    that are missing or differ.
+    """
+    plans: dict[str, PartPlan] = {}
+    for site, layout in found:
+        plan = PartPlan(site.path.rpartition(".")[2], layout)
+        if plans.setdefault(site.part, plan) != plan:
+            raise CheckpointError(
+                f"{site.path} is stored otherwise than the other experts: {layout.spec}, {layout.size}"
+            )
+    site, _ = found[0]
+    whole = sum(1 for _ in ExpertSite.within(site.place, site.module, OWN))
+    if len(found) != whole:
+        raise CheckpointError(f"the checkpoint holds {len(found)} weights of the experts of {site.place}, not {whole}")
+    device = site.module.get_parameter("down_proj").device
+    return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device)
+
+
+#: Kinds of modules that hold one weight.
 KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is some kind of linear layer, even one that no site covers."""
+    """Return whether a module is some kind of linear layer, even one that no site covers."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def site_of(path: str, module: nn.Module) -> Site | None:
-    """The site of a module that holds one weight; None for every other."""
+def site_of(place: str, module: nn.Module, names: Names = OWN) -> Site | None:
+    """Return the site of a module that holds one weight; None for every other."""
     kind = next((kind for kind in KINDS if kind.holds(module)), None)
-    return None if kind is None else kind(path, module)
+    return None if kind is None else kind(names.module(place), module, place)
 
 
-def sites_in(module: nn.Module, prefix: str = "") -> Iterator[Site]:
-    """Every site below a module, in the module's order; prefix: the path of the module itself."""
+def sites_in(module: nn.Module, prefix: str = "", names: Names = OWN) -> Iterator[Site]:
+    """Yield every site below a module, in the module's order; prefix: the path of the module itself."""
     for name, child in module.named_modules():
-        if site := site_of(".".join(part for part in (prefix, name) if part), child):
+        path = ".".join(part for part in (prefix, name) if part)
+        if ExpertSite.holds(child):
+            yield from ExpertSite.within(path, child, names)
+        elif site := site_of(path, child, names):
             yield site

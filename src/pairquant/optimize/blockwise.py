@@ -46,13 +46,13 @@ class BlockData:
 
     @property
     def held_out(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and targets that choose the best epoch: those for validation, or for want of them all others."""
+        """Inputs and targets that choose the best epoch: the validation ones, or, where there are none, those of training."""
         if self.validation_inputs:
             return self.validation_inputs, self.validation_targets
         return self.inputs, self.targets
 
     def micro_batch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the samples with these numbers: int64 [B] → two [B, T, H]."""
+        """Return inputs and targets of the samples with these numbers: int64 [B] → two [B, T, H]."""
         size = len(self.inputs[0])
         places = [divmod(sample, size) for sample in samples.tolist()]
         inputs, targets = (torch.stack([states[i][row] for i, row in places]) for states in (self.inputs, self.targets))
@@ -86,7 +86,7 @@ class BlockTask:
 
 @torch.no_grad()
 def train_block(task: BlockTask, starts: list[float]) -> dict[str, PackedLinear]:
-    """Both stages of `recipe.training`: the packed linears by path, on the block's device; the block stays as it is.
+    """Return both stages of `recipe.training`: the packed linears by path, on the block's device; the block stays as it is.
 
     starts: for each group, what its inverse channel scales start from.
     """
@@ -167,7 +167,7 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
 
 @torch.enable_grad()
 def _gradients(stage: Stage, objective: _Objective, data: BlockData, chosen: Tensor) -> Tensor:
-    """Gradients of one step's mean loss on what is trained; returns the losses of the micro-batches `chosen` [n, B]."""
+    """Return gradients of one step's mean loss on what is trained; returns the losses of the micro-batches `chosen` [n, B]."""
     weights = stage.weights()
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     losses = []
@@ -202,7 +202,7 @@ class _Objective(nn.Module):
         return functional_call(self, named, (inputs, targets))
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
-        """Over micro-batches of one size; no gradients."""
+        """Return the mean loss over micro-batches of one size, without gradients."""
         losses = [self.of(weights, hidden, target) for hidden, target in zip(inputs, targets, strict=True)]
         return torch.stack(losses).mean().item()
 

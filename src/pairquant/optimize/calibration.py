@@ -45,7 +45,7 @@ class Calibration:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
     def first(self, samples: int) -> Calibration:
-        """The first windows only."""
+        """Return the first windows only."""
         return replace(self, tokens=self.tokens[:samples].contiguous())
 
 
@@ -86,7 +86,7 @@ def calibrate(
 def calibrator(
     model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice
 ) -> Callable[[Iterable[str], int], Calibration]:
-    """`calibrate` as a run's options have it, given sources and a number of windows.
+    """Return `calibrate` with a run's options filled in: it takes sources and a number of windows.
 
     model: may be without weights; name: what errors call it. Raises `ConfigError` for windows that are longer than it can
     read, and later `SourceError` for tokens that it does not know.
@@ -124,7 +124,7 @@ class _Draw:
         return Pieces(max(PIECES, count), length, self.seed)
 
     def windows(self, name: str) -> Tensor:
-        """Windows of a source, int64 [W, seq_len]: all, or of a large text at least as many as are wanted."""
+        """Return windows of a source, int64 [W, seq_len]: all, or of a large text at least as many as are wanted."""
         pieces = self.pieces
         if length := size_in_pieces(name, pieces):
             windows = self._cut(name, documents(name, pieces))
@@ -142,7 +142,7 @@ class _Draw:
 
 
 def _even_shares(available: list[int], wanted: int) -> list[int]:
-    """How many windows to take from each source: equal, and what the short ones lack from the others."""
+    """Return how many windows to take from each source: equal, and what the short ones lack from the others."""
     shares = [0] * len(available)
     while (missing := wanted - sum(shares)) > 0:
         roomy = [i for i, windows in enumerate(available) if shares[i] < windows]

@@ -1,4 +1,4 @@
-"""What the quantized model's inputs have drifted from the original's, answered by the weights that come next."""
+"""Corrects drift: the inputs of a block in the quantized model differ from the original's, and its weights make up for it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_DRIFT = 0.01
 
 
 def drift_targets(weights: dict[str, Tensor], moments: Moments, drift: float, ranks: Ranks) -> dict[str, Tensor]:
-    """What to approximate, of the weights that read one input: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
+    """Return the weights to approximate, for those that read one input: W + drift · D, D = W (X₀ᵀX - XᵀX)(XᵀX + damping)⁻¹.
 
     weights: by path, this rank's rows.
 
-    W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: it answers the quantized model's input X with the output
-    that the original gives on its own input X₀. Followed all the way the corrections feed on each other and diverge
-    (docs/decisions.md); a quarter of the way they help, and never may they change the output by more than `MAX_DRIFT`.
+    W + D is the least-squares solution of X₀ Wᵀ = X (W + D)ᵀ: on the quantized model's input X it gives the output that
+    the original gives on its own input X₀. Applied in full, the corrections of successive blocks amplify each other and
+    diverge (docs/decisions.md); a quarter of each helps. None may change the output by more than `MAX_DRIFT`.
     """
     if not drift or moments.cross is None:
         return weights

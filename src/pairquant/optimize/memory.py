@@ -24,6 +24,10 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 TRAINED_COPIES = 10
 
 
+#: Experts of a token, where the configuration does not say.
+USUAL_EXPERTS = 8
+
+
 @dataclass(frozen=True)
 class Demand:
     """Bytes. device: at the peak of the largest block; streams: hidden states, part of `device` unless on the host.
@@ -55,14 +59,18 @@ def demand(
     hidden = getattr(getattr(model, "config", None), "hidden_size", hidden)
     windows = sum(t.numel() for t in (tokens, validation) if t is not None)
     streams = windows * hidden * itemsize * (2 if config.recipe.compares else 1)
-    work = max(_block_bytes(block, config, tokens, itemsize, device) for block in blocks)
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or USUAL_EXPERTS
+    work = max(_block_bytes(block, config, tokens, itemsize, device, chosen) for block in blocks)
     available = free_bytes(device)
     fits = work * MARGIN + streams < available
     store = device if fits else torch.device("cpu")
     return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device)
 
 
-def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int, device: torch.device) -> int:
+def _block_bytes(
+    block: Block, config: QuantConfig, tokens: Tensor | None, itemsize: int, device: torch.device, chosen: int
+) -> int:
+    """Predict what one block takes. chosen: experts that each token gets."""
     sizes = [(site.size.out_features, site.size.in_features) for site in block.sites.values()]
     if not sizes:
         return 0
@@ -76,7 +84,10 @@ def _block_bytes(block: Block, config: QuantConfig, tokens: Tensor | None, items
     fitting = largest * 4 * FITTING_COPIES
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
-    activations = batch * (sum(sum(size) for size in sizes)) * itemsize * 2
+    experts = [site for site in block.sites.values() if site.pool is not None]
+    share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
+    read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
+    activations = int(batch * read * itemsize * 2)
     trained = weights * 4 * TRAINED_COPIES if config.recipe.training else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,15 @@ from ..support.errors import CalibrationError, ConfigError
 
 @dataclass
 class Moments:
-    """Second moments of one distinct input. hessian: XᵀX [C, C] float32; cross: X₀ᵀX, X₀ of the original model."""
+    """Second moments of one distinct input. hessian: XᵀX [C, C] float32; cross: X₀ᵀX, X₀ of the original model.
+
+    tokens: how many rows X has. Inputs that a router chose have no cross moments: it may choose others in the original.
+    """
 
     readers: list[str]
     hessian: Tensor
     cross: Tensor | None = None
+    tokens: int = 0
 
 
 class MomentSum:
@@ -32,22 +36,22 @@ class MomentSum:
         """Add one micro-batch; `originals` are the same linears' inputs in the original model."""
         if not self.moments:
             self.moments = [
-                Moments(readers, _zeros(x), _zeros(x) if originals else None)
-                for readers, x in zip(inputs.readers, inputs.tensors, strict=True)
+                Moments(readers, _zeros(x), _zeros(x) if originals and not routed else None)
+                for readers, x, routed in zip(inputs.readers, inputs.tensors, inputs.routed, strict=True)
             ]
         # All products first: running out of memory then leaves the sums as they were.
         products = [second_moment(x, x) for x in inputs.tensors]
-        crossed = (
-            [second_moment(x, y) for x, y in zip(originals.tensors, inputs.tensors, strict=True)] if originals else []
-        )
-        for moments, product in zip(self.moments, products, strict=True):
+        compared = [x for x, routed in zip(inputs.tensors, inputs.routed, strict=True) if not routed]
+        crossed = [second_moment(x, y) for x, y in zip(originals.tensors, compared, strict=True)] if originals else []
+        for moments, product, x in zip(self.moments, products, inputs.tensors, strict=True):
             moments.hessian += product
-        for moments, product in zip(self.moments, crossed):  # noqa: B905  (empty without originals)
-            if moments.cross is not None:
-                moments.cross += product
+            moments.tokens += len(x)
+        with_cross = [moments for moments in self.moments if moments.cross is not None]
+        for moments, product in zip(with_cross, crossed, strict=True):
+            moments.cross += product  # type: ignore[operator]
 
     def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
-        """The sums, and those of the paths that the forward pass never called.
+        """Return the sums, and the paths among `paths` that the forward pass never called.
 
         Raises `ConfigError` for a linear that runs several times, `CalibrationError` for inputs that are not finite.
         """
@@ -67,11 +71,51 @@ class MomentSum:
         return self.moments, [path for path in paths if path not in runs]
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What the experts of a block read together. hessian: the sum over them; tokens: of each expert, in order."""
+
+    hessian: Tensor
+    tokens: list[int]
+
+
+def pooled(moments: Iterable[Moments], pools: Mapping[str, str]) -> dict[str, Pool]:
+    """Sum the moments of each pool of experts, and complete those of experts with fewer tokens than channels.
+
+    pools: path → pool, of experts' weights. What such an expert lacks is made up for by as many average tokens of its
+    pool; where no expert of the pool has any, all moments become those of independent channels.
+    """
+    members: dict[str, list[Moments]] = {}
+    for each in moments:
+        if each.readers[0] in pools:
+            members.setdefault(pools[each.readers[0]], []).append(each)
+    found = {}
+    for pool, mine in members.items():
+        total = _sum(mine)
+        tokens = [each.tokens for each in mine]
+        if not sum(tokens):
+            total = torch.eye(len(total), device=total.device)
+        channels, average = len(total), total / max(1, sum(tokens))
+        for each in mine:
+            each.hessian += average * max(0, channels - each.tokens)
+        found[pool] = Pool(total, tokens)
+    return found
+
+
+def _sum(moments: list[Moments]) -> Tensor:
+    total = torch.zeros_like(moments[0].hessian)
+    for each in moments:
+        total += each.hessian
+    return total
+
+
 def second_moment(x: Tensor, y: Tensor) -> Tensor:
     """XᵀY of [tokens, C] activations, float32 [C, C], summed in float32.
 
     16-bit inputs go to CUDA's tensor cores as they are, where their products are exact; never through TF32.
     """
+    if not len(x):
+        return torch.zeros(x.shape[-1], y.shape[-1], dtype=torch.float32, device=x.device)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x.T, y, out_dtype=torch.float32)
     return x.float().T @ y.float()

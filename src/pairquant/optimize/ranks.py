@@ -37,7 +37,7 @@ class Ranks:
         return tokens[self.rank :: self.size]
 
     def rows(self, count: int, unit: int, rank: int | None = None) -> slice:
-        """The share of this (or another) rank of `count` rows, in whole units; may be empty when there are few."""
+        """Return the share of this (or another) rank of `count` rows, in whole units; may be empty when there are few."""
         rank, units = self.rank if rank is None else rank, count // unit
         return slice(units * rank // self.size * unit, units * (rank + 1) // self.size * unit)
 
@@ -47,19 +47,19 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def largest(self, tensor: Tensor) -> None:
-        """The largest of all ranks' values, in place."""
+        """Replace values by the largest of all ranks', in place."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def average(self, tensors: Sequence[Tensor | None]) -> None:
-        """Mean over all ranks, in place."""
+        """Replace values by their mean over all ranks, in place."""
         for tensor in tensors:
             if self.size > 1 and tensor is not None:
                 dist.all_reduce(tensor)
                 tensor /= self.size
 
     def mean(self, value: float, device: torch.device) -> float:
-        """Mean over all ranks."""
+        """Return mean over all ranks."""
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64, device=device)
@@ -67,12 +67,12 @@ class Ranks:
         return total.item()
 
     def same(self, tensors: Sequence[Tensor]) -> None:
-        """The first rank's values everywhere, in place."""
+        """Replace values by the first rank's, in place."""
         for tensor in tensors:
             self._broadcast(tensor, 0)
 
     def dealt(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """A rank for each piece of work by name: the dearest first, to whoever has least to do."""
+        """Return a rank for each piece of work by name: the dearest first, to whoever has least to do."""
         load = [0.0] * self.size
         owners = {}
         for name in sorted(costs, key=lambda name: -costs[name]):
@@ -81,7 +81,7 @@ class Ranks:
         return owners
 
     def collected(self, part: Tensor, count: int, unit: int, owner: int) -> Tensor | None:
-        """Every rank's `rows` of a matrix with `count` of them, put together at its owner; None elsewhere."""
+        """Return every rank's `rows` of a matrix with `count` of them, put together at its owner; None elsewhere."""
         if self.size == 1:
             return part
         parts = []
@@ -95,7 +95,7 @@ class Ranks:
     def shared(
         self, packed: PackedLinear | None, layout: LinearLayout, owner: int, device: torch.device
     ) -> PackedLinear:
-        """A linear of this layout that its owner has, everywhere; None from the others."""
+        """Return a linear of this layout that its owner has, everywhere; None from the others."""
         if self.size == 1:
             assert packed is not None, "a single rank has everything"
             return packed
@@ -111,7 +111,7 @@ class Ranks:
             dist.broadcast(tensor.view(torch.uint8), source)  # as bytes: NCCL knows no 16-bit integers
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -122,7 +122,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected; alone, if it did not start this process."""
+    """Connect the ranks that torchrun started; a process that it did not start is alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()

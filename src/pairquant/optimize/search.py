@@ -49,7 +49,7 @@ class Problem:
         return self.weight.shape[1]
 
     def weighted(self, error: Tensor) -> Tensor:
-        """E H, float32 [N, C]: the product that costs nearly all of the fitting's time.
+        """Return E H, float32 [N, C]: this product takes nearly all of the fitting's time.
 
         On CUDA its operands are rounded to bfloat16, and their products summed in float32: what is fitted then differs
         by less than two seeds do (docs/decisions.md).
@@ -100,7 +100,7 @@ def _by_group(w: Tensor, g: int) -> Tensor:
 
 @contextmanager
 def _fast_products(device: torch.device) -> Iterator[None]:
-    """TF32 for the small rotations of a fit's steps on CUDA; rounding itself always uses full float32."""
+    """Allow TF32 for the small rotations of the fit's steps on CUDA; rounding itself always uses full float32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
     try:
@@ -111,7 +111,7 @@ def _fast_products(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = ALONE) -> list[Transform]:
-    """The best transform found for each problem, with fp16-rounded values, on the problems' device.
+    """Return the best transform found for each problem, with fp16-rounded values, on the problems' device.
 
     Several ranks have the same problems, each with rows of its own, and get the same transforms. Problems of one group
     size and number of rotations are searched together.
@@ -133,7 +133,7 @@ def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = 
 
 
 def alike_in_rotation(specs: Sequence[Spec]) -> list[list[int]]:
-    """Places of the specs with one group size and number of rotations, whose channels can lie side by side."""
+    """Return places of the specs with one group size and number of rotations, whose channels can lie side by side."""
     places: dict[tuple[int, int], list[int]] = {}
     for i, spec in enumerate(specs):
         places.setdefault((spec.group_size, spec.rotations), []).append(i)
@@ -141,7 +141,7 @@ def alike_in_rotation(specs: Sequence[Spec]) -> list[list[int]]:
 
 
 def select_for(weight: Tensor, seed: int, spec: Spec, method: str, ranks: Ranks = ALONE) -> PairSelection:
-    """The pairs of the transform of a weight [N, C], by a method of `PAIR_SELECTIONS`, from a seed of its own.
+    """Return the pairs of the transform of a weight [N, C], by a method of `PAIR_SELECTIONS`, from a seed of its own.
 
     Several ranks pass rows of their own, and select the same pairs.
     """
@@ -149,7 +149,7 @@ def select_for(weight: Tensor, seed: int, spec: Spec, method: str, ranks: Ranks 
 
 
 def _pair_rank(weight: Tensor, seed: int, g: int, method: str, ranks: Ranks) -> Tensor:
-    """The order in which pairs are considered, float32 [G, g, g]."""
+    """Return the order in which pairs are considered, float32 [G, g, g]."""
     if method == "magnitude":
         magnitudes = weight.abs().sum(0)
         ranks.add(magnitudes)
@@ -215,7 +215,7 @@ class _Search:
         return torch.stack(losses)
 
     def run(self) -> None:
-        """All steps, on CUDA by replaying one where that pays."""
+        """Run all steps; on CUDA, where it is faster, by replaying one captured step."""
         steps = range(self.config.recipe.steps)
         small = sum(p.weight.numel() for p in self.problems) <= GRAPH_WEIGHTS
         if self.theta.is_cuda and small and len(steps) > 2 * GRAPH_WARM_UP:

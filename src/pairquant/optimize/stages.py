@@ -38,11 +38,11 @@ class Stage(Protocol):
     trained: list[tuple[Tensor, float]]
 
     def weights(self) -> dict[str, Tensor]:
-        """Full parameter path → float32 tensor that stands for it, differentiable in what is trained."""
+        """Return full parameter path → float32 tensor that stands for it, differentiable in what is trained."""
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Exactly `value`, with x's gradient."""
+    """Return exactly `value`, with x's gradient."""
     return value.detach() + (x - x.detach())
 
 
@@ -67,12 +67,12 @@ class Transforms:
         return len(self.pairs)
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """Angles [K, ΣC/2] and inverse scales 1/a [ΣC] as fp16 keeps them."""
+        """Return angles [K, ΣC/2] and inverse scales 1/a [ΣC] as fp16 keeps them."""
         theta, inverse = self.theta * self.free, self.start_inverse * self.log_scale.neg().exp()
         return straight_through(theta, stored(theta)), straight_through(inverse, stored(inverse))
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """Into the rotated basis, diag(a) R, and out of it, Rᵀ diag(1/a): two [G, g, g] for each group of linears."""
+        """Return for each group of linears diag(a) R, into the rotated basis, and Rᵀ diag(1/a), out of it: [G, g, g] each."""
         theta, inverse = self.values()
         matrix = self.rotation_matrices(theta)
         inverse = inverse.view(-1, self.group_size)
@@ -81,7 +81,7 @@ class Transforms:
         return list(zip(into.split(counts), out_of.split(counts), strict=True))
 
     def build(self) -> list[Transform]:
-        """One for each group, with stored values."""
+        """Return one for each group, with stored values."""
         theta, inverse = self.values()
         parts = theta.split([size // 2 for size in self.sizes], 1), self.pairs.split(self.sizes, 1)
         return [
@@ -121,7 +121,7 @@ class BlockTransforms:
 
     @classmethod
     def stored_in(cls, packed: list[PackedLinear]) -> BlockTransforms:
-        """Those of one packed linear of each group. Pairs that only fill up are known by their angle of zero."""
+        """Return those of one packed linear of each group. Pairs that only fill up are known by their angle of zero."""
 
         def of(places: list[int]) -> Transforms:
             some = [packed[i] for i in places]
@@ -133,11 +133,11 @@ class BlockTransforms:
         return cls(len(packed), [(places, of(places)) for places in alike])
 
     def angles(self) -> list[Tensor]:
-        """The trainable angles."""
+        """Return the trainable angles."""
         return [transforms.theta for _, transforms in self.sets if transforms.rotations]
 
     def log_scales(self) -> list[Tensor]:
-        """The trainable channel scales."""
+        """Return the trainable channel scales."""
         return [transforms.log_scale for _, transforms in self.sets]
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
@@ -145,7 +145,7 @@ class BlockTransforms:
         return self._ordered([transforms.matrices() for _, transforms in self.sets])
 
     def build(self) -> list[Transform]:
-        """One for each group, with stored values."""
+        """Return one for each group, with stored values."""
         return self._ordered([transforms.build() for _, transforms in self.sets])
 
     def _ordered(self, values: list[list[Any]]) -> list[Any]:
@@ -301,14 +301,14 @@ class RefitStage:
 
 
 def _steps(packed: PackedLinear) -> Tensor:
-    """q - z of every weight: int16 [N, G, g]."""
+    """Return q - z of every weight: int16 [N, G, g]."""
     bits, g = packed.layout.bits, packed.layout.group_size
     codes, zeros = unpack(packed["qweight"], bits).T.short(), unpack(packed["qzeros"], bits).T.short()
     return codes.reshape(len(codes), -1, g) - zeros[..., None]
 
 
 def _norm_weights(block: Block) -> list[tuple[str, nn.Parameter]]:
-    """Full path and parameter of everything one-dimensional that is no linear's."""
+    """Return full path and parameter of everything one-dimensional that is no linear's."""
     return [
         (".".join(filter(None, (block.path, path, name))), parameter)
         for path, module in block.module.named_modules()

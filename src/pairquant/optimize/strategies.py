@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,17 +23,21 @@ from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
 from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
-from .moments import Moments
+from .moments import Moments, Pool
 from .ranks import Ranks
 from .search import Problem, fit_transforms
 from .stages import Groups
+
+#: Most rows on which one transform is fitted: a block of 128 experts has 200,000.
+SHARED_ROWS = 32_768
 
 
 @dataclass
 class BlockWork:
     """One block to quantize, and what comes of it.
 
-    layouts: of its linears; moments: of their inputs; groups: the linears of each transform; seeds: for each group, by
+    layouts: of its linears; moments: of their inputs; pools: what the experts of a pool read together, by the pool's name;
+    groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
     block's other parameters are stored in. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
@@ -42,6 +46,7 @@ class BlockWork:
     call: Call | None
     layouts: Mapping[str, LinearLayout]
     moments: list[Moments]
+    pools: Mapping[str, Pool]
     groups: Groups
     seeds: Mapping[str, int]
     config: QuantConfig
@@ -54,7 +59,7 @@ class BlockWork:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def training(self) -> BlockTask:
-        """The block as block-wise training wants it."""
+        """Return the block as block-wise training wants it."""
         assert self.data is not None, "recipes that train a block have text"
         assert self.call is not None, "recipes that train a block have text"
         return BlockTask(
@@ -70,8 +75,13 @@ class BlockWork:
     def hessians(self) -> dict[str, Tensor]:
         return {path: m.hessian for m in self.moments for path in m.readers}
 
+    def group_hessian(self, group: tuple[str, ...], hessians: Mapping[str, Tensor]) -> Tensor:
+        """Return the second moments of what the linears of one transform read; hessians: by path."""
+        pool = self.block.sites[group[0]].pool
+        return self.pools[pool].hessian if pool is not None and pool in self.pools else hessians[group[0]]
+
     def unit(self, path: str) -> int:
-        """Rows of a linear are shared out in multiples of this."""
+        """Return rows of a linear are shared out in multiples of this."""
         return columns_per_block(self.layouts[path].bits)
 
     def rows(self, path: str) -> Tensor:
@@ -80,7 +90,7 @@ class BlockWork:
         return weight[self.ranks.rows(len(weight), self.unit(path))].contiguous()
 
     def owners(self) -> dict[str, int]:
-        """The rank that rounds, and measures, each linear."""
+        """Return the rank that rounds, and measures, each linear."""
         sizes = {path: self.layouts[path] for path in self.paths}
         return self.ranks.dealt({p: s.in_features * (s.in_features + s.out_features) for p, s in sizes.items()})
 
@@ -119,7 +129,7 @@ class Rounding:
             work.settle(self.rounded(work), trained=False)
 
     def rounded(self, work: BlockWork) -> dict[str, PackedLinear]:
-        """The packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
+        """Return the packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
         targets: dict[str, Tensor] = {}
         for m in work.moments:
             weights = {path: work.rows(path).float() for path in m.readers}
@@ -129,13 +139,14 @@ class Rounding:
         return self._round(work, targets, transforms)
 
     def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
-        """The transform of each linear; weights out of fp16's range are fitted in range (see `core.range`)."""
+        """Fit the transform of each linear. Weights out of fp16's range are divided by a power of two first (see `core.range`)."""
         hessians, problems, factors = work.hessians, [], starts(work)
         for group, factor in zip(work.groups, factors, strict=True):
             rows = [targets[path] for path in group]
-            stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
+            stacked = rows[0] if len(rows) == 1 else _sample(rows)
             weight = stacked if factor == 1 else stacked / factor
-            problems.append(Problem(weight, hessians[group[0]], work.seeds[group[0]], work.layouts[group[0]].spec))
+            hessian = work.group_hessian(group, hessians)
+            problems.append(Problem(weight, hessian, work.seeds[group[0]], work.layouts[group[0]].spec))
         found = fit_transforms(problems, work.config, work.ranks)
         return {
             path: transform.times(factor)
@@ -168,6 +179,12 @@ class Rounding:
         return {p: ranks.shared(packed.pop(p, None), work.layouts[p], owners[p], work.device) for p in transforms}
 
 
+def _sample(rows: Sequence[Tensor]) -> Tensor:
+    """Join weights [N, C] that share a transform; of more than `SHARED_ROWS` rows, evenly spaced ones stand for all."""
+    step = -(-sum(map(len, rows)) // SHARED_ROWS)
+    return torch.cat([each[::step] for each in rows])
+
+
 class Refitting(Rounding):
     """`Rounding`, then a short training of scales, angles and norms, the codes being fixed."""
 
@@ -185,7 +202,10 @@ class BlockTraining:
 
 
 def starts(work: BlockWork) -> list[float]:
-    """For each group the power of two that brings its weights into fp16's range, and is moved into channel scales."""
+    """Return for each group the power of two to divide its weights by, so that fp16 holds their scales.
+
+    The channel scales are multiplied by it in turn. It is 1 for ordinary weights.
+    """
     factors = []
     for group in work.groups:
         rows = [work.rows(path) for path in group]
@@ -201,7 +221,7 @@ def starts(work: BlockWork) -> list[float]:
 
 
 def strategy_for(config: QuantConfig) -> Strategy:
-    """The strategy of a recipe."""
+    """Return the strategy of a recipe."""
     if config.recipe.training is not None:
         return BlockTraining()
     return Refitting() if config.recipe.refit is not None else Rounding()

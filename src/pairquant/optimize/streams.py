@@ -33,8 +33,8 @@ class Places:
 class Streams:
     """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
 
-    device: where blocks run; calls: what each block is called with; notice: told what a user should know, such as
-    smaller micro-batches for want of memory.
+    device: where blocks run; calls: what each block is called with; notice: called with text for the user, for example
+    when too little memory makes the micro-batches smaller.
     """
 
     calls: list[Call]
@@ -55,7 +55,7 @@ class Streams:
         places: Places,
         notice: Callable[[str], None],
     ) -> Streams:
-        """tokens: int64 [samples, T]. What precedes the blocks runs where its weights are."""
+        """Run what precedes the blocks, where its weights are, on tokens int64 [samples, T]."""
         home = next(p.device for p in model.parameters() if not p.is_meta)
         micro_batch = min(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]), len(tokens))
         entry = enter(model, blocks, tokens.to(home), micro_batch)
@@ -79,7 +79,7 @@ class Streams:
             def once(hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
                 reference = output = None
                 if original is not None:
-                    with recorded_inputs(block.sites) as reference:
+                    with recorded_inputs(block.sites, routed=False) as reference:
                         output = self.calls[index].run(block.module, original)
                 with recorded_inputs(block.sites) as inputs:
                     self.calls[index].run(block.module, hidden)
@@ -106,7 +106,7 @@ class Streams:
             stream[i] = self._within_memory(lambda h: self.calls[index].run(block.module, h), hidden)
 
     def _within_memory(self, work: Callable[..., Tensor | None], *batches: Tensor):
-        """`work` on micro-batches of at most what memory has allowed so far; halved, for good, when it runs out."""
+        """Call `work` on micro-batches as large as memory has allowed so far; when it runs out, halve them from then on."""
         outputs: list[Any] = []
         start = 0
         while start < len(batches[0]):
@@ -131,7 +131,7 @@ class Streams:
         return torch.cat(outputs) if outputs[0] is not None and len(outputs) > 1 else outputs[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both streams, to be stored."""
+        """Return both streams, to be stored."""
         streams = {"quantized": self.quantized, "original": self.original or []}
         return {f"{name}.{i}": tensor for name, stream in streams.items() for i, tensor in enumerate(stream)}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.errors import ConfigError
 from .blockwise import BlockData
-from .moments import Moments, MomentSum
+from .moments import Moments, MomentSum, pooled
 from .ranks import Ranks
 from .stages import Groups, Layouts
 from .strategies import BlockWork, strategy_for
@@ -38,7 +38,7 @@ from .streams import Places, Streams
 class BlockResult:
     """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
 
-    shared: groups of linears with one transform; uncalled: linears that no forward pass runs, left plain; parameters:
+    shared: groups of linears with one transform; tokens: how many each expert got, by the home of the experts; uncalled: linears that no forward pass runs, left plain; parameters:
     other parameters of the block that were trained, by path; history: what block-wise training reported; gpu_peak: most
     GPU memory allocated so far, bytes.
     """
@@ -48,6 +48,7 @@ class BlockResult:
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     shared: list[tuple[str, ...]] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -160,7 +161,7 @@ class Walk:
         return Streams.start(self.model, self.blocks, tokens, self.config.recipe.compares, places, self.notice)
 
     def _restore(self, streams: Streams | None) -> int:
-        """The first block that the streams have yet to enter."""
+        """Return the first block that the streams have yet to enter."""
         stored = self.finished.snapshot() if streams is not None and self.finished.count else None
         if stored is None or streams is None:
             return 0
@@ -204,7 +205,8 @@ class Walk:
             block.path,
             _on_cpu(work.packed, self.device),
             work.errors,
-            [group for group in work.groups if len(group) > 1],
+            [group for group in work.groups if len(group) > 1 and block.sites[group[0]].pool is None],
+            {pool.removesuffix(".down"): of.tokens for pool, of in work.pools.items() if pool.endswith(".down")},
             uncalled,
             {path: value.cpu() for path, value in after.items() if not torch.equal(value, before[path])},
             work.history,
@@ -213,7 +215,7 @@ class Walk:
         )
 
     def _moments(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], list[str]]:
-        """Of every distinct input, summed over all ranks; and the linears that were never called."""
+        """Return the moments of every distinct input, summed over all ranks, and the linears that were never called."""
         if streams is None:
             eye = {c: torch.eye(c, device=self.device) for c in {s.size.in_features for s in block.sites.values()}}
             return [Moments([path], eye[site.size.in_features]) for path, site in block.sites.items()], []
@@ -227,7 +229,8 @@ class Walk:
     def _work(
         self, index: int, block: Block, moments: list[Moments], streams: Streams | None, held_out: Streams | None
     ) -> BlockWork:
-        groups = _groups(moments, self.plan.layouts, self.config.share_rotations)
+        pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
+        groups = _groups(moments, self.plan.layouts, self.config.share_rotations, pools)
         data = None
         if streams is not None and self.config.recipe.trains:
             data = partial(_block_data, streams, held_out, self.config, self.ranks)
@@ -236,6 +239,7 @@ class Walk:
             call=streams.calls[index] if streams is not None else None,
             layouts=self.plan.layouts,
             moments=moments,
+            pools=pooled(moments, pools) if streams is not None else {},
             groups=groups,
             seeds={group[0]: _seed(self.config.seed, group[0]) for group in groups},
             config=self.config,
@@ -255,19 +259,27 @@ def quantize_blocks(
 
 
 def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device) -> torch.dtype:
-    """Of the forward passes: bfloat16 where the model is and the device multiplies it fast, else float32."""
+    """Return the dtype of the forward passes: bfloat16 if the model is stored so and the device multiplies it fast, else float32."""
     if config.compute != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute]
     stored = {site.dtype for block in blocks for site in block.sites.values()}
     return torch.bfloat16 if device.type == "cuda" and stored == {torch.bfloat16} else torch.float32
 
 
-def _groups(moments: list[Moments], layouts: Layouts, shared: bool) -> Groups:
-    """The linears of each transform; only those of one spec can share it."""
-    if not shared:
-        return [(path,) for m in moments for path in m.readers]
-    groups: Groups = []
+def _groups(moments: list[Moments], layouts: Layouts, shared: bool, pools: Mapping[str, str]) -> Groups:
+    """Return the linears of each transform; only those of one spec can share it. pools: of experts' weights, by path."""
+    of_pools: dict[str, list[str]] = {}
     for m in moments:
+        for path in m.readers:
+            if path in pools:
+                of_pools.setdefault(pools[path], []).append(path)
+    groups: Groups = [tuple(paths) for paths in of_pools.values()]
+    for m in moments:
+        if m.readers[0] in pools:
+            continue
+        if not shared:
+            groups += [(path,) for path in m.readers]
+            continue
         alike: dict[Any, list[str]] = {}
         for path in m.readers:
             alike.setdefault(layouts[path].spec, []).append(path)
@@ -276,14 +288,19 @@ def _groups(moments: list[Moments], layouts: Layouts, shared: bool) -> Groups:
 
 
 def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:
-    for moments in total.moments:
+    if ranks.size == 1 or not total.moments:
+        return
+    tokens = torch.tensor([m.tokens for m in total.moments], device=total.moments[0].hessian.device)
+    ranks.add(tokens)
+    for moments, count in zip(total.moments, tokens.tolist(), strict=True):
+        moments.tokens = count
         ranks.add(moments.hessian)
         if moments.cross is not None:
             ranks.add(moments.cross)
 
 
 def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig, ranks: Ranks) -> BlockData:
-    """After `observe` the original stream holds the block's outputs; the quantized one still enters it."""
+    """Pair the block's inputs with the outputs to learn: after `observe` the original stream holds outputs, the quantized one still inputs."""
     how = config.recipe.training or config.recipe.refit
     assert streams.original is not None, "block-wise training compares with the original stream"
     assert how is not None, "asked for by the recipe"
@@ -294,7 +311,7 @@ def _block_data(streams: Streams, held_out: Streams | None, config: QuantConfig,
 
 
 def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
-    """The stream in micro-batches of one size, of at most `limit` windows."""
+    """Return the stream in micro-batches of one size, of at most `limit` windows."""
     sizes = {len(hidden) for hidden in stream}
     if not sizes or (len(sizes) == 1 and max(sizes) <= limit):
         return stream
@@ -304,7 +321,7 @@ def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
 
 
 def _other_parameters(block: Block) -> dict[str, Tensor]:
-    """Every parameter that is not a quantized linear's, by full path."""
+    """Return every parameter that is not a quantized linear's, by full path."""
     taken = {id(site.module) for site in block.sites.values()}
     return {
         f"{block.path}.{path}.{name}" if path else f"{block.path}.{name}": parameter.detach().clone()
@@ -315,7 +332,7 @@ def _other_parameters(block: Block) -> dict[str, Tensor]:
 
 
 def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, PackedLinear]:
-    """The linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
+    """Return the linears' tensors in host memory, from a GPU all copied at once into pinned pages."""
     there = {path: linear.to("cpu", non_blocking=True) for path, linear in packed.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -323,5 +340,5 @@ def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, 
 
 
 def _seed(seed: int, path: str) -> int:
-    """A seed of its own for every transform, the same whatever was quantized before."""
+    """Return a seed of its own for every transform, the same whatever was quantized before."""
     return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..core.linear import Transform, rotated_weight, transform_of
-from ..spec.linear import TENSOR_NAMES, LinearLayout, PackedLinear
+from ..spec.linear import LinearLayout, PackedLinear
 from ..support.errors import ConfigError
 from ..support.formatting import block_and_rest, distinct_ends, short_name
 from .log import BlockRecord, read_log
@@ -101,9 +101,9 @@ class ReportFacts:
     measured: Measured
 
     @property
-    def references(self) -> set[str]:
-        """The originals' names."""
-        return {each.reference for each in self.measured.evaluations if each.reference}
+    def models(self) -> list[str]:
+        """Every model's name, the checkpoints' first: the order of their colours."""
+        return list(dict.fromkeys([*(each.name for each in self.checkpoints), *self.measured.names()]))
 
 
 def gather(
@@ -133,7 +133,7 @@ def gather(
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the directories apart."""
+    """Return the shortest ends of the paths that tell the directories apart."""
     paths = [directory.resolve() for directory in directories]
     if len(set(paths)) < len(paths):
         twice = next(str(directories[i]) for i, path in enumerate(paths) if path in paths[:i])
@@ -142,7 +142,7 @@ def labels(directories: Sequence[Path]) -> list[str]:
 
 
 def outlier_ratio(magnitude: Tensor) -> float:
-    """The largest channel's magnitude over the median's, for magnitudes [C]."""
+    """Return the largest channel's magnitude over the median's, for magnitudes [C]."""
     return (magnitude.max() / magnitude.median().clamp(min=torch.finfo(magnitude.dtype).tiny)).item()
 
 
@@ -154,7 +154,7 @@ def group_range(weight: Tensor, group_size: int) -> float:
 
 
 def magnitudes(weight: Tensor) -> Tensor:
-    """Mean |w| of each input channel: [C] of a weight [N, C]."""
+    """Return mean |w| of each input channel: [C] of a weight [N, C]."""
     return weight.abs().mean(0)
 
 
@@ -173,7 +173,8 @@ def _checkpoint_facts(
     for path in _in_order(checkpoint):
         packed = checkpoint.packed(path)
         linears.append(_linear_facts(checkpoint, path, packed, original.weight(path)))
-        angles.setdefault(linears[-1].kind, []).append(packed["theta"].float().flatten())
+        if packed.layout.rotations:
+            angles.setdefault(linears[-1].kind, []).append(packed["theta"].float().flatten())
         scales.setdefault(linears[-1].kind, []).append(-packed["channel_scales"].float().abs().log2().flatten())
         if advance:
             advance()
@@ -186,7 +187,7 @@ def _checkpoint_facts(
         linears,
         blocks,
         _close_up(chosen, checkpoint.packed(chosen), original.weight(chosen)),
-        _histogram(angles) if checkpoint.config.spec.rotations else None,
+        _histogram(angles) if angles else None,
         _histogram(scales),
         original.remark,
         measured,
@@ -194,7 +195,7 @@ def _checkpoint_facts(
 
 
 def _in_order(checkpoint: Checkpoint) -> list[str]:
-    """The linears' paths, by block and as they were quantized."""
+    """Return the linears' paths, by block and as they were quantized."""
     rank = {path: place for place, path in enumerate(checkpoint.report.get("linears", {}))}
 
     def key(path: str) -> tuple[int, int]:
@@ -225,7 +226,7 @@ def _linear_facts(checkpoint: Checkpoint, path: str, packed: PackedLinear, weigh
 def _before_and_after(
     packed: PackedLinear, transform: Transform, weight: Tensor | None, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A weight in its own basis and in the rotated one: float32 [N, C] both, or about `rows` of the N.
+    """Return a weight in its own basis and in the rotated one: float32 [N, C] both, or about `rows` of the N.
 
     weight: the original's; without it, what is stored stands for both.
     """
@@ -237,7 +238,7 @@ def _before_and_after(
 
 
 def _spaced(rows: Tensor, most: int | None) -> Tensor:
-    """At most about `most` of the rows, evenly spaced."""
+    """Return at most about `most` of the rows, evenly spaced."""
     return rows if most is None else rows[:: _step(len(rows), most)]
 
 
@@ -258,7 +259,7 @@ def _close_up(path: str, packed: PackedLinear, weight: Tensor | None) -> CloseUp
 
 
 def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, int] | None:
-    """Of all pairs of all rotations, the channels whose magnitudes [C] differ most."""
+    """Return the two channels, among the pairs of all rotations, whose magnitudes [C] differ most."""
     if packed.layout.rotations == 0:
         return None
     g = packed.layout.group_size
@@ -269,7 +270,7 @@ def _most_unequal_pair(packed: PackedLinear, magnitude: Tensor) -> tuple[int, in
 
 
 def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
-    """Over a range, symmetric around 0, that holds them all."""
+    """Count values in bins of a range, symmetric around 0, that holds them all."""
     joined = {kind: torch.cat(parts) for kind, parts in values.items()}
     end = max(max(part.abs().max().item() for part in joined.values()), 1e-3)
     edges = torch.linspace(-end, end, BINS + 1)
@@ -278,9 +279,9 @@ def _histogram(values: dict[str, list[Tensor]]) -> Histogram:
 
 
 def _size_16_bit(checkpoint: Checkpoint) -> int:
-    """Bytes of the model with two bytes a number."""
+    """Return bytes of the model with two bytes a number."""
     layouts = [checkpoint.layout(path) for path in checkpoint.stored.linears()]
-    packed = {f"{path}.{name}" for path in checkpoint.stored.linears() for name in TENSOR_NAMES if name != "bias"}
+    packed = {name for name in checkpoint.stored.packed_names() if not name.endswith(".bias")}
     plain = sum(
         torch.Size(field.shape).numel() for name, field in checkpoint.stored.fields.items() if name not in packed
     )

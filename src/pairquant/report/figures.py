@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
 from plotly import graph_objects as go
@@ -11,15 +11,15 @@ from plotly.colors import sample_colorscale
 from .evidence import against_size_and_speed, measured_plots
 from .facts import CheckpointFacts, CloseUp, Histogram, LinearFacts, ReportFacts
 from .log import BlockRecord
-from .style import AFTER, BEFORE, LOGARITHMIC, Plot, layout
+from .style import AFTER, BEFORE, LOGARITHMIC, Plot, Stroke, layout, strokes_of
 
 BLOCKS = {"type": "category", "nticks": 12, "tickangle": 0}
 #: First and last block.
 DEPTH = [BEFORE, AFTER]
 
 
-def checkpoint_plots(facts: CheckpointFacts) -> list[Plot]:
-    """Everything about one checkpoint that its files tell; what they do not tell is left out."""
+def checkpoint_plots(facts: CheckpointFacts, strokes: Mapping[str, Stroke]) -> list[Plot]:
+    """Return everything about one checkpoint that its files tell; what they do not tell is left out. strokes: of each model."""
     plots = []
     if any(linear.error is not None for linear in facts.linears):
         plots.append(_errors(facts.linears))
@@ -29,7 +29,7 @@ def checkpoint_plots(facts: CheckpointFacts) -> list[Plot]:
         plots.append(_histogram("angles", "Rotation angles", caption, facts.angles, "angle (radians)"))
     caption = "What each input channel of a weight is multiplied by before it is rotated: 2 to the power of the axis."
     plots.append(_histogram("scales", "Channel scales", caption, facts.scales, "log₂ of the scale"))
-    plots += measured_plots(facts.measured)
+    plots += measured_plots(facts.measured, strokes)
     if any(block.history for block in facts.blocks):
         plots.append(_training(facts.blocks))
     if facts.blocks:
@@ -39,17 +39,22 @@ def checkpoint_plots(facts: CheckpointFacts) -> list[Plot]:
     return plots
 
 
-def comparison_plots(facts: ReportFacts) -> list[Plot]:
-    """Everything that sets models side by side."""
-    plots = against_size_and_speed(facts.measured, facts.references)
+def strokes(facts: ReportFacts) -> dict[str, Stroke]:
+    """Return how each model is drawn, wherever it is: the originals in grey."""
+    return strokes_of(facts.models, facts.measured.references)
+
+
+def comparison_plots(facts: ReportFacts, strokes: Mapping[str, Stroke]) -> list[Plot]:
+    """Return everything that sets models side by side."""
+    plots = against_size_and_speed(facts.measured)
     recorded = [c for c in facts.checkpoints if any(linear.error is not None for linear in c.linears)]
     if len(recorded) > 1:
-        plots.append(_errors_by_block(recorded))
-    return plots + measured_plots(facts.measured)
+        plots.append(_errors_by_block(recorded, strokes))
+    return plots + measured_plots(facts.measured, strokes)
 
 
 def _errors(linears: list[LinearFacts]) -> Plot:
-    """Blocks across, kinds down."""
+    """Return blocks across, kinds down."""
     blocks = list(dict.fromkeys(linear.block for linear in linears))
     kinds = list(dict.fromkeys(linear.kind for linear in linears))
     cells = {(linear.kind, linear.block): linear for linear in linears}
@@ -75,13 +80,14 @@ def _error(linear: LinearFacts | None) -> float | None:
     return None if linear is None or linear.error is None else 100 * linear.error
 
 
-def _errors_by_block(checkpoints: list[CheckpointFacts]) -> Plot:
+def _errors_by_block(checkpoints: list[CheckpointFacts], strokes: Mapping[str, Stroke]) -> Plot:
     figure = go.Figure(layout=layout(340, "block", "mean error (%)"))
     for facts in checkpoints:
         means = mean_errors(facts.linears)
         figure.add_scatter(
-            x=list(means), y=[100 * mean for mean in means.values()], name=escape(facts.name), mode="lines+markers"
-        )
+            x=list(means), y=[100 * mean for mean in means.values()], name=escape(facts.name), mode="lines+markers",
+            line=strokes[facts.name].line,
+        )  # fmt: skip
     figure.update_yaxes(LOGARITHMIC)
     figure.update_xaxes(BLOCKS)
     caption = "Relative output error on the calibration text, averaged over the linear layers of each block."
@@ -146,7 +152,7 @@ def _histogram(key: str, title: str, caption: str, histogram: Histogram, axis: s
 
 
 def _training(blocks: list[BlockRecord]) -> Plot:
-    """A line per block and series; the stages follow each other."""
+    """Return a line per block and series; the stages follow each other."""
     figure = go.Figure(layout=layout(380, "epoch", "loss"))
     trained = [block for block in blocks if block.history]
     colors = sample_colorscale(DEPTH, [place / max(1, len(trained) - 1) for place in range(len(trained))])
@@ -171,7 +177,7 @@ def _training(blocks: list[BlockRecord]) -> Plot:
 
 
 def _epochs(block: BlockRecord) -> list[int]:
-    """Epochs counted through all stages, each of which starts at its own epoch 0: the end of the one before."""
+    """Return epochs counted through all stages, each of which starts at its own epoch 0: the end of the one before."""
     counted: list[int] = []
     done = 0
     for place, epoch in enumerate(block.history):

@@ -16,7 +16,7 @@ PNG_SCALE = 2
 
 
 def require_browser() -> None:
-    """Raises `ConfigError` without Kaleido, or without a browser that it can drive."""
+    """Raise `ConfigError` without Kaleido, or without a browser that it can drive."""
     try:
         import kaleido  # noqa: F401
         from choreographer.browsers.chromium import Chromium
@@ -30,7 +30,7 @@ def require_browser() -> None:
 
 
 def write_images(plots: Mapping[str, Any], directory: Path, template: dict[str, Any]) -> None:
-    """`<key>.svg` and `<key>.png` of each plot, on white, into `directory`, which is made if need be.
+    """Write `<key>.svg` and `<key>.png` of each plot, on white, into `directory`, which is made if it is missing.
 
     plots: key → `figures.Plot`; template: Plotly's. Raises `ResourceError` if the browser fails.
     """

@@ -34,7 +34,7 @@ class BlockRecord:
 
 
 def read_log(directory: Path) -> list[BlockRecord]:
-    """The blocks in order, of a checkpoint's directory; none without a log. Raises `CheckpointError` naming a bad line."""
+    """Return the blocks in order, of a checkpoint's directory; none without a log. Raises `CheckpointError` naming a bad line."""
     file = directory / LOG_FILE
     if not file.is_file():
         return []

@@ -13,13 +13,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint.files import durable
+from ..evaluation.quality import Quality
+from ..evaluation.results import ChainResults
 from ..spec.linear import bits_per_weight
 from ..support.errors import ConfigError
-from ..support.formatting import departs, departure, duration, number, percent, plain, size, source_names, token_count
+from ..support.formatting import (
+    counted,
+    departs,
+    departure,
+    duration,
+    number,
+    percent,
+    plain,
+    size,
+    source_names,
+    token_count,
+)
 from ..support.version import __version__
 from .facts import CheckpointFacts, LinearFacts, ReportFacts, gather
 from .images import require_browser, write_images
-from .results import CHAINS, Accuracy, Chains, Evaluation, Measured, Speed, SpeedRow
+from .results import CHAINS, Accuracy, Evaluation, Measured, Speed, SpeedRow
 
 HERE = Path(__file__).parent
 #: What is written of an evaluation's measures, and with how many digits.
@@ -115,7 +128,7 @@ class Drawing:
 
 
 def _drawing() -> Drawing:
-    """Raises `ConfigError` without Plotly."""
+    """Raise `ConfigError` without Plotly."""
     try:
         from . import figures, style
     except ImportError as error:
@@ -140,18 +153,18 @@ def _render(panels: list[Panel], drawing: Drawing) -> str:
 
 
 def _panels(facts: ReportFacts, drawing: Drawing) -> list[Panel]:
-    """One per checkpoint, and before them a comparison if there is more than one model to compare."""
-    panels = []
+    """Return one per checkpoint, and before them a comparison if there is more than one model to compare."""
+    panels, strokes = [], drawing.figures.strokes(facts)
     known = {checkpoint.name for checkpoint in facts.checkpoints}
     others = [name for name in facts.measured.names() if name not in known]
     if len(facts.checkpoints) + len(others) > 1:
-        plots = {f"compared-{plot.key}": plot for plot in drawing.figures.comparison_plots(facts)}
+        plots = {f"compared-{plot.key}": plot for plot in drawing.figures.comparison_plots(facts, strokes)}
         panels.append(
             Panel("Side by side", [], plots, [_comparison_table(facts, others), *_measured_tables(facts.measured)])
         )
     for place, checkpoint in enumerate(facts.checkpoints, 1):
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", checkpoint.name)
-        plots = {f"{place}-{slug}-{plot.key}": plot for plot in drawing.figures.checkpoint_plots(checkpoint)}
+        plots = {f"{place}-{slug}-{plot.key}": plot for plot in drawing.figures.checkpoint_plots(checkpoint, strokes)}
         remarks = [f"Weights: {checkpoint.remark}.", *_missing(checkpoint)]
         config = checkpoint.checkpoint.report.get("config")
         recipe = json.dumps(config, indent=1) if config else None
@@ -161,7 +174,7 @@ def _panels(facts: ReportFacts, drawing: Drawing) -> list[Panel]:
 
 
 def _missing(facts: CheckpointFacts) -> list[str]:
-    """What the checkpoint's files do not tell, in words."""
+    """Return what the checkpoint's files do not tell, in words."""
     missing = []
     if all(linear.error is None for linear in facts.linears):
         missing.append("No errors were recorded (no pairquant.json).")
@@ -176,10 +189,14 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
         facts.checkpoint.report,
         facts.checkpoint.config.provenance or {},
     )
-    shape = str(config.spec)
+    shape = "; ".join(facts.checkpoint.specs())
     shared = f", {len(config.shared_rotations)} shared transforms" if config.shared_rotations else ""
     cards = [
-        Card("bits per weight", f"{facts.checkpoint.bits_per_weight():.2f}", f"in {len(facts.linears)} linear layers"),
+        Card(
+            "bits per weight",
+            f"{facts.checkpoint.bits_per_weight():.2f}",
+            f"in {counted(len(facts.linears), 'linear layer')}",
+        ),
         Card("size", size(facts.size), f"{size(facts.size_16_bit)} in 16 bits"),
         Card("preset", plain(provenance.get("preset", "not recorded")), shape + shared),
     ]
@@ -205,16 +222,18 @@ def _measured_cards(measured: Measured) -> list[Card]:
     return cards + [_speed_card(speed) for speed in measured.speeds]
 
 
-def _text_card(text: str, row: Mapping[str, Any]) -> Card:
+def _text_card(text: str, quality: Quality) -> Card:
     values = {
-        m: f"{label} {number(row[m], digits)}" for m, (label, digits) in MEASURES.items() if row.get(m) is not None
+        measure: f"{label} {number(value, digits)}"
+        for measure, (label, digits) in MEASURES.items()
+        if (value := getattr(quality, measure)) is not None
     }
     first = next(iter(values))
     label, _, value = values.pop(first).rpartition(" ")
-    return Card(f"{label}, {text}", value, ", ".join([*values.values(), f"{row['tokens']:,} tokens"]))
+    return Card(f"{label}, {text}", value, ", ".join([*values.values(), f"{quality.tokens:,} tokens"]))
 
 
-def _chains_card(chains: Chains) -> Card:
+def _chains_card(chains: ChainResults) -> Card:
     note = f"decoding departs {departs(chains.departure_median)}; {chains.tokens:,} tokens"
     return Card(f"KL, {CHAINS}", f"{chains.kl:.4f}", note)
 
@@ -231,7 +250,7 @@ def _speed_card(speed: Speed) -> Card:
 
 
 def _measured_tables(measured: Measured) -> list[Table]:
-    """Of answers and of speed, as far as there are any."""
+    """Return the tables of answers and of speed, as far as there are any."""
     answers = [_answer_cells(e, accuracy) for e in measured.evaluations for accuracy in e.accuracies]
     speeds = [_speed_cells(speed, row) for speed in measured.speeds for row in speed.rows]
     columns = [
@@ -281,7 +300,7 @@ def _duration_cell(seconds: float | None) -> Cell:
 
 def _linear_table(linears: list[LinearFacts]) -> Table:
     columns = [
-        "layer", "block", "shape", "error, %", "bits per weight", "outliers before", "outliers after",
+        "layer", "block", "shape", "bits", "group", "rotations", "error, %", "bits per weight", "outliers before", "outliers after",
         "group range before", "group range after", "largest angle",
     ]  # fmt: skip
     rows = [
@@ -289,6 +308,9 @@ def _linear_table(linears: list[LinearFacts]) -> Table:
             Cell(linear.path, linear.path),
             Cell(linear.block, int(linear.block) if linear.block else None),
             Cell(f"{linear.layout.out_features} × {linear.layout.in_features}", linear.layout.out_features * linear.layout.in_features),
+            Cell.of(linear.layout.bits, 0),
+            Cell.of(linear.layout.group_size, 0),
+            Cell.of(linear.layout.rotations, 0),
             Cell(percent(linear.error), linear.error),
             Cell.of(bits_per_weight([linear.layout]), 3),
             Cell.of(linear.outliers_before, 2),
@@ -303,7 +325,7 @@ def _linear_table(linears: list[LinearFacts]) -> Table:
 
 
 def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
-    """A row per checkpoint, and per measured model that is none of them."""
+    """Return a row per checkpoint, and per measured model that is none of them."""
     texts = dict.fromkeys(
         (text, m) for e in facts.measured.evaluations for text in e.texts for m in ("kl", "perplexity")
     )
@@ -337,32 +359,27 @@ def _comparison_cells(facts: CheckpointFacts) -> list[Cell]:
 
 
 def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
-    """What is known of a model without its files: the last evaluation that tells counts."""
-
-    def last(attribute: str) -> float | None:
-        return next((v for e in reversed(evaluations) if (v := getattr(e, attribute)) is not None), None)
-
+    """Return what is known of a model without its files."""
+    known = evaluations[0] if evaluations else Evaluation(name, None, None, {})
     return [
         Cell(name, name),
-        Cell.of(last("bits_per_weight"), 2),
-        _size_cell(last("size_bytes")),
+        Cell.of(known.bits_per_weight, 2),
+        _size_cell(known.size_bytes),
         Cell("", None),
         Cell("", None),
-        _duration_cell(last("quantized_in_s")),
+        _duration_cell(known.quantized_in_s),
     ]
 
 
 def _chain_cells(measured: Measured) -> list[Cell]:
-    """The last evaluation that has chains counts."""
-    chains = next((e.chains for e in reversed(measured.evaluations) if e.chains), None)
+    chains = next((e.chains for e in measured.evaluations if e.chains), None)
     if chains is None:
         return [Cell("", None), Cell("", None)]
     median = chains.departure_median
-    rank = chains.most_tokens if median is None else median
+    rank = chains.plan.tokens if median is None else median
     return [Cell.of(chains.kl, MEASURES["kl"][1]), Cell(departure(median), rank)]
 
 
 def _text_cells(texts: Iterable[tuple[str, str]], measured: Measured) -> list[Cell]:
-    """The last evaluation that has a text counts."""
-    rows = {text: row for evaluation in measured.evaluations for text, row in evaluation.texts.items()}
-    return [Cell.of(rows.get(text, {}).get(measure), MEASURES[measure][1]) for text, measure in texts]
+    found = {text: quality for each in measured.evaluations for text, quality in each.texts.items()}
+    return [Cell.of(getattr(found.get(text), measure, None), MEASURES[measure][1]) for text, measure in texts]

@@ -61,13 +61,13 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float], logarithmic: bool) -> Scale:
-        """With room for names beside the outermost points."""
+        """Make a scale with room for names beside the outermost points."""
         placed = [log10(value) if logarithmic else value for value in values] or [0.0, 1.0]
         room = 0.18 * (max(placed) - min(placed)) or 0.18 * abs(max(placed)) or 1
         return cls(logarithmic, min(placed) - room, max(placed) + room)
 
     def share(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+        """Return where a value lies: 0 at the low end, 1 at the high one."""
         return ((log10(value) if self.logarithmic else value) - self.low) / (self.high - self.low)
 
     @property
@@ -81,7 +81,7 @@ Series = dict[str, dict[str, Value]]
 
 
 def scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines: set[str]) -> Plot:
-    """A point for each model of which both are known, in a colour for each series; those of `lines` as lines across."""
+    """Return a point for each model of which both are known, in a colour for each series; those of `lines` as lines across."""
     known = {name: {m: v for m, v in values.items() if m in axis.of} for name, values in series.items()}
     known = {name: values for name, values in known.items() if values.keys() - lines}
     known = dict(sorted(known.items(), key=lambda item: -len(item[1])))  # the first is the one shown in a crowd
@@ -120,7 +120,7 @@ def scatter(key: str, title: str, label: str, series: Series, axis: Axis, lines:
 
 
 def _ends(series: Iterable[Mapping[str, Value]]) -> list[float]:
-    """Of all intervals."""
+    """Return the ends of all intervals."""
     return [end for values in series for value in values.values() for end in value.ends]
 
 
@@ -147,7 +147,7 @@ def _add_points(
 
 
 def _add_line(figure: go.Figure, model: str, value: float, across: Scale, color: str, style: Mapping[str, Any]) -> None:
-    """The original's value, from side to side."""
+    """Draw the original's value as a line from side to side."""
     figure.add_scatter(
         x=across.ends,
         y=[value, value],
@@ -161,7 +161,7 @@ def _add_line(figure: go.Figure, model: str, value: float, across: Scale, color:
 
 
 def error_bars(values: Sequence[Value]) -> dict[str, Any]:
-    """From each value to the ends of its interval, none where there is none."""
+    """Return bars from each value to the ends of its interval; none where there is no interval."""
     above = [v.ends[1] - v.value for v in values]
     below = [v.value - v.ends[0] for v in values]
     return {
@@ -172,7 +172,7 @@ def error_bars(values: Sequence[Value]) -> dict[str, Any]:
 def beside(
     points: Sequence[tuple[float, float, str]], inside: tuple[int, int], occupied: list[Box] | None = None
 ) -> list[str]:
-    """Where the name of each point stands: where it covers least of points, earlier names and edges.
+    """Return where the name of each point stands: where it covers least of points, earlier names and edges.
 
     points: shares of the figure's inside (width and height in pixels) across and up, and a name; occupied: by earlier
     series, to which these are added.
@@ -191,11 +191,11 @@ def beside(
 
 
 def _box(x: float, y: float, letters: int, left: float, above: float) -> Box:
-    """Of a name."""
+    """Return the box that a name takes."""
     width = LETTER * letters
     return x - left * width, y - above * LINE, x + (1 - left) * width, y + (1 - above) * LINE
 
 
 def _overlap(a: Box, b: Box) -> float:
-    """The common area."""
+    """Return the common area."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,33 @@ INKS = {"light": ("#2b3038", "#dfe2e8"), "dark": ("#d6dae2", "#363d49")}
 
 
 @dataclass(frozen=True)
+class Stroke:
+    """How one model, or one text, is drawn in every figure. dash: of lines; pattern: of bars, Plotly's names."""
+
+    color: str
+    dash: str
+    pattern: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.color, "dash": self.dash}
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        return {"color": self.color, "pattern": {"shape": self.pattern}}
+
+
+def strokes_of(names: Iterable[str], originals: Iterable[str] = ()) -> dict[str, Stroke]:
+    """Return a stroke for each name, grey for originals; once the colours have been used up they come again, dashed."""
+    grey, colors = set(originals), [color for color in COLORS if color != BEFORE]
+    drawn = {name: Stroke(BEFORE, "solid", "") for name in grey}
+    for place, name in enumerate(dict.fromkeys(name for name in names if name not in grey)):
+        rounds, color = divmod(place, len(colors))
+        drawn[name] = Stroke(colors[color], ("solid", "dash", "dot")[rounds % 3], ("", "/", "x")[rounds % 3])
+    return drawn
+
+
+@dataclass(frozen=True)
 class Plot:
     """A figure with its place in the page. key: file name and anchor; title, caption: plain text; wide: the page's width."""
 
@@ -37,17 +64,17 @@ class Plot:
     wide: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For plotly.js; arrays as base64."""
+        """Return the figure for plotly.js, with arrays as base64."""
         return json.loads(self.figure.to_json())
 
 
 def far_apart(values: Sequence[float]) -> bool:
-    """Whether an axis for them should be logarithmic; never with zeros, or below."""
+    """Return whether an axis for them should be logarithmic; never with zeros, or below."""
     return bool(values) and min(values) > 0 and max(values) > FAR * min(values)
 
 
 def template(theme: str) -> dict[str, Any]:
-    """Plotly's template of inks and grounds, for "light" or "dark"."""
+    """Return Plotly's template of text and background colours, for "light" or "dark"."""
     ink, grid = INKS[theme]
     axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "automargin": True, "title": {"standoff": 8}}
     scale = [[i / 3, color] for i, color in enumerate(SCALES[theme])]
@@ -68,10 +95,10 @@ def template(theme: str) -> dict[str, Any]:
 
 
 def plotly_js() -> str:
-    """The library that draws the figures: JavaScript, gzipped, as base64. 2.0 MB, where plain it would take 4.8."""
+    """Return the library that draws the figures: JavaScript, gzipped, as base64. 2.0 MB, where plain it would take 4.8."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 def layout(height: int, x: str, y: str = "", legend: bool = True) -> go.Layout:
-    """With room for a legend above, or for the topmost tick's label alone."""
+    """Return a layout with room above for a legend, or for the topmost tick's label alone."""
     return go.Layout(height=height, xaxis_title=x, yaxis_title=y or None, margin_t=36 if legend else 12)

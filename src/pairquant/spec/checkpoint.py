@@ -61,20 +61,20 @@ class CheckpointConfig:
 
     @classmethod
     def of_plan(cls, plan: Plan, **entries: Any) -> CheckpointConfig:
-        """The config of a checkpoint made by this plan, each exception under its exact path; entries: the other fields."""
+        """Return the config of a checkpoint made by this plan, each exception under its exact path; entries: the other fields."""
         exceptions = plan.exceptions.items()
         return cls(plan.default, tuple((f"^{re.escape(path)}$", spec) for path, spec in exceptions), **entries)
 
     def spec_of(self, path: str) -> Spec:
-        """The spec of one quantized linear."""
+        """Return the spec of one quantized linear."""
         return next((spec for pattern, spec in self.overrides if re.match(pattern, path)), self.spec)
 
     def layout(self, path: str, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
-        """The layout of the linear at `path`, of this size."""
+        """Return the layout of the linear at `path`, of this size."""
         return self.spec_of(path).layout(in_features, out_features, bias)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object: the four entries that the original writes, and the others where they say something.
+        """Return the JSON object: the four entries that the original writes, and the others where they say something.
 
         `zero_point` is written only when false: it is true for every reader that is not told, and GPTQModel 7.7
         refuses a file that says so. `dynamic`, GPTQModel's convention, has the overrides, and repeats
@@ -123,7 +123,7 @@ def _differing(spec: Spec, default: Spec) -> dict[str, int]:
 
 
 def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    """Fields of `Spec` from entries of config.json, checked; prefix: where in the file they stand."""
+    """Return fields of `Spec` from entries of config.json, checked; prefix: where in the file they stand."""
     found = {}
     for key, (name, allowed, words) in SPEC_ENTRIES.items():
         if key in entries:
@@ -134,7 +134,7 @@ def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
 
 
 def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
-    """Patterns and specs of `dynamic`. Its "-:" entries are for other readers: we see which linears are plain."""
+    """Return patterns and specs of `dynamic`. Its "-:" entries are for other readers: we see which linears are plain."""
     if dynamic is None:
         return ()
     if not isinstance(dynamic, dict):

@@ -44,7 +44,7 @@ class Codes:
         }
 
     def misfits(self, size: Size) -> Iterator[str]:
-        """Why a linear of this size cannot be stored so."""
+        """Yield why a linear of this size cannot be stored so."""
         block = columns_per_block(self.bits)
         if size.in_features % self.group_size:
             yield f"in_features {size.in_features} is not a multiple of group size {self.group_size}"

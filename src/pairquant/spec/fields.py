@@ -31,7 +31,7 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def axis(self, counted: str) -> int | None:
-        """The dimension that counts this, or None."""
+        """Return the dimension that counts this, or None."""
         return self.axes.index(counted) if counted in self.axes else None
 
 
@@ -45,17 +45,17 @@ class Size:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity. Looks at its extremes only, which takes 1/45 of `isfinite`'s time."""
+    """Return whether a tensor has no NaN and no infinity. Looks at its extremes only, which takes 1/45 of `isfinite`'s time."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def damaged(tensor: str, fault: str) -> CheckpointError:
-    """The error that names a faulty stored tensor and its fault."""
+    """Return the error that names a faulty stored tensor and its fault."""
     return CheckpointError(f"tensor {tensor} {fault}. The checkpoint is damaged: download or quantize it again.")
 
 
 def short(dtype: torch.dtype) -> str:
-    """torch.float16 → "float16"."""
+    """Return the short name of a dtype: torch.float16 → "float16"."""
     return str(dtype).removeprefix("torch.")

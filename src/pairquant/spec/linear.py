@@ -30,7 +30,7 @@ class Part(Protocol):
         """Name → dtype and shape of each tensor, in the order they are written."""
 
     def misfits(self, size: Size) -> Iterator[str]:
-        """Why a linear of this size cannot be stored so, in words."""
+        """Return why a linear of this size cannot be stored so, in words."""
 
     def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
         """Faulty values: name of the tensor, and what is wrong."""
@@ -76,7 +76,7 @@ class Spec:
         return Codes(self.bits, self.group_size), Rotation(self.rotations, self.group_size)
 
     def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
-        """The layout of a linear of this size."""
+        """Return the layout of a linear of this size."""
         return LinearLayout(self, in_features, out_features, bias)
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ class LinearLayout:
         return (*self.spec.parts, Bias()) if self.bias else self.spec.parts
 
     def misfits(self) -> list[str]:
-        """Why a linear of this size cannot be stored in this layout, in words; empty when it can."""
+        """Return why a linear of this size cannot be stored in this layout, in words; empty when it can."""
         return [fault for part in self.parts for fault in part.misfits(self.size)]
 
     def fields(self) -> dict[str, Field]:
@@ -126,21 +126,25 @@ class LinearLayout:
         return dict(_fields(self))
 
     def without_bias(self) -> LinearLayout:
-        """The same layout of a linear that has no bias."""
+        """Return the same layout of a linear that has no bias."""
         return replace(self, bias=False)
 
     def stored_bits(self) -> int:
-        """Size of all stored tensors but the bias, in bits."""
+        """Return size of all stored tensors but the bias, in bits."""
         return sum(field.nbytes * 8 for part in self.spec.parts for field in part.fields(self.size).values())
 
+    def transform_bits(self) -> int:
+        """Return the size of the stored transform, in bits."""
+        return sum(self.fields()[name].nbytes * 8 for name in transform_names(self))
+
     def numbers(self) -> list[int]:
-        """As whole numbers, for operators that take no other arguments; `of_numbers` reads them."""
+        """Return the layout as whole numbers, for operators that take no other arguments; `of_numbers` reads them."""
         spec = self.spec
         return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> LinearLayout:
-        """The layout, without bias, that `numbers` returned."""
+        """Return the layout, without bias, that `numbers` returned."""
         in_features, out_features, bits, group_size, rotations = numbers
         return cls(Spec(bits, group_size, rotations), in_features, out_features)
 
@@ -185,7 +189,7 @@ class PackedLinear:
 
     @classmethod
     def joined(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
-        """One linear with the output features of all, which must have the first one's transform."""
+        """Return one linear with the output features of all, which must have the first one's transform."""
         layout = replace(parts[0].layout, out_features=sum(part.layout.out_features for part in parts))
         tensors = {}
         for name, field in layout.fields().items():
@@ -194,7 +198,7 @@ class PackedLinear:
         return cls(layout, tensors)
 
     def thinned(self, step: int) -> PackedLinear:
-        """The linear with every `step`-th block of `columns_per_block` output features alone, without its bias."""
+        """Return the linear with every `step`-th block of `columns_per_block` output features alone, without its bias."""
         blocks = self.layout.out_features // columns_per_block(self.layout.bits)
         layout = replace(self.layout, out_features=len(range(0, blocks, step)) * (self.layout.out_features // blocks))
         layout = replace(layout, bias=False)
@@ -207,27 +211,27 @@ class PackedLinear:
         return PackedLinear(layout, tensors)
 
     def shares_transform_with(self, other: PackedLinear) -> bool:
-        """Whether both turn their input in the same way."""
+        """Return whether both turn their input in the same way."""
         return all(torch.equal(self[name], other[name]) for name in transform_names(self.layout))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLinear:
-        """The same tensors on a device."""
+        """Return the same tensors on a device."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return PackedLinear(self.layout, moved)
 
     def with_tensors(self, **changed: Tensor) -> PackedLinear:
-        """A copy with some tensors replaced."""
+        """Return a copy with some tensors replaced."""
         return PackedLinear(self.layout, {**self.tensors, **changed})
 
     def check_values(self, path: str) -> None:
-        """Raises `CheckpointError` for values that a shape cannot vouch for (see the parts' `faults`)."""
+        """Raise `CheckpointError` for values that a shape cannot vouch for (see the parts' `faults`)."""
         for part in self.layout.parts:
             for name, fault in part.faults(self.tensors):
                 raise damaged(f"{path}.{name}", fault)
 
 
 def transform_names(layout: LinearLayout) -> tuple[str, ...]:
-    """Names of the stored tensors that say how the input is turned: those that no output feature owns."""
+    """Return names of the stored tensors that say how the input is turned: those that no output feature owns."""
     return tuple(name for name, field in layout.fields().items() if field.axis(ROWS) is None and CHANNELS in field.axes)
 
 

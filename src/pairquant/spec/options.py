@@ -45,7 +45,7 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """ "down_proj=bits:8,rotations:0" → an override; raises `ConfigError` naming the part that is wrong."""
+        """Read an override, such as "down_proj=bits:8,rotations:0"; raises `ConfigError` naming the part that is wrong."""
         pattern, equals, settings = text.rpartition("=")
         if not equals or not pattern:
             raise ConfigError(f"override {text!r} has no '='. Write PATTERN={_settings_allowed()}.")
@@ -64,7 +64,7 @@ class Override:
         return {name: value for name in OVERRIDABLE if (value := getattr(self, name)) is not None}
 
     def applied(self, default: Spec) -> Spec:
-        """The default with this override's changes."""
+        """Return the default with this override's changes."""
         return replace(default, **self.changes)  # type: ignore[arg-type]  # only whole numbers can be overridden
 
     def __str__(self) -> str:
@@ -148,7 +148,7 @@ class QuantConfig:
         return Spec(self.bits, size, self.rotations, self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it. Options that came later are left out while they say nothing."""
+        """Return entries ready for JSON, which `from_dict` reads. Options added in later versions are left out at their default."""
         entries = asdict(self)
         if not self.overrides:
             del entries["overrides"]
@@ -158,7 +158,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> QuantConfig:
-        """The config that `to_dict` wrote, with its recipe, `training` and `refit` included. Raises `ConfigError`."""
+        """Return the config that `to_dict` wrote, with its recipe, `training` and `refit` included. Raises `ConfigError`."""
         unknown = [name for name in entries if name not in {field.name for field in fields(cls)}]
         if unknown:
             raise ConfigError(
@@ -168,12 +168,12 @@ class QuantConfig:
         return cls(**{**entries, "recipe": Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe})
 
     def with_group_size(self, group_size: int) -> QuantConfig:
-        """A copy with "auto" resolved."""
+        """Return a copy with "auto" resolved."""
         return replace(self, group_size=group_size)
 
 
 def _as_override(item: Any) -> Override:
-    """An override, given as one, as text (see `Override.parse`), or as the mapping that JSON has of it."""
+    """Return an override, given as one, as text (see `Override.parse`), or as the mapping that JSON has of it."""
     if isinstance(item, Override):
         return item
     if isinstance(item, str):

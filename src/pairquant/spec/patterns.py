@@ -9,7 +9,7 @@ from ..support.errors import ConfigError
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a module path is named by one of the patterns.
+    """Return whether a module path is named by one of the patterns.
 
     "down_proj" names every path that ends so, "model.layers.3" everything below it, "re:.*gate$" every path that the
     expression matches from its start.

@@ -17,6 +17,9 @@ from .linear import LinearLayout, Spec, bits_per_weight
 from .options import Override, QuantConfig
 from .patterns import matches
 
+#: Weights that do not fit are left plain, instead of refused, where those of one name are less than this share of all.
+SMALL_SHARE = 0.01
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +50,7 @@ class Plan:
 
 
 def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str]) -> Plan:
-    """The plan for weights of these sizes, by path.
+    """Return the plan for weights of these sizes, by path.
 
     plain: path → reason of the weights that stay as they are. Raises `ConfigError` for an override that names nothing,
     and when weights do not fit, with all of them and the remedies.
@@ -63,12 +66,26 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
     if not config.recipe.transform:  # such presets round the weight as it is
         specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
     layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}
+    for path, reason in _too_small(layouts).items():
+        del layouts[path]
+        reasons[path] = reason
     _require_fit(layouts, default)
     return Plan(default, layouts, reasons)
 
 
+def _too_small(layouts: Mapping[str, LinearLayout]) -> dict[str, str]:
+    """Return path → reason of the weights that do not fit and are, with all of their last name, a small share of the whole."""
+    weights: Counter[str] = Counter()
+    for path, layout in layouts.items():
+        weights[path.rpartition(".")[2]] += layout.in_features * layout.out_features
+    total = sum(weights.values())
+    small = {name for name, count in weights.items() if count < SMALL_SHARE * total}
+    faults = {path: layout.misfits() for path, layout in layouts.items() if path.rpartition(".")[2] in small}
+    return {path: f"small, and {'; '.join(reasons)}" for path, reasons in faults.items() if reasons}
+
+
 def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
-    """The default group size, with "auto" resolved: the largest that divides every weight it is for."""
+    """Return the default group size, with "auto" resolved: the largest that divides every weight it is for."""
     if config.group_size != "auto":
         return int(config.group_size)
     own = [override.pattern for override in config.overrides if override.group_size is not None]
@@ -77,7 +94,7 @@ def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
 
 
 def _dividing(channels: Iterable[int]) -> list[int]:
-    """The group sizes that divide all of these numbers of channels, ascending."""
+    """Return the group sizes that divide all of these numbers of channels, ascending."""
     distinct = set(channels)
     return [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in distinct)]
 
@@ -112,7 +129,7 @@ def _last_names(paths: Iterable[str]) -> list[str]:
 
 
 def _grouped_by_reason(faults: Mapping[str, list[str]]) -> str:
-    """One line per kind of layer: how many, which, why."""
+    """Return one line per kind of layer: how many, which, why."""
     lines = []
     for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
         paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]

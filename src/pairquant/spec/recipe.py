@@ -128,7 +128,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
-        """The recipe whose `dataclasses.asdict` these entries are. Raises `ConfigError` for settings it does not have."""
+        """Return the recipe whose `dataclasses.asdict` these entries are. Raises `ConfigError` for settings it does not have."""
         kinds = {"training": Training, "refit": Refit}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
         try:
@@ -151,13 +151,13 @@ PRESETS: dict[str, Recipe] = {
 
 
 def preset_named(name: str) -> Recipe:
-    """The preset; raises `ConfigError` naming those there are."""
+    """Return the preset; raises `ConfigError` naming those there are."""
     require_choice("preset", name, PRESETS)
     return PRESETS[name]
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Every setting by its name, nested ones dotted: {"steps": 150, "training.epochs": 10, …}."""
+    """Return every setting by its name, nested ones dotted: {"steps": 150, "training.epochs": 10, …}."""
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
         if isinstance(value, (Training, Refit)):
@@ -168,7 +168,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
-    """The preset with some settings changed, each "name=value" with a Python literal or a word as value.
+    """Return the preset with some settings changed, each "name=value" with a Python literal or a word as value.
 
     Raises `ConfigError` for names that the preset does not have, and values that are not allowed.
     """

@@ -47,7 +47,7 @@ class Conversation:
 
 
 def document_of(row: Any, where: str) -> str | Conversation:
-    """A row's text, or its conversation. Raises `TextError` naming the row and its keys."""
+    """Return a row's text, or its conversation. Raises `TextError` naming the row and its keys."""
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -60,7 +60,7 @@ def document_of(row: Any, where: str) -> str | Conversation:
 
 
 def _turns(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The turns of a chat row; empty if the row is none."""
+    """Return the turns of a chat row; empty if the row is none."""
     for key in TURNS:
         if isinstance(row.get(key), list) and row[key]:
             return [_turn(turn, f"{where}, {key}, turn {n}") for n, turn in enumerate(row[key], 1)]
@@ -82,7 +82,7 @@ def _filled(value: Any) -> bool:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """A turn under the keys "role" and "content", its parts of text joined."""
+    """Return a turn under the keys "role" and "content", its parts of text joined."""
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):

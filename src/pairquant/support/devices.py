@@ -12,7 +12,7 @@ from .errors import ConfigError, did_you_mean
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:0", …; raises `ConfigError`.
+    """Return the device that a name stands for: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:0", …; raises `ConfigError`.
 
     Among several processes (torchrun), "auto" and "cuda" are a GPU of each one's own.
     """

@@ -10,7 +10,7 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA H100 80GB HBM3", or "AMD EPYC 9554, 2 threads"."""
+    """Return what a device is called: "NVIDIA H100 80GB HBM3", or "AMD EPYC 9554, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -18,7 +18,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package and of the libraries under it."""
+    """Return the versions of Python, of this package and of the libraries that it uses."""
     packages = ("pairquant", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 

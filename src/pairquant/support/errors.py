@@ -47,6 +47,6 @@ class ResourceError(PairQuantError, RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'fast'?"` for the closest of `known`, or an empty string."""
+    """Return `"; did you mean 'fast'?"` for the closest of `known`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -15,7 +15,7 @@ NAMES = ("tensorboard", "wandb")
 
 @contextmanager
 def logger(name: str | None, output: Path) -> Iterator[Log | None]:
-    """A function that takes the log's events; None for no name. Raises `ConfigError` if unknown or not installed."""
+    """Make a function that takes the log's events; None for no name. Raises `ConfigError` if unknown or not installed."""
     if name is None:
         yield None
         return
@@ -51,7 +51,7 @@ def _wandb(output: Path) -> tuple[Log, Callable[[], None]]:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of a finished block's event: seconds, memory, and the error of each kind of linear."""
+    """Return the scalars of a finished block's event: seconds, memory, and the error of each kind of linear."""
     if event.get("event") != "block":
         return {}
     found = {key: float(value) for key, value in event.items() if type(value) in (int, float) and key != "index"}

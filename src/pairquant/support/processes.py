@@ -27,7 +27,7 @@ Work = Callable[[AnyJob], Iterator[str | dict[str, Any]]]
 
 
 def in_own_process(work: Work[AnyJob], job: AnyJob, tell: Callable[[str], None], remedy: str) -> dict[str, Any]:
-    """The result of `work(job)` in a spawned process; `tell` is given its strings.
+    """Return the result of `work(job)` in a spawned process; `tell` is given its strings.
 
     Raises what the work raises of ours, and `ResourceError` when the process dies; remedy: what to lower if that was for
     want of memory.

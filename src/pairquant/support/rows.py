@@ -32,16 +32,16 @@ class Pieces:
     seed: int
 
     def spare(self, path: Path) -> bool:
-        """Whether the file is large, and more than the pieces."""
+        """Return whether the file is large, and more than the pieces."""
         return path.stat().st_size > max(LARGE, self.count * self.size)
 
     def places(self, length: int) -> list[int]:
-        """Where in a file of `length` bytes the pieces begin: where in its stretch each lies, the seed decides."""
+        """Return where in a file of `length` bytes the pieces begin: where in its stretch each lies, the seed decides."""
         generator, stretch = random.Random(self.seed), length / self.count
         return [int(i * stretch + generator.random() * (stretch - self.size)) for i in range(self.count)]
 
     def step(self, path: Path) -> int:
-        """Of rows that only reading the whole file finds, every how manieth is taken."""
+        """Return n, where every n-th row is taken: for files whose rows are only found by reading all of them."""
         return max(1, path.stat().st_size // (self.count * self.size))
 
 
@@ -62,7 +62,7 @@ def plain_text(path: Path, pieces: Pieces | None = None) -> Iterator[str]:
 
 
 def _consecutive(path: Path) -> Iterator[str]:
-    """All of a large file, a document after the other."""
+    """Yield all of a large file, a document after the other."""
     with path.open("rb") as file:
         rest, place = b"", 0
         while content := file.read(DOCUMENT):
@@ -75,7 +75,7 @@ def _consecutive(path: Path) -> Iterator[str]:
 
 
 def _separate(path: Path, pieces: Pieces) -> Iterator[str]:
-    """Each piece: whole lines, or whole characters where a line is longer than a piece."""
+    """Yield each piece: whole lines, or whole characters where a line is longer than a piece."""
     with path.open("rb") as file:
         for place in _beginnings(file, pieces, pieces.size):
             content = file.read(pieces.size) + file.readline(pieces.size)
@@ -100,12 +100,12 @@ def _beginnings(file: BinaryIO, pieces: Pieces, longest: int = -1) -> Iterator[i
 
 
 def _continued(content: bytes) -> int:
-    """How many bytes at the beginning, three at most, belong to a UTF-8 character that began before."""
+    """Return how many bytes at the beginning, three at most, belong to a UTF-8 character that began before."""
     return next((n for n, byte in enumerate(content[:3]) if byte & 0xC0 != 0x80), min(3, len(content)))
 
 
 def _unfinished(content: bytes) -> int:
-    """How many bytes at the end are the beginning of a UTF-8 character."""
+    """Return how many bytes at the end are the beginning of a UTF-8 character."""
     for length in range(1, min(3, len(content)) + 1):
         byte = content[-length]
         if byte & 0xC0 == 0xC0:  # the first of 2, 3 or 4
@@ -116,7 +116,7 @@ def _unfinished(content: bytes) -> int:
 
 
 def _decoded(content: bytes, path: Path, place: int = 0, where: str = "") -> str:
-    """The text of bytes that begin at `place` of the file (or `where` in words); raises `TextError`."""
+    """Return the text of bytes that begin at `place` of the file (or `where` in words); raises `TextError`."""
     try:
         return content.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -153,7 +153,7 @@ def _lines_of_pieces(path: Path, pieces: Pieces) -> Iterator[tuple[str, bytes]]:
 
 
 def _json(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """A list of rows, one row, or, as many tools name JSON lines too, a row a line."""
+    """Yield a list of rows, one row, or, as many tools name JSON lines too, a row a line."""
     text = _decoded(path.read_bytes(), path)
     try:
         content = json.loads(text)
@@ -168,7 +168,7 @@ def _json(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """Rows under the names of the first line."""
+    """Yield rows under the names of the first line."""
     csv.field_size_limit(CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -181,7 +181,7 @@ def _csv(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
 
 
 def _thinned(rows: Iterator[tuple[str, Any]], path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """Every so manieth row, beginning where the seed says."""
+    """Return every so manieth row, beginning where the seed says."""
     if pieces is None:
         return rows
     step = pieces.step(path)

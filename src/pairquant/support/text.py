@@ -40,12 +40,12 @@ MAX_DOCUMENTS = 20_000
 
 
 def expand(source: str) -> tuple[str, ...]:
-    """ "default" → the bundled files' names; anything else stays."""
+    """Return the bundled files' names for "default"; any other source stays as it is."""
     return tuple(f"default/{name}" for name in BUNDLED) if source == "default" else (source,)
 
 
 def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Conversation]:
-    """The texts and chats of one source, in order; of a large file only the pieces. Raises `TextError`."""
+    """Yield the texts and chats of one source, in order; of a large file only the pieces. Raises `TextError`."""
     if name.startswith("default/"):
         with resources.as_file(_bundled(name)) as path:
             yield from _file_documents(path, pieces)
@@ -58,7 +58,7 @@ def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Convers
 
 
 def size_in_pieces(name: str, pieces: Pieces) -> int | None:
-    """Bytes of a source of which only the pieces are read; None where all of it is."""
+    """Return bytes of a source of which only the pieces are read; None where all of it is."""
     path = Path(name)
     readable = path.is_file() and path.suffix.lower() in (*PLAIN, *ROW_READERS)
     return path.stat().st_size if readable and pieces.spare(path) else None
@@ -72,7 +72,7 @@ def _bundled(name: str) -> resources.abc.Traversable:
 
 
 def _files_near(directory: Path) -> list[str]:
-    """Files of a directory, if it is one, that are text by their names."""
+    """Return files of a directory, if it is one, that are text by their names."""
     return [str(p) for p in directory.glob("*") if p.suffix.lower() in SUFFIXES] if directory.is_dir() else []
 
 
@@ -99,7 +99,7 @@ def _data_set_documents(name: str) -> Iterator[str | Conversation]:
 
 
 def _rows(name: str, *args, **kwargs) -> Iterator[str | Conversation]:
-    """Texts and chats of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
+    """Yield texts and chats of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
     from datasets import load_dataset  # slow to import, and needed for few sources
 
     def rows() -> Iterable[object]:

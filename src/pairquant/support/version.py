@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def code_digest() -> str:
-    """12 hexadecimal digits of the SHA-256 of this package's Python files.
+    """Return 12 hexadecimal digits of the SHA-256 of this package's Python files.
 
     A stopped run is continued by the same code only, whatever its version is called.
     """

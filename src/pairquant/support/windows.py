@@ -26,11 +26,11 @@ Notice = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """A `Notice` that says nothing."""
+    """Ignore the text: the `Notice` of those who want none."""
 
 
 def own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that the tokenizer puts before every text: `<bos>`, for most that put any."""
+    """Return the token ids that the tokenizer puts before every text: `<bos>`, for most that put any."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for place in range(len(whole) - len(bare) + 1):
@@ -40,7 +40,7 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
 
 
 def window_prefix(tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
-    """The token ids that windows begin with.
+    """Return the token ids that windows begin with.
 
     bos: "auto", what the tokenizer puts before a text; "never", nothing; "always", `<bos>` if the tokenizer puts nothing.
     Raises `ConfigError` where "always" finds no `<bos>`.
@@ -56,7 +56,7 @@ def window_prefix(tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
 
 
 def describe(tokenizer: Any, prefix: Sequence[int]) -> str:
-    """For a notice, how windows begin."""
+    """Return text for a notice that says how windows begin."""
     return f"every window begins with {''.join(tokenizer.convert_ids_to_tokens(list(prefix)))} (--bos never: without)"
 
 
@@ -68,7 +68,7 @@ def token_windows(
     most: int | None = None,
     notice: Notice = silent,
 ) -> Tensor:
-    """All whole windows of the packed documents, or the first `most` of them: int64 [windows, seq_len].
+    """Return all whole windows of the packed documents, or the first `most` of them: int64 [windows, seq_len].
 
     prefix: token ids that each begins with, `seq_len` tokens with it; no more is read than `most` windows need. Raises
     `TextError` for chats that the tokenizer cannot write.
@@ -95,7 +95,7 @@ _Text = tuple[str, bool]
 
 
 def _texts(tokenizer: Any, documents: Iterable[str | Conversation], notice: Notice) -> Iterator[_Text]:
-    """Documents as they are packed: plain ones with an empty line behind, chats as their template writes them."""
+    """Yield documents as they are packed: plain ones with an empty line behind, chats as their template writes them."""
     told = False
     for document in documents:
         chat = isinstance(document, Conversation)
@@ -109,7 +109,7 @@ def _texts(tokenizer: Any, documents: Iterable[str | Conversation], notice: Noti
 
 
 def _batches(texts: Iterator[_Text], limit: int) -> Iterator[list[_Text]]:
-    """Texts of about `limit` characters together."""
+    """Yield texts of about `limit` characters together."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
@@ -122,7 +122,7 @@ def _batches(texts: Iterator[_Text], limit: int) -> Iterator[list[_Text]]:
 
 
 def _tokens(tokenizer: Any, batch: list[_Text]) -> Tensor:
-    """int64 [tokens]. The prefix that a chat template writes is left out: windows begin with it, texts do not."""
+    """Return token ids, int64 [tokens]. The prefix that a chat template writes is left out: windows begin with it, texts do not."""
     encoded = tokenizer(
         [text for text, _ in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]

@@ -29,14 +29,14 @@ def __getattr__(name: str) -> Any:
 
 
 def is_registered(method: str) -> bool:
-    """Whether vLLM knows this quantization method from a plugin."""
+    """Return whether vLLM knows this quantization method from a plugin."""
     from vllm.model_executor.layers import quantization
 
     return method in quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
 
 
 def tensor_names(model: str, revision: str | None) -> frozenset[str]:
-    """Of the safetensors files of a directory or hub name, from their headers; empty where they cannot be read."""
+    """Return the names of the tensors in a model's safetensors files, from their headers; none where they cannot be read."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     return frozenset(get_safetensors_params_metadata(model, revision=revision))

@@ -51,7 +51,7 @@ class PairQuantConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
-        """From the JSON object; raises `CheckpointError` naming the entry that is wrong."""
+        """Read the JSON object; raises `CheckpointError` naming the entry that is wrong."""
         return cls(CheckpointConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -86,7 +86,7 @@ class PairQuantConfig(QuantizationConfig):
         return PairQuantLinearMethod(spec, prefix)
 
     def _spec(self, prefix: str) -> Spec | None:
-        """What the layer, or everything that vLLM merges in it, is stored as; None if it is plain.
+        """Return what the layer, or everything that vLLM merges in it, is stored as; None if it is plain.
 
         Raises `CheckpointError`, before any weight is loaded, for linears that vLLM merges but that are stored differently.
         """
@@ -112,7 +112,7 @@ class PairQuantConfig(QuantizationConfig):
         return self.checkpoint.spec_of(path) if self.quantized is None else self.quantized[path]
 
     def _members(self, prefix: str) -> list[str]:
-        """The linears of the checkpoint that vLLM merges into the layer at `prefix`, or the layer itself."""
+        """Return the linears of the checkpoint that vLLM merges into the layer at `prefix`, or the layer itself."""
         parent, dot, name = prefix.rpartition(".")
         return [parent + dot + member for member in self.packed_modules_mapping.get(name, [name])]
 

@@ -49,7 +49,7 @@ class PairQuantLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
+        """Register parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
         layouts = [self.spec.layout(input_size_per_partition, size) for size in output_partition_sizes]
         self._require_whole_groups(layouts, input_size, output_size)
         layer.pairquant = _Pending(self.prefix, layouts, params_dtype, input_size)
@@ -105,7 +105,7 @@ class _Pending:
         self.arrived: dict[str, set[int]] = {name: set() for name in layouts[0].fields()}
 
     def slots(self, shard: Any) -> list[int]:
-        """Places of the linears that a tensor is for: vLLM names one, several that are fused on disk, or (None) all."""
+        """Return places of the linears that a tensor is for: vLLM names one, several that are fused on disk, or (None) all."""
         if shard is None:
             return list(range(len(self.layouts)))
         return [
@@ -113,7 +113,7 @@ class _Pending:
         ]
 
     def counting(self, name: str, load: Callable) -> Callable:
-        """vLLM's loader of `name`, and a note that it was called."""
+        """Return vLLM's loader of `name`, wrapped so that its calls are counted."""
 
         def loader(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **kwargs: Any) -> None:
             self._require_dtype(name, parameter, loaded)
@@ -139,7 +139,7 @@ class _Pending:
         return loader
 
     def linears(self, stored: dict[str, Tensor]) -> list[PackedLinear]:
-        """The linears, each checked."""
+        """Return the linears, each checked."""
         for name, slots in self.arrived.items():
             if missing := set(range(len(self.layouts))) - slots:
                 raise self._damaged(name, f"is missing for {len(missing)} of {len(self.layouts)} linears")
@@ -166,7 +166,7 @@ class _Pending:
 
 
 def _by_rows(stored: Field, out_features: int, loader: Callable) -> nn.Parameter:
-    """A parameter [channels, rows] that vLLM's own loaders cut along inputs (0) and outputs (1)."""
+    """Return a parameter [channels, rows] that vLLM's own loaders cut along inputs (0) and outputs (1)."""
     data = torch.empty(stored.shape, dtype=stored.dtype)
     cut: dict[str, Any] = {"data": data, "input_dim": 0, "output_dim": 1, "weight_loader": loader}
     rows_per_entry = Fraction(out_features, stored.shape[1])

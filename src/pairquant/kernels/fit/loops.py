@@ -24,12 +24,12 @@ TILE = 4096
 
 
 def solvers(device: torch.device) -> Solvers:
-    """The loops of GPTQ and refinement for tensors on this device."""
+    """Return the loops of GPTQ and refinement for tensors on this device."""
     return Solvers(compensate, descend) if _by_triton(device) else rounding.SOLVERS
 
 
 def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
-    """`core.quantizer.fake_quantize`, by kernels where w [N, C] is float32 on a GPU; differentiable."""
+    """Compute `core.grid.fake_quantize`, by kernels where w [N, C] is float32 on a GPU; differentiable."""
     if w.dtype == torch.float32 and _by_triton(w.device):
         return FakeQuantize.apply(w, bits, group_size, symmetric)
     return quantizer.fake_quantize(w, bits, group_size, symmetric)
@@ -51,7 +51,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """`core.rounding.compensate` by a kernel, which leaves todo as it was. All float32."""
+    """Compute `core.rounding.compensate` by a kernel, which leaves `todo` as it was. All tensors are float32."""
     from .triton_loops import compensate_kernel
 
     _check_float32(todo=todo, factor=factor, scale=scale, zero=zero)
@@ -81,7 +81,7 @@ def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: i
 def descend(
     k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
 ) -> None:
-    """`core.rounding.descend` by a kernel. All float32; m with unit stride in its last dimension."""
+    """Compute `core.rounding.descend` by a kernel. All tensors are float32; m has unit stride in its last dimension."""
     from .triton_loops import descend_kernel
 
     _check_float32(k=k, m=m, local=local, curvature=curvature, scale=scale, lowest=lowest, highest=highest)
@@ -110,7 +110,7 @@ def descend(
 
 
 def fake_quantize_forward(w: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    """ŵ [N, C] of w [N, C] float32."""
+    """Return ŵ [N, C] of w [N, C], float32."""
     from .triton_loops import fake_quantize_kernel
 
     w = w.contiguous()
@@ -120,7 +120,7 @@ def fake_quantize_forward(w: Tensor, bits: int, group_size: int, symmetric: bool
 
 
 def fake_quantize_backward(w: Tensor, grad: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    """The gradient of w, for that of ŵ; all float32 [N, C]."""
+    """Return the gradient of w, for that of ŵ; all float32 [N, C]."""
     from .triton_loops import fake_quantize_backward_kernel
 
     w, grad = w.contiguous(), grad.contiguous()
@@ -166,7 +166,7 @@ def _unit_columns(x: Tensor) -> Tensor:
 
 
 def _tile(columns: Tensor) -> int:
-    """Rows per program for columns [B, N]; the interpreter's time is per program."""
+    """Return rows per program for columns [B, N]; the interpreter's time is per program."""
     return ROWS if columns.is_cuda else min(_power_of_two(columns.shape[1]), 128)
 
 

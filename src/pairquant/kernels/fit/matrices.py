@@ -80,7 +80,7 @@ class BuildMatrices(torch.autograd.Function):
 
 
 def build(theta: Tensor, plan: Plan) -> Tensor:
-    """R of every group by the kernel, on whatever device theta is."""
+    """Build R of every group by the kernel, on the device of theta."""
     from .triton_matrices import matrix_kernel
 
     theta, g = theta.contiguous(), plan.group_size
@@ -94,7 +94,7 @@ def build(theta: Tensor, plan: Plan) -> Tensor:
 
 
 def build_backward(theta: Tensor, matrices: Tensor, grad: Tensor, plan: Plan) -> Tensor:
-    """The gradient of theta for that of the matrices, in the same order of sums every time."""
+    """Return the gradient of theta for that of the matrices, in the same order of sums every time."""
     from .triton_matrices import matrix_backward_kernel
 
     theta, grad, g = theta.contiguous(), grad.contiguous(), plan.group_size

@@ -33,7 +33,7 @@ def round_even(x):
 
 @triton.jit
 def compensate_step(factor_ptr, scale_ptr, zero_ptr, j, columns, rows, n, column, stride):
-    """What column j needs: its line of the factor [B], the diagonal of it, its scales and zero points [ROWS]."""
+    """Return what column j needs: its line of the factor [B], the diagonal of it, its scales and zero points [ROWS]."""
     real = n < rows
     line = tl.load(factor_ptr + j * stride + column, mask=column < columns, other=0.0)
     pivot = tl.load(factor_ptr + j * (stride + 1))
@@ -79,7 +79,7 @@ def compensate_kernel(
 
 @triton.jit
 def descend_step(k_ptr, local_ptr, curvature_ptr, j, columns, rows, n, column, k_stride, k_row_stride, stride):
-    """What column j needs: its line of the Hessian [G], its curvature, its steps [ROWS]."""
+    """Return what column j needs: its line of the Hessian [G], its curvature, its steps [ROWS]."""
     line = tl.load(local_ptr + j * stride + column, mask=column < columns, other=0.0)
     curvature = tl.load(curvature_ptr + j)
     at = j * k_stride.to(tl.int64) + n * k_row_stride.to(tl.int64)
@@ -141,7 +141,7 @@ def descend_kernel(
 
 @triton.jit
 def spanning(w, TOP: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_SCALE: tl.constexpr):
-    """Range, scale and zero point of groups w [T, g]: four [T] (`group_range`, `affine_parameters` of core)."""
+    """Return range, scale and zero point of groups w [T, g]: four [T] (`group_range`, `affine_parameters` of core)."""
     low = tl.minimum(tl.min(w, axis=1), 0.0)
     high = tl.maximum(tl.max(w, axis=1), 0.0)
     if SYMMETRIC:

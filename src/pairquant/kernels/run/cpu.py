@@ -36,28 +36,35 @@ class CpuWeights:
     def build(cls, linear: PackedLinear) -> CpuWeights:
         transform = transform_of(linear)
         groups, g, _ = transform.matrix.shape
-        codes = unpack(linear["qweight"], 4).T.contiguous().to(torch.int32)
-        # The zero points times the rounded scales: then the rounding of a scale does not shift the whole group.
-        scales, zeros = linear["scales"].bfloat16().float(), unpack(linear["qzeros"], 4).float()
-        return cls(
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
-            torch.stack((scales, (8 - zeros) * scales), dim=-1).bfloat16(),
-            transform.inverse_scales.view(groups, g, 1) * transform.matrix,
-        )
+        return cls(*int4_weights(linear), transform.inverse_scales.view(groups, g, 1) * transform.matrix)
 
     def tensors(self) -> list[Tensor]:
         return [self.packed, self.grid, self.matrix]
 
 
+def int4_weights(linear: PackedLinear) -> tuple[Tensor, Tensor]:
+    """Return `packed` and `grid` of `CpuWeights`, for a 4-bit linear."""
+    codes = unpack(linear["qweight"], 4).T.contiguous().to(torch.int32)
+    # The zero points times the rounded scales: then the rounding of a scale does not shift the whole group.
+    scales, zeros = linear["scales"].bfloat16().float(), unpack(linear["qzeros"], 4).float()
+    grid = torch.stack((scales, (8 - zeros) * scales), dim=-1).bfloat16()
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), grid
+
+
+def int4_product(x_rot: Tensor, packed: Tensor, grid: Tensor, group_size: int) -> Tensor:
+    """Multiply what is in the rotated basis already: x_rot [M, C] bfloat16 → [M, N]."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x_rot, packed, group_size, grid)
+
+
 def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
     """x [M, C] bfloat16 → [M, N]."""
     x_rot = rotate_dense(x.float(), weights.matrix).to(x.dtype)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_rot, weights.packed, group_size, weights.grid)
+    y = int4_product(x_rot, weights.packed, weights.grid, group_size)
     return y if bias is None else y + bias
 
 
 def decode(weights: CpuWeights, group_size: int) -> Tensor:
-    """The dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
+    """Return the dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
     eye = torch.eye(len(weights.matrix) * group_size, dtype=torch.bfloat16)
-    rotated = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, weights.packed, group_size, weights.grid).T.float()
+    rotated = int4_product(eye, weights.packed, weights.grid, group_size).T.float()
     return rotate_dense(rotated, weights.matrix.mT)

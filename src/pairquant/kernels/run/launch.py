@@ -56,7 +56,7 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
 
 
 def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
-    """Whether rotation and product may start early. Several transforms keep more multiprocessors busy when the product
+    """Return whether rotation and product may start early. Several transforms keep more multiprocessors busy when the product
     is spread over them, and it comes out uneven: 18.1 instead of 10.3 us for q, k, v of an 8B model on an H100."""
     return transforms == 1 and (isinstance(choice, Wide) or choice.overlap)
 
@@ -105,7 +105,7 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
 
 
 def with_matrix(weights: KernelWeights) -> KernelWeights:
-    """The same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
+    """Return the same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
     with current(weights.words.device):
         matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
     return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
@@ -141,7 +141,7 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narro
 
 
 def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """The product alone; x_rot as `rotate_for` returns it."""
+    """Return the product alone; x_rot as `rotate_for` returns it."""
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
@@ -210,7 +210,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def decode(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
-    """The dense weight of all linears, one below the other: [N, C] in the original basis."""
+    """Return the dense weight of all linears, one below the other: [N, C] in the original basis."""
     out = torch.empty(sum(weights.out_features), weights.rotation.channels, dtype=dtype, device=weights.words.device)
     _decode_tiles(weights, _matrix(weights, dtype), 0, weights.layout.padded_rows // 128, out)
     return out

@@ -59,6 +59,6 @@ class KernelLayout:
         return sum(self.padded(rows) for rows in self.out_features)
 
     def real_rows(self, start: int, end: int) -> int:
-        """How many of the padded rows [start, end) are not padding."""
+        """Return how many of the padded rows [start, end) are not padding."""
         spans = ((first, first + rows) for first, rows in zip(self.starts, self.out_features, strict=True))
         return sum(max(0, min(end, stop) - max(start, first)) for first, stop in spans)

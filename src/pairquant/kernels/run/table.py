@@ -123,7 +123,7 @@ UNMEASURED = _row(
 
 
 def choose(device_class: str, out_features: int, in_features: int, tokens: int) -> Choice:
-    """The entry of the nearest measured shape (by the logarithms of both sides) for this many tokens."""
+    """Return the entry of the nearest measured shape (by the logarithms of both sides) for this many tokens."""
     return _choices(device_class, out_features, in_features).get(_range_of(tokens), DENSE)
 
 
@@ -144,13 +144,13 @@ def _choices(device_class: str, out_features: int, in_features: int) -> Mapping[
 
 
 def user_path(device_class: str) -> Path:
-    """Where `pairquant tune` keeps what it measured on this machine."""
+    """Return where `pairquant tune` keeps what it measured on this machine."""
     return Path.home() / ".cache" / "pairquant" / f"kernels-{device_class}.json"
 
 
 @lru_cache
 def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
-    """The user's own measurements; raises `ConfigError` if the file cannot be read as such."""
+    """Return the user's own measurements; raises `ConfigError` if the file cannot be read as such."""
     path = user_path(device_class)
     if not path.is_file():
         return {}

@@ -59,7 +59,7 @@ ASSEMBLY = tl.constexpr(
 
 @triton.jit
 def _twice(half):
-    """A 16-bit pattern in both halves of a word."""
+    """Return a 16-bit pattern in both halves of a word."""
     return half | (half << 16)
 
 
@@ -100,7 +100,7 @@ def _two_weights(
 
 @triton.jit
 def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """Words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
+    """Return words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
 
     grid: words of scale and zero point, [...] broadcast against the words.
     """
@@ -124,7 +124,7 @@ def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.con
 
 @triton.jit
 def _pattern(value):
-    """The bits of a 16-bit float, in both halves of a word."""
+    """Return the bits of a 16-bit float, in both halves of a word."""
     return _twice(value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
 
 
@@ -135,7 +135,7 @@ def scale_value(grid):
 
 @triton.jit
 def segment(row, start1, start2, size0, size1, size2):
-    """Which of up to three merged linears a padded row belongs to: (index, first padded row, size, first column)."""
+    """Return which of up to three merged linears a padded row belongs to: (index, first padded row, size, first column)."""
     tile = row // 128
     index = (tile >= start1).to(tl.int32) + (tile >= start2).to(tl.int32)
     first = tl.where(index == 0, 0, tl.where(index == 1, start1, start2))

@@ -26,7 +26,7 @@ def dot(a, b, NATIVE: tl.constexpr):
 
 @triton.jit
 def mma_order(c):
-    """Where channel c of a run of 16 is stored for `triton_linear.wide_kernel` (see `layout.KernelLayout`)."""
+    """Return where channel c of a run of 16 is stored for `triton_linear.wide_kernel` (see `layout.KernelLayout`)."""
     return (c & ~15) + ((c >> 1) & 1) * 8 + ((c >> 2) & 3) * 2 + (c & 1)
 
 

@@ -17,7 +17,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def candidates(tokens: int) -> list[Choice]:
-    """Tiles worth trying for up to this many tokens; those that won somewhere on an H100, and their neighbours."""
+    """Return tiles worth trying for up to this many tokens; those that won somewhere on an H100, and their neighbours."""
     if tokens <= 8:
         tiles = [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 4, 5), (16, 4, 5), (16, 8, 4), (64, 2, 4)]
         return [
@@ -46,7 +46,7 @@ def random_weights(
     rotations: int = 8,
     transforms: int = 1,
 ) -> KernelWeights:
-    """Random codes, scales, zero points and rotations, in the kernels' layout."""
+    """Return random codes, scales, zero points and rotations, in the kernels' layout."""
     layout = KernelLayout(channels, out_features, group_size)
     shape = (layout.padded_rows // 16, layout.k_blocks, 2, 8, 4, 4)
     words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
@@ -71,7 +71,7 @@ def tune_shape(
     device: torch.device,
     timer: Timer | None = None,
 ) -> dict[int, Choice]:
-    """The fastest choice for each range of `table.TOKENS`. Raises `ResourceError` if none of a range runs at all."""
+    """Return the fastest choice for each range of `table.TOKENS`. Raises `ResourceError` if none of a range runs at all."""
     timer = timer or _median
     weights = random_weights(out_features, channels, group_size, device)
     found = {}

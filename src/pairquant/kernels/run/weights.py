@@ -110,14 +110,14 @@ class KernelWeights:
         }
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order in which `pairquant::rotated_linear` takes them."""
+        """Return all tensors, in the order in which `pairquant::rotated_linear` takes them."""
         r = self.rotation
         matrix = [] if r.matrix is None else [r.matrix]
         return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *matrix]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
-        """The inverse of `tensors`."""
+        """Return the inverse of `tensors`."""
         words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
         rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
         return cls(words, grid, arrivals, rotation, tuple(out_features))
@@ -157,7 +157,7 @@ def _fragments(qweight: Tensor) -> Tensor:
 
 
 def _stored_words(words: Tensor) -> Tensor:
-    """The inverse of `_fragments`, padding included: int32 [128 KB, NP / 8]."""
+    """Return the inverse of `_fragments`, padding included: int32 [128 KB, NP / 8]."""
     ordered = words.view(torch.uint8).view(*words.shape[:3], 2, 2, 2, 4, 4, 2, 2)  # R KB rh b0 e b1 t c i0 h
     placed = ordered.permute(1, 7, 9, 6, 8, 0, 2, 5, 3, 4)  # KB c h t i0 R rh b1 b0 e
     stored = torch.stack(_exchanged(*placed.unbind(-1)), dim=4)
@@ -165,5 +165,5 @@ def _stored_words(words: Tensor) -> Tensor:
 
 
 def _exchanged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The high nibbles of the first for the low nibbles of the second; uint8, its own inverse."""
+    """Return the high nibbles of the first for the low nibbles of the second; uint8, its own inverse."""
     return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)

@@ -1,0 +1,110 @@
+"""The experts' module against every expert's decoded weight, and its tensors through moves, casts and saving."""
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pairquant.core.linear import Transform, decode, encode
+from pairquant.core.pairs import select_pairs
+from pairquant.models.sites import ExpertSite, packed_experts, sites_in
+from pairquant.spec.linear import Spec
+from pairquant.spec.recipe import PRESETS
+from pairquant.support.errors import CheckpointError
+
+KINDS = ["Qwen3-MoE", "gpt-oss", "Nemotron-H"]  # joined; interleaved, transposed, with biases; without a gate
+
+
+def experts_of(family):
+    """The first experts of a tiny model, with random weights, and their sites."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].build()).float()
+    sites = [site for site in sites_in(model) if isinstance(site, ExpertSite)]
+    sites = [site for site in sites if site.place == sites[0].place]
+    module = sites[0].module
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module, sites
+
+
+def transform(channels, generator):
+    groups = channels // 32
+    rank = torch.rand(groups, 32, 32, generator=generator)
+    pairs = select_pairs(rank, 2).pairs
+    theta = torch.randn(2, channels // 2, generator=generator)
+    return Transform.build(theta, pairs, torch.rand(channels, generator=generator) + 0.5, 32)
+
+
+@pytest.fixture(params=KINDS)
+def packed(request, generator):
+    """The plain module with the decoded weights, and what stands for it."""
+    module, sites = experts_of(request.param)
+    spec, shared, linears = Spec(4, 32, 2), {}, {}
+    for site in sites:
+        size = site.size
+        if site.pool not in shared:
+            shared[site.pool] = transform(size.in_features, generator)
+        layout = spec.layout(size.in_features, size.out_features, size.bias)
+        linears[site.path] = encode(site.weight, shared[site.pool], None, layout, PRESETS["rtn"], site.bias)
+        site.put(decode(linears[site.path]))
+    if sites[0].size.bias:
+        for parameter in (module.gate_up_proj_bias, module.down_proj_bias):
+            parameter.data = parameter.data.half().float()
+    plain = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    tokens, count = torch.randn(24, sites[0].size.in_features, generator=generator), len(plain["down_proj"])
+    index = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(24)])
+    weights = torch.rand(24, 2, generator=generator)
+    module.config._experts_implementation = "eager"
+    with torch.no_grad():
+        expected = module(tokens, index, weights)
+    made = packed_experts([(site, linears[site.path].layout) for site in sites])
+    home = sites[0].place
+    state = {}
+    for site in sites:
+        for name, tensor in linears[site.path].tensors.items():
+            state[site.stored_name(name).removeprefix(f"{home}.")] = tensor
+    made.load_state_dict(state)
+    return made, state, (tokens, index, weights), expected
+
+
+@torch.no_grad()
+def test_it_computes_what_the_decoded_experts_do(packed):
+    made, state, arguments, expected = packed
+    torch.testing.assert_close(made(*arguments), expected, rtol=1e-4, atol=1e-5)
+    assert set(made.state_dict()) == set(state)
+
+
+@torch.no_grad()
+def test_in_bfloat16_it_is_as_close_as_that_allows(packed):
+    made, state, (tokens, index, weights), expected = packed
+    made.to(torch.bfloat16)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.state_dict().items()), "bits changed"
+    found = made(tokens.bfloat16(), index, weights)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.03 * expected.norm()
+
+
+@torch.no_grad()
+def test_no_tokens_and_tokens_for_no_expert(packed):
+    made, _, (tokens, index, weights), _ = packed
+    assert made(tokens[:0], index[:0], weights[:0]).shape == tokens[:0].shape
+    assert not made(tokens, torch.full_like(index, made.count), weights).any()
+
+
+def test_every_weight_can_be_looked_at(packed):
+    made, state, _, _ = packed
+    found = dict(made.packed())
+    assert len(found) == made.count * len(made.plans)
+    assert all(f"{path}.qweight" in state for path in found)
+
+
+def test_experts_that_are_missing_or_differ_are_refused():
+    _, sites = experts_of("Qwen3-MoE")
+    layouts = [(s, Spec(4, 32, 2).layout(s.size.in_features, s.size.out_features)) for s in sites]
+    with pytest.raises(CheckpointError, match="11 weights of the experts"):
+        packed_experts(layouts[1:])
+    site, _ = layouts[3]
+    odd = [*layouts[:3], (site, Spec(8, 32, 2).layout(site.size.in_features, site.size.out_features)), *layouts[4:]]
+    with pytest.raises(CheckpointError, match="is stored otherwise than the other experts"):
+        packed_experts(odd)

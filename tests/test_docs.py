@@ -1,0 +1,31 @@
+"""The Python of docs/python.md runs as it stands, top to bottom; links between documents lead somewhere."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import TEXT, save_trained
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
+    save_trained(tmp_path / "MODEL", steps=20)
+    (tmp_path / "my-text.txt").write_text(TEXT.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    page = (ROOT / "docs" / "python.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "docs/python.md", "exec"), names)
+    assert names["quality"].kl > 0
+    assert names["weight"].shape == (names["packed"].layout.out_features, names["packed"].layout.in_features)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target

@@ -1,0 +1,229 @@
+"""Models with experts from end to end: names kept, runs resumed, the original's layout, what is said and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from families import DENSE, FAMILIES
+from original_layout import pack_linear
+from safetensors.numpy import save_file
+from test_families import log_probabilities, make_source
+from tiny_models import TEXT, byte_tokenizer
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import pairquant
+from pairquant.checkpoint.headers import StoredTensors
+from pairquant.jobs.quantize import Silent
+from pairquant.support.errors import CheckpointError, ConfigError
+
+OPTIONS = {
+    "preset": "quick",
+    "group_size": 32,
+    "rotations": 2,
+    "samples": 2,
+    "seq_len": 64,
+    "calibration": (str(TEXT),),
+}
+
+
+class Heard(Silent):
+    def __init__(self):
+        self.notices = []
+
+    def notice(self, text):
+        self.notices.append(text)
+
+
+def quantize(source, output, progress=None, **options):
+    config = pairquant.QuantConfig(**{**OPTIONS, **options})
+    return pairquant.quantize(source, output, config, device="cpu", progress=progress)
+
+
+@pytest.fixture(scope="module", params=["Mixtral", "gpt-oss"])
+def made(request, tmp_path_factory):
+    """A source with single experts under other names, and one with all in one tensor, with biases; their checkpoints."""
+    root = tmp_path_factory.mktemp("experts")
+    source = make_source(request.param, root / "source")
+    heard = Heard()
+    quantize(source, root / "packed", heard)
+    return root, heard.notices
+
+
+def test_the_result_is_near_and_smaller(made):
+    root, _ = made
+    expected, found = log_probabilities(root / "source"), log_probabilities(root / "packed")
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.02
+    assert pairquant.inspect(root / "packed").checkpoint.bits_per_weight() < 6
+
+
+def test_codes_are_stored_by_expert_and_transforms_once(made):
+    root, _ = made
+    stored = StoredTensors.of_directory(root / "packed")
+    thetas = [name for name in stored.fields if "expert" in name and name.endswith("theta")]
+    codes = [name for name in stored.fields if "expert" in name and name.endswith("qweight")]
+    assert (len(thetas), len(codes)) == (2 * 2, 2 * 4 * 3)
+    assert all(name.endswith(("experts.gate_up_weight_theta", "experts.down_weight_theta")) for name in thetas)
+
+
+def test_saving_again_and_exporting_keep_the_names(made, tmp_path):
+    root, _ = made
+    model = AutoModelForCausalLM.from_pretrained(root / "packed", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (StoredTensors.of_directory(d) for d in (root / "packed", tmp_path / "again"))
+    assert set(before.fields) == set(after.fields)
+    assert all(torch.equal(before.load(name), after.load(name)) for name in before.packed_names())
+    pairquant.export(root / "packed", tmp_path / "plain", "fp32")
+    source, plain = (StoredTensors.of_directory(d).fields for d in (root / "source", tmp_path / "plain"))
+    assert {name: field.shape for name, field in source.items()} == {name: field.shape for name, field in plain.items()}
+    torch.testing.assert_close(
+        log_probabilities(tmp_path / "plain"), log_probabilities(root / "packed"), rtol=0, atol=1e-4
+    )
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(made, tmp_path):
+    root, _ = made
+
+    class Stops(Silent):
+        def block(self, result):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(root / "source", tmp_path / "packed", Stops())
+    quantize(root / "source", tmp_path / "packed")
+    file = "model.safetensors"
+    assert (tmp_path / "packed" / file).read_bytes() == (root / "packed" / file).read_bytes()
+
+
+def test_rounding_without_text_works_too(made, tmp_path):
+    root, _ = made
+    quantize(root / "source", tmp_path / "rtn", preset="rtn")
+    assert log_probabilities(tmp_path / "rtn").isfinite().all()
+
+
+def test_what_stays_plain_is_said_with_its_share(made):
+    _, notices = made
+    assert any("stays plain in 2 places, 0.4% of the blocks' weights" in text for text in notices)
+
+
+def test_experts_with_few_tokens_are_said(tmp_path):
+    heard = Heard()
+    quantize(make_source("Qwen3-MoE", tmp_path / "source"), tmp_path / "packed", heard, samples=1, seq_len=32)
+    assert any("of 8 experts got fewer tokens than they have input channels" in text for text in heard.notices)
+    lines = [json.loads(line) for line in (tmp_path / "packed" / "pairquant.jsonl").read_text().splitlines()]
+    tokens = [entry["tokens"] for entry in lines if entry["event"] == "block"]
+    assert [sum(counts) for entry in tokens for counts in entry.values()] == [2 * 32, 2 * 32]
+
+
+def test_tensors_that_the_class_does_not_use_travel(tmp_path):
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save
+
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.randn(64, 128)
+    save(tensors, source / "model.safetensors", {"format": "pt"})
+    heard = Heard()
+    quantize(source, tmp_path / "packed", heard)
+    stored = StoredTensors.of_directory(tmp_path / "packed")
+    assert torch.equal(stored.load("mtp.fc.weight"), tensors["mtp.fc.weight"])
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert "mtp.fc" in config["modules_to_not_convert"]
+    assert any("does not use are kept as they are: mtp.fc.weight" in text for text in heard.notices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "trains whole blocks, which is not possible yet with experts"),
+        ({"overrides": ("re:.*experts.0.up_proj=bits:8",)}, "would be stored otherwise than the other experts"),
+        ({"ignore": ("lm_head", "re:.*experts.1.down_proj")}, "cannot be left plain alone"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(options, message, tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    with pytest.raises(ConfigError, match=message):
+        quantize(source, tmp_path / "packed", **options)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_experts_can_be_left_plain_or_get_other_bits(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    quantize(source, tmp_path / "plain", ignore=("lm_head", "re:.*experts.*"))
+    kept, before = (StoredTensors.of_directory(d) for d in (tmp_path / "plain", source))
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert torch.equal(kept.load(name), before.load(name))
+    assert log_probabilities(tmp_path / "plain").isfinite().all()
+    quantize(source, tmp_path / "wide", overrides=("re:.*experts.*=bits:8",))
+    found = pairquant.inspect(tmp_path / "wide").checkpoint
+    assert found.layout("model.layers.0.mlp.experts.0.up_proj").bits == 8
+    assert found.layout("model.layers.0.self_attn.q_proj").bits == 4
+    assert log_probabilities(tmp_path / "wide").isfinite().all()
+
+
+def test_a_checkpoint_without_a_shared_transform_or_an_expert_is_refused(made, tmp_path):
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save
+
+    root, _ = made
+    for part, message in (("gate_up_weight_theta", "theta is missing"), ("experts.1.", "lack|experts of")):
+        shutil.copytree(root / "packed", tmp_path / part)
+        tensors = load_file(tmp_path / part / "model.safetensors")
+        save(
+            {n: t for n, t in tensors.items() if part not in n}, tmp_path / part / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(CheckpointError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / part)
+        with pytest.raises(CheckpointError):
+            pairquant.inspect(tmp_path / part)
+
+
+def test_the_originals_layout_of_experts_gives_the_right_logits(tmp_path):
+    """Written from the format's description by NumPy alone: per-expert codes, one transform for all experts' inputs."""
+    sizes = DENSE | {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
+    config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        path = name.removesuffix(".weight")
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            torch.nn.init.normal_(parameter, std=0.3)
+            home, own = path.rpartition(".")[0], "gate_up" if "gate_up" in path else "down"
+            stacked, dense = pack_linear(parameter.detach().flatten(0, 1).numpy(), random)  # one transform for all rows
+            rows, parts = parameter.shape[1], ("gate_proj", "up_proj") if own == "gate_up" else ("down_proj",)
+            each = rows // len(parts)
+            for expert in range(4):
+                for place, part in enumerate(parts):
+                    start = expert * rows + place * each
+                    for key in ("qweight", "qzeros", "scales"):
+                        unit = 1 if key == "scales" else 8
+                        cut = stacked[key][:, start // unit : (start + each) // unit]
+                        tensors[f"{home}.{expert}.{part}.{key}"] = np.ascontiguousarray(cut)
+            for key in ("theta", "pairs", "channel_scales"):
+                tensors[f"{home}.{own}_weight_{key}"] = stacked[key]
+            parameter.data.copy_(torch.tensor(dense).view(parameter.shape))
+        elif "self_attn" in name and path.endswith("_proj"):
+            stored, dense = pack_linear(parameter.detach().numpy() * 4, random)
+            tensors |= {f"{path}.{key}": value for key, value in stored.items()}
+            parameter.data.copy_(torch.tensor(dense))
+        else:
+            tensors[name] = parameter.detach().numpy().astype(np.float16)
+            parameter.data.copy_(torch.tensor(tensors[name].astype(np.float32)))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    entries = json.loads(config.to_json_string()) | {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float16"}
+    entries["quantization_config"] = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokens = torch.arange(3, 67)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert len(pairquant.inspect(tmp_path).linears) == 2 * (4 + 4 * 3)
+
+
+def test_every_family_with_experts_is_in_the_matrix():
+    assert sum("experts" in family.kind for family in FAMILIES.values()) >= 20

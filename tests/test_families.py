@@ -1,0 +1,109 @@
+"""Every family: quantized, loaded, close to the original, its names and tensors kept, exported, saved again.
+
+`python tests/test_families.py > docs/models.md` writes the page of the families from the same run.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from tiny_models import TEXT, byte_tokenizer
+from transformers import AutoModelForCausalLM
+
+import pairquant
+from pairquant.checkpoint.headers import StoredTensors
+from pairquant.models.blocks import find_blocks
+
+CONFIG = pairquant.QuantConfig(
+    preset="quick", bits=8, group_size=32, rotations=2, samples=2, seq_len=64, calibration=(str(TEXT),)
+)
+TOKENS = torch.arange(3, 131).view(2, 64)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """share: of the blocks' matrices, packed; kl: against the original, nats per token; plain: last names left plain."""
+
+    share: float
+    kl: float
+    plain: tuple[str, ...]
+
+
+def make_source(name: str, directory: Path) -> Path:
+    """A random model of the family, its experts' weights not zero, with a tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name].build()).eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 3 and parameter.std() == 0:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def log_probabilities(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model(TOKENS, use_cache=False).logits.log_softmax(-1)
+
+
+def outcome_of(name: str, root: Path) -> Outcome:
+    """Quantize and compare; raises `AssertionError` where names or tensors are not kept."""
+    source = make_source(name, root / "source")
+    pairquant.quantize(source, root / "packed", CONFIG, device="cpu")
+    before, after = StoredTensors.of_directory(source), StoredTensors.of_directory(root / "packed")
+    packed = after.packed_names()
+    assert {n for n in after.fields if n not in packed} <= set(before.fields), "a tensor under a name of its own"
+    blocks = find_blocks(AutoModelForCausalLM.from_pretrained(source))
+    sizes = {
+        f"{block.path}.{n}": p.numel() for block in blocks for n, p in block.module.named_parameters() if p.dim() == 2
+    }
+    experts = sum(p.numel() for block in blocks for p in block.module.parameters() if p.dim() == 3 and p.shape[1] > 1)
+    quantized = sum(
+        layout.in_features * layout.out_features
+        for layout in (pairquant.inspect(root / "packed").checkpoint.layout(path) for path in after.linears())
+    )
+    plain = tuple(
+        dict.fromkeys(n.removesuffix(".weight").rpartition(".")[2] for n in after.fields if is_matrix(after, n, packed))
+    )
+    expected, found = log_probabilities(source), log_probabilities(root / "packed")
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    return Outcome(quantized / (sum(sizes.values()) + experts), kl, plain)
+
+
+def is_matrix(stored: StoredTensors, name: str, packed: set[str]) -> bool:
+    outside = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+    return name not in packed and len(stored.fields[name].shape) == 2 and not outside
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_packed_close_and_keeps_its_names(name, tmp_path):
+    found = outcome_of(name, tmp_path)
+    assert found.share >= FAMILIES[name].share, found
+    assert found.kl < 1e-3, found
+
+
+def page() -> str:
+    lines = []
+    for name, family in FAMILIES.items():
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                found = outcome_of(name, Path(directory))
+                lines.append(
+                    f"| {name} | {family.kind} | {found.share:.1%} | {found.kl:.1e} | {', '.join(found.plain)} |"
+                )
+            except Exception as error:
+                lines.append(
+                    f"| {name} | {family.kind} | {type(error).__name__}: {str(error).splitlines()[0][:150]} | | |"
+                )
+        print(lines[-1], file=sys.stderr)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page())
