@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import pairquant
 from pairquant.cli import app
-from pairquant.support.errors import ConfigError
+from pairquant.support.errors import CheckpointError, ConfigError, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +34,19 @@ def test_what_stands_there_is_not_replaced_unasked(checkpoint, tmp_path):
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)
     assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("packed", ("--to", "bf61"), ConfigError, "did you mean 'bf16'"),
+        ("source", (), CheckpointError, "not quantized with pairwise rotations"),
+        ("pakced", (), SourceError, "did you mean 'packed'"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(checkpoint, tmp_path, monkeypatch, name, options, error, message):
+    monkeypatch.chdir(checkpoint.parent)
+    done = CliRunner().invoke(app, ["export", name, "--output", str(tmp_path / "plain"), *options])
+    assert isinstance(done.exception, error), done.output
+    assert message in str(done.exception)
+    assert not (tmp_path / "plain").exists()
