@@ -3,13 +3,13 @@
 `python tests/test_families.py > docs/models.md` writes the page of the families from the same run.
 """
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from tiny_models import TEXT, byte_tokenizer
 from transformers import AutoModelForCausalLM
@@ -88,20 +88,38 @@ def test_a_family_is_packed_close_and_keeps_its_names(name, tmp_path):
     assert found.kl < 1e-3, found
 
 
+HEADER = """# Families
+
+Every family below was made as a tiny random model, quantized (8 bits, groups of 32, on a CPU), loaded by Transformers {version},
+compared with the original on random tokens, and its tensors' names with the source's. `tests/test_families.py` does this in every
+run of the tests; `python tests/test_families.py > docs/models.md` writes this page.
+
+- **packed**: the share of the blocks' matrices that is quantized; **plain**: matrices that are not, by the last part of their names.
+- **KL**: nats per token from the original.
+- Routers and gates stay plain by a table (`ROUTERS` in `src/pairquant/models/planning.py`), and small matrices that do not fit because
+  they are small; state parameters and convolutions are no linear layers. Names in the checkpoint are those of the source.
+- vLLM 0.32 on a CPU, experts decoded on loading, against Transformers in float32: Qwen3-MoE, Mixtral, OLMoE, Qwen2-MoE, Granite MoE and
+  ERNIE 4.5 MoE within 5e-8 nats; Phi-3.5-MoE's own loader there fails.
+- On an H100 (Transformers 5.17, torch 2.11) Qwen3-MoE, Mixtral, gpt-oss, Granite MoE, Qwen3-Next, Nemotron-H, LFM2-MoE and Jamba were
+  quantized and run: within 4e-7 of the CPU's logits in float32.
+
+| family | kind | packed | KL | plain |
+| --- | --- | --- | --- | --- |"""
+
+
+def test_the_page_names_every_family():
+    shown = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert all(f"| {name} | {family.kind} |" in shown for name, family in FAMILIES.items())
+
+
 def page() -> str:
-    lines = []
+    """Run every family and return the page."""
+    lines = [HEADER.format(version=transformers.__version__)]
     for name, family in FAMILIES.items():
         with tempfile.TemporaryDirectory() as directory:
-            try:
-                found = outcome_of(name, Path(directory))
-                lines.append(
-                    f"| {name} | {family.kind} | {found.share:.1%} | {found.kl:.1e} | {', '.join(found.plain)} |"
-                )
-            except Exception as error:
-                lines.append(
-                    f"| {name} | {family.kind} | {type(error).__name__}: {str(error).splitlines()[0][:150]} | | |"
-                )
-        print(lines[-1], file=sys.stderr)
+            found = outcome_of(name, Path(directory))
+        kl = f"{max(found.kl, 0):.0e}"
+        lines.append(f"| {name} | {family.kind} | {found.share:.1%} | {kl} | {', '.join(found.plain)} |")
     return "\n".join(lines)
 
 

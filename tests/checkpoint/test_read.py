@@ -23,6 +23,7 @@ from transformers import (
 
 import pairquant
 from pairquant.checkpoint.architecture import require_one_tensor_a_name
+from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.choice import check_model
 from pairquant.jobs.evaluate import evaluate
@@ -197,7 +198,8 @@ class TestClasses:
         assert type(ModelFiles.find(str(tmp_path / "out")).model()) is LlavaForConditionalGeneration
         found = pairquant.inspect(tmp_path / "out")
         assert found.unknown is None
-        assert all(path.startswith("model.language_model.layers.") for path in found.linears)
+        stored = StoredTensors.of_directory(source).fields
+        assert all(f"{path}.weight" in stored and "language_model" in path for path in found.linears)
 
     def test_a_gguf_file_with_experts(self):
         config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from agreement import FACTOR
 from original_layout import write_original
+from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, TEXT, byte_tokenizer, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from vllm_worker import PROMPT
 
 import pairquant
@@ -92,6 +94,40 @@ def checkpoints(root):
     plain = write_original(root / "original", config, byte_tokenizer().save_pretrained)
     assert divergence(reference(plain), reference(load(root / "original"))) < 1e-6, "Transformers reads it otherwise"
     return found | {"original": (root / "original", reference(plain))}
+
+
+@pytest.fixture(scope="module")
+def experts(root):
+    """A tiny model with experts, and its log-probabilities in float32."""
+    sizes = {**SIZES, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(root / "experts-source")
+    byte_tokenizer().save_pretrained(root / "experts-source")
+    options = {"group_size": 32, "rotations": 2, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),)}
+    config = pairquant.QuantConfig(preset="quick", **options)
+    pairquant.quantize(root / "experts-source", root / "experts", config, device="cpu")
+    return root / "experts", reference(load(root / "experts"))
+
+
+def test_experts_answer_as_the_reference_does(experts, root):
+    path, expected = experts
+    (found,) = run([{"model": str(path), "options": {"dtype": "float32"}}], root)
+    assert divergence(expected, found["logprobs"]) < EXACT
+
+
+def test_an_experts_tensor_that_is_missing_is_named(experts, root):
+    path, _ = experts
+    shutil.copytree(path, root / "lacking")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.down_weight_theta"]
+    save_file(tensors, root / "lacking" / "model.safetensors", {"format": "pt"})
+    (found,) = run([{"model": str(root / "lacking"), "options": {"dtype": "float32"}}], root)
+    assert "model.layers.1.mlp.experts.down_weight_theta is missing" in found["error"]
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ class ModelFiles:
         if self.is_packed:
             names, linears = Names.of(model, stored.fields), set(stored.linears())
             there |= {*names.sources, *(f"{path}.weight" for path in linears)}
-            lacking = set()
+            lacking: set[str] = set()
             for site in sites_in(model, names=names):  # experts have one parameter for all of them
                 held = {site.parameter, site.bias_parameter}
                 (there if site.path in linears else lacking).update(held)

@@ -77,10 +77,10 @@ def test_layers_that_are_merged_but_stored_differently_are_refused_before_loadin
     assert config.get_quant_method(bare_linear(), "a.qkv_proj").spec == Spec(8, 64, 0)
 
 
-def test_quantized_experts_are_refused():
+def test_quantized_experts_in_a_layer_that_is_not_known_are_refused():
     config = settings()
     config.quantized = dict.fromkeys(("a.mlp.experts.0.up_proj",), Spec(4, 32, 2))
-    with pytest.raises(CheckpointError, match="no kernel yet"):
+    with pytest.raises(CheckpointError, match="for which there is no kernel"):
         config.get_quant_method(torch.nn.Identity(), "a.mlp.experts")
     assert config.get_quant_method(torch.nn.Identity(), "b.mlp.experts") is None
 

@@ -17,6 +17,7 @@ HOMES = {
     "register_weight_loader_v2_supported_method": "model_executor.layers.linear",
     "register_quantization_config": "model_executor.layers.quantization",
     "QuantizationConfig": "model_executor.layers.quantization.base_config",
+    "UnquantizedFusedMoEMethod": "model_executor.layers.fused_moe.unquantized_fused_moe_method",
     "GroupQuantScaleParameter": "model_executor.parameter",
     "PackedvLLMParameter": "model_executor.parameter",
 }
@@ -26,6 +27,15 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"vllm.{HOMES[name]}"), name)
+
+
+def is_experts(layer: Any) -> bool:
+    """Return whether a layer of vLLM runs the experts of a block, in a version whose method for them we know."""
+    try:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    except ImportError:
+        return False
+    return isinstance(layer, RoutedExperts)
 
 
 def is_registered(method: str) -> bool:

@@ -14,7 +14,7 @@ from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ...spec.linear import Spec
 from ...spec.patterns import matches
 from ...support.errors import CheckpointError
-from .compat import QuantizationConfig, tensor_names
+from .compat import QuantizationConfig, is_experts, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
@@ -76,8 +76,7 @@ class PairQuantConfig(QuantizationConfig):
         from .compat import LinearBase, UnquantizedLinearMethod
 
         if not isinstance(layer, LinearBase):
-            self._require_plain(layer, prefix)
-            return None
+            return self._experts_method(layer, prefix)
         spec = self._spec(prefix)
         if spec is None:
             return UnquantizedLinearMethod()
@@ -121,11 +120,20 @@ class PairQuantConfig(QuantizationConfig):
             return not matches(path, (*self.plain, "lm_head"))
         return path in self.quantized
 
-    def _require_plain(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Packed weights in a layer that is no linear would be taken for something else."""
-        inside = [path for path in self.quantized or () if f"{path}.".startswith(f"{prefix}.")]
-        if inside:
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        """Return what runs packed experts; None for a layer without packed weights.
+
+        Raises `CheckpointError` for packed weights in any other layer, which would be taken for something else.
+        """
+        home = prefix.removesuffix(".routed_experts")
+        inside = {path: spec for path, spec in (self.quantized or {}).items() if path.startswith(f"{home}.")}
+        if not inside:
+            return None
+        if not is_experts(layer):
             raise CheckpointError(
-                f"{inside[0]} is quantized, but vLLM runs it within a {type(layer).__name__}, for which there is no kernel "
-                "yet. Run the checkpoint with Transformers, or export it: `pairquant export MODEL --to bf16`."
+                f"{next(iter(inside))} is quantized, but vLLM runs it within a {type(layer).__name__}, for which there is "
+                "no kernel. Run the checkpoint with Transformers, or export it: `pairquant export MODEL --to bf16`."
             )
+        from .experts import PairQuantExpertsMethod
+
+        return PairQuantExpertsMethod(inside, home, layer.moe_config)
