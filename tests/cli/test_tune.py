@@ -21,14 +21,16 @@ def test_a_row_for_each_launch_and_the_place_of_the_table(monkeypatch, tmp_path)
     monkeypatch.setattr(availability, "device_class", lambda device: f"class of {device}")
     monkeypatch.setattr(devices, "resolve_device", lambda name: torch.device(name))
     monkeypatch.setattr(table.Path, "home", lambda: tmp_path)
-    done = CliRunner().invoke(app, ["tune", "model", "--device", "cuda:1"], env={"COLUMNS": "160"})
+    done = CliRunner().invoke(app, ["tune", "model", "--device", "cuda:1"], env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
     assert asked == [("model", "cuda:1")]
     rows = [line.split() for line in done.stdout.splitlines()]
-    heading = next(row for row in rows if row[:2] == ["linears", "in"])
-    assert heading.count("tokens") == len(TOKENS)
-    assert ["128+64+64", "128", *["dense", "16"] * len(TOKENS)] in rows
-    assert ["192", "96", "dense", "32"] in rows
+    assert ["128+64+64", "128", str(TOKENS[0]), "dense", "16"] in rows
+    assert [[str(tokens), "dense", "16"] for tokens in TOKENS[1:]] == [
+        row for row in rows if row[1:] == ["dense", "16"]
+    ]
+    assert ["192", "96", str(TOKENS[0]), "dense", "32"] in rows
+    assert max(map(len, done.stdout.splitlines())) <= 80
     kept = str(table.user_path("class of cuda:1"))
     assert f"kept in {kept}" in done.stdout.replace("\n", "")
 

@@ -196,3 +196,12 @@ class TestOriginalCard:
     def test_broken_front_matter_is_left_out_and_the_text_kept(self, front):
         found = OriginalCard.parse(f"---\n{front}\n---\n# Title\n")
         assert found == OriginalCard({}, "# Title")
+
+
+@pytest.mark.parametrize("front", ["language: [en, no]", "language: no"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_norwegian_and_a_byte_order_mark_survive(front, mark):
+    card = OriginalCard.parse(f"{mark}---\n{front}\nlicense: mit\n---\ntext")
+    assert card.data["license"] == "mit"
+    assert card.data["language"] in (["en", "no"], "no")
+    assert card.text == "text"

@@ -18,11 +18,13 @@ def tune(model: Model, device: Device = "auto") -> None:
     from ..support.devices import resolve_device
 
     rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("linears", "in", *(f"≤ {tokens} tokens" for tokens in table.TOKENS)):
+    for column in ("layers of one input", "in", "tokens, up to", "kernel", "rows of a tile"):
         rows.add_column(column, justify="right", no_wrap=True)
     with console.status("measuring"):
         for sizes, channels, choices in job.tune(model, device):
-            tiles = (f"{type(choice).__name__.lower()} {choice.rows}" for choice in choices.values())
-            rows.add_row("+".join(map(str, sizes)), str(channels), *tiles)
+            shape = "+".join(map(str, sizes)), str(channels)
+            for tokens, choice in choices.items():
+                rows.add_row(*shape, str(tokens), type(choice).__name__.lower(), str(choice.rows))
+                shape = "", ""
     console.print(rows)
     console.print(f"kept in {escape(str(table.user_path(device_class(resolve_device(device)))))}")

@@ -47,11 +47,17 @@ class OriginalCard:
     @classmethod
     def parse(cls, content: str) -> OriginalCard:
         """Read a README.md; front matter that is no YAML is left out."""
+        content = content.removeprefix("\ufeff")  # a byte order mark
         try:
             card = ModelCard(content, ignore_metadata_errors=True)
         except (ValueError, YAMLError):
             return cls({}, re.sub(r"\A---\n.*?\n---\n", "", content, count=1, flags=re.DOTALL).strip())
-        return cls(card.data.to_dict(), card.text.strip())
+        data = card.data.to_dict()
+        if isinstance(languages := data.get("language"), list):  # YAML 1.1 reads Norwegian's "no" as false
+            data["language"] = ["no" if language is False else language for language in languages]
+        elif data.get("language") is False:
+            data["language"] = "no"
+        return cls(data, card.text.strip())
 
 
 def write_card(checkpoint: Checkpoint, name: str, origin: Origin, results: Path | None) -> bool:
