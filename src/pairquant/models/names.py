@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 #: The number of an expert in a tensor's name.
@@ -56,6 +57,17 @@ class Names:
             lambda name: rules.forward(name)[1] in rules.joining,
         )
 
+    @cached_property
+    def _by_number(self) -> dict[str, dict[int, list[str]]]:
+        """Parameter → number of an expert → its tensors; a model may have 20,000 of them."""
+        found: dict[str, dict[int, list[str]]] = {}
+        for parameter, names in self.sources.items():
+            if len(names) > 1:
+                for name in names:
+                    if number := NUMBER.search(name):
+                        found.setdefault(parameter, {}).setdefault(int(number[1]), []).append(name)
+        return found
+
     def stored(self, parameter: str) -> str:
         """Return the source's name of a parameter that is one tensor there; its own name if the source is not known."""
         names = self.sources.get(parameter, ())
@@ -74,8 +86,7 @@ class Names:
         path: of the experts' module; part: "gate_proj", "up_proj" or "down_proj"; joined: the parameter that holds the part
         of all experts; place: 0, or 1 for the second of two parts that are joined.
         """
-        names = self.sources.get(f"{path}.{joined}", ())
-        own = [name for name in names if (found := NUMBER.search(name)) and int(found[1]) == number]
+        own = self._by_number.get(f"{path}.{joined}", {}).get(number, [])
         if place < len(own):
             return own[place].removesuffix(".weight")
         for other in OTHER_NAMES[part]:  # a packed checkpoint

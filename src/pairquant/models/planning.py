@@ -26,8 +26,9 @@ ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "in_proj_a", "in_proj_b
 def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tuple[Plan, list[Block]]:
     """Find the blocks of a model, which may lack its weights, and resolve the plan for them, by the source's names.
 
-    Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks; `ConfigError` for patterns that name nothing, weights that do not
-    fit, and large weights that nothing here can quantize.
+    Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
+    `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, and large
+    weights that nothing here can quantize.
     """
     blocks = find_blocks(model, config.ignore, names)
     _require_known(model, config.ignore, names)

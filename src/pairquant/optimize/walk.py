@@ -38,9 +38,9 @@ from .streams import Places, Streams
 class BlockResult:
     """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
 
-    shared: groups of linears with one transform; tokens: how many each expert got, by the home of the experts; uncalled: linears that no forward pass runs, left plain; parameters:
-    other parameters of the block that were trained, by path; history: what block-wise training reported; gpu_peak: most
-    GPU memory allocated so far, bytes.
+    shared: groups of linears with one transform; tokens: how many each expert got, by the home of the experts; uncalled:
+    linears that no forward pass runs, left plain; parameters: other parameters of the block that were trained, by path;
+    history: what block-wise training reported; gpu_peak: most GPU memory allocated so far, bytes.
     """
 
     index: int
