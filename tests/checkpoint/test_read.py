@@ -152,7 +152,7 @@ class TestOtherFiles:
         tensors = load_file(file)
         name = "model.layers.0.mlp.up_proj.weight"
         save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
-        with pytest.raises(SourceError, match="quantized to 8-bit floats already, which is not supported yet"):
+        with pytest.raises(SourceError, match="quantized to 8-bit floats already, without scales"):
             pairquant.quantize(source, source.parent / "out", RTN, device="cpu")
 
 

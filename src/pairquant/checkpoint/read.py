@@ -109,9 +109,15 @@ class ModelFiles:
         entries = self.quantization
         return isinstance(entries, dict) and entries.get("quant_method") == QUANT_METHOD
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether config.json says that matrices are 8-bit floats with scales of blocks, as the model was trained."""
+        entries = self.quantization
+        return isinstance(entries, dict) and entries.get("quant_method") == "fp8" and "weight_block_size" in entries
+
     def require_plain(self) -> None:
         """Refuse a source that is quantized already: its rounding errors would be fitted as if they were weights."""
-        if (entries := self.quantization) is not None:
+        if (entries := self.quantization) is not None and not self.is_fp8:
             method = entries.get("quant_method", "an unknown method") if isinstance(entries, dict) else entries
             raise SourceError(f"{self.name!r} is quantized already ({method}). Quantize the original model instead.")
 
@@ -148,7 +154,7 @@ class ModelFiles:
         require_named_class(self.config, model, self.name)
         if self.quantization is None:  # a quantizer says itself what is missing: ours does
             self._require_nothing_missing(missing)
-        if self.gguf:  # a plain model from here on, also when it is saved
+        if (self.gguf or self.is_fp8) and getattr(model, "hf_quantizer", None) is not None:  # a plain model from here on, also when it is saved
             model.hf_quantizer.remove_quantization_config(model)
         return model.eval().to(device)
 
@@ -161,7 +167,7 @@ class ModelFiles:
         """
         with torch.device("meta"):
             model = self._built()
-        if self.gguf or not (self.is_packed or self.quantization is None):
+        if self.gguf or not (self.is_packed or self.is_fp8 or self.quantization is None):
             return
         stored = self.stored()
         there = set(stored.fields)
@@ -232,6 +238,10 @@ class ModelFiles:
         else:
             self.weight_files()
             kwargs["use_safetensors"] = True
+        if self.is_fp8:
+            from transformers import FineGrainedFP8Config
+
+            kwargs["quantization_config"] = FineGrainedFP8Config(dequantize=True)
         model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
         return model, sorted(found["missing_keys"])
 
