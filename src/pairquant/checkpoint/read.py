@@ -154,7 +154,9 @@ class ModelFiles:
         require_named_class(self.config, model, self.name)
         if self.quantization is None:  # a quantizer says itself what is missing: ours does
             self._require_nothing_missing(missing)
-        if (self.gguf or self.is_fp8) and getattr(model, "hf_quantizer", None) is not None:  # a plain model from here on, also when it is saved
+        if (self.gguf or self.is_fp8) and getattr(
+            model, "hf_quantizer", None
+        ) is not None:  # a plain model from here on, also when it is saved
             model.hf_quantizer.remove_quantization_config(model)
         return model.eval().to(device)
 
