@@ -29,7 +29,7 @@ from ..core.rounding import POOR_ERROR, poor_errors
 from ..layers.model import unlike_siblings
 from ..models.blocks import Block
 from ..models.names import Names
-from ..models.planning import plan_model
+from ..models.planning import plan_model, reason_to_stay
 from ..models.sites import is_linear
 from ..optimize.calibration import Calibration, calibrator
 from ..optimize.memory import Demand, demand
@@ -365,7 +365,7 @@ class Job:
                 total += parameter.numel() if parameter.dim() >= 2 else 0
                 if parameter.dim() >= 2 and name not in quantized:
                     path = self.names.module(name.removesuffix(".weight"))
-                    reason = self.plan.plain.get(path, "not a linear layer, or one that computes something of its own")
+                    reason = self.plan.plain.get(path) or reason_to_stay(path)
                     kinds.setdefault((path.rpartition(".")[2], reason), []).append(parameter.numel())
         lines = [
             f"{name} stays plain in {counted(len(sizes), 'place')}, {sum(sizes) / total:.1%} of the blocks' weights: {reason}"

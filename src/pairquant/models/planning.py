@@ -85,10 +85,15 @@ def _plain(model: nn.Module, quantized: Iterable[Site], ignore: tuple[str, ...],
         if is_linear(module) and place not in taken:
             path = names.module(place)
             named = next((pattern for pattern in ignore if matches(path, (pattern,))), None)
-            router = path.rpartition(".")[2] in ROUTERS
-            other = "a router, gate or step size" if router else "not a plain linear layer of a decoder block"
-            found[path] = f"--ignore {named}" if named else other
+            found[path] = f"--ignore {named}" if named else reason_to_stay(path)
     return found
+
+
+def reason_to_stay(path: str) -> str:
+    """Return why the matrix at `path`, which no option names, is not quantized."""
+    if path.rpartition(".")[2] in ROUTERS:
+        return "a router, gate or step size"
+    return "not a plain linear layer of a decoder block"
 
 
 def uncovered(block: Block) -> dict[str, int]:
