@@ -19,6 +19,7 @@ from ..spec.fields import Field
 from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError
 from .files import read_json
+from .scaled import FP8, Scaled, take_out
 from .side_files import is_weights
 
 #: safetensors' names of the dtypes that a checkpoint may hold.
@@ -27,7 +28,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3": FP8,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -35,8 +36,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-#: Floats that stand for a matrix together with scales.
-FP8 = torch.float8_e4m3fn
 #: How safetensors' names of floats of 8 bits and less begin.
 SMALL_FLOATS = ("F8", "F6", "F4")
 #: The names under which Transformers looks for weights.
@@ -50,13 +49,13 @@ REMEDY = "The checkpoint is damaged: download or quantize it again."
 class StoredTensors:
     """fields: tensor name → dtype and shape; files: tensor name → the file that holds it.
 
-    scaled: matrices that are stored as 8-bit floats with a scale for each block of them, by the names of their scales; they
-    are loaded as the bfloat16 matrices that they stand for, and the scales are no tensors of their own.
+    scaled: tensors that are stored as codes and scales (see `scaled`): they are loaded as the bfloat16 tensors that these stand
+    for, and their codes and scales are no tensors of their own.
     """
 
     fields: dict[str, Field]
     files: dict[str, Path]
-    scaled: dict[str, str] = dataclass_field(default_factory=dict)
+    scaled: dict[str, Scaled] = dataclass_field(default_factory=dict)
 
     @classmethod
     def of_files(cls, files: Iterable[str | Path], home: str | Path | None = None) -> StoredTensors:
@@ -73,7 +72,7 @@ class StoredTensors:
                 if name in fields:
                     raise CheckpointError(f"tensor {name} is both in {homes[name]} and in {file}. Remove one of them.")
                 fields[name], homes[name] = field, file
-        return cls(fields, homes, _scaled(fields, homes))
+        return cls(fields, homes, take_out(fields, homes))
 
     @classmethod
     def of_directory(cls, directory: Path) -> StoredTensors:
@@ -146,45 +145,14 @@ class StoredTensors:
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Return one tensor, onto the device."""
-        tensor = self._stored(name, device)
-        return _unscaled(tensor, self._stored(self.scaled[name], device)) if name in self.scaled else tensor
+        if (scaled := self.scaled.get(name)) is not None:
+            return scaled.decode(self._stored(scaled.codes, device), self._stored(scaled.scales, device))
+        return self._stored(name, device)
 
     def _stored(self, name: str, device: torch.device | str) -> Tensor:
         file = self.files[name]
         found = file.stat()
         return _opened(file, str(device), found.st_mtime_ns, found.st_size).get_tensor(name)
-
-
-def _scaled(fields: dict[str, Field], homes: Mapping[str, Path]) -> dict[str, str]:
-    """Take matrices of 8-bit floats for the bfloat16 ones that they stand for, and their scales out of the fields.
-
-    Returns matrix → scales. Raises `CheckpointError` for 8-bit floats without scales, which stand for nothing known.
-    """
-    found = {}
-    for name, field in list(fields.items()):
-        if field.dtype != FP8:
-            continue
-        scales = fields.pop(f"{name}_scale_inv", None)
-        if scales is None or len(field.shape) != 2 or len(scales.shape) != 2:
-            raise CheckpointError(
-                f"tensor {name} in {homes[name]} is F8_E4M3: the weights are quantized to 8-bit floats already, without scales of "
-                f"their blocks ({name}_scale_inv), which is not supported. Use the original model in 16 bits."
-            )
-        found[name] = f"{name}_scale_inv"
-        fields[name] = Field(torch.bfloat16, field.shape)
-    return found
-
-
-def _unscaled(tensor: Tensor, scales: Tensor) -> Tensor:
-    """Return the matrix that 8-bit floats [N, C] with scales [⌈N / n⌉, ⌈C / c⌉] of blocks n × c stand for: bfloat16."""
-    rows, columns = (_block(size, count) for size, count in zip(tensor.shape, scales.shape, strict=True))
-    spread = scales.float().repeat_interleave(rows, 0)[: len(tensor)].repeat_interleave(columns, 1)
-    return (tensor.float() * spread[:, : tensor.shape[1]]).bfloat16()
-
-
-def _block(size: int, count: int) -> int:
-    """Return the size of `count` blocks of which the last may be smaller: 128 in every model of this kind so far."""
-    return 128 if -(-size // 128) == count else -(-size // count)
 
 
 def weight_files(directory: Path) -> list[Path]:

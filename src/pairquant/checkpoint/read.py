@@ -110,14 +110,16 @@ class ModelFiles:
         return isinstance(entries, dict) and entries.get("quant_method") == QUANT_METHOD
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether config.json says that matrices are 8-bit floats with scales of blocks, as the model was trained."""
+    def published_as(self) -> str | None:
+        """The few bits that the model was trained or published in, and that stand for 16 (see `scaled`): "fp8" or "mxfp4"."""
         entries = self.quantization
-        return isinstance(entries, dict) and entries.get("quant_method") == "fp8" and "weight_block_size" in entries
+        method = entries.get("quant_method") if isinstance(entries, dict) else None
+        known = method == "mxfp4" or (method == "fp8" and "weight_block_size" in entries)
+        return method if known else None
 
     def require_plain(self) -> None:
         """Refuse a source that is quantized already: its rounding errors would be fitted as if they were weights."""
-        if (entries := self.quantization) is not None and not self.is_fp8:
+        if (entries := self.quantization) is not None and not self.published_as:
             method = entries.get("quant_method", "an unknown method") if isinstance(entries, dict) else entries
             raise SourceError(f"{self.name!r} is quantized already ({method}). Quantize the original model instead.")
 
@@ -154,7 +156,7 @@ class ModelFiles:
         require_named_class(self.config, model, self.name)
         if self.quantization is None:  # a quantizer says itself what is missing: ours does
             self._require_nothing_missing(missing)
-        if (self.gguf or self.is_fp8) and getattr(
+        if (self.gguf or self.published_as) and getattr(
             model, "hf_quantizer", None
         ) is not None:  # a plain model from here on, also when it is saved
             model.hf_quantizer.remove_quantization_config(model)
@@ -169,7 +171,7 @@ class ModelFiles:
         """
         with torch.device("meta"):
             model = self._built()
-        if self.gguf or not (self.is_packed or self.is_fp8 or self.quantization is None):
+        if self.gguf or not (self.is_packed or self.published_as or self.quantization is None):
             return
         stored = self.stored()
         there = set(stored.fields)
@@ -240,10 +242,11 @@ class ModelFiles:
         else:
             self.weight_files()
             kwargs["use_safetensors"] = True
-        if self.is_fp8:
-            from transformers import FineGrainedFP8Config
+        if self.published_as:
+            from transformers import FineGrainedFP8Config, Mxfp4Config
 
-            kwargs["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+            kind = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[self.published_as]
+            kwargs["quantization_config"] = kind(dequantize=True)
         model, found = self._load(auto_class(self.config), "weights", output_loading_info=True, **kwargs)
         return model, sorted(found["missing_keys"])
 

@@ -1,4 +1,4 @@
-"""Sources in 8-bit floats with scales of blocks: quantized as the matrices that they stand for."""
+"""Sources in 8-bit floats with scales of blocks, and in MXFP4: quantized as the tensors that they stand for."""
 
 import json
 
@@ -94,3 +94,43 @@ def test_8_bit_floats_without_scales_are_refused(tmp_path):
     save_file(tensors, small / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match="up_proj.weight .*without scales"):
         pairquant.quantize(small, tmp_path / "out", CONFIG, device="cpu")
+
+
+def as_mxfp4(source, directory):
+    """A gpt-oss with experts in MXFP4, by codes drawn at random, and beside it in bfloat16, decoded by Transformers."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    small = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, channels, rows = tensor.shape
+            codes = torch.randint(0, 256, (experts, rows, channels // 32, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(118, 124, codes.shape[:3], dtype=torch.uint8, generator=generator)
+            del small[name]
+            small |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+            tensors[name] = convert_moe_packed_tensors(codes, scales).contiguous()
+    for kind, content in (("small", small), ("plain", tensors)):
+        (directory / kind).mkdir(parents=True)
+        for file in source.iterdir():
+            if file.suffix != ".safetensors":
+                (directory / kind / file.name).write_bytes(file.read_bytes())
+        save_file(content, directory / kind / "model.safetensors", {"format": "pt"})
+        config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+        config |= {"quantization_config": {"quant_method": "mxfp4"}} if kind == "small" else {}
+        (directory / kind / "config.json").write_text(json.dumps(config))
+    return directory / "small", directory / "plain"
+
+
+def test_mxfp4_is_read_as_what_it_stands_for(tmp_path):
+    small, plain = as_mxfp4(make_source("gpt-oss", tmp_path / "s"), tmp_path)
+    found, expected = (StoredTensors.of_directory(each) for each in (small, plain))
+    assert set(found.fields) == set(expected.fields)
+    for name, field in expected.fields.items():
+        assert found.fields[name].shape == field.shape
+        assert torch.equal(found.load(name), expected.load(name)), name
+    for kind in (small, plain):
+        pairquant.quantize(kind, tmp_path / f"{kind.name}-out", CONFIG, device="cpu")
+    first, second = (tmp_path / f"{kind.name}-out" / "model.safetensors" for kind in (small, plain))
+    assert first.read_bytes() == second.read_bytes()
