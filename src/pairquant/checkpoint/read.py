@@ -243,7 +243,7 @@ class ModelFiles:
             self.weight_files()
             kwargs["use_safetensors"] = True
         if self.published_as:
-            from transformers import FineGrainedFP8Config, Mxfp4Config
+            from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
             kind = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[self.published_as]
             kwargs["quantization_config"] = kind(dequantize=True)
