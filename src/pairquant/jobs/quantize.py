@@ -30,7 +30,7 @@ from ..layers.model import unlike_siblings
 from ..models.blocks import Block
 from ..models.names import Names
 from ..models.planning import plan_model, reason_to_stay
-from ..models.sites import is_linear
+from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
@@ -271,24 +271,27 @@ class Job:
         """Refuse weights that are not finite, or that fp16 scales cannot represent, before the work."""
         if not self.ranks.leads:
             return
-        sites = {path: site for block in self.blocks for path, site in block.sites.items()}
-        held: tuple[str, Any] = ("", None)
-        for path, layout in self.plan.layouts.items():
-            site = sites[path]
-            for name, parameter in {"weight": site.parameter, "bias": site.bias_parameter}.items():
-                if name == "bias" and not layout.bias:
-                    continue
-                if held[0] != parameter:  # experts have one for all of them
-                    held = parameter, self.source.load(parameter, self.device)
-                value = site.taken(held[1]) if name == "weight" else site.bias_taken(held[1])
-                if wrong := int((~value.isfinite()).sum()):
-                    raise SourceError(
-                        f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged."
-                    )
-                try:
-                    require_representable(value, layout.bits) if name == "weight" else require_fp16(value)
-                except ConfigError as error:
-                    raise ConfigError(f"{path}.{name} {error}: --ignore {path}") from error
+        by_parameter: dict[str, list[tuple[Site, str]]] = {}
+        for site in (site for block in self.blocks for site in block.sites.values()):
+            by_parameter.setdefault(site.parameter, []).append((site, "weight"))
+            if site.size.bias:
+                by_parameter.setdefault(site.bias_parameter, []).append((site, "bias"))
+        for parameter, held in by_parameter.items():  # once each: experts have one for all of them
+            whole = self.source.load(parameter, self.device)
+            for site, name in held:
+                value = site.taken(whole) if name == "weight" else site.bias_taken(whole)
+                self._require_values(site.path, name, value)
+
+    def _require_values(self, path: str, name: str, value: Tensor) -> None:
+        if wrong := int((~value.isfinite()).sum()):
+            raise SourceError(f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged.")
+        try:
+            if name == "weight":
+                require_representable(value, self.plan.layouts[path].bits)
+            else:
+                require_fp16(value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}.{name} {error}: --ignore {path}") from error
 
     def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
         def describe(directory: Path) -> None:
