@@ -1,6 +1,7 @@
 """PairQuant: 4-bit language models by scaled pairwise rotation (ParoQuant, arXiv 2511.10645).
 
-Importing this package is quick, and makes `AutoModelForCausalLM.from_pretrained` understand our checkpoints.
+Importing this package is quick: it does not import PyTorch. It registers PairQuant with Transformers and PEFT, so that
+`AutoModelForCausalLM.from_pretrained` can load checkpoints that PairQuant wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .spec.recipe import Recipe as Recipe
     from .support.errors import PairQuantError as PairQuantError
 
+#: Each public name, and the module that defines it.
 _HOME = {
     "PRESETS": "spec.recipe",
     "QuantConfig": "spec.options",
@@ -39,7 +41,7 @@ register()
 
 
 def __getattr__(name: str):
-    """Load a public name on first use, so that importing the package does not import PyTorch."""
+    """Import a public name when it is first used, so that importing the package does not import PyTorch."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

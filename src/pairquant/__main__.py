@@ -1,4 +1,4 @@
-"""`python -m pairquant`."""
+"""Run the command line: `python -m pairquant` does the same as `pairquant`."""
 
 from .cli import main
 

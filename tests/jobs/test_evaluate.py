@@ -174,5 +174,5 @@ def test_another_models_tokenizer_is_refused(directory, tmp_path, monkeypatch, t
     shutil.copytree(directory / "source", tmp_path / "mixed")
     tiny_tokenizer.save_pretrained(tmp_path / "mixed")
     monkeypatch.setattr(pairquant.checkpoint.read.ModelFiles, "model", None)
-    with pytest.raises(SourceError, match="makes token 3000, and the embedding of .*mixed.* has 288 rows"):
+    with pytest.raises(SourceError, match="gives token id 3000, but .*mixed.* only has embeddings for ids 0 to 287"):
         pairquant.evaluate(tmp_path / "mixed", texts=[str(TEXT)], seq_len=16)

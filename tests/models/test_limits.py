@@ -63,5 +63,5 @@ def test_token_ids_are_compared_with_the_embedding():
     model = tiny_model()
     check_tokens(model, "m", torch.tensor([[0, 287]]), [3, 287], [], torch.empty(0, 4, dtype=torch.int64))
     for tokens in (torch.tensor([[0, 288]]), [1, 288]):
-        with pytest.raises(SourceError, match="token 288, and the embedding of 'm' has 288 rows .0 to 287.*tokenizer"):
+        with pytest.raises(SourceError, match="token id 288, but 'm' only has embeddings for ids 0 to 287.*tokenizer"):
             check_tokens(model, "m", [5], tokens)

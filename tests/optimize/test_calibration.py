@@ -410,5 +410,7 @@ def test_learned_positions_are_checked_before_any_text_is_read():
 
 
 def test_tokens_without_an_embedding_are_refused(sources, tiny_tokenizer):
-    with pytest.raises(SourceError, match="makes token [0-9]+, and the embedding of 'the/model' has 288 rows"):
+    with pytest.raises(
+        SourceError, match="gives token id [0-9]+, but 'the/model' only has embeddings for ids 0 to 287"
+    ):
         drawer(tiny_tokenizer, seq_len=16)(sources(a=500), 8)

@@ -1,5 +1,6 @@
-"""Who runs a quantized layer on a device: a list in order of preference, the last of which takes everything.
+"""The backends, which run quantized layers. They form a list in order of preference; the last one accepts every layer.
 
-`base` says what a backend is, `table` has the list and the choice, `ops` the operators that torch.compile sees. Each
-other file is one backend. Layers, vLLM, `inspect --backends` and `tune` ask the list; nothing else decides.
+`base` defines what a backend is, `table` holds the list and chooses from it, and `ops` has the operator that torch.compile
+sees. Each other file is one backend. The choice is made in `table` alone: layers, vLLM, `inspect --backends` and `tune`
+ask it.
 """

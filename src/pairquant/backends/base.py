@@ -1,4 +1,4 @@
-"""What a backend is: it says which layers it takes, makes their weights ready, and runs them."""
+"""The interface of a backend, which says which layers it accepts, prepares their weights, and runs them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ..spec.linear import LinearLayout, PackedLinear
 class Backend(ABC):
     """One way to run quantized linears.
 
-    name: as users and operators know it; replaces: stored tensors that the prepared ones hold in another form, so that
-    a layer can give them up until `stored` brings them back; most: how many linears of one input it runs at once;
-    dtypes: of the activations that it can take; opaque: whether torch.compile sees it as one operator.
+    name: its name for users and in operators.
+    replaces: names of stored tensors that the prepared tensors hold in another form. A layer can free these, because
+    `stored` can restore them.
+    most: how many linears that read the same input it can run at once.
+    dtypes: the dtypes of activations that it accepts.
+    opaque: whether torch.compile sees it as a single operator.
     """
 
     name: str
@@ -28,40 +31,52 @@ class Backend(ABC):
 
     @abstractmethod
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why it does not run this layer on activations of this dtype, in words; None if it does."""
+        """Return the reason, in words, why the backend does not run this layer on this device; None if it does.
+
+        dtype: that of the activations.
+        """
 
     @abstractmethod
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        """Return the tensors that running these linears, which read one input, takes. They must agree in their specs."""
+        """Return the tensors that `compute` needs to run these linears on activations of this dtype.
+
+        The linears must read the same input and have equal specs.
+        """
 
     @abstractmethod
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
-        """Return C, the input channels of the linears from which these tensors were prepared."""
+        """Return C, the number of input channels of the linears from which `prepare` made these tensors."""
 
     @abstractmethod
     def compute(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
     ) -> Tensor:
-        """Multiply: x [M, C] → [M, N] in x's dtype. tensors: those that `prepare` returned; bias: [N] in x's dtype; sizes: out_features of each."""
+        """Run the linears on x [M, C]: [M, N] in x's dtype, where N is the sum of all out_features.
+
+        tensors: what `prepare` returned; bias: [N] in x's dtype, or None; sizes: out_features of each linear.
+        """
 
     @abstractmethod
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
-        """Pass a gradient back to the input: grad [M, N] → grad · Ŵ, [M, C]."""
+        """Compute the gradient of the input, grad · Ŵ [M, C], from that of the output, grad [M, N]."""
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
-        """Return the linears of one input, cut into what runs at once."""
+        """Split the linears that read the same input into lists of linears that run at once."""
         return [list(linears[i : i + self.most]) for i in range(0, len(linears), self.most)]
 
     def stored(
         self, tensors: Sequence[Tensor], sizes: Sequence[int], index: int, layout: LinearLayout
     ) -> dict[str, Tensor]:
-        """Return the tensors named in `replaces` of one linear, bit for bit as they were loaded."""
+        """Return the tensors named in `replaces` of the linear `index`, bit for bit as they were loaded."""
         return {}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Linears of one input that run at once. backend: its name; out_features: of each linear."""
+    """Linears that read the same input, prepared to run at once.
+
+    backend: the name of the backend; tensors: what its `prepare` returned; out_features: of each linear.
+    """
 
     backend: str
     tensors: list[Tensor]

@@ -1,4 +1,4 @@
-"""PyTorch's int4 product on CPUs, in bfloat16 at 4 bits, behind a rotation folded into one small matrix per group."""
+"""The backend for 4-bit layers in bfloat16 on CPUs: one small matrix per group rotates, PyTorch's int4 product multiplies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Backend
 
 
 class CpuInt4(Backend):
-    """Linears of one input that share their transform run as one matrix."""
+    """PyTorch's int4 product. Linears that read the same input and have the same transform run as one."""
 
     name = "cpu-int4"
     dtypes = (torch.bfloat16,)
@@ -57,7 +57,10 @@ class CpuInt4(Backend):
 
 @torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
 def cpu_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
-    """Return `CpuWeights.tensors()` of a 4-bit linear. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
+    """Prepare a 4-bit linear for the CPU and return `CpuWeights.tensors()`.
+
+    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`.
+    """
     known = LinearLayout.of_numbers(layout)
     return CpuWeights.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
 

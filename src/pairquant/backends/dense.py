@@ -1,4 +1,4 @@
-"""Decode the weight once and multiply by it as by any other: takes every layer, at the cost of its full size in memory."""
+"""The backend that accepts every layer: it decodes the weight once and multiplies by it. The weight then has its full size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Backend
 
 
 class Dense(Backend):
-    """The decoded weight, rotation undone, in the dtype of the activations."""
+    """Multiplication by the decoded weight, whose rotation is undone, in the dtype of the activations."""
 
     name = "decoded"
     most = 1_000
@@ -40,14 +40,17 @@ class Dense(Backend):
 
 
 def decoded(linear: PackedLinear) -> Tensor:
-    """Return the dense weight, float32 [N, C], by an operator: torch.compile need not look inside."""
+    """Decode the weight, float32 [N, C], by an operator, so that torch.compile does not have to trace the decoding."""
     layout = linear.layout.without_bias()
     return torch.ops.pairquant.decode([linear[name] for name in layout.fields()], layout.numbers())
 
 
 @torch.library.custom_op("pairquant::decode", mutates_args=())
 def decode_op(stored: list[Tensor], layout: list[int]) -> Tensor:
-    """Return the dense weight, float32 [N, C]. stored: all tensors of `layout.fields()`; layout: its `numbers()`."""
+    """Decode the weight, float32 [N, C].
+
+    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`.
+    """
     known = LinearLayout.of_numbers(layout)
     return decode(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))))
 

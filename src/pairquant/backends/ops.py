@@ -1,7 +1,8 @@
-"""Running prepared linears: the operator `pairquant::rotated_linear`, opaque to torch.compile and safe in CUDA graphs.
+"""Run prepared linears by the operator `pairquant::rotated_linear`. torch.compile does not look inside it, and it can be
+used in CUDA graphs.
 
-It checks its input, then calls the backend it names. Backends that make what they keep from what is stored have
-operators for that, too (`dense`, `cpu_int4`): traced, the making took ten times as long to compile as the model.
+The operator checks its input, then calls the backend whose name it is given. `dense` and `cpu_int4` also have operators
+that prepare weights: when torch.compile traced the preparation, compiling it took ten times as long as compiling the model.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from .table import BY_NAME
 def run(
     backend: Backend, x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
 ) -> Tensor:
-    """Run linears of one input by this backend: x [..., C] → [..., sum of sizes] in x's dtype.
+    """Run linears that read the same input by this backend: x [..., C] → [..., sum of sizes] in x's dtype.
 
-    tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear.
+    tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear. Raises
+    `KernelError` if the backend is opaque and cannot take x's dtype, shape or device.
     """
     if backend.opaque:
         return torch.ops.pairquant.rotated_linear(x, tensors, bias, list(sizes), group_size, backend.name)
@@ -34,9 +36,10 @@ def run(
 def rotated_linear(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: list[int], group_size: int, backend: str
 ) -> Tensor:
-    """x [..., C] → [..., sum of sizes] in x's dtype: linears of one input, side by side (see `run`).
+    """Run linears that read the same input: x [..., C] → [..., sum of sizes] in x's dtype (for the arguments see `run`).
 
-    Differentiable in x and bias; the weight is frozen. Raises `KernelError` for an x of another dtype, shape or device.
+    Differentiable in x and bias; the weight is frozen. Raises `KernelError` if x has a dtype that the backend does not
+    accept, a last dimension other than C, or another device than the weights.
     """
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], sum(sizes))
@@ -55,7 +58,7 @@ def _(x, tensors, bias, sizes, group_size, backend):
 def rotated_linear_backward(
     grad: Tensor, tensors: list[Tensor], sizes: list[int], group_size: int, backend: str, channels: int
 ) -> Tensor:
-    """grad [..., N] → grad · Ŵ, [..., channels]."""
+    """Compute the gradient of x, grad · Ŵ [..., channels], from that of the output, grad [..., N]."""
     rows = grad.reshape(-1, grad.shape[-1])
     return BY_NAME[backend].input_gradient(rows, tensors, sizes, group_size).view(*grad.shape[:-1], channels)
 
@@ -81,7 +84,7 @@ rotated_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _rows(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """Check x and return it as [M, C] with unit stride in the last dimension."""
+    """Check x and return it as [M, C] with stride 1 in the last dimension; raises `KernelError`."""
     if x.dtype not in dtypes:
         raise KernelError(f"x is {short(x.dtype)}, allowed on {x.device.type}: {', '.join(map(short, dtypes))}")
     if x.dim() < 1 or x.shape[-1] != channels:

@@ -1,4 +1,4 @@
-"""The backends in order of preference, and the choice among them."""
+"""The list of backends in order of preference, and the functions that choose from it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .cpu_int4 import CpuInt4
 from .dense import Dense
 from .triton_int4 import TritonInt4
 
-#: The first that takes a layer runs it; the last takes all. A new kernel is a row here and a file of its own.
+#: A layer is run by the first backend that accepts it; the last one accepts every layer. A new backend needs an entry here
+#: and a file in this folder.
 BACKENDS: tuple[Backend, ...] = (TritonInt4(), CpuInt4(), Dense())
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 DENSE = BACKENDS[-1]
 
 
 def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return who runs a layer on activations of this dtype."""
+    """Return the backend that runs a layer on this device; dtype: that of the activations."""
     for backend in BACKENDS:
         if backend.refusal(layout, device, dtype) is None:
             return backend
@@ -29,23 +30,23 @@ def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Ba
 
 @dataclass(frozen=True)
 class Explanation:
-    """Who runs a layer, and why those that would be preferred do not. refusals: name → reason."""
+    """The backend that runs a layer, and why those before it in the list do not. refusals: name → reason."""
 
     backend: str
     refusals: dict[str, str]
 
 
 def explain(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """Return what `choose` does, with the reasons why the backends before it in the list refuse the layer."""
+    """Return the name of the backend that `choose` returns, and the reasons of the backends before it in the list."""
     chosen = choose(layout, device, dtype)
     before = BACKENDS[: BACKENDS.index(chosen)]
     return Explanation(chosen.name, {b.name: b.refusal(layout, device, dtype) or "" for b in before})
 
 
 def prepare_all(linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Prepared]:
-    """Return linears that read the same input, ready to run in as few steps as their backend allows.
+    """Prepare linears that read the same input, to run in as few steps as their backend allows.
 
-    They must lie on one device and agree in their specs. dtype: of the activations.
+    They must be on the same device and have equal specs. dtype: that of the activations.
     """
     device = linears[0]["scales"].device
     for backend in BACKENDS:

@@ -1,4 +1,4 @@
-"""Our Triton kernels for NVIDIA GPUs, at 4 bits: up to three linears of one input in one launch."""
+"""The backend for 4-bit layers on NVIDIA GPUs: Triton kernels that run up to three linears of one input in one launch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Backend
 
 
 class TritonInt4(Backend):
-    """Rotation, product and, for many tokens, decoding, with tiles from a measured table."""
+    """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table."""
 
     name = "triton-int4"
     replaces = ("qweight", "qzeros", "scales")
@@ -42,7 +42,8 @@ class TritonInt4(Backend):
         from ..kernels.run.launch import linear
 
         choice: table.Choice = table.DENSE
-        if x.dtype != torch.float32:  # the products are for 16 bits; float32 is decoded and multiplied exactly
+        # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
+        if x.dtype != torch.float32:
             choice = table.choose(device_class(x.device), sum(sizes), x.shape[1], x.shape[0])
         return linear(x, KernelWeights.of_tensors(tensors, sizes, group_size), bias, choice)
 

@@ -1,5 +1,5 @@
-"""The algorithm in plain PyTorch, on any device, without I/O: the reference for every kernel.
+"""The algorithm in plain PyTorch, for any device, without I/O. Every kernel is tested against it.
 
-Read in the order of a weight's life: `pairs`, `rotation`, `quantizer`, `rounding`, `packing`, and `linear`, which
-tells the whole story on one page.
+Read the files in the order in which a weight passes through them: `pairs`, `rotation`, `grid`, `rounding` (with `range`),
+`packing`. Then read `linear`, which puts all steps together on one page.
 """

@@ -1,4 +1,4 @@
-"""The whole story of one linear layer on one page.
+"""All steps of quantizing and running one linear layer, on one page.
 
 encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
 decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
@@ -24,7 +24,7 @@ from .rounding import SOLVERS, Solvers, stored
 
 @dataclass(frozen=True)
 class Transform:
-    """Channel scale and K rotations of one linear's input, with the values that fp16 storage keeps.
+    """Channel scales and K rotations of one linear's input, already rounded to the values that are stored in fp16.
 
     theta: float32 [K, C/2]; pairs: int16 [K, C]; inverse_scales: float32 [C], the 1/a that multiplies activations
     (stored as `channel_scales`); matrix: the dense R, [G, g, g].
@@ -37,36 +37,38 @@ class Transform:
 
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, inverse_scales: Tensor, group_size: int) -> Transform:
-        """Make a transform from fitted or stored values, which are rounded to fp16 first."""
+        """Make a transform from fitted or stored values, which are first rounded to fp16."""
         theta = stored(theta.detach().float())
         matrix = rotation_matrix(theta, pairs, group_size)
         return cls(theta, pairs, stored(inverse_scales.detach().float()).flatten(), matrix)
 
     @classmethod
     def identity(cls, channels: int, group_size: int, rotations: int = 0, device=None) -> Transform:
-        """No scaling, all angles zero."""
+        """Return the transform that changes nothing: all scales are 1 and all angles 0."""
         pairs = torch.arange(group_size, dtype=torch.int16, device=device).repeat(rotations, channels // group_size)
         theta = torch.zeros(rotations, channels // 2, device=device, dtype=torch.float32)
         scales = torch.ones(channels, device=device, dtype=torch.float32)
         return cls.build(theta, pairs.view(rotations, channels), scales, group_size)
 
     def times(self, factor: float) -> Transform:
-        """Return the transform of `factor` times the weight: the factor, a power of two, goes into the channel scales.
+        """Return the transform with its inverse scales multiplied by `factor`, a power of two.
 
-        Raises `ConfigError` where fp16 cannot hold them.
+        If this transform was fitted to the weight divided by `factor`, the result is the transform for the weight itself.
+        Raises `ConfigError` if fp16 cannot hold the new channel scales.
         """
         if factor == 1:
             return self
         inverse = stored(self.inverse_scales * factor)
         if not inverse.isfinite().all() or not (inverse != 0).all():
+            low, high = (self.inverse_scales * factor).abs().aminmax()
             raise ConfigError(
-                f"channel scales of {(self.inverse_scales * factor).abs().aminmax()} do not fit fp16: the weight is too "
-                "large or too small. Rescale the layer in the source model, or leave it as it is with --ignore."
+                f"channel scales from {low:.3g} to {high:.3g} do not fit fp16: the weight is too large or too small. "
+                "Rescale the layer in the source model, or leave it as it is with --ignore."
             )
         return replace(self, inverse_scales=inverse)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return theta, pairs and channel_scales as they are stored."""
+        """Return the tensors that are stored: theta float16, pairs int16, channel_scales float16 [1, C]."""
         return {
             "theta": self.theta.half().contiguous(),
             "pairs": self.pairs.to(torch.int16).contiguous(),
@@ -74,15 +76,15 @@ class Transform:
         }
 
     def weight_in(self, w: Tensor) -> Tensor:
-        """(W · diag(a)) R, for w [N, C]."""
+        """Transform a weight [N, C]: (W · diag(a)) R."""
         return rotate_dense(w / self.inverse_scales, self.matrix)
 
     def weight_out(self, w_rot: Tensor) -> Tensor:
-        """Return the inverse of `weight_in`."""
+        """Undo `weight_in`: turn a transformed weight [N, C] back into the original basis."""
         return rotate_dense(w_rot, self.matrix.mT) * self.inverse_scales
 
     def hessian_in(self, hessian: Tensor) -> Tensor:
-        """Rᵀ diag(1/a) H diag(1/a) R: second moments of the transformed activations, for H [C, C]."""
+        """Transform H [C, C] into the second moments of the transformed activations: Rᵀ diag(1/a) H diag(1/a) R."""
         half = rotate_dense(hessian * self.inverse_scales, self.matrix)
         return rotate_dense(half.T * self.inverse_scales, self.matrix)
 
@@ -98,8 +100,9 @@ def encode(
 ) -> PackedLinear:
     """Transform, round and pack one linear.
 
-    weight: [N, C]; hessian: XᵀX of its inputs [C, C], needed for GPTQ and for weighing a range search; solvers: the
-    inner loops of GPTQ and refinement. Raises `ConfigError` for GPTQ without a Hessian.
+    weight: floating [N, C]; hessian: XᵀX of its inputs [C, C], which GPTQ needs, and by which the range search weighs
+    errors if it is given; bias: [N]; solvers: the inner loops of GPTQ and refinement. Raises `ConfigError` for GPTQ
+    without a Hessian, and `CalibrationError` for a Hessian that cannot be factored.
     """
     w_rot = transform.weight_in(weight.float())
     h_rot = transform.hessian_in(hessian.float()) if hessian is not None else None
@@ -118,7 +121,10 @@ def encode(
 def assemble(
     layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
 ) -> PackedLinear:
-    """Return codes uint8 [N, C] on the grid `scale`, `zero` [N, G], in the rotated basis, as they are stored."""
+    """Pack the codes, grid, transform and bias into the tensors that are stored.
+
+    codes: uint8 [N, C], in the rotated basis; scale, zero: the grid, [N, G]; bias: [N] or None.
+    """
     tensors = {
         "qweight": pack(codes.T.contiguous(), layout.bits),
         "qzeros": pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
@@ -129,24 +135,24 @@ def assemble(
 
 
 def transform_of(packed: PackedLinear) -> Transform:
-    """Return the stored transform, ready to use."""
+    """Return the transform that a packed linear stores."""
     return Transform.build(packed["theta"], packed["pairs"], packed["channel_scales"], packed.layout.group_size)
 
 
 def rotated_weight(packed: PackedLinear) -> Tensor:
-    """ŵ = (q - z) · s in the rotated basis: float32 [N, C]."""
+    """Compute the weight in the rotated basis, (q - z) · s: float32 [N, C]."""
     bits = packed.layout.bits
     codes, zeros = unpack(packed["qweight"], bits).T.contiguous(), unpack(packed["qzeros"], bits).T.float()
     return dequantize(codes, packed["scales"].T.float(), zeros)
 
 
 def decode(packed: PackedLinear) -> Tensor:
-    """Return the dense weight that the packed linear stands for, in the original basis: float32 [N, C]."""
+    """Compute the dense weight that the packed linear stands for, in the original basis: float32 [N, C]."""
     return transform_of(packed).weight_out(rotated_weight(packed))
 
 
 def forward(packed: PackedLinear, x: Tensor) -> Tensor:
-    """Return the reference for every kernel: x [..., C] → [..., N], in float32, rotating the activations step by step."""
+    """Run the layer in float32, one rotation after the other: x [..., C] → [..., N]. Every kernel is tested against this."""
     scaled = x.float() * packed["channel_scales"].float()
     x_rot = rotate(scaled, packed["theta"].float(), packed["pairs"], packed.layout.group_size)
     y = x_rot @ rotated_weight(packed).T

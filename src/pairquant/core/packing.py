@@ -1,4 +1,4 @@
-"""Codes ↔ 32-bit words, exact inverses (bit order: see `spec.codes`)."""
+"""Pack codes into 32-bit words and unpack them again, without any loss (for the bit order see `spec.codes`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..spec.codes import AWQ_ORDER, columns_per_block
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, N] → int32 [rows, N · b / 32]. N must be a multiple of `columns_per_block(bits)`."""
+    """Pack codes, uint8 [rows, N], into words, int32 [rows, N · b / 32]; N must be a multiple of `columns_per_block(bits)`."""
     columns = _stored_order(codes, bits).long()
     rows, blocks, per_block = columns.shape
     words = torch.zeros(rows, blocks, per_block * bits // 32, dtype=torch.int64, device=codes.device)
@@ -18,13 +18,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         words[..., word] |= columns[..., column] << shift
         if shift + bits > 32:  # a code of 3, 5 or 6 bits can straddle two words
             words[..., word + 1] |= columns[..., column] >> (32 - shift)
-    # Keep the low 32 bits, then read them as a signed number: what int32 storage means by these bits.
+    # Keep the low 32 bits, then interpret them as a signed number, as int32 does.
     words &= 0xFFFFFFFF
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).view(rows, -1)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows, N · b / 32] → uint8 [rows, N]."""
+    """Unpack words, int32 [rows, N · b / 32], into codes, uint8 [rows, N]."""
     rows = words.shape[0]
     per_block = columns_per_block(bits)
     blocks = words.view(rows, -1, per_block * bits // 32)

@@ -1,10 +1,10 @@
 """Which channels rotate together: K independent sets of disjoint pairs per group (paper, Algorithm A1).
 
-A *rank* orders all g(g-1)/2 pairs of a group, first come first served. Each rotation walks that order and takes every
-pair whose two channels are still free in this rotation and that no earlier rotation took. The walk is sequential by
-nature, yet its result, the lexicographically first matching, is also reached by taking at once every pair that is the
-earliest at both of its channels, and repeating until no free pair is left: all groups in parallel, about
-log2(g) rounds. Channels left alone are paired in ascending order and their angle stays at zero.
+A *rank* puts all g(g-1)/2 pairs of a group in an order. Each rotation goes through the pairs in that order and takes
+every pair whose two channels are still free in this rotation, unless an earlier rotation took it. The result is the
+lexicographically first matching. Going through the pairs one by one would be slow. The same result is found for all groups
+in parallel, in about log2(g) rounds: each round takes every pair that is the earliest free pair of both its channels.
+Channels that remain without a partner are paired in ascending order, and the angles of these pairs stay at zero.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairSelection:
-    """Pairs of every rotation and group.
+    """The pairs of every rotation and group.
 
-    pairs: int16 [K, C], group-local; entries 2t and 2t+1 of a group are the pair (i, j), i < j.
-    free: bool [K, C/2], False where the pair only fills up and its angle must stay zero.
+    pairs: int16 [K, C], channels counted from 0 within their group; entries 2t and 2t+1 of a group are the pair (i, j),
+    i < j. free: bool [K, C/2], False for pairs of channels that remained without a partner; their angle must stay zero.
     """
 
     pairs: Tensor
@@ -30,9 +30,9 @@ class PairSelection:
 def random_rank(
     num_groups: int, group_size: int, generator: torch.Generator, device: torch.device | None = None
 ) -> Tensor:
-    """Return an independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal.
+    """Draw an independent random order of all pairs for each group: float32 [G, g, g], symmetric, infinite diagonal.
 
-    The numbers are drawn on the CPU, so that the order is the same whatever device it is for.
+    The random numbers are drawn on the CPU, so that the order does not depend on the device.
     """
     num_pairs = group_size * (group_size - 1) // 2
     order = torch.rand(num_groups, num_pairs, generator=generator).to(device).argsort(dim=-1, stable=True)
@@ -40,9 +40,10 @@ def random_rank(
 
 
 def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
-    """Return largest difference in channel magnitude first.
+    """Order the pairs of each group by the difference of their channels' magnitudes, the largest difference first.
 
-    magnitude: [C], any measure of a channel's size, such as the mean absolute weight. Returns float32 [G, g, g].
+    magnitude: [C], any measure of a channel's size, such as the mean absolute weight. Returns float32 [G, g, g], symmetric,
+    with an infinite diagonal.
     """
     by_group = magnitude.detach().double().view(-1, group_size)
     i, j = torch.triu_indices(group_size, group_size, offset=1, device=magnitude.device)
@@ -52,7 +53,10 @@ def magnitude_rank(magnitude: Tensor, group_size: int) -> Tensor:
 
 
 def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
-    """Select the pairs of K independent rotations for each group, greedily in the order given by `rank` [G, g, g], on its device."""
+    """Choose the pairs of K independent rotations for each group, greedily in the order of `rank` [G, g, g].
+
+    The result is on the device of `rank`.
+    """
     num_groups, g, _ = rank.shape
     rank = rank.clone()
     pairs = torch.empty(rotations, num_groups, g // 2, 2, dtype=torch.int16, device=rank.device)
@@ -65,7 +69,7 @@ def select_pairs(rank: Tensor, rotations: int) -> PairSelection:
 
 
 def _symmetric(position: Tensor, g: int) -> Tensor:
-    """Return positions of the pairs (i < j) in upper-triangle order [G, g(g-1)/2] → symmetric matrices [G, g, g]."""
+    """Turn the positions of the pairs i < j, [G, g(g-1)/2] in upper-triangle order, into symmetric matrices [G, g, g]."""
     rank = torch.full((position.shape[0], g, g), torch.inf, device=position.device)
     i, j = torch.triu_indices(g, g, offset=1, device=position.device)
     rank[:, i, j] = rank[:, j, i] = position.float()
@@ -73,7 +77,7 @@ def _symmetric(position: Tensor, g: int) -> Tensor:
 
 
 def _first_matching(rank: Tensor) -> Tensor:
-    """Return the lexicographically first matching of each group: partner of each channel [G, g], or -1 when left alone."""
+    """Return the lexicographically first matching of each group: the partner of each channel [G, g], -1 for none."""
     num_groups, g, _ = rank.shape
     remaining = rank.clone()
     partner = torch.full((num_groups, g), -1, device=rank.device)
@@ -89,17 +93,21 @@ def _first_matching(rank: Tensor) -> Tensor:
 
 
 def _as_pairs(partner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return partners [G, g] → pairs [G, g/2, 2] with those left alone paired last, and a mask of the genuine ones."""
+    """Turn partners [G, g] into pairs [G, g/2, 2], and a mask of the pairs that were chosen.
+
+    Channels without a partner are paired with one another, after the chosen pairs.
+    """
     num_groups, g = partner.shape
     channel = torch.arange(g, device=partner.device).expand(num_groups, g)
     lonely = partner < 0
-    # Sort channels so that a pair's two members are neighbours: by the pair's lower channel, the lonely ones last.
+    # Sort channels by the lower channel of their pair, so that both channels of a pair are neighbours; those without a
+    # partner come last.
     lower = torch.where(lonely, g + channel, torch.minimum(channel, partner))
     order = (lower * g + channel).argsort(-1)
     return order.view(num_groups, g // 2, 2), ~lonely.gather(1, order)[:, ::2]
 
 
 def _forget(rank: Tensor, partner: Tensor) -> None:
-    """Take the matched pairs out of the order, in place."""
+    """Remove the matched pairs from the order, in place, so that no later rotation takes them."""
     group, channel = (partner >= 0).nonzero(as_tuple=True)
     rank[group, channel, partner[group, channel]] = torch.inf

@@ -1,4 +1,4 @@
-"""Weights whose group scales fp16 cannot hold: a power of two moved from the weight into its channel scales."""
+"""Find weights whose group scales fp16 cannot hold, and the power of two to move from the weight to its channel scales."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 from ..support.errors import ConfigError
 from .grid import MIN_SCALE
 
-#: Group scales are kept between these: far from `MIN_SCALE`, below which they are clamped, and from fp16's largest
-#: number, 65504. Weights of ordinary models lie well inside.
+#: Group scales are kept between these limits, which are far from `MIN_SCALE`, below which they are clamped, and from fp16's
+#: largest number, 65504. The weights of ordinary models are well within them.
 SMALLEST_TYPICAL_SCALE, LARGEST_SCALE = 4 * MIN_SCALE, 8192.0
-#: The typical scale that a weight too small is brought to.
+#: If a weight is too small, it is multiplied by a power of two that brings its typical scale near this.
 AIM = 1e-3
-#: Powers of two that channel scales, themselves fp16 and a few times larger or smaller, can take over. 2⁻¹⁴ is fp16's
-#: smallest number of full precision.
+#: The range of the exponent of that power of two. Channel scales are stored in fp16 too, and are a few times larger or
+#: smaller than it. 2⁻¹⁴ is the smallest number that fp16 holds with full precision.
 LEAST_EXPONENT, MOST_EXPONENT = -14, 12
 
 
 def extent(weight: Tensor) -> tuple[float, float]:
-    """Root mean square and largest magnitude of a weight [N, C]; zeros for one without values."""
+    """Return the root mean square and the largest magnitude of a tensor; zeros if it is empty."""
     if not weight.numel():
         return 0.0, 0.0
     return weight.float().square().mean().sqrt().item(), weight.abs().max().item()
 
 
 def power_of_two(rms: float, peak: float, bits: int) -> float:
-    """Return what to divide a weight by so that its group scales fit fp16; 1.0 for nearly every weight.
+    """Return the power of two to divide a weight by so that its group scales fit fp16; 1.0 for nearly every weight.
 
-    rms, peak: see `extent`. Raises `ConfigError` for weights that no power of two brings into range.
+    rms, peak: see `extent`. Raises `ConfigError` for a weight that no power of two brings into range. Its message begins
+    with "has values", because the caller puts the weight's name before it.
     """
     levels = 2**bits - 1
     typical, largest = 6 * rms / levels, 2 * peak / levels  # a group spans about six standard deviations
@@ -50,11 +51,11 @@ def power_of_two(rms: float, peak: float, bits: int) -> float:
 
 
 def require_representable(weight: Tensor, bits: int) -> None:
-    """Refuse a weight that no scales in fp16 can represent; raises `ConfigError`."""
+    """Raise `ConfigError` for a weight that no scales in fp16 can represent (see `power_of_two`)."""
     power_of_two(*extent(weight), bits)
 
 
 def require_fp16(bias: Tensor) -> None:
-    """Refuse a bias with values beyond fp16's largest; raises `ConfigError`."""
+    """Raise `ConfigError` for a bias with values larger than fp16 can hold; the caller puts its name before the message."""
     if (peak := extent(bias)[1]) > torch.finfo(torch.float16).max:
         raise ConfigError(f"has values as large as {peak:.3g}, more than fp16 holds. Leave the layer as it is")

@@ -1,10 +1,11 @@
-"""Pairwise rotations: applied step by step, undone, and folded into one dense matrix per group.
+"""Pairwise rotations: apply them step by step, undo them, and multiply them out to one dense matrix per group.
 
 A Givens rotation on channels (i, j) with angle t:  y_i = cos t · x_i + sin t · x_j,  y_j = cos t · x_j - sin t · x_i.
-K sets of disjoint ones, in order, act on row vectors from the right as R = P_1 P_2 … P_K, orthogonal and
-block-diagonal over groups (paper, section 3).
+A step consists of rotations whose pairs share no channel. The K steps, in order, multiply row vectors from the right by
+R = P_1 P_2 … P_K, which is orthogonal and has one block per group (paper, section 3).
 
-Everywhere: theta floating [K, C/2]; pairs integer [K, C], group-local (see `spec.rotation`).
+In all functions: theta floating [K, C/2], in radians; pairs integer [K, C], channels counted from 0 within their group
+(see `spec.rotation`).
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int) -> Tensor:
-    """x R, one rotation after the other. x: [..., C]; computed and returned in x's dtype. Differentiable."""
+    """Compute x R for x [..., C], one rotation after the other, in x's dtype. Differentiable."""
     return _apply_steps(x, theta, pairs, group_size, range(theta.shape[0]), sign=1.0)
 
 
 def unrotate(x: Tensor, theta: Tensor, pairs: Tensor, group_size: int) -> Tensor:
-    """x Rᵀ, the inverse of `rotate`: the rotations in reverse order with negated angles. x: [..., C]."""
+    """Compute x Rᵀ for x [..., C], which undoes `rotate`: rotate in reverse order by the negated angles."""
     return _apply_steps(x, theta, pairs, group_size, reversed(range(theta.shape[0])), sign=-1.0)
 
 
 def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Tensor | None = None) -> Tensor:
-    """Return the dense R of every group: [G, g, g] in theta's dtype, differentiable in theta.
+    """Compute the dense R of every group: [G, g, g] in theta's dtype, differentiable in theta.
 
-    `positions` is `givens_positions(pairs, group_size)`, for callers that build R for the same pairs again and again.
-    The K factors are multiplied as a balanced tree of batched products, so autograd runs through log2(K) of them.
+    positions: `givens_positions(pairs, group_size)`, for callers that compute R for the same pairs many times. The K
+    factors are multiplied in pairs, then the products in pairs, and so on, so that autograd sees log2(K) batched products.
     """
     rotations, half = theta.shape
     num_groups = 2 * half // group_size
@@ -46,7 +47,7 @@ def rotation_matrix(theta: Tensor, pairs: Tensor, group_size: int, positions: Te
 
 
 def givens_positions(pairs: Tensor, group_size: int) -> Tensor:
-    """Return where [i, i], [j, j], [j, i] and [i, j] of each pair lie in the flattened factors: int64 [4, K · C/2]."""
+    """Return where the entries [i, i], [j, j], [j, i], [i, j] of each pair are in the flattened factors: int64 [4, K · C/2]."""
     rotations, channels = pairs.shape
     i, j = pairs.long().reshape(-1, 2).unbind(-1)
     block = torch.arange(rotations * channels // group_size, device=pairs.device)
@@ -55,17 +56,18 @@ def givens_positions(pairs: Tensor, group_size: int) -> Tensor:
 
 
 def rotate_dense(x: Tensor, matrix: Tensor) -> Tensor:
-    """x R with the dense per-group matrix. x: [..., C], matrix: [G, g, g]; pass `matrix.mT` to undo."""
+    """Compute x R for x [..., C] with the dense matrix [G, g, g]; pass `matrix.mT` to undo it."""
     num_groups, g, _ = matrix.shape
     by_group = x.reshape(-1, num_groups, g).transpose(0, 1)
     return (by_group @ matrix).transpose(0, 1).reshape(x.shape)
 
 
 def channel_form(theta: Tensor, pairs: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return one rotation as y_c = cos_c · x_c + s_c · x_p(c) for every channel c, with its partner p(c).
+    """Rewrite each rotation as y_c = cos_c · x_c + s_c · x_p(c) for every channel c, where p(c) is its partner.
 
-    theta [K, C/2], pairs [K, C] → coefficients [K, 2, C] (cos_c and the signed sine s_c: +sin for the first channel of
-    a pair, -sin for the second; theta's dtype, differentiable) and partners uint8 [K, C], group-local.
+    Returns coefficients [K, 2, C], in theta's dtype and differentiable: cos_c, and the signed sine s_c, which is +sin for
+    the first channel of a pair and -sin for the second. Also returns the partners, uint8 [K, C], counted from 0 within
+    their group.
     """
     rotations, channels = pairs.shape
     local = pairs.long().view(rotations, channels // 2, 2)

@@ -1,11 +1,13 @@
-"""Rounding a rotated weight to the grid, with the inputs' second moments as the measure of what an error costs.
+"""Round a rotated weight to the grid; the second moments of its inputs tell how much each error costs.
 
-All functions minimise (part of) the quadratic proxy tr(E H Eᵀ), E = W - Ŵ, H = XᵀX in the same basis as W:
+All functions minimise the quadratic proxy tr(E H Eᵀ) or a part of it, with E = W - Ŵ and H = XᵀX in the same basis as W:
 
-- `search_range`: each group's range, shrunk when clipping its extremes costs less than the finer grid saves;
-- `nearest`: each weight by itself;
-- `gptq`: columns in turn, each error compensated on the columns still to come (Frantar et al., 2023);
-- `refine`: coordinate descent from there, group by group: re-round every column given all the others, refit the scale.
+- `search_range` chooses each group's range; it shrinks a range if clipping the extremes costs less than the finer grid
+  saves;
+- `nearest` rounds each weight on its own;
+- `gptq` rounds the columns in turn and compensates each error in the columns that follow (Frantar et al., 2023);
+- `refine` improves the result by coordinate descent, group by group: it rounds every column again, given all the others,
+  then refits the group's scale.
 
 Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], grid scale and zero [N, G].
 """
@@ -21,15 +23,15 @@ from torch import Tensor
 from ..support.errors import CalibrationError
 from .grid import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
 
-#: A relative error of a layer's output from which on a user must be told: rounding alone stays far below it.
+#: The user is told of layers whose relative output error is above this; rounding alone stays far below it.
 POOR_ERROR = 0.2
-#: Columns compensated one by one before the rest is updated by one matrix product.
+#: Columns that `gptq` rounds one by one before it updates all later columns by one matrix product.
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero point of every row and group, [N, G] float32; scales already have their stored fp16 values."""
+    """Scale and zero point of every row and group, float32 [N, G]; the scales are already rounded to fp16."""
 
     scale: Tensor
     zero: Tensor
@@ -37,34 +39,36 @@ class Grid:
 
     @classmethod
     def spanning(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-        """Return the grid whose ends are `low` and `high` [N, G]."""
+        """Make the grid whose ends are `low` and `high` [N, G]."""
         scale, zero = affine_parameters(low, high, bits, symmetric)
         return cls(stored(scale), zero, bits)
 
     def codes(self, w: Tensor) -> Tensor:
+        """Return the codes of the grid points nearest to w [N, C]: uint8 [N, C]."""
         return quantize(w, self.scale, self.zero, self.bits)
 
     def values(self, codes: Tensor) -> Tensor:
+        """Return the weights that codes [N, C] stand for: float32 [N, C]."""
         return dequantize(codes, self.scale, self.zero)
 
 
 def stored(x: Tensor) -> Tensor:
-    """Return the values that fp16 storage keeps."""
+    """Round x to the values that fp16 can store; the result has x's dtype."""
     return x.half().to(x.dtype)
 
 
 def nearest(w: Tensor, grid: Grid) -> Tensor:
-    """Return codes of the nearest grid points."""
+    """Return the codes of the grid points nearest to w [N, C]: uint8 [N, C]."""
     return grid.codes(w)
 
 
 def search_range(
     w: Tensor, hessian: Tensor | None, bits: int, group_size: int, symmetric: bool, shrinks: tuple[float, ...] = (1.0,)
 ) -> Grid:
-    """Return for each row and group the range, among `shrinks` times its min and max, that has the least error after rounding.
+    """Choose for each row and group the range, out of `shrinks` times min and max, with the least error after rounding.
 
-    The error counts within the group only: e H_gg eᵀ, with H_gg the group's g × g block of the Hessian (identity
-    when there is none).
+    Only errors within the group count: e H_gg eᵀ, where H_gg is the group's g × g block of the Hessian, or the identity if
+    there is no Hessian.
     """
     low, high = group_range(w, group_size)
     best = Grid.spanning(low * shrinks[0], high * shrinks[0], bits, symmetric)
@@ -82,10 +86,11 @@ def search_range(
 
 
 def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Return rounds B columns in turn, each one's error compensated on those after it: codes uint8 and errors, both [B, N].
+    """Round B columns in turn and compensate the error of each in those that follow.
 
-    todo: the columns as the rows of [B, N], changed in place; factor: upper triangular [B, B], of `inverse_factor`;
-    scale, zero: [B, N]; top: the largest code.
+    todo: the columns of w as rows, [B, N], changed in place; factor: upper triangular [B, B], a block of what
+    `inverse_factor` returns; scale, zero: [B, N]; top: the largest code. Returns the codes, uint8 [B, N], and the errors,
+    [B, N].
     """
     codes, errors = torch.empty_like(todo, dtype=torch.uint8), torch.empty_like(todo)
     for i in range(len(todo)):
@@ -100,10 +105,10 @@ def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: i
 def descend(
     k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
 ) -> None:
-    """Round the g columns of one group again, one after another, each given all the others (see `refine`).
+    """Round the g columns of one group again, in turn, each given all the others (see `refine`).
 
-    k = q - z and m = Mᵀ: [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its diagonal,
-    positive, [g]; scale, and lowest and highest, the bounds of k: [N].
+    k, m: q - z and the transpose of M, [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its
+    diagonal, positive, [g]; scale: [N]; lowest, highest: the bounds of k, [N].
     """
     for i in range(len(k)):
         best = (k[i] + m[i] / (curvature[i] * scale)).round_().clamp_(lowest, highest)
@@ -113,22 +118,23 @@ def descend(
 
 @dataclass(frozen=True)
 class Solvers:
-    """The loops that go column by column: `compensate` and `descend`, or what does the same faster."""
+    """The loops that go column by column: `compensate` and `descend`, or faster functions that do the same."""
 
     compensate: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] = compensate
     descend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = descend
 
 
-#: In plain PyTorch, for any device.
+#: The loops in plain PyTorch, for any device.
 SOLVERS = Solvers()
 
 
 def gptq(
     w: Tensor, hessian: Tensor, grid: Grid, damping: float, by_activation: bool, solvers: Solvers = SOLVERS
 ) -> Tensor:
-    """Return codes by error compensation, on a grid fixed beforehand.
+    """Round w [N, C] by error compensation on a given grid, and return the codes, uint8 [N, C] (Frantar et al., 2023).
 
-    by_activation: treat the columns with the largest diagonal of H first, while many others can still compensate.
+    hessian: [C, C]; damping: see `inverse_factor`; by_activation: round the columns with the largest diagonal of H first,
+    while many other columns can still compensate their errors. Raises `CalibrationError` if H cannot be factored.
     """
     order = (
         hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian), device=w.device)
@@ -155,10 +161,11 @@ def refine(
     refit_scales: bool = True,
     solvers: Solvers = SOLVERS,
 ) -> tuple[Grid, Tensor]:
-    """Coordinate descent on tr(E H Eᵀ): returns the new (grid, codes). The error never grows, but for fp16 scales.
+    """Reduce tr(E H Eᵀ) by coordinate descent, in `sweeps` passes, and return the new grid and codes.
 
-    With M = E H, moving column i of Ŵ by d changes the error by d² H_ii - 2 d M_i: the best grid point is the one
-    nearest to ŵ_i + M_i / H_ii. Likewise the best change of a group's scale is (k · M_g) / (k H_gg kᵀ), k = q - z.
+    The error never grows, except that rounding the refitted scales to fp16 can add a little. With M = E H, moving column i
+    of Ŵ by d changes the error by d² H_ii - 2 d M_i, so the best grid point is the one nearest to ŵ_i + M_i / H_ii.
+    Likewise, the best change of a group's scale is (k · M_g) / (k H_gg kᵀ), where k = q - z.
     """
     channels, g = w.shape[1], w.shape[1] // grid.scale.shape[1]
     hessian = hessian.to(w.dtype)
@@ -183,12 +190,16 @@ def refine(
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with (H + d·mean(diag H)·I)⁻¹ = Uᵀ U, float64; the damping grows tenfold until it factors."""
+    """Return the upper triangular U, float64, with (H + d · mean(diag H) · I)⁻¹ = Uᵀ U.
+
+    The damping d starts at `damping`, and is multiplied by ten until H can be factored. Raises `CalibrationError` if that
+    fails eight times.
+    """
     return _damped(hessian, damping, _upper_of_inverse)
 
 
 def damped_cholesky(hessian: Tensor, damping: float) -> Tensor:
-    """Lower triangular L with H + d·mean(diag H)·I = L Lᵀ, float64; the damping grows tenfold until it factors."""
+    """Return the lower triangular L, float64, with H + d · mean(diag H) · I = L Lᵀ (for d see `inverse_factor`)."""
     return _damped(hessian, damping, torch.linalg.cholesky_ex)
 
 
@@ -201,58 +212,65 @@ def _damped(hessian: Tensor, damping: float, factorize: Callable[[Tensor], tuple
             return factor
     raise CalibrationError(
         f"a {len(hessian)} × {len(hessian)} Hessian is not positive definite even with damping {damping * 1e7:g}: "
-        "the calibration activations are degenerate. Use more or other calibration text."
+        "the layer's inputs on the calibration text are probably too large or not finite. Use other calibration text."
     )
 
 
 def _plus_diagonal(hessian: Tensor, value: Tensor) -> Tensor:
-    """Return a copy in float64."""
+    """Return a float64 copy of H with `value` added to its diagonal."""
     damped = hessian.to(torch.float64, copy=True)
     damped.diagonal().add_(value)
     return damped
 
 
 def _upper_of_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """With rows and columns in reverse, J H J = L Lᵀ, so H = V Vᵀ for V = J L J upper triangular, and U = V⁻¹ = J L⁻¹ J:
-    half the work of inverting H and factoring that. Three matrices of H's size at once, for the largest take gigabytes.
+    """Return U with H⁻¹ = Uᵀ U for a matrix H, and whether factoring failed (not zero).
+
+    Let J reverse the order of rows or columns, and J H J = L Lᵀ. Then H = V Vᵀ for the upper triangular V = J L J, and
+    U = V⁻¹ = J L⁻¹ J. This is half the work of inverting H and factoring the inverse. Matrices are deleted as early as
+    possible, because three matrices of the size of the largest H take gigabytes.
     """
     size, dtype, device = len(matrix), matrix.dtype, matrix.device
     backwards = matrix.flip(0, 1)
-    del matrix  # the caller keeps none
+    del matrix  # the caller holds no reference, so this frees it
     lower, failed = torch.linalg.cholesky_ex(backwards)
     del backwards
-    if failed or not lower.isfinite().all():  # the inverse of infinity would be a plausible zero
+    if failed or not lower.isfinite().all():  # inverting an infinity would give zero and hide it
         return lower, failed
-    inverse = torch.eye(size, dtype=dtype, device=device).mT  # by columns, as the solver writes: solved in place
+    # Transposed, because the solver writes by columns and can then work in place.
+    inverse = torch.eye(size, dtype=dtype, device=device).mT
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     return inverse.flip(0, 1), failed
 
 
 def proxy_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """tr(E H Eᵀ) / tr(W H Wᵀ), the relative squared error of the layer's output over the calibration text."""
+    """Return tr(E H Eᵀ) / tr(W H Wᵀ), the relative squared error of the layer's output over the calibration text."""
     return ratio(proxy_terms(w, approximation, hessian))
 
 
 def proxy_terms(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
-    """tr(E H Eᵀ) and tr(W H Wᵀ), whose `ratio` is `proxy_error`: sums over the rows of w, [2]."""
+    """Return tr(E H Eᵀ) and tr(W H Wᵀ) as a tensor [2]; its `ratio` is `proxy_error`.
+
+    Both are sums over the rows of w, so the terms of parts of w can be added.
+    """
     error = w - approximation
     return torch.stack((((error @ hessian) * error).sum(), ((w @ hessian) * w).sum()))
 
 
 def ratio(terms: Tensor) -> float:
-    """Return the first of two numbers over the second, which may be zero."""
+    """Divide the first of two numbers [2] by the second, which may be zero: it is raised to at least 1e-30."""
     return (terms[0] / terms[1].clamp(min=1e-30)).item()
 
 
 def poor_errors(errors: Mapping[str, float | None]) -> dict[str, float]:
-    """Return those of these errors, by path, that are above `POOR_ERROR`, worst first."""
+    """Return the errors that are above `POOR_ERROR`, by path, the largest first."""
     poor = {path: error for path, error in errors.items() if error is not None and error > POOR_ERROR}
     return dict(sorted(poor.items(), key=lambda item: -item[1]))
 
 
 def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every column, [C, N], in the given order."""
+    """Return the scale and the zero point of every column, both [C, N], with the columns in the given order."""
     g = channels // grid.scale.shape[1]
     group = torch.arange(channels, device=grid.scale.device) // g
     group = group if order is None else group[order]
@@ -260,13 +278,13 @@ def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple
 
 
 def _diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
-    """Return the [G, g, g] blocks on the diagonal of H [C, C]."""
+    """Return the blocks on the diagonal of H [C, C]: [G, g, g]."""
     num_groups = len(hessian) // group_size
     return hessian.view(num_groups, group_size, num_groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _group_cost(w: Tensor, grid: Grid, blocks: Tensor | None) -> Tensor:
-    """e H_gg eᵀ of every row and group, [N, G]."""
+    """Compute the cost e H_gg eᵀ of every row and group, [N, G]; blocks: H_gg, None for the identity."""
     error = (w - grid.values(grid.codes(w))).view(*grid.scale.shape, -1).transpose(0, 1)  # [G, N, g]
     weighted = error @ blocks.to(w.dtype) if blocks is not None else error
     return (weighted * error).sum(-1).T

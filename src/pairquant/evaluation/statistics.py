@@ -29,7 +29,7 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return Wilson's score interval of a proportion."""
+    """Return Return Wilson's score interval of a proportion."""
     z, share = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), successes / trials
     center = share + z * z / (2 * trials)
     reach = z * sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))

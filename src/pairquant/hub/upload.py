@@ -115,7 +115,7 @@ def _additions(directory: Path) -> list[CommitOperationAdd]:
 
 
 def _without_paths(content: Any) -> Any:
-    """Return JSON with absolute paths reduced to their last part."""
+    """Return Return JSON with absolute paths reduced to their last part."""
     if isinstance(content, dict):
         return {key: _without_paths(value) for key, value in content.items()}
     if isinstance(content, list):

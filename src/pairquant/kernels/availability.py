@@ -1,4 +1,4 @@
-"""Whether Triton is there, and which table of tiles a device uses."""
+"""Tell whether Triton can be used, and which table of kernel tiles belongs to a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def triton_missing() -> str | None:
 
 
 def device_class(device: torch.device) -> str:
-    """Return the class of a device, such as "sm90" for an H100, by which `kernels.run.table` is ordered; "interpreter" in tests without a GPU."""
+    """Return the name of the device's class in `kernels.run.table`: "sm90" for an H100.
+
+    For devices other than GPUs it is "interpreter": there, only tests run the kernels, in Triton's interpreter.
+    """
     if device.type != "cuda":
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)

@@ -19,15 +19,16 @@ from .merging import Merged, offloaded, plain_tensors
 class RotatedLinear(nn.Module):
     """A linear layer whose buffers are a `PackedLinear`, under the stored names, shapes and dtypes.
 
-    forward: x [..., C] floating → [..., N] in x's dtype, by the first backend that takes the layer on x's device and in
-    x's dtype (`backends.table`). On NVIDIA GPUs it takes the place of the stored tensors, which come back bit for bit
-    for saving and moving; elsewhere what it needs is kept beside them.
+    `forward` takes x, floating [..., C], and returns [..., N] in x's dtype. The layer is run by the first backend that
+    accepts it for x's device and dtype (`backends.table`). The tensors that `triton_int4` prepares replace stored tensors,
+    which are restored bit for bit when the layer is saved or moved. With the other backends, the layer keeps the prepared
+    tensors in addition to the stored ones.
 
-    What is kept is made on the first forward. Compiled before that, a model is compiled twice: with the making, then
-    without.
+    The first forward pass prepares the tensors. If a model is compiled before that, it is compiled twice: once with the
+    preparation and once without.
 
-    The buffers keep their dtypes through `.to(dtype)`, `.half()` and the like, so that saving gives back the bits that
-    were loaded; `dtype`, what the layer computes in, follows.
+    `.to(dtype)`, `.half()` and the like do not change the dtypes of the buffers, so that the layer is saved with the same
+    bits that were loaded. They change `dtype`, the dtype that the layer computes in.
     """
 
     scales: Tensor
@@ -44,14 +45,14 @@ class RotatedLinear(nn.Module):
             self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
         if not layout.bias:
             self.bias = None
-        #: Whether the layer it stands for was `nn.Linear`, whose weight is [N, C].
+        #: Whether this layer replaces an `nn.Linear`, whose weight is [N, C]; False for `Conv1D`, whose weight is [C, N].
         self.stands_for_linear = True
         self._kept: _Kept | None = None
         self._merged = Merged([self])
 
     @classmethod
     def from_packed(cls, packed: PackedLinear) -> RotatedLinear:
-        """Return a module that holds these tensors."""
+        """Make a layer that holds the tensors of `packed`."""
         module = cls(packed.layout, device="meta")
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -59,7 +60,7 @@ class RotatedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """The stored form; shares memory with the buffers, except where a backend has replaced them."""
+        """The tensors in their stored form; they share memory with the buffers, except those that a backend replaced."""
         given_up = self._merged.stored(self)
         return PackedLinear(self.layout, {n: given_up.get(n, getattr(self, n)) for n in self.layout.fields()})
 
@@ -70,19 +71,21 @@ class RotatedLinear(nn.Module):
         return run(kept.backend, x, kept.tensors, self.bias, [self.out_features], self.layout.group_size)
 
     def prepare(self) -> bool:
-        """Let the backend take the place of the stored tensors, with the siblings; False where none does so.
+        """Let the backend's tensors replace the stored ones, here and in the layers that this one is merged with.
 
-        Done on the first forward otherwise; call it before that is captured in a graph or compiled.
+        The first forward pass on a GPU does this if it was not done before. Call it before that pass is captured in a
+        CUDA graph or compiled. Returns False if no stored tensors were replaced. Warns if the layer runs
+        decoded on a GPU.
         """
         if self._merged.backend is None:
             device = self.theta.device
             if device.type == "cuda" and len(self._merged.members) > 1 and not self._merged.gathered():
-                self.leave_siblings()  # they are elsewhere
+                self.leave_siblings()  # the others are on another device
             backend = choose(self.layout, device, self.dtype)
             if backend is DENSE and device.type == "cuda":
                 reasons = explain(self.layout, device, self.dtype).refusals
                 warnings.warn(
-                    f"layers of {self.layout.bits} bits run decoded, in 16 bits or more: "
+                    f"layers of {self.layout.bits} bits are decoded to run, and take the memory of 16 bits or more: "
                     + "; ".join(f"{name} {reason}" for name, reason in reasons.items()),
                     stacklevel=2,
                 )
@@ -92,7 +95,7 @@ class RotatedLinear(nn.Module):
         return True
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """Return a plain, frozen layer with the decoded weight."""
+        """Return an `nn.Linear` with the decoded weight in this dtype; its parameters need no gradient."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(decoded(self.packed).to(dtype), requires_grad=False)
         if self.bias is not None:
@@ -100,12 +103,12 @@ class RotatedLinear(nn.Module):
         return dense
 
     def merge_into(self, merged: Merged) -> None:
-        """Run with the other layers of `merged` from now on."""
+        """Run this layer together with the other layers of `merged` from now on."""
         self._restore()
         self._merged = merged
 
     def leave_siblings(self) -> None:
-        """Merge with no other layer any more; those it was merged with stay together."""
+        """Run this layer alone from now on; the layers that it was merged with stay merged."""
         merged = self._merged
         merged.dissolve()
         self._merged = Merged([self])
@@ -114,11 +117,14 @@ class RotatedLinear(nn.Module):
             member._merged = rest
 
     def _kept_for(self, x: Tensor) -> _Kept:
-        """Return what a backend that leaves the stored tensors in place needs for activations like x, kept for the next call."""
+        """Return the tensors that the backend needs to run activations like x, and keep them for the next call.
+
+        This is for backends that do not replace the stored tensors.
+        """
         kept = self._kept
         if kept is None or not kept.serves(x, self.theta.device):
             backend = choose(self.layout, self.theta.device, x.dtype)
-            if backend.replaces:  # it could not take their place
+            if backend.replaces:  # its tensors could not replace the stored ones
                 backend = DENSE
             with plain_tensors():
                 kept = _Kept(backend, x.dtype, self.theta.device, backend.prepare([self.packed], x.dtype))
@@ -129,12 +135,12 @@ class RotatedLinear(nn.Module):
         return f"{self.in_features} → {self.out_features}, {self.layout.spec}"
 
     def _restore(self) -> None:
-        """Back to the stored tensors, in this layer and those it is merged with."""
+        """Restore the stored tensors in this layer and in those that it is merged with."""
         self._merged.dissolve()
         self._kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Follow `fn` to another device, never to another dtype: a bfloat16 scale would lose stored bits."""
+        """Apply `fn`, but keep the buffers' dtypes if it changes them: a scale in bfloat16 would lose stored bits."""
         self._restore()
         stored = dict(self._buffers)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.theta.device)).dtype
@@ -155,11 +161,11 @@ class RotatedLinear(nn.Module):
 
 
 class _Kept:
-    """What one layer keeps beside its stored tensors, to run activations of a dtype on a device."""
+    """The tensors that a layer keeps in addition to its stored ones, to run activations of a dtype on a device."""
 
     def __init__(self, backend: Backend, dtype: torch.dtype, device: torch.device, tensors: list[Tensor]):
         self.backend, self.dtype, self.device, self.tensors = backend, dtype, device, tensors
 
     def serves(self, x: Tensor, device: torch.device) -> bool:
-        """Return whether it is for activations like x, of a layer that is on this device now."""
+        """Tell whether the tensors can run activations like x, while the layer is on this device."""
         return self.dtype == x.dtype and self.device == device

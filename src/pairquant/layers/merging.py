@@ -1,4 +1,4 @@
-"""Layers that read the same input: merged, so that their backend runs them in one launch."""
+"""Merge layers that read the same input, so that their backend runs them in one launch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Merged:
-    """Layers that read the same input: the first one called computes for all, the others take their share.
+    """Layers that read the same input. The first one that is called computes the outputs of all; the others fetch theirs.
 
-    What was computed is handed out only for the very same tensor, unchanged since, in the same gradient mode, and is
-    dropped as soon as every layer has had its part; any other input is computed anew. In inference mode and inside a
-    compiled graph changes cannot be seen: there nobody may change x in place between two of the layers.
+    A layer gets a computed output only if its input is the same tensor object, unchanged since, with gradients recorded or
+    not as before. For any other input, all outputs are computed again. The outputs are freed when every layer has fetched
+    its own. In inference mode and inside a compiled graph, changes of x cannot be detected: there, x must not be changed in
+    place between the calls of two of the layers.
 
-    backend: who runs them, once it has replaced their stored tensors; None before.
+    backend: the backend that runs the layers, after it has replaced their stored tensors; None before.
     """
 
     def __init__(self, members: Sequence[RotatedLinear]):
@@ -36,10 +37,11 @@ class Merged:
         self.latest: _Computed | None = None
 
     def forward(self, member: RotatedLinear, x: Tensor) -> Tensor:
+        """Return the output of one of the layers, computing those of all unless this was done: x [..., C] → [..., N]."""
         if len(self.members) == 1:
             return self._linear(x)
         index = next(i for i, other in enumerate(self.members) if other is member)
-        latest = self.latest  # read once: another thread may put its own there at any moment
+        latest = self.latest  # read once: another thread may replace it at any moment
         y = latest.share(index, x) if latest is not None else None
         if latest is None or y is None:
             latest = self.latest = _Computed(x, _state(x), list(self._linear(x).split(self.sizes, dim=-1)))
@@ -50,12 +52,12 @@ class Merged:
         return y
 
     def gathered(self) -> bool:
-        """Return whether all stored tensors are on one device, to stay."""
+        """Tell whether the stored tensors of all layers are on the same device and are not offloaded."""
         devices = {tensor.device for member in self.members for tensor in member.buffers()}
         return len(devices) == 1 and not any(map(offloaded, self.members))
 
     def build(self, backend: Backend) -> None:
-        """Let the backend prepare all members; they give up the stored tensors that it replaces."""
+        """Let the backend prepare all layers, and free the stored tensors that it replaces."""
         with plain_tensors():
             self.tensors = backend.prepare([member.packed for member in self.members], self.members[0].dtype)
             if any(member.bias is not None for member in self.members):
@@ -63,17 +65,17 @@ class Merged:
                 self.bias = torch.cat(parts)
         self.backend = backend
         for member in self.members:
-            for name in backend.replaces:  # empty, but on the right device, by which PEFT places its adapters
+            for name in backend.replaces:  # an empty tensor keeps the device, where PEFT then puts its adapters
                 member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
-        """Return the tensors that `member` gave up; none before `build`."""
+        """Return the stored tensors that `build` freed in this layer; an empty dict before `build`."""
         if self.backend is None:
             return {}
         return self.backend.stored(self.tensors, self.sizes, self.members.index(member), member.layout)
 
     def dissolve(self) -> None:
-        """Give every member its stored tensors back."""
+        """Restore the stored tensors of every layer."""
         self.latest = None
         for member in self.members:
             member._buffers.update(self.stored(member))
@@ -86,14 +88,14 @@ class Merged:
 
 @dataclass
 class _Computed:
-    """What merged layers gave for x in a state: the shares that were not fetched yet."""
+    """The outputs that merged layers computed for x. waiting: the output of each layer; None after it was fetched."""
 
     x: Tensor
     state: tuple[int, bool, bool]
     waiting: list[Tensor | None]
 
     def share(self, index: int, x: Tensor) -> Tensor | None:
-        """Return a layer's share, once; None if this is another input, or the share is gone."""
+        """Return the output of a layer; None if x is another input or has changed, or if the output was fetched before."""
         if self.x is not x or self.state != _state(x):
             return None
         y, self.waiting[index] = self.waiting[index], None
@@ -101,20 +103,24 @@ class _Computed:
 
 
 def _state(x: Tensor) -> tuple[int, bool, bool]:
-    """Return what must not have changed since: the values, counted by changes in place, and whether gradients are recorded.
+    """Return what must be the same for a computed output to be used.
 
-    Changes of inference mode and inside a compiled graph cannot be counted.
+    It consists of the number of changes of x in place, and of whether gradients are recorded. In inference mode and inside
+    a compiled graph, PyTorch does not count changes.
     """
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
     return version, x.requires_grad, torch.is_grad_enabled()
 
 
 def plain_tensors() -> AbstractContextManager:
-    """No gradients, and tensors that may be saved for gradients later, also when made in inference mode."""
+    """Return a context for making tensors that autograd may save later, even if inference mode is on outside.
+
+    Tensors that are made in inference mode could not be saved.
+    """
     return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def offloaded(layer: nn.Module) -> bool:
-    """Return whether accelerate brings the stored tensors for each forward and takes them away after it."""
+    """Tell whether accelerate loads the stored tensors for each forward pass and removes them after it."""
     hook = getattr(layer, "_hf_hook", None)
     return getattr(hook, "offload", False) and getattr(hook, "offload_buffers", False)

@@ -1,4 +1,4 @@
-"""The quantized layers of a whole model: finding, linking, preparing and putting them in place."""
+"""Find, merge, prepare and insert the quantized layers of a whole model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .experts import RotatedExperts
 from .linear import RotatedLinear
 from .merging import Merged
 
-#: Names of layers that read the same input and are called with it one after the other: run in one launch.
+#: Names of layers that read the same input and are called one after the other, so that one launch can run them.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def link_siblings(model: nn.Module) -> None:
-    """Merge the layers named in `SIBLINGS`, where they agree in all but their out_features."""
+    """Merge the layers named in `SIBLINGS` if they have the same in_features and the same spec."""
     for parent in model.modules():
         for names in SIBLINGS:
             layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), RotatedLinear)]
@@ -29,7 +29,10 @@ def link_siblings(model: nn.Module) -> None:
 
 
 def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
-    """Return groups of quantized layers that engines run as one, but whose specs, by path, differ."""
+    """Return the groups of quantized layers that engines run as one layer although their specs differ.
+
+    specs: path → spec of every quantized layer. Returns the paths of each group.
+    """
     found: dict[tuple[str, ...], None] = {}
     for path in specs:
         parent, _, name = path.rpartition(".")
@@ -41,7 +44,7 @@ def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Repack every layer that runs on a GPU now, instead of on its first forward."""
+    """Prepare every layer that runs on a GPU now, instead of at its first forward pass; return the model."""
     for _, layer in rotated_linears(model):
         layer.prepare()
     return model
@@ -53,11 +56,11 @@ def rotated_experts(model: nn.Module) -> Iterator[tuple[str, RotatedExperts]]:
 
 
 def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:
-    """Path and module of every quantized linear."""
+    """Yield the path and the module of every quantized linear."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, RotatedLinear))
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
+    """Replace the module at `path` by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

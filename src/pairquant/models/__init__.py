@@ -1,1 +1,1 @@
-"""How models are built: their decoder blocks, and what the linears in them read."""
+"""The structure of models: their decoder blocks, the weights in them, and what the linears read."""

@@ -1,6 +1,6 @@
-"""Where a model's decoder blocks are, and what each block is called with.
+"""Find a model's decoder blocks, and the arguments that each block is called with.
 
-Found by looking, never by class name: the blocks are the `nn.ModuleList` that holds most of the model's linear weights.
+The names of classes play no part: the blocks are the entries of the `nn.ModuleList` that holds most linear weights.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Block:
 
 @dataclass
 class Call:
-    """What a block receives besides hidden states (masks, position embeddings), for micro-batches of `batch` windows.
+    """The arguments of a block besides the hidden states, such as masks and position embeddings.
 
-    Windows are all whole, so what one of them needs is what every other needs.
+    They were recorded for a micro-batch of `batch` windows. They serve every other micro-batch too, because all windows
+    have the same length.
     """
 
     args: tuple
@@ -40,7 +41,7 @@ class Call:
     batch: int
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """hidden: [B, T, H] → [B, T, H], for B up to `batch`."""
+        """Run the block on hidden states [B, T, H], where B is at most `batch`, and return [B, T, H]."""
         args, kwargs = self.args, self.kwargs
         if hidden.shape[0] < self.batch:
             args, kwargs = self._first(args, hidden.shape[0]), self._first(kwargs, hidden.shape[0])
@@ -48,7 +49,7 @@ class Call:
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Call:
-        """Return the same with all tensors on `device`, floating ones in `dtype`."""
+        """Return a copy with all tensors on `device` and the floating ones in `dtype`."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device, dtype) if x.is_floating_point() else x.to(device)
@@ -60,7 +61,7 @@ class Call:
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same structure with every tensor changed."""
+    """Return the same structure of dicts, tuples and lists, with `change` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -73,7 +74,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = OWN) -> list[Block]:
     """Return the decoder blocks in order, each with the sites that `ignore` does not name, by their source's names.
 
-    Raises `SourceError` when there are none with linears, and when one block stands at several places.
+    Raises `SourceError` if there are no blocks with linear layers, and if the same block occurs at several places.
     """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     weights = {path: sum(site.weight.numel() for site in sites_in(m)) for path, m in stacks}
@@ -106,15 +107,15 @@ def _require_distinct(path: str, stack: nn.ModuleList) -> None:
 
 
 class _Stop(Exception):
-    """Ends a forward pass that has gone far enough."""
+    """Raised to end a forward pass when all that is needed of it has been recorded."""
 
 
 @dataclass
 class Entry:
-    """What the calibration text meets at the first block.
+    """What the blocks receive for the calibration text.
 
-    hidden: states that enter it, one [B, T, H] per micro-batch; calls: of each block; passes: how many times a forward
-    pass runs through the blocks, more than once in looped decoders.
+    hidden: the hidden states that enter the first block, [B, T, H] for each micro-batch; calls: the other arguments of
+    each block; passes: how many times a forward pass runs through all blocks, more than once in looped decoders.
     """
 
     hidden: list[Tensor]
@@ -123,7 +124,7 @@ class Entry:
 
 
 def enter(model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: int) -> Entry:
-    """Run what precedes the blocks. tokens: int64 [samples, T].
+    """Run the part of the model before the blocks, and record what enters the blocks. tokens: int64 [samples, T].
 
     The blocks themselves are skipped: what they are called with does not depend on their outputs; their weights may be
     absent, and those of the output embedding. Whether a block returns its states alone or first in a tuple is tried out.

@@ -1,4 +1,4 @@
-"""What the linears of a block read: those that are handed the very same tensor read one input."""
+"""Record what the linears of a block read. Linears that are called with the same tensor object read the same input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a whole model: which weights will be quantized, as what, and what stays plain and why."""
+"""Make the plan of a whole model: which weights will be quantized, in which form, and which stay plain and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .blocks import Block, find_blocks
 from .names import OWN, Names
 from .sites import ExpertSite, Site, is_linear, sites_in
 
-#: A matrix of a block that no site covers is refused from this share of the blocks' weights on, unless it is ignored.
+#: If matrices that no site covers hold at least this fraction of the blocks' weights, the model is refused, unless `ignore`
+#: names them.
 LARGE_SHARE = 0.05
 #: Last names of linears that choose experts, weigh their results, or set the gates and steps of a state-space layer: small,
 #: and read by kernels as parameters, or every error in them is one of choice.
@@ -97,7 +98,10 @@ def reason_to_stay(path: str) -> str:
 
 
 def uncovered(block: Block) -> dict[str, int]:
-    """Return full name → number of values of the block's matrices that belong to no site, whatever `ignore` says."""
+    """Return full name → number of values for the block's matrices outside the block's sites.
+
+    These include the matrices that `ignore` names, because a block has no sites for them.
+    """
     covered = {id(site.module) for site in block.sites.values()}
     return {
         ".".join(part for part in (block.path, path, name) if part): parameter.numel()
@@ -109,7 +113,10 @@ def uncovered(block: Block) -> dict[str, int]:
 
 
 def _require_covered(blocks: list[Block], ignore: tuple[str, ...]) -> None:
-    """Refuse to leave a large part of the blocks in 16 bits without a word: fused experts, say."""
+    """Raise `ConfigError` if a large part of the blocks' weights, such as fused experts, would stay in 16 bits.
+
+    The user can still ask for that with `ignore`.
+    """
     left = {
         name: count
         for block in blocks
@@ -123,7 +130,7 @@ def _require_covered(blocks: list[Block], ignore: tuple[str, ...]) -> None:
     end = largest.rpartition(".")[2]
     raise ConfigError(
         f"{sum(left.values()) / total:.0%} of the blocks' weights are in {len(left)} matrices that cannot be quantized yet, "
-        f"such as {largest}: fused experts, or layers that compute something of their own. To leave them as they are and "
+        f"such as {largest}: fused experts, or layers with a computation of their own. To leave them as they are and "
         f"quantize the rest: --ignore 're:.*{end}$'. Otherwise choose a dense model."
     )
 

@@ -1,7 +1,7 @@
-"""Where weights live in a model: one view of a weight as [N, C], whatever module holds it.
+"""Sites: the places of weights in a model. A site gives its weight as [N, C], whatever module holds it.
 
-A site knows the module that holds a weight, how to read and replace it, and what runs its quantized form. Kinds are
-rows of `KINDS`: a new way to hold a weight is a class and a row.
+A site knows the module that holds the weight, how to read and replace the weight, and which module runs its quantized form.
+Each kind of module has a class in `KINDS`; for a new kind, add a class and an entry.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Site(ABC):
     @staticmethod
     @abstractmethod
     def holds(module: nn.Module) -> bool:
-        """Return whether a module is of this kind."""
+        """Tell whether this class is for the module."""
 
     @cached_property
     @abstractmethod
     def size(self) -> Size:
-        """N and C, and whether there is a bias."""
+        """N and C of the weight, and whether there is a bias."""
 
     @abstractmethod
     def as_held(self, weight: Tensor) -> Tensor:
-        """Return a weight [N, C] in the orientation of the module's parameter; its own inverse."""
+        """Turn a weight [N, C] into the orientation of the module's parameter; applied twice, it changes nothing."""
 
     @property
     def pool(self) -> str | None:
@@ -86,27 +86,27 @@ class Site(ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        """[N], or None."""
+        """The bias, [N], or None."""
         return self.module.get_parameter("bias").detach() if self.size.bias else None
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parameter."""
+        """The dtype of the module's weight."""
         return self.module.get_parameter("weight").dtype
 
     def put(self, weight: Tensor) -> None:
-        """Give the module another weight [N, C], in its dtype."""
+        """Replace the module's weight by this one, [N, C], converted to the module's dtype."""
         parameter = self.module.get_parameter("weight")
         parameter.data = self.as_held(weight).to(parameter.dtype)
 
     def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        """Return what runs the quantized weight in the module's place, on its device, empty."""
+        """Return the layer that will run the quantized weight in the module's place: on its device, not yet filled."""
         parameter = self.module.get_parameter("weight")
         return RotatedLinear(layout, parameter.device, parameter.dtype)
 
 
 class LinearSite(Site):
-    """`nn.Linear`. Subclasses that compute something else of their own, such as routers, are none."""
+    """The site of an `nn.Linear`. Subclasses with a `forward` of their own, such as routers, are not sites."""
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
@@ -122,7 +122,7 @@ class LinearSite(Site):
 
 
 class Conv1DSite(Site):
-    """Transformers' `Conv1D`, of GPT-2 and its like: a linear whose parameter is [C, N]."""
+    """The site of Transformers' `Conv1D`, which GPT-2 and similar models use: a linear whose parameter is [C, N]."""
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
@@ -260,7 +260,7 @@ KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is some kind of linear layer, even one that no site covers."""
+    """Tell whether a module is a linear layer of any kind, even one that is not a site."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 

@@ -301,7 +301,7 @@ class RefitStage:
 
 
 def _steps(packed: PackedLinear) -> Tensor:
-    """Return q - z of every weight: int16 [N, G, g]."""
+    """Return Return q - z of every weight: int16 [N, G, g]."""
     bits, g = packed.layout.bits, packed.layout.group_size
     codes, zeros = unpack(packed["qweight"], bits).T.short(), unpack(packed["qzeros"], bits).T.short()
     return codes.reshape(len(codes), -1, g) - zeros[..., None]

@@ -67,7 +67,7 @@ class Scale:
         return cls(logarithmic, min(placed) - room, max(placed) + room)
 
     def share(self, value: float) -> float:
-        """Return where a value lies: 0 at the low end, 1 at the high one."""
+        """Return where a value lies: Return where a value lies: 0 at the low end, 1 at the high one."""
         return ((log10(value) if self.logarithmic else value) - self.low) / (self.high - self.low)
 
     @property

@@ -1,1 +1,1 @@
-"""What can be chosen and what is stored: options, recipes, plans, the checkpoint's entries and tensors."""
+"""What the user can choose and what a checkpoint stores: options, recipes, plans, entries of config.json, tensors."""

@@ -1,4 +1,4 @@
-"""`quantization_config` of config.json: what a reader must know of a checkpoint."""
+"""Read and write `quantization_config` in config.json: what a program must know to read a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def _is_one_of(allowed: tuple[int, ...]) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and value in allowed
 
 
-#: Entry of config.json → the field of `Spec`, whether a value is allowed, and what is.
+#: Entry of config.json → the field of `Spec`, a function that tells whether a value is allowed, and the allowed values in
+#: words.
 SPEC_ENTRIES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "bits": ("bits", _is_one_of(SUPPORTED_BITS), f"one of {', '.join(map(str, SUPPORTED_BITS))}"),
     "group_size": (
@@ -34,12 +35,16 @@ SPEC_ENTRIES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`quantization_config` of config.json. A foreign checkpoint must have the entries of `spec` only.
+    """`quantization_config` of config.json. A checkpoint from another program needs only the entries of `spec`.
 
-    spec: of every quantized linear that no override names; overrides: pairs of a regular expression that matches paths
-    from their start and the spec of these, of which the first match counts; modules_to_not_convert: linears that kept
-    their plain weight, by path; shared_rotations: groups of linears, by path, whose stored transforms are equal;
-    provenance: tool version, preset, seed, calibration and its hash, None for checkpoints from elsewhere.
+    spec: the spec of every quantized linear that no override names.
+    overrides: pairs of a regular expression, matched from the start of a linear's path, and the spec of the linears that
+    it matches. If several match a path, the first counts.
+    modules_to_not_convert: paths of linears that kept their plain weight.
+    shared_rotations: groups of paths of linears whose stored transforms are equal.
+    provenance: tool version, preset, seed, calibration text and its hash; None for checkpoints from other programs.
+
+    Raises `CheckpointError` for an entry of the wrong type.
     """
 
     spec: Spec
@@ -61,24 +66,27 @@ class CheckpointConfig:
 
     @classmethod
     def of_plan(cls, plan: Plan, **entries: Any) -> CheckpointConfig:
-        """Return the config of a checkpoint made by this plan, each exception under its exact path; entries: the other fields."""
+        """Make the config of a checkpoint from its plan; every exception becomes an override for its exact path.
+
+        entries: values of the other fields.
+        """
         exceptions = plan.exceptions.items()
         return cls(plan.default, tuple((f"^{re.escape(path)}$", spec) for path, spec in exceptions), **entries)
 
     def spec_of(self, path: str) -> Spec:
-        """Return the spec of one quantized linear."""
+        """Return the spec of the quantized linear at `path`."""
         return next((spec for pattern, spec in self.overrides if re.match(pattern, path)), self.spec)
 
     def layout(self, path: str, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
-        """Return the layout of the linear at `path`, of this size."""
+        """Return the layout of the linear at `path`, which has this size."""
         return self.spec_of(path).layout(in_features, out_features, bias)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: the four entries that the original writes, and the others where they say something.
+        """Return the JSON object: the four entries that the original ParoQuant writes, and the others unless empty.
 
-        `zero_point` is written only when false: it is true for every reader that is not told, and GPTQModel 7.7
-        refuses a file that says so. `dynamic`, GPTQModel's convention, has the overrides, and repeats
-        `modules_to_not_convert`, without which GPTQModel would run such layers with weights of zero.
+        `zero_point` is written only if it is false: readers take it as true if it is absent, and GPTQModel 7.7 refuses a
+        file in which it is true. `dynamic` follows GPTQModel's convention: it holds the overrides, and repeats
+        `modules_to_not_convert`, because GPTQModel would otherwise run those layers with weights of zero.
         """
         entries: dict[str, Any] = {"quant_method": QUANT_METHOD, **_as_entries(self.spec)}
         if self.spec.symmetric:
@@ -97,7 +105,10 @@ class CheckpointConfig:
 
     @classmethod
     def from_dict(cls, entries: Any) -> CheckpointConfig:
-        """Read the JSON object; raises `CheckpointError` naming the entry. Unknown entries are ignored."""
+        """Read the JSON object. Unknown entries are ignored.
+
+        Raises `CheckpointError`, which names the entry, if one is missing or has a value that is not allowed.
+        """
         if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
             method = entries.get("quant_method") if isinstance(entries, dict) else entries
             raise CheckpointError(f"config.json: quant_method is {reprlib.repr(method)}, must be {QUANT_METHOD!r}.")
@@ -123,7 +134,7 @@ def _differing(spec: Spec, default: Spec) -> dict[str, int]:
 
 
 def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    """Return fields of `Spec` from entries of config.json, checked; prefix: where in the file they stand."""
+    """Check entries of config.json and return them as fields of `Spec`; prefix: their place in the file, for messages."""
     found = {}
     for key, (name, allowed, words) in SPEC_ENTRIES.items():
         if key in entries:
@@ -134,7 +145,11 @@ def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
 
 
 def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
-    """Return patterns and specs of `dynamic`. Its "-:" entries are for other readers: we see which linears are plain."""
+    """Return the patterns of `dynamic` and their specs.
+
+    Entries that begin with "-:" name plain linears for other programs. They are skipped: the stored tensors already show
+    which linears are plain.
+    """
     if dynamic is None:
         return ()
     if not isinstance(dynamic, dict):

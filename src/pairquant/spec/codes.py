@@ -22,7 +22,7 @@ SUPPORTED_GROUP_SIZES = (32, 64, 128)
 
 
 def columns_per_block(bits: int) -> int:
-    """Output columns that fill a whole number of 32-bit words: 8 at 4 bits, 16 at 6 bits, 32 at 3 and 5 bits."""
+    """Return the fewest output columns that fill whole 32-bit words: 8 at 4 bits, 16 at 6 bits, 32 at 3 and 5 bits."""
     return 32 // math.gcd(32, bits)
 
 
@@ -34,7 +34,7 @@ class Codes:
     group_size: int
 
     def fields(self, size: Size) -> dict[str, Field]:
-        """qweight: packed codes; qzeros: packed zero points; scales: one for each row and group."""
+        """Describe the tensors: qweight, packed codes; qzeros, packed zero points; scales, one for each row and group."""
         groups, words = size.in_features // self.group_size, size.out_features * self.bits // 32
         by_row = (CHANNELS, ROWS)
         return {
@@ -44,7 +44,7 @@ class Codes:
         }
 
     def misfits(self, size: Size) -> Iterator[str]:
-        """Yield why a linear of this size cannot be stored so."""
+        """Yield the reasons, in words, why a linear of this size cannot be stored with these codes."""
         block = columns_per_block(self.bits)
         if size.in_features % self.group_size:
             yield f"in_features {size.in_features} is not a multiple of group size {self.group_size}"
@@ -52,6 +52,6 @@ class Codes:
             yield f"out_features {size.out_features} is not a multiple of {block} (packing at {self.bits} bits)"
 
     def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-        """Faulty values: name of the tensor, and what is wrong."""
+        """Yield the name of each tensor with faulty values, and what is wrong with it."""
         if not finite(tensors["scales"]):
             yield "scales", "has values that are not finite"

@@ -1,9 +1,9 @@
-"""How a quantized linear layer is stored: `Spec`, the parts of one weight, and `PackedLinear`, its tensors.
+"""How a quantized linear layer is stored: `Spec` says in which form, and `PackedLinear` holds the tensors.
 
 Symbols, used everywhere: N output features, C input features, g group size, G = C / g groups, K rotations, b bits.
 
-A part (`codes`, `rotation`, the bias) states its tensors, what sizes it cannot store, and which values are faulty.
-Everything else about the stored form, such as sizes, checks, merging and cutting, follows from these statements.
+What is stored consists of parts: the codes, the rotation and the bias. Each part states its tensors, which sizes it cannot
+store, and which values are faulty. The code for sizes, checks, merging and cutting uses only these statements.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Part(Protocol):
     """A part of what is stored for one weight."""
 
     def fields(self, size: Size) -> dict[str, Field]:
-        """Name → dtype and shape of each tensor, in the order they are written."""
+        """Return the dtype and shape of each tensor by its name, in the order in which they are written."""
 
     def misfits(self, size: Size) -> Iterator[str]:
-        """Return why a linear of this size cannot be stored so, in words."""
+        """Yield the reasons, in words, why this part cannot be stored for a linear of this size."""
 
     def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-        """Faulty values: name of the tensor, and what is wrong."""
+        """Yield the name of each tensor with faulty values, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ class Bias:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is stored for one weight, whatever its size.
+    """The form in which a weight is stored, independent of its size.
 
-    bits: 2, 3, 4, 5, 6 or 8 for each code; group_size: 32, 64 or 128 channels for each scale, and for each group of
-    rotations; rotations: K, 0 to 16; symmetric: zero points are fixed in the middle. Raises `ConfigError`.
+    bits: size of a code, 2, 3, 4, 5, 6 or 8; group_size: 32, 64 or 128, the number of channels that share a scale and
+    that are rotated with one another; rotations: K, 0 to 16; symmetric: all zero points are in the middle of the codes, at
+    2^(b-1). Raises `ConfigError` for other values.
     """
 
     bits: int = 4
@@ -118,19 +119,19 @@ class LinearLayout:
         return (*self.spec.parts, Bias()) if self.bias else self.spec.parts
 
     def misfits(self) -> list[str]:
-        """Return why a linear of this size cannot be stored in this layout, in words; empty when it can."""
+        """Return the reasons, in words, why a linear of this size cannot be stored in this layout; empty if it can."""
         return [fault for part in self.parts for fault in part.misfits(self.size)]
 
     def fields(self) -> dict[str, Field]:
-        """Name → dtype and shape of each stored tensor, in the order they are written."""
+        """Return the dtype and shape of each stored tensor by its name, in the order in which they are written."""
         return dict(_fields(self))
 
     def without_bias(self) -> LinearLayout:
-        """Return the same layout of a linear that has no bias."""
+        """Return the same layout for a linear that has no bias."""
         return replace(self, bias=False)
 
     def stored_bits(self) -> int:
-        """Return size of all stored tensors but the bias, in bits."""
+        """Return the size in bits of all stored tensors except the bias."""
         return sum(field.nbytes * 8 for part in self.spec.parts for field in part.fields(self.size).values())
 
     def transform_bits(self) -> int:
@@ -138,13 +139,16 @@ class LinearLayout:
         return sum(self.fields()[name].nbytes * 8 for name in transform_names(self))
 
     def numbers(self) -> list[int]:
-        """Return the layout as whole numbers, for operators that take no other arguments; `of_numbers` reads them."""
+        """Return the layout without its bias as whole numbers, which PyTorch operators can take; `of_numbers` reads them.
+
+        Whether the codes are symmetric is left out: it makes no difference to reading them.
+        """
         spec = self.spec
         return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> LinearLayout:
-        """Return the layout, without bias, that `numbers` returned."""
+        """Return the layout, without bias, from the numbers that `numbers` returned."""
         in_features, out_features, bits, group_size, rotations = numbers
         return cls(Spec(bits, group_size, rotations), in_features, out_features)
 
@@ -155,12 +159,12 @@ def _fields(layout: LinearLayout) -> dict[str, Field]:
 
 
 def bits_per_weight(layouts: Iterable[LinearLayout]) -> float:
-    """Stored bits of these linears, transforms and scales included, over the number of their weights."""
+    """Return the stored bits of these linears, including transforms and scales, divided by the number of their weights."""
     layouts = list(layouts)
     return sum(s.stored_bits() for s in layouts) / sum(s.in_features * s.out_features for s in layouts)
 
 
-#: Names of all tensors that a quantized linear may store, in the order they are written.
+#: Names of all tensors that a quantized linear may store, in the order in which they are written.
 TENSOR_NAMES = tuple(Spec().layout(128, 32, bias=True).fields())
 
 
@@ -181,7 +185,10 @@ class PackedLinear:
 
     @classmethod
     def from_tensors(cls, path: str, layout: LinearLayout, tensors: Mapping[str, Tensor]) -> PackedLinear:
-        """Build and check; raises `CheckpointError` naming the faulty tensor as `<path>.<tensor>`."""
+        """Make a packed linear of these tensors, after checking their names, dtypes, shapes and values.
+
+        path: the linear's path in its model. Raises `CheckpointError`, which names the faulty tensor `<path>.<tensor>`.
+        """
         check_fields(path, layout, {name: Field(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
         packed = cls(layout, {name: tensors[name] for name in layout.fields()})
         packed.check_values(path)
@@ -189,7 +196,10 @@ class PackedLinear:
 
     @classmethod
     def joined(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
-        """Return one linear with the output features of all, which must have the first one's transform."""
+        """Return one linear with the output features of all parts, without checking that their transforms are equal.
+
+        The result has the transform and the spec of the first part.
+        """
         layout = replace(parts[0].layout, out_features=sum(part.layout.out_features for part in parts))
         tensors = {}
         for name, field in layout.fields().items():
@@ -198,7 +208,7 @@ class PackedLinear:
         return cls(layout, tensors)
 
     def thinned(self, step: int) -> PackedLinear:
-        """Return the linear with every `step`-th block of `columns_per_block` output features alone, without its bias."""
+        """Return a linear with only every `step`-th block of `columns_per_block` output features, and without bias."""
         blocks = self.layout.out_features // columns_per_block(self.layout.bits)
         layout = replace(self.layout, out_features=len(range(0, blocks, step)) * (self.layout.out_features // blocks))
         layout = replace(layout, bias=False)
@@ -211,32 +221,32 @@ class PackedLinear:
         return PackedLinear(layout, tensors)
 
     def shares_transform_with(self, other: PackedLinear) -> bool:
-        """Return whether both turn their input in the same way."""
+        """Tell whether both have the same transform, so that they can share the transformed input."""
         return all(torch.equal(self[name], other[name]) for name in transform_names(self.layout))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLinear:
-        """Return the same tensors on a device."""
+        """Return a packed linear with the same tensors on a device."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
         return PackedLinear(self.layout, moved)
 
     def with_tensors(self, **changed: Tensor) -> PackedLinear:
-        """Return a copy with some tensors replaced."""
+        """Return a packed linear with some tensors replaced; it shares the others."""
         return PackedLinear(self.layout, {**self.tensors, **changed})
 
     def check_values(self, path: str) -> None:
-        """Raise `CheckpointError` for values that a shape cannot vouch for (see the parts' `faults`)."""
+        """Check the values of all tensors (see each part's `faults`); raises `CheckpointError` for the first fault."""
         for part in self.layout.parts:
             for name, fault in part.faults(self.tensors):
                 raise damaged(f"{path}.{name}", fault)
 
 
 def transform_names(layout: LinearLayout) -> tuple[str, ...]:
-    """Return names of the stored tensors that say how the input is turned: those that no output feature owns."""
+    """Return the names of the stored tensors of the transform: those that have channels but no rows."""
     return tuple(name for name, field in layout.fields().items() if field.axis(ROWS) is None and CHANNELS in field.axes)
 
 
 def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) -> None:
-    """Compare names, dtypes and shapes with the layout; raises `CheckpointError` naming the first fault."""
+    """Compare names, dtypes and shapes with the layout; raises `CheckpointError`, which names the first fault."""
     for name, want in layout.fields().items():
         if name not in found:
             raise damaged(f"{path}.{name}", "is missing")
@@ -247,4 +257,4 @@ def check_fields(path: str, layout: LinearLayout, found: Mapping[str, Field]) ->
             raise damaged(f"{path}.{name}", f"has shape {list(have.shape)}, must be {list(want.shape)}")
     for name in found:
         if name in TENSOR_NAMES and name not in layout.fields():
-            raise damaged(f"{path}.{name}", "is one too many: the layer has none")
+            raise damaged(f"{path}.{name}", "should not be there: this layer stores no such tensor")

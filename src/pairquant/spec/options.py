@@ -1,4 +1,4 @@
-"""What the user asks for, checked once, before anything heavier than this module is imported."""
+"""The options that a user can set. They are checked when they are created, before any work begins."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BOS_CHOICES = ("auto", "never", "always")
 
 @dataclass(frozen=True)
 class Override:
-    """Another spec for the weights that a pattern names; None leaves the default.
+    """Changes to the spec of the weights that a pattern names.
 
-    pattern: a path, its first or last parts, or "re:" and a regular expression from the path's start; bits, group_size,
-    rotations: as in `Spec`. Raises `ConfigError` for values that are not allowed.
+    pattern: a path, its first or last parts, or "re:" and a regular expression that is matched from the path's start;
+    bits, group_size, rotations: as in `Spec`, None keeps the default. Raises `ConfigError` for values that are not allowed.
     """
 
     pattern: str
@@ -45,7 +45,10 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """Read an override, such as "down_proj=bits:8,rotations:0"; raises `ConfigError` naming the part that is wrong."""
+        """Read an override from text such as "down_proj=bits:8,rotations:0".
+
+        Raises `ConfigError`, which names the part that is wrong.
+        """
         pattern, equals, settings = text.rpartition("=")
         if not equals or not pattern:
             raise ConfigError(f"override {text!r} has no '='. Write PATTERN={_settings_allowed()}.")
@@ -60,41 +63,43 @@ class Override:
 
     @property
     def changes(self) -> dict[str, int]:
-        """What differs from the default, by name."""
+        """The settings that are not None, by name."""
         return {name: value for name in OVERRIDABLE if (value := getattr(self, name)) is not None}
 
     def applied(self, default: Spec) -> Spec:
-        """Return the default with this override's changes."""
+        """Return the default spec with this override's changes."""
         return replace(default, **self.changes)  # type: ignore[arg-type]  # only whole numbers can be overridden
 
     def __str__(self) -> str:
         return f"{self.pattern}={','.join(f'{name}:{value}' for name, value in self.changes.items())}"
 
 
-#: What an override can change.
+#: The names of the settings that an override can change.
 OVERRIDABLE = tuple(field.name for field in fields(Override) if field.name != "pattern")
 
 
 def _settings_allowed() -> str:
     bits, sizes = ("|".join(map(str, values)) for values in (SUPPORTED_BITS, SUPPORTED_GROUP_SIZES))
-    return f"bits:{bits}, group_size:{sizes}, rotations:0 to {MAX_ROTATIONS} (commas between)"
+    return f"bits:{bits}, group_size:{sizes}, rotations:0 to {MAX_ROTATIONS} (separated by commas)"
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What to do to a model; refuses impossible values on construction with `ConfigError`.
+    """How to quantize a model. Raises `ConfigError` for a value that is not allowed.
 
-    preset: a row of `PRESETS`; recipe: overrides that row, for experiments.
-    bits: 2, 3, 4, 5, 6 or 8 per weight; symmetric: zero point fixed in the middle.
+    preset: a name in `PRESETS`; recipe: used instead of that preset's recipe, for experiments.
+    bits: 2, 3, 4, 5, 6 or 8 per weight; symmetric: all zero points are in the middle of the codes, at 2^(b-1).
     group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
     rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
-    share_rotations: one transform for all linears that read the same input.
-    samples × seq_len: calibration tokens, drawn evenly from `calibration` (files, data set names, or "default").
-    validation: text of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
-    compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, float32 elsewhere.
-    bos: whether windows of text begin with `<bos>`: "auto" as the tokenizer has it, "never", "always".
-    ignore: modules left as they are: a path, its last parts, or "re:" and a regular expression from the path's start.
-    overrides: other bits, group sizes or rotations for the layers that a pattern names; the last match wins.
+    share_rotations: fit one transform for all linears that read the same input.
+    samples, seq_len: calibrate on `samples` windows of `seq_len` tokens, drawn evenly from the sources in `calibration`.
+    calibration: files, names of data sets, or "default".
+    validation: sources of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
+    compute: dtype of the forward passes; "auto" is bfloat16 for bfloat16 models on GPUs, else float32.
+    bos: whether windows of text begin with `<bos>`: "auto" as the tokenizer does, "never", or "always".
+    ignore: patterns of modules to leave as they are (see `Override.pattern`).
+    overrides: other bits, group sizes or rotations for the layers that a pattern names; if several match, the last counts.
+    seed: decides every random choice.
     """
 
     preset: str = "fast"
@@ -143,12 +148,15 @@ class QuantConfig:
 
     @property
     def spec(self) -> Spec:
-        """The default spec; the group size is a placeholder as long as it is "auto"."""
+        """The default spec. If the group size is "auto", the spec has the largest group size, as a placeholder."""
         size = SUPPORTED_GROUP_SIZES[-1] if self.group_size == "auto" else int(self.group_size)
         return Spec(self.bits, size, self.rotations, self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return entries ready for JSON, which `from_dict` reads. Options added in later versions are left out at their default."""
+        """Return the options as a dict that JSON can hold; `from_dict` reads it.
+
+        `overrides` and `bos` were added later. At their defaults they are left out, so that earlier records stay equal.
+        """
         entries = asdict(self)
         if not self.overrides:
             del entries["overrides"]
@@ -158,7 +166,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> QuantConfig:
-        """Return the config that `to_dict` wrote, with its recipe, `training` and `refit` included. Raises `ConfigError`."""
+        """Read what `to_dict` wrote, including the recipe. Raises `ConfigError` for unknown options and bad values."""
         unknown = [name for name in entries if name not in {field.name for field in fields(cls)}]
         if unknown:
             raise ConfigError(
@@ -168,12 +176,12 @@ class QuantConfig:
         return cls(**{**entries, "recipe": Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe})
 
     def with_group_size(self, group_size: int) -> QuantConfig:
-        """Return a copy with "auto" resolved."""
+        """Return a copy with this group size, which replaces "auto"."""
         return replace(self, group_size=group_size)
 
 
 def _as_override(item: Any) -> Override:
-    """Return an override, given as one, as text (see `Override.parse`), or as the mapping that JSON has of it."""
+    """Return the override that is given as an `Override`, as text (see `Override.parse`), or as a mapping from JSON."""
     if isinstance(item, Override):
         return item
     if isinstance(item, str):

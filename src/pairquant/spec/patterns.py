@@ -1,4 +1,4 @@
-"""Naming modules of a model by patterns: a path, its first or last parts, or `re:` and a regular expression."""
+"""Name modules of a model by patterns: a path, its first or last parts, or `re:` and a regular expression."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..support.errors import ConfigError
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Return whether a module path is named by one of the patterns.
+    """Tell whether one of the patterns names a module's path.
 
-    "down_proj" names every path that ends so, "model.layers.3" everything below it, "re:.*gate$" every path that the
-    expression matches from its start.
+    "down_proj" names every path whose last part it is, "model.layers.3" that path and all paths below it, and "re:.*gate$"
+    every path that the regular expression matches from the start of the path.
     """
     return any(_matches_one(path, pattern) for pattern in patterns)
 
@@ -24,7 +24,7 @@ def _matches_one(path: str, pattern: str) -> bool:
 
 
 def require_regular_expression(option: str, pattern: str) -> None:
-    """Refuse a pattern whose `re:` expression cannot be compiled; raises `ConfigError` naming the option."""
+    """Check that the regular expression after `re:` can be compiled; raises `ConfigError`, which names the option."""
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])

@@ -1,7 +1,7 @@
-"""The plan: what every weight of a model will be stored as, resolved once, before any work.
+"""The plan: in which form every weight of a model will be stored. It is made once, before any work begins.
 
-`plan_for` starts from the default `Spec` of the options and applies the overrides, the last match winning. Everything
-downstream asks the plan; nothing asks the options about bits, group sizes or rotations again.
+`plan_for` starts from the default `Spec` of the options and applies the overrides; if several match, the last counts. All
+later steps take bits, group sizes and rotations from the plan, never from the options.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SMALL_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Plan:
-    """What each weight of a model will be.
+    """The form in which each weight of a model will be stored.
 
-    default: the spec of all that no override names; layouts: of every weight to be quantized, by path; reasons: why a
-    weight differs from the default (the override's text) or stays plain, by path.
+    default: the spec of all weights that no override names; layouts: path → layout of every weight to be quantized;
+    reasons: path → why the weight differs from the default (the override's text), or why it stays plain.
     """
 
     default: Spec
@@ -45,15 +45,15 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of all quantized weights over their number."""
+        """The stored bits of all quantized weights, divided by their number."""
         return bits_per_weight(self.layouts.values())
 
 
 def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str]) -> Plan:
     """Return the plan for weights of these sizes, by path.
 
-    plain: path → reason of the weights that stay as they are. Raises `ConfigError` for an override that names nothing,
-    and when weights do not fit, with all of them and the remedies.
+    sizes: path → size of each of them; plain: path → reason of the weights that stay as they are. Raises `ConfigError` if
+    an override names no weight, and if weights do not fit their spec; the message lists all of them and the remedies.
     """
     _require_used(config.overrides, sizes)
     default = replace(config.spec, group_size=_group_size(config, sizes))
@@ -63,7 +63,7 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
         for override in config.overrides:
             if matches(path, (override.pattern,)):
                 specs[path], reasons[path] = override.applied(default), f"--override {override}"
-    if not config.recipe.transform:  # such presets round the weight as it is
+    if not config.recipe.transform:  # such presets round the weight without transforming it
         specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
     layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}
     for path, reason in _too_small(layouts).items():
@@ -85,7 +85,7 @@ def _too_small(layouts: Mapping[str, LinearLayout]) -> dict[str, str]:
 
 
 def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
-    """Return the default group size, with "auto" resolved: the largest that divides every weight it is for."""
+    """Return the default group size; "auto" gives the largest one that divides every weight that it applies to."""
     if config.group_size != "auto":
         return int(config.group_size)
     own = [override.pattern for override in config.overrides if override.group_size is not None]
@@ -94,13 +94,13 @@ def _group_size(config: QuantConfig, sizes: Mapping[str, Size]) -> int:
 
 
 def _dividing(channels: Iterable[int]) -> list[int]:
-    """Return the group sizes that divide all of these numbers of channels, ascending."""
+    """Return, in ascending order, the group sizes that divide all of these numbers of channels."""
     distinct = set(channels)
     return [g for g in SUPPORTED_GROUP_SIZES if all(c % g == 0 for c in distinct)]
 
 
 def _require_used(overrides: Iterable[Override], sizes: Mapping[str, Size]) -> None:
-    """Refuse an override that names no weight: a typing error, found before hours of work."""
+    """Raise `ConfigError` for an override that names no weight: it is probably a typing error."""
     for override in overrides:
         if not any(matches(path, (override.pattern,)) for path in sizes):
             names = {part for path in sizes for part in (path, path.rpartition(".")[2])}
@@ -129,7 +129,7 @@ def _last_names(paths: Iterable[str]) -> list[str]:
 
 
 def _grouped_by_reason(faults: Mapping[str, list[str]]) -> str:
-    """Return one line per kind of layer: how many, which, why."""
+    """Write, for each reason, how many layers have it, the reason itself, and the paths of the layers."""
     lines = []
     for reason, count in Counter("; ".join(reasons) for reasons in faults.values()).items():
         paths = [path for path, reasons in faults.items() if "; ".join(reasons) == reason]

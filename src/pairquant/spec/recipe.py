@@ -1,4 +1,4 @@
-"""How transforms are found and weights are rounded: `Recipe`, and the presets as a table."""
+"""The settings of the algorithm, which finds transforms and rounds weights: `Recipe`, and the table of presets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from .checks import require_between, require_choice, require_whole
 
 @dataclass(frozen=True)
 class Training:
-    """Block-wise training in two stages, the paper's recipe (section 4; method, "Fitting, paper recipe").
+    """Block-wise training in two stages, the paper's recipe (arXiv 2511.10645, section 4).
 
-    Minimises `loss` between the quantized block on the quantized model's activations and the original block on the
-    original's. Stage 1 trains angles and channel scales at `transform_rate` for `epochs`; stage 2 trains weights at
-    `weight_rate`, quantizer scales and zero points at `quantizer_rate`, for `weight_epochs`.
-    AdamW with `beta1`, `beta2`, `eps`, `weight_decay`; `batch` samples a step; cosine decay to `final_rate` times the
-    rate within each stage. The best epoch on `validation_samples` held-out windows is kept (0: on those trained on).
+    The training minimises `loss` between two outputs: that of the quantized block, which reads the quantized model's
+    activations, and that of the original block, which reads the original model's activations. Stage 1 trains angles and
+    channel scales at the learning rate `transform_rate` for `epochs`. Stage 2 trains weights at `weight_rate`, and scales
+    and zero points of the quantizer at `quantizer_rate`, for `weight_epochs`.
+
+    The optimizer is AdamW with `beta1`, `beta2`, `eps` and `weight_decay`; each step uses `batch` windows. Within a stage,
+    the rates decay along a cosine to `final_rate` times their first value. The epoch with the least loss on
+    `validation_samples` windows that are not trained on is kept (0: on the windows that are trained on).
+
+    Raises `ConfigError` for values that are not allowed.
     """
 
     epochs: int = 10
@@ -49,10 +54,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Refit:
-    """A short block-wise training after rounding, the codes being fixed: group scales, channel scales, angles, norms.
+    """A short block-wise training after rounding. The codes stay fixed; scales, angles and norm weights are trained.
 
-    epochs, batch, rates (relative steps of the logarithm for scales, radians for angles, absolute for norm weights),
-    cosine decay to `final_rate` times the rate. The best epoch on the training windows is kept.
+    Each step uses `batch` windows. `scale_rate` is the learning rate of the logarithms of group scales and channel scales,
+    `transform_rate` that of the angles in radians, `norm_rate` that of the weights of norm layers. The rates decay along a
+    cosine to `final_rate` times their first value. The epoch with the least loss on the training windows is kept.
+
+    Raises `ConfigError` for values that are not allowed.
     """
 
     epochs: int = 6
@@ -73,17 +81,20 @@ class Refit:
 class Recipe:
     """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
 
-    transform: fit channel scales and rotations at all; without, the checkpoint has K = 0.
-    channel_scales: fit channel scales beside the rotations.
+    transform: whether to fit channel scales and rotations; if not, the checkpoint has K = 0.
+    channel_scales: whether to fit channel scales as well as rotations.
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
-    refit: train the scales of the rounded block a little more.
-    steps, learning_rate, final_rate: AdamW on the quadratic proxy, cosine decay to `final_rate` times the rate.
+    refit: train the scales, angles and norm weights of the rounded block a little more.
+    steps, learning_rate, final_rate: AdamW on the quadratic proxy; the rate decays along a cosine to `final_rate` times its
+    first value.
     rounding: "nearest" or "gptq".
-    damping: share of the Hessian's mean diagonal added before GPTQ.
-    by_activation: GPTQ takes the columns with the largest activations first.
-    shrinks: ranges tried per group before rounding, as factors of min and max.
-    sweeps: coordinate-descent passes after GPTQ; refit_scales: refit group scales in each.
-    drift: share of the earlier layers' error that a layer's weight is asked to correct, 0 to 1.
+    damping: before GPTQ, this fraction of the mean of the Hessian's diagonal is added to the diagonal.
+    by_activation: GPTQ rounds the columns with the largest activations first.
+    shrinks: ranges that are tried for each group before rounding, as factors of its min and max.
+    sweeps: the number of coordinate-descent passes after GPTQ; refit_scales: refit the group scales in each pass.
+    drift: fraction of the earlier layers' error that a layer's weight should correct, 0 to 1.
+
+    Raises `ConfigError` for values that are not allowed.
     """
 
     transform: bool = True
@@ -113,12 +124,12 @@ class Recipe:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the recipe looks at activations at all."""
+        """Whether the recipe needs activations, and therefore calibration text."""
         return self.transform or self.rounding != "nearest" or self.trains
 
     @property
     def compares(self) -> bool:
-        """Whether the recipe looks at the original model's activations as well."""
+        """Whether the recipe also needs the original model's activations."""
         return self.drift > 0 or self.trains
 
     @property
@@ -128,7 +139,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Recipe:
-        """Return the recipe whose `dataclasses.asdict` these entries are. Raises `ConfigError` for settings it does not have."""
+        """Return the recipe for which `dataclasses.asdict` gives these entries.
+
+        Raises `ConfigError` for settings that a recipe does not have, and for values that are not allowed.
+        """
         kinds = {"training": Training, "refit": Refit}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
         try:
@@ -137,9 +151,9 @@ class Recipe:
             raise ConfigError(f"the recipe cannot be read: {error}") from error
 
 
-#: The presets, by name. "best" is "fast" and a refit of what is continuous; "paper" the original's recipe; "quick" is
-#: "fast" with a sixth of the steps and one stream of text, for trying things out; "gptq" and "rtn" (round to nearest)
-#: transform nothing: the baselines.
+#: The presets, by name. "best" is "fast" followed by a refit. "paper" is the recipe of the paper. "quick", for trying
+#: things out, is "fast" with a sixth of the steps, less refinement and without the original model's activations. "gptq" and
+#: "rtn" (round to nearest) use no transform; they are baselines to compare with.
 PRESETS: dict[str, Recipe] = {
     "fast": Recipe(),
     "best": Recipe(refit=Refit()),
@@ -151,13 +165,16 @@ PRESETS: dict[str, Recipe] = {
 
 
 def preset_named(name: str) -> Recipe:
-    """Return the preset; raises `ConfigError` naming those there are."""
+    """Return the recipe of a preset; raises `ConfigError`, which lists the presets, if there is none of this name."""
     require_choice("preset", name, PRESETS)
     return PRESETS[name]
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Return every setting by its name, nested ones dotted: {"steps": 150, "training.epochs": 10, …}."""
+    """Return every setting by its name; the names of nested settings have a dot: {"steps": 150, "training.epochs": 10, …}.
+
+    Settings that are None are left out.
+    """
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
         if isinstance(value, (Training, Refit)):
@@ -168,9 +185,10 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
-    """Return the preset with some settings changed, each "name=value" with a Python literal or a word as value.
+    """Return the recipe of a preset with some settings changed.
 
-    Raises `ConfigError` for names that the preset does not have, and values that are not allowed.
+    settings: texts "name=value"; the value is a Python literal, or a word. Raises `ConfigError` for names that the preset
+    does not have, and for values that are not allowed.
     """
     recipe = preset_named(preset)
     for setting in settings:

@@ -1,4 +1,4 @@
-"""The transform of a weight's input: channel scales and K independent rotations within groups of g channels."""
+"""The transform of a weight's input, as it is stored: channel scales, and K rotations within groups of g channels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ MAX_ROTATIONS = 16
 
 @dataclass(frozen=True)
 class Rotation:
-    """K rotations of pairs of channels that lie in one group of `group_size`, after a scale for each channel."""
+    """A scale for each channel, then K rotations of pairs of channels; both channels of a pair are in the same group."""
 
     rotations: int
     group_size: int
 
     def fields(self, size: Size) -> dict[str, Field]:
-        """theta: angles in radians; pairs: channels within their group; channel_scales: what multiplies activations."""
+        """Describe the tensors.
+
+        theta: angles in radians; pairs: channels, counted from 0 within their group; channel_scales: the factors that
+        activations are multiplied by.
+        """
         channels = (None, CHANNELS)
         return {
             "theta": Field(torch.float16, (self.rotations, size.in_features // 2), channels),
@@ -30,16 +34,19 @@ class Rotation:
         }
 
     def misfits(self, size: Size) -> Iterator[str]:
-        """Nothing that `Codes` does not say."""
+        """Yield nothing: `Codes` already gives every reason."""
         yield from ()
 
     def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-        """Faulty values: angles and scales that are not finite, scales of zero, pairs out of range or not disjoint."""
+        """Yield the name of each tensor with faulty values, and what is wrong with it.
+
+        Faulty are angles and scales that are not finite, scales of zero, and pairs that are out of range or not disjoint.
+        """
         for name in ("theta", "channel_scales"):
             if not finite(tensors[name]):
                 yield name, "has values that are not finite"
         if not (tensors["channel_scales"] != 0).all():
-            yield "channel_scales", "has zeros, which no weight can be divided by"
+            yield "channel_scales", "has zeros, but weights are divided by it"
         g = self.group_size
         local = tensors["pairs"].reshape(-1, g)
         if local.numel() == 0:

@@ -1,1 +1,1 @@
-"""Small things that everything above may use: errors, devices, text, formatting."""
+"""Helpers that every other folder may import: errors, devices, text, formatting."""

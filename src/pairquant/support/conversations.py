@@ -1,4 +1,4 @@
-"""Rows of data sets → plain text, or conversations that the tokenizer's chat template writes."""
+"""Turn the rows of data sets into plain text, or into conversations that the tokenizer's chat template writes as text."""
 
 from __future__ import annotations
 
@@ -18,23 +18,31 @@ ASKED_AND_ANSWERED = (
 )
 #: Keys of a row that hold a list of turns.
 TURNS = ("messages", "conversations", "conversation")
-#: Names of speakers that chat templates do not know, and theirs.
+#: Names that data sets give to the speakers, and the names that chat templates use for the same speakers.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+#: What a row may hold, for the error message.
 ALLOWED = (
-    "a key 'text', 'question' and 'answer', or a chat: 'messages', 'conversations', 'prompt' and 'completion' or "
-    "'response', or 'instruction' and 'output'"
+    "a key 'text', or the keys 'question' and 'answer', or a chat under 'messages', 'conversations' or 'conversation', "
+    "under 'prompt' and 'completion' (or 'response'), or under 'instruction' and 'output' (or 'response')"
 )
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: {"role", "content"} and what else a template may want of each; where: the row's place in its file."""
+    """A chat that a row of a data set holds.
+
+    turns: for each turn "role", "content", and any other keys of the row, which the chat template may use.
+    where: the file and the row that the chat comes from, for error messages.
+    """
 
     turns: list[dict[str, Any]]
     where: str
 
     def written(self, tokenizer: Any) -> str:
-        """Write it with the tokenizer's chat template; raises `TextError` if there is none, or it refuses."""
+        """Write the chat as text with the tokenizer's chat template.
+
+        Raises `TextError` if the tokenizer has no chat template, or if the template refuses the chat.
+        """
         if not tokenizer.chat_template:
             raise TextError(
                 f"{self.where} is a chat, and the tokenizer has no chat template to write it with. Use the tokenizer of "
@@ -47,7 +55,7 @@ class Conversation:
 
 
 def document_of(row: Any, where: str) -> str | Conversation:
-    """Return a row's text, or its conversation. Raises `TextError` naming the row and its keys."""
+    """Return the text of a row, or its conversation. Raises `TextError`, which names the row and its keys."""
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -60,7 +68,7 @@ def document_of(row: Any, where: str) -> str | Conversation:
 
 
 def _turns(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the turns of a chat row; empty if the row is none."""
+    """Return the turns of a row that holds a chat; an empty list if the row holds none."""
     for key in TURNS:
         if isinstance(row.get(key), list) and row[key]:
             return [_turn(turn, f"{where}, {key}, turn {n}") for n, turn in enumerate(row[key], 1)]
@@ -82,7 +90,7 @@ def _filled(value: Any) -> bool:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """Return a turn under the keys "role" and "content", its parts of text joined."""
+    """Return a turn with the keys "role" and "content"; if its text comes in several parts, they are joined."""
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):

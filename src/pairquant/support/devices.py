@@ -1,4 +1,4 @@
-"""Choosing a device by name, and making it the current one."""
+"""Choose a device by name, make it the current one, and ask how much memory it has free."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .errors import ConfigError, did_you_mean
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a name stands for: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:0", …; raises `ConfigError`.
+    """Return the device for "auto" (a GPU if there is one, else the CPU), "cpu", "cuda", "cuda:0", "cuda:1", ….
 
-    Among several processes (torchrun), "auto" and "cuda" are a GPU of each one's own.
+    If torchrun started several processes, "auto" and "cuda" give each process its own GPU. Raises `ConfigError` for any
+    other name, and if there are fewer GPUs than processes.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     allowed = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus]
@@ -32,12 +33,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Make a GPU the current one, as launching a kernel on it needs; nothing to do on a CPU."""
+    """Return a context in which the GPU is the current one, as launching a kernel requires; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device: a GPU's, or the host's."""
+    """Return the bytes of memory that are free: those of the GPU, or for the CPU those of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil

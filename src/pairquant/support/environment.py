@@ -1,4 +1,4 @@
-"""What a measurement was made on: device and versions, for the results of every command that measures."""
+"""The device and the versions that a measurement was made with; every command that measures records them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called: "NVIDIA H100 80GB HBM3", or "AMD EPYC 9554, 2 threads"."""
+    """Return the name of the device, such as "NVIDIA H100 80GB HBM3" or "AMD EPYC 9554, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -18,7 +18,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of the libraries that it uses."""
+    """Return the versions of Python, of this package, of PyTorch and of Transformers."""
     packages = ("pairquant", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 

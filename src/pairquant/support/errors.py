@@ -1,7 +1,7 @@
 """Every error that PairQuant raises on purpose.
 
-Each message names the value at fault, what is allowed, and what to do next. The command line prints these without
-a traceback; anything else that escapes is a bug and keeps its traceback.
+Each message names the wrong value, what is allowed, and what to do next. The command line prints these errors without a
+traceback. Any other exception is a bug, and the command line shows its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class PairQuantError(Exception):
-    """Base class: something that the caller can mend."""
+    """Base class of all errors that the caller can correct."""
 
 
 class ConfigError(PairQuantError, ValueError):
@@ -27,7 +27,7 @@ class TextError(PairQuantError, ValueError):
 
 
 class CalibrationError(PairQuantError, ValueError):
-    """Calibration text drives the model to values that are not finite, or Hessians that no damping mends."""
+    """Calibration text makes the model compute values that are not finite, or a Hessian that cannot be factored."""
 
 
 class CheckpointError(PairQuantError, ValueError):
@@ -35,11 +35,11 @@ class CheckpointError(PairQuantError, ValueError):
 
 
 class KernelError(PairQuantError, ValueError):
-    """Tensors that a kernel cannot take: wrong shape, dtype or device."""
+    """A tensor given to a kernel has a shape, dtype or device that the kernel does not accept."""
 
 
 class HubError(PairQuantError, RuntimeError):
-    """The hub cannot be reached, or refuses: no token, one that may only read, no such owner."""
+    """The hub cannot be reached, or refuses: there is no token, the token may only read, or the owner does not exist."""
 
 
 class ResourceError(PairQuantError, RuntimeError):
@@ -47,6 +47,6 @@ class ResourceError(PairQuantError, RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'fast'?"` for the closest of `known`, or an empty string."""
+    """Return `"; did you mean 'fast'?"` with the name in `known` that is most similar; "" if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

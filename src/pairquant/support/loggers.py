@@ -1,4 +1,4 @@
-"""Sending the log's numbers to TensorBoard or Weights & Biases, when asked and installed."""
+"""Send the numbers of the log to TensorBoard or Weights & Biases, if the user asks for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ NAMES = ("tensorboard", "wandb")
 
 @contextmanager
 def logger(name: str | None, output: Path) -> Iterator[Log | None]:
-    """Make a function that takes the log's events; None for no name. Raises `ConfigError` if unknown or not installed."""
+    """Give a function that sends an event of the log to the service `name`; None if `name` is None.
+
+    Raises `ConfigError` if the name is unknown, or if the package of the service is not installed.
+    """
     if name is None:
         yield None
         return
@@ -51,7 +54,10 @@ def _wandb(output: Path) -> tuple[Log, Callable[[], None]]:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of a finished block's event: seconds, memory, and the error of each kind of linear."""
+    """Return the numbers of a finished block's event: seconds, memory, and the error of each kind of linear.
+
+    Any other event gives an empty dict.
+    """
     if event.get("event") != "block":
         return {}
     found = {key: float(value) for key, value in event.items() if type(value) in (int, float) and key != "index"}

@@ -1,4 +1,8 @@
-"""Work in a process of its own: peak memory belongs to a process, engines do not give all of theirs back."""
+"""Run work in a separate process.
+
+There are two reasons: peak memory can only be measured for a whole process, and inference engines free all their memory
+only when their process ends.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,28 @@ from typing import Any, Protocol, TypeVar
 
 from .errors import PairQuantError, ResourceError
 
-#: Seconds that a process which has told its result may take to end.
+#: Seconds that a process may take to end after it has sent its result.
 GRACE = 10
 
 
 class Job(Protocol):
-    """What to do with a model, named."""
+    """A description of work to do on a model, which it names."""
 
     @property
     def model(self) -> str: ...
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
-#: Yields strings while it works, at the end its result. A function of a module, as the process imports it by name.
+#: Yields strings while it works, and its result at the end. Must be defined at the top level of a module, because the new
+#: process imports it by name.
 Work = Callable[[AnyJob], Iterator[str | dict[str, Any]]]
 
 
 def in_own_process(work: Work[AnyJob], job: AnyJob, tell: Callable[[str], None], remedy: str) -> dict[str, Any]:
-    """Return the result of `work(job)` in a spawned process; `tell` is given its strings.
+    """Run `work(job)` in a new process, pass the strings that it yields to `tell`, and return its result.
 
-    Raises what the work raises of ours, and `ResourceError` when the process dies; remedy: what to lower if that was for
-    want of memory.
+    remedy: the options to lower if the process ran out of memory, for the error message. Raises any `PairQuantError` that
+    the work raises, and `ResourceError` if the process ends without a result.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
@@ -44,8 +49,8 @@ def in_own_process(work: Work[AnyJob], job: AnyJob, tell: Callable[[str], None],
     except EOFError as error:
         process.join(GRACE)
         raise ResourceError(
-            f"the process that ran {job.model!r} ended with exit code {process.exitcode}. Its message is above; without "
-            f"one, memory ran out: lower {remedy}."
+            f"the process that ran {job.model!r} ended with exit code {process.exitcode}. Its error is printed above; "
+            f"if there is none, memory ran out: lower {remedy}."
         ) from error
     finally:
         process.terminate()
@@ -56,7 +61,7 @@ def in_own_process(work: Work[AnyJob], job: AnyJob, tell: Callable[[str], None],
 
 
 def _send(work: Work[AnyJob], job: AnyJob, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent then ends this one
     try:
         for message in work(job):
             connection.send(message)

@@ -1,4 +1,4 @@
-"""Files of rows (JSON lines, JSON, CSV) and of plain text; of a large one only pieces, where that is asked for."""
+"""Read files of rows (JSON lines, JSON, CSV) and of plain text; only pieces of a large file, if the caller asks for that."""
 
 from __future__ import annotations
 
@@ -14,45 +14,59 @@ from typing import Any, BinaryIO
 
 from .errors import TextError
 
-#: Bytes up to which a file is read whole. The bundled texts and WikiText-2 are smaller.
+#: Files of up to this many bytes are read whole. The bundled texts and WikiText-2 are smaller.
 LARGE = 16 * 2**20
-#: Bytes of a longer plain text that make one document: a tokenizer takes 170 times their size in memory.
+#: A longer plain text is cut into documents of this many bytes, because a tokenizer needs 170 times their size in memory.
 DOCUMENT = 2**18
-#: The longest cell of a CSV file, in characters. Python's own limit, 131072, is shorter than many a document.
+#: The longest cell of a CSV file, in characters. Python's own limit, 131072, is shorter than many documents.
 CELL = 2**30
 BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What to read of a large file: `count` pieces of about `size` bytes, one out of each of as many equal stretches."""
+    """Which pieces of a large file to read: it is divided into `count` equal stretches, and one piece is read from each.
+
+    size: bytes of a piece, approximately; seed: decides where in its stretch each piece lies.
+    """
 
     count: int
     size: int
     seed: int
 
     def spare(self, path: Path) -> bool:
-        """Return whether the file is large, and more than the pieces."""
+        """Tell whether to read pieces only: the file is large, and longer than all pieces together."""
         return path.stat().st_size > max(LARGE, self.count * self.size)
 
     def places(self, length: int) -> list[int]:
-        """Return where in a file of `length` bytes the pieces begin: where in its stretch each lies, the seed decides."""
+        """Return the byte at which each piece begins in a file of `length` bytes."""
         generator, stretch = random.Random(self.seed), length / self.count
         return [int(i * stretch + generator.random() * (stretch - self.size)) for i in range(self.count)]
 
     def step(self, path: Path) -> int:
-        """Return n, where every n-th row is taken: for files whose rows are only found by reading all of them."""
+        """Return n such that taking every n-th row gives about as much text as the pieces.
+
+        This is for formats in which a row can only be found by reading all that is before it.
+        """
         return max(1, path.stat().st_size // (self.count * self.size))
 
 
 def rows_of(path: Path, pieces: Pieces | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a file in `ROW_READERS`, and where it stands: "chats.jsonl, line 3". Raises `TextError`."""
+    """Yield, for each row of the file, its place ("chats.jsonl, line 3") and its value.
+
+    The file's suffix must be in `ROW_READERS`. pieces: which part of a large file to read; None: all of it. Raises
+    `TextError` for a file that is not UTF-8, or not in the format of its suffix.
+    """
     reader = ROW_READERS[path.suffix.lower()]
     return reader(path, pieces if pieces and pieces.spare(path) else None)
 
 
 def plain_text(path: Path, pieces: Pieces | None = None) -> Iterator[str]:
-    """Yield a file's text: whole, or of a large one pieces that begin and end with a line. Raises `TextError`."""
+    """Yield the text of a file: whole if it is small, else as several documents.
+
+    pieces: which part of a large file to read, rounded to whole lines; None: all of it. Raises `TextError` if the file is
+    not UTF-8.
+    """
     if pieces and pieces.spare(path):
         yield from _separate(path, pieces)
     elif path.stat().st_size > LARGE:
@@ -62,7 +76,7 @@ def plain_text(path: Path, pieces: Pieces | None = None) -> Iterator[str]:
 
 
 def _consecutive(path: Path) -> Iterator[str]:
-    """Yield all of a large file, a document after the other."""
+    """Yield all of a large file, one document after the other."""
     with path.open("rb") as file:
         rest, place = b"", 0
         while content := file.read(DOCUMENT):
@@ -75,7 +89,7 @@ def _consecutive(path: Path) -> Iterator[str]:
 
 
 def _separate(path: Path, pieces: Pieces) -> Iterator[str]:
-    """Yield each piece: whole lines, or whole characters where a line is longer than a piece."""
+    """Yield each piece: whole lines, or only whole characters where a line is longer than a piece."""
     with path.open("rb") as file:
         for place in _beginnings(file, pieces, pieces.size):
             content = file.read(pieces.size) + file.readline(pieces.size)
@@ -84,9 +98,10 @@ def _separate(path: Path, pieces: Pieces) -> Iterator[str]:
 
 
 def _beginnings(file: BinaryIO, pieces: Pieces, longest: int = -1) -> Iterator[int]:
-    """Go to each piece's first line in turn, and yield its byte. longest: bytes after which a line counts as ended.
+    """Move the file to the first whole line of each piece in turn, and yield the byte at which that line begins.
 
-    What was read for one piece is not read again for the next.
+    longest: a line that is longer than this many bytes is cut there; -1: lines are never cut. If the caller read beyond
+    the beginning of the next piece, that piece begins where the caller stopped, so that no line is read twice.
     """
     done = 0
     for place in pieces.places(os.fstat(file.fileno()).st_size):
@@ -100,15 +115,15 @@ def _beginnings(file: BinaryIO, pieces: Pieces, longest: int = -1) -> Iterator[i
 
 
 def _continued(content: bytes) -> int:
-    """Return how many bytes at the beginning, three at most, belong to a UTF-8 character that began before."""
+    """Return how many bytes at the beginning, three at most, belong to a UTF-8 character that began before them."""
     return next((n for n, byte in enumerate(content[:3]) if byte & 0xC0 != 0x80), min(3, len(content)))
 
 
 def _unfinished(content: bytes) -> int:
-    """Return how many bytes at the end are the beginning of a UTF-8 character."""
+    """Return how many bytes at the end are the beginning of a UTF-8 character whose other bytes are missing."""
     for length in range(1, min(3, len(content)) + 1):
         byte = content[-length]
-        if byte & 0xC0 == 0xC0:  # the first of 2, 3 or 4
+        if byte & 0xC0 == 0xC0:  # the first byte of a character of 2, 3 or 4
             return length if length < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
         if byte < 0x80:
             return 0
@@ -116,7 +131,10 @@ def _unfinished(content: bytes) -> int:
 
 
 def _decoded(content: bytes, path: Path, place: int = 0, where: str = "") -> str:
-    """Return the text of bytes that begin at `place` of the file (or `where` in words); raises `TextError`."""
+    """Decode bytes of the file as UTF-8.
+
+    place: the byte of the file at which they begin; where: words to add to it, for the message. Raises `TextError`.
+    """
     try:
         return content.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -153,7 +171,10 @@ def _lines_of_pieces(path: Path, pieces: Pieces) -> Iterator[tuple[str, bytes]]:
 
 
 def _json(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """Yield a list of rows, one row, or, as many tools name JSON lines too, a row a line."""
+    """Yield the rows of a file that holds a list of rows, a single row, or one row per line.
+
+    The last is the format of .jsonl files; many tools also give such files the suffix .json.
+    """
     text = _decoded(path.read_bytes(), path)
     try:
         content = json.loads(text)
@@ -168,7 +189,7 @@ def _json(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """Yield rows under the names of the first line."""
+    """Yield each row as a dict whose keys are the names in the file's first line."""
     csv.field_size_limit(CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -181,14 +202,14 @@ def _csv(path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
 
 
 def _thinned(rows: Iterator[tuple[str, Any]], path: Path, pieces: Pieces | None) -> Iterator[tuple[str, Any]]:
-    """Return every so manieth row, beginning where the seed says."""
+    """Return every n-th row (see `Pieces.step`), starting at a row that the seed decides; all rows if pieces is None."""
     if pieces is None:
         return rows
     step = pieces.step(path)
     return islice(rows, random.Random(pieces.seed).randrange(step), None, step)
 
 
-#: How the rows of a file are read, by the end of its name in small letters.
+#: The function that reads the rows of a file, by the file's suffix in lower case.
 ROW_READERS: dict[str, Callable[[Path, Pieces | None], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _json_lines,
     ".json": _json,

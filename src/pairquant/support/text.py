@@ -1,7 +1,8 @@
-"""Where text comes from, for calibration and for evaluation alike; `windows` cuts it.
+"""Read the text for calibration and evaluation; `windows` then cuts it into windows of tokens.
 
 A source is a bundled file ("default/…", see `BUNDLED`), a local file (see `SUFFIXES`), a short name (see `SHORT_NAMES`), or
-the name of a data set for `datasets`, as `name[:config[:split]]`. Rows are texts or chats (see `conversations`).
+a data set that the package `datasets` can load, written `name[:config[:split]]`. Rows hold texts or chats (see
+`conversations`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from .conversations import Conversation, document_of
 from .errors import TextError, did_you_mean
 from .rows import ROW_READERS, Pieces, plain_text, rows_of
 
-#: What "default" stands for in calibration: GSM8K training problems with worked answers (MIT) and Grimms' Fairy
-#: Tales (public domain). They travel inside the package.
+#: What "default" means for calibration: GSM8K training problems with worked answers (MIT licence) and Grimms' Fairy
+#: Tales (public domain). Both files are part of this package.
 BUNDLED = ("gsm8k-train.jsonl", "grimm.txt")
-#: Text to evaluate on when none is named: GSM8K test problems (MIT), never calibrated on.
+#: Text to evaluate on if the user names none: GSM8K test problems (MIT licence), which "default" does not calibrate on.
 BUNDLED_TEST = "default/gsm8k-test.jsonl"
-#: The data sets that papers calibrate and evaluate on, as `name:config:split`.
+#: The data sets that papers use for calibration and evaluation, as `name:config:split`.
 SHORT_NAMES = {
     "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train",
     "wikitext2-test": "Salesforce/wikitext:wikitext-2-raw-v1:test",
@@ -29,23 +30,28 @@ SHORT_NAMES = {
     "redpajama": "togethercomputer/RedPajama-Data-1T-Sample::train",
     "pileval": "mit-han-lab/pile-val-backup::validation",
 }
-#: Ends of the names of files that are one plain text.
+#: Suffixes of files that hold one plain text.
 PLAIN = (".txt", ".md")
-#: Ends of the names of all files that can be read, whether in small or in capital letters.
+#: Suffixes of all files that can be read, in lower or upper case.
 SUFFIXES = (*PLAIN, *ROW_READERS, ".parquet")
-#: Where the hub keeps its own export of data sets that come as a script, which `datasets` no longer runs.
+#: The branch on which the hub keeps its Parquet copy of a data set. It is used for data sets that come as a script,
+#: because `datasets` no longer runs scripts.
 EXPORTED = "refs/convert/parquet"
-#: Documents read from a data set at the most; more text does not help (docs/decisions.md) and tokenizing takes time.
+#: The most documents read from one data set: more text does not help (docs/decisions.md), and tokenizing it takes time.
 MAX_DOCUMENTS = 20_000
 
 
 def expand(source: str) -> tuple[str, ...]:
-    """Return the bundled files' names for "default"; any other source stays as it is."""
+    """Return the names of the bundled files for "default", and any other source unchanged."""
     return tuple(f"default/{name}" for name in BUNDLED) if source == "default" else (source,)
 
 
 def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Conversation]:
-    """Yield the texts and chats of one source, in order; of a large file only the pieces. Raises `TextError`."""
+    """Yield the texts and chats of one source, in order.
+
+    pieces: which part of a large file to read; None: all of it. Raises `TextError` if the source does not exist, cannot be
+    read, or has a row that is neither text nor chat.
+    """
     if name.startswith("default/"):
         with resources.as_file(_bundled(name)) as path:
             yield from _file_documents(path, pieces)
@@ -58,7 +64,7 @@ def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Convers
 
 
 def size_in_pieces(name: str, pieces: Pieces) -> int | None:
-    """Return bytes of a source of which only the pieces are read; None where all of it is."""
+    """Return the size in bytes of a source of which only pieces are read; None for a source that is read whole."""
     path = Path(name)
     readable = path.is_file() and path.suffix.lower() in (*PLAIN, *ROW_READERS)
     return path.stat().st_size if readable and pieces.spare(path) else None
@@ -72,7 +78,7 @@ def _bundled(name: str) -> resources.abc.Traversable:
 
 
 def _files_near(directory: Path) -> list[str]:
-    """Return files of a directory, if it is one, that are text by their names."""
+    """Return the files of the folder whose suffix says that they hold text; none if the folder does not exist."""
     return [str(p) for p in directory.glob("*") if p.suffix.lower() in SUFFIXES] if directory.is_dir() else []
 
 
@@ -86,8 +92,8 @@ def _file_documents(path: Path, pieces: Pieces | None) -> Iterator[str | Convers
         yield from (document_of(row, where) for where, row in rows_of(path, pieces))
     else:
         raise TextError(
-            f"text file {str(path)!r} ends in {path.suffix or 'nothing'!r}, which says nothing of what is in it. Allowed: "
-            f"{', '.join(SUFFIXES)}. Name it by what it holds."
+            f"text file {str(path)!r} ends in {path.suffix or 'nothing'!r}, which does not tell what format it has. Allowed: "
+            f"{', '.join(SUFFIXES)}. Rename it to the suffix of its format."
         )
 
 
@@ -99,7 +105,7 @@ def _data_set_documents(name: str) -> Iterator[str | Conversation]:
 
 
 def _rows(name: str, *args, **kwargs) -> Iterator[str | Conversation]:
-    """Yield texts and chats of a data set's first rows; `args` and `kwargs` are `load_dataset`'s."""
+    """Yield the texts and chats of a data set's first rows; `args` and `kwargs` are passed to `load_dataset`."""
     from datasets import load_dataset  # slow to import, and needed for few sources
 
     def rows() -> Iterable[object]:
@@ -108,7 +114,7 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str | Conversation]:
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            repository, config = args  # there configurations are folders
+            repository, config = args  # on that branch each configuration is a folder
             return load_dataset(repository, data_dir=config, **kwargs, revision=EXPORTED)
 
     try:
@@ -116,11 +122,12 @@ def _rows(name: str, *args, **kwargs) -> Iterator[str | Conversation]:
             yield document_of(row, f"{name}, row {number}")
     except TextError:
         raise
-    except Exception as error:  # `datasets` raises a dozen unrelated types for "not there" and "not readable"
+    except Exception as error:  # `datasets` raises a dozen unrelated types if a data set is missing or unreadable
         hint = did_you_mean(name, ["default", *SHORT_NAMES, *_files_near(Path("."))])
         reason = (str(error).splitlines() or [""])[0]
         raise TextError(
             f"text source {name!r} is neither a local file nor a data set that can be loaded{hint}\n"
             f"  {type(error).__name__}: {reason}\n"
-            f"  Allowed: 'default', {', '.join(SHORT_NAMES)}, a {', '.join(SUFFIXES)} file, or a data set as name[:config[:split]]."
+            f"  Allowed: 'default', {', '.join(SHORT_NAMES)}, a {', '.join(SUFFIXES)} file, "
+            "or a data set as name[:config[:split]]."
         ) from error

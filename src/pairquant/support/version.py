@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 
 def code_digest() -> str:
-    """Return 12 hexadecimal digits of the SHA-256 of this package's Python files.
+    """Return the first Return 12 hexadecimal digits of the SHA-256 of this package's Python files.
 
-    A stopped run is continued by the same code only, whatever its version is called.
+    A stopped run may only be continued by the same code, and two different states of the code can have the same version.
     """
     total = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):

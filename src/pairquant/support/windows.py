@@ -1,7 +1,8 @@
-"""Documents → windows of tokens, for calibration and for evaluation alike.
+"""Cut documents into windows of tokens, for calibration and evaluation.
 
-Documents are packed end to end and cut. Where the tokenizer puts `<bos>` before a text, every window begins with it, as
-a model that was trained so expects: without, Gemma 3 270M has a perplexity of 122 in place of 25.
+The tokens of all documents are joined into one sequence, which is cut into windows. If the tokenizer puts `<bos>` before a
+text, every window begins with it, because the model was trained that way: without it, Gemma 3 270M has a perplexity of 122
+instead of 25.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from torch import Tensor
 from .conversations import Conversation
 from .errors import ConfigError, TextError
 
-#: Most characters tokenized at a time: what a tokenizer makes of a text takes a hundred times its size.
+#: The most characters tokenized at a time: what a tokenizer returns takes a hundred times the memory of the text.
 BATCH = 2**22
-#: Characters tokenized at a time for a token wanted: a token of English has four or five.
+#: Characters tokenized at first for each token that is needed: more than the four or five of a typical English token.
 CHARACTERS = 8
+#: Halves of characters, which UTF-8 cannot encode.
 SURROGATES = re.compile("[\ud800-\udfff]")
-#: Told what else a user should know.
+#: A function that is called with a message for the user.
 Notice = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """Ignore the text: the `Notice` of those who want none."""
+    """Ignore the message: the `Notice` for callers that show none."""
 
 
 def own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids that the tokenizer puts before every text: `<bos>`, for most that put any."""
+    """Return the ids of the tokens that the tokenizer puts before every text: usually `<bos>`, or none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for place in range(len(whole) - len(bare) + 1):
@@ -40,10 +42,10 @@ def own_prefix(tokenizer: Any) -> tuple[int, ...]:
 
 
 def window_prefix(tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
-    """Return the token ids that windows begin with.
+    """Return the ids of the tokens that every window begins with.
 
-    bos: "auto", what the tokenizer puts before a text; "never", nothing; "always", `<bos>` if the tokenizer puts nothing.
-    Raises `ConfigError` where "always" finds no `<bos>`.
+    bos: "auto": what the tokenizer puts before a text; "never": nothing; "always": the same as "auto", or `<bos>` if the
+    tokenizer puts nothing. Raises `ConfigError` for "always" if the tokenizer has no `<bos>`.
     """
     if bos == "never":
         return ()
@@ -56,7 +58,7 @@ def window_prefix(tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
 
 
 def describe(tokenizer: Any, prefix: Sequence[int]) -> str:
-    """Return text for a notice that says how windows begin."""
+    """Write for the user which tokens every window begins with."""
     return f"every window begins with {''.join(tokenizer.convert_ids_to_tokens(list(prefix)))} (--bos never: without)"
 
 
@@ -68,14 +70,17 @@ def token_windows(
     most: int | None = None,
     notice: Notice = silent,
 ) -> Tensor:
-    """Return all whole windows of the packed documents, or the first `most` of them: int64 [windows, seq_len].
+    """Join the documents' tokens and cut them into windows: int64 [windows, seq_len]; a shorter rest is left out.
 
-    prefix: token ids that each begins with, `seq_len` tokens with it; no more is read than `most` windows need. Raises
-    `TextError` for chats that the tokenizer cannot write.
+    prefix: ids of the tokens that every window begins with; they count towards `seq_len`. most: return only the first
+    `most` windows, and read no more documents than these need; None: all. notice: is told if characters were replaced.
+    Raises `TextError` for chats that the tokenizer cannot write, and if the prefix leaves no room for text.
     """
     own = seq_len - len(prefix)
     if own < 1:
-        raise TextError(f"a window of {seq_len} tokens has no room for text after {len(prefix)}. Raise --seq-len.")
+        raise TextError(
+            f"a window of {seq_len} tokens has no room for text after its first {len(prefix)}. Raise --seq-len."
+        )
     parts, held = [torch.empty(0, dtype=torch.int64)], 0
     limit = BATCH if most is None else min(BATCH, most * own * CHARACTERS)
     for batch in _batches(_texts(tokenizer, documents, notice), limit):
@@ -95,21 +100,21 @@ _Text = tuple[str, bool]
 
 
 def _texts(tokenizer: Any, documents: Iterable[str | Conversation], notice: Notice) -> Iterator[_Text]:
-    """Yield documents as they are packed: plain ones with an empty line behind, chats as their template writes them."""
+    """Yield the text of each document: plain text with an empty line after it, a chat as its template writes it."""
     told = False
     for document in documents:
         chat = isinstance(document, Conversation)
         text = document.written(tokenizer) if isinstance(document, Conversation) else document.strip() + "\n\n"
         text, replaced = SURROGATES.subn("\ufffd", text)
         if replaced and not told:
-            notice("halves of characters (lone surrogates) were replaced by \ufffd")
+            notice("the text has halves of characters (lone surrogates); each was replaced by \ufffd")
             told = True
         if text.strip():
             yield text, chat
 
 
 def _batches(texts: Iterator[_Text], limit: int) -> Iterator[list[_Text]]:
-    """Yield texts of about `limit` characters together."""
+    """Yield lists of texts; the texts of a list have at least `limit` characters together, except in the last list."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
@@ -122,7 +127,11 @@ def _batches(texts: Iterator[_Text], limit: int) -> Iterator[list[_Text]]:
 
 
 def _tokens(tokenizer: Any, batch: list[_Text]) -> Tensor:
-    """Return token ids, int64 [tokens]. The prefix that a chat template writes is left out: windows begin with it, texts do not."""
+    """Return the tokens of all texts, int64 [tokens].
+
+    If a chat template wrote the tokenizer's prefix, it is removed: the prefix belongs at the beginning of windows, not of
+    documents.
+    """
     encoded = tokenizer(
         [text for text, _ in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]

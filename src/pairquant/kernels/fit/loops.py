@@ -1,7 +1,7 @@
-"""Fitting and rounding weights, fast: Triton's kernels for CUDA tensors, the functions of `core` for all others.
+"""Fast functions for fitting and rounding weights: Triton kernels for CUDA tensors, the functions of `core` for others.
 
-`compensate`, `descend`, `fake_quantize_forward` and `fake_quantize_backward` start the kernels on whatever device the
-tensors are, which in Triton's interpreter may be a CPU. They need Triton; importing this module does not.
+`compensate`, `descend`, `fake_quantize_forward` and `fake_quantize_backward` always start the kernels; in Triton's
+interpreter, the tensors may be on a CPU. These functions need Triton, but importing this module does not.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from ...support.devices import current
 from ...support.errors import KernelError
 from ..availability import triton_missing
 
-#: Rows per program, which is one warp: 32 registers hold a lane's quarter of 128 columns (16 rows: spills for sm_90).
+#: Rows per program, which is one warp: four lanes share a row of 128 columns, so each holds 32 values in registers. With 16
+#: rows, the compiler for sm_90 moves values from registers to memory.
 ROWS = 8
 #: Weights per program of fake quantization.
 TILE = 4096
 
 
 def solvers(device: torch.device) -> Solvers:
-    """Return the loops of GPTQ and refinement for tensors on this device."""
+    """Return the loops of GPTQ and refinement to use for tensors on this device: the kernels on a GPU, if Triton is there."""
     return Solvers(compensate, descend) if _by_triton(device) else rounding.SOLVERS
 
 
 def fake_quantize(w: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Tensor:
-    """Compute `core.grid.fake_quantize`, by kernels where w [N, C] is float32 on a GPU; differentiable."""
+    """Do the same as `core.grid.fake_quantize`, by kernels if w [N, C] is float32 on a GPU; differentiable."""
     if w.dtype == torch.float32 and _by_triton(w.device):
         return FakeQuantize.apply(w, bits, group_size, symmetric)
     return quantizer.fake_quantize(w, bits, group_size, symmetric)
 
 
 class FakeQuantize(torch.autograd.Function):
-    """As `core.quantizer.FakeQuantize`, but keeps only w, and computes range and codes again for the gradient."""
+    """The same as `core.grid.FakeQuantize`, but keeps only w and computes range and codes again for the gradient."""
 
     @staticmethod
     def forward(ctx, w: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:  # w: [N, C]
@@ -51,7 +52,10 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Compute `core.rounding.compensate` by a kernel, which leaves `todo` as it was. All tensors are float32."""
+    """Do the same as `core.rounding.compensate` by a kernel, but leave `todo` unchanged.
+
+    Raises `KernelError` for tensors that are not float32.
+    """
     from .triton_loops import compensate_kernel
 
     _check_float32(todo=todo, factor=factor, scale=scale, zero=zero)
@@ -81,7 +85,10 @@ def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: i
 def descend(
     k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
 ) -> None:
-    """Compute `core.rounding.descend` by a kernel. All tensors are float32; m has unit stride in its last dimension."""
+    """Do the same as `core.rounding.descend` by a kernel.
+
+    Raises `KernelError` for tensors that are not float32, and for an m whose last dimension does not have stride 1.
+    """
     from .triton_loops import descend_kernel
 
     _check_float32(k=k, m=m, local=local, curvature=curvature, scale=scale, lowest=lowest, highest=highest)
@@ -110,7 +117,7 @@ def descend(
 
 
 def fake_quantize_forward(w: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    """Return ŵ [N, C] of w [N, C], float32."""
+    """Compute ŵ from w by a kernel; both float32 [N, C]. Raises `KernelError` for another dtype or group size."""
     from .triton_loops import fake_quantize_kernel
 
     w = w.contiguous()
@@ -120,7 +127,7 @@ def fake_quantize_forward(w: Tensor, bits: int, group_size: int, symmetric: bool
 
 
 def fake_quantize_backward(w: Tensor, grad: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    """Return the gradient of w, for that of ŵ; all float32 [N, C]."""
+    """Compute the gradient of w from `grad`, the gradient of ŵ, by a kernel; all float32 [N, C]."""
     from .triton_loops import fake_quantize_backward_kernel
 
     w, grad = w.contiguous(), grad.contiguous()
@@ -130,11 +137,11 @@ def fake_quantize_backward(w: Tensor, grad: Tensor, bits: int, group_size: int, 
 
 
 def _by_groups(kernel, tensors: tuple[Tensor, ...], bits: int, group_size: int, symmetric: bool) -> None:
-    """Starts a kernel on float32 tensors [N, C], contiguous: every group is a row of them."""
+    """Start a kernel on contiguous float32 tensors [N, C], which it reads as [N · G, g]: each group is a row."""
     w = tensors[0]
     _check_float32(**{f"tensor {i}": t for i, t in enumerate(tensors)})
     if group_size not in (32, 64, 128) or w.shape[-1] % group_size:
-        raise KernelError(f"group size is {group_size}, allowed: 32, 64, 128, dividing the {w.shape[-1]} channels")
+        raise KernelError(f"group size is {group_size}, allowed: 32, 64, 128, if it divides the {w.shape[-1]} channels")
     groups = w.numel() // group_size
     tile = TILE // group_size
     with current(w.device):
@@ -155,7 +162,7 @@ def _by_triton(device: torch.device) -> bool:
 
 
 def _check_float32(**tensors: Tensor) -> None:
-    """Rounding in the kernels relies on the precision of float32."""
+    """Check that all tensors are float32, because the kernels round by a trick that only works with its precision."""
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise KernelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, allowed: float32")
@@ -166,7 +173,7 @@ def _unit_columns(x: Tensor) -> Tensor:
 
 
 def _tile(columns: Tensor) -> int:
-    """Return rows per program for columns [B, N]; the interpreter's time is per program."""
+    """Return the rows per program for columns [B, N]: many on a CPU, because the interpreter is slow for each program."""
     return ROWS if columns.is_cuda else min(_power_of_two(columns.shape[1]), 128)
 
 

@@ -1,7 +1,7 @@
-"""The dense R of every group from its angles, again and again for the same pairs: by Triton's kernels where angles are
-float32 on a GPU, by `core.rotation` elsewhere.
+"""Compute the dense R of every group from its angles, many times for the same pairs. Triton kernels do it if the angles
+are float32 on a GPU, `core.rotation` in all other cases.
 
-On an H100 the factors of an 8B block and their products, which PyTorch writes to memory, took a sixth of the fitting.
+PyTorch writes the factors of R and their products to memory. For an 8B model on an H100, this took a sixth of the fitting.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ ROWS = 32
 
 
 class Matrices:
-    """`core.rotation.rotation_matrix` of fixed pairs: call it with theta, [K, C/2] → [G, g, g], differentiable."""
+    """`core.rotation.rotation_matrix` for fixed pairs. Call it with theta [K, C/2] to get R [G, g, g], differentiable."""
 
     def __init__(self, pairs: Tensor, group_size: int):
-        """pairs: integer [K, C], group-local."""
+        """Prepare for these pairs, integer [K, C], which count channels from 0 within their group.
+
+        Raises `KernelError` on a GPU if the group size is not 32, 64 or 128.
+        """
         self.pairs, self.group_size = pairs, group_size
         by_triton = pairs.is_cuda and pairs.numel() and not triton_missing()
         self.plan = Plan.build(pairs, group_size) if by_triton else None
@@ -38,10 +41,12 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs as kernels read them, by channel: partner, the channel it is mixed with, group-local, and slot, which of
-    the C/2 angles, s for a pair's first channel and -1 - s for its second; int32 [K, C].
+    """The pairs, arranged by channel as the kernels read them.
 
-    channel: of each pair in order its two, int64 [K, C].
+    partner: the channel that each channel is mixed with, counted from 0 within its group, int32 [K, C].
+    slot: which of the C/2 angles belongs to the channel, int32 [K, C]: s for the first channel of a pair, -1 - s for the
+    second.
+    channel: the two channels of each pair, pair after pair, counted from 0 within all C, int64 [K, C].
     """
 
     partner: Tensor
@@ -51,6 +56,7 @@ class Plan:
 
     @classmethod
     def build(cls, pairs: Tensor, group_size: int) -> Plan:
+        """Arrange pairs, integer [K, C], by channel. Raises `KernelError` if the group size is not 32, 64 or 128."""
         rotations, channels = pairs.shape
         if group_size not in (32, 64, 128):
             raise KernelError(f"group size is {group_size}, allowed: 32, 64, 128")
@@ -64,7 +70,7 @@ class Plan:
 
 
 class BuildMatrices(torch.autograd.Function):
-    """theta float32 [K, C/2] → R [C/g, g, g]."""
+    """The differentiable function from theta, float32 [K, C/2], to R, float32 [G, g, g], by the kernels."""
 
     @staticmethod
     def forward(ctx, theta: Tensor, plan: Plan) -> Tensor:
@@ -80,7 +86,7 @@ class BuildMatrices(torch.autograd.Function):
 
 
 def build(theta: Tensor, plan: Plan) -> Tensor:
-    """Build R of every group by the kernel, on the device of theta."""
+    """Compute R of every group, float32 [G, g, g], by the kernel on theta's device."""
     from .triton_matrices import matrix_kernel
 
     theta, g = theta.contiguous(), plan.group_size
@@ -94,7 +100,10 @@ def build(theta: Tensor, plan: Plan) -> Tensor:
 
 
 def build_backward(theta: Tensor, matrices: Tensor, grad: Tensor, plan: Plan) -> Tensor:
-    """Return the gradient of theta for that of the matrices, in the same order of sums every time."""
+    """Compute the gradient of theta from `grad`, the gradient of the matrices.
+
+    The order of the sums is always the same, so that the result is too.
+    """
     from .triton_matrices import matrix_backward_kernel
 
     theta, grad, g = theta.contiguous(), grad.contiguous(), plan.group_size

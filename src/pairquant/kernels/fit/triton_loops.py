@@ -1,13 +1,14 @@
-"""Fitting and rounding weights: fake quantization with its gradient, and the loops of `core.rounding` that go column
-by column.
+"""Triton kernels for fitting and rounding: fake quantization with its gradient, and the loops of `core.rounding` that go
+column by column.
 
-Those loops are one chain of dependent steps, so latency decides. One warp keeps all columns of ROWS rows in registers:
-with eight rows, four lanes share a row's columns. A column is found by a sum in which the others count as zero, over a
-quarter of the columns in each lane and then by two shuffles. What a step reads is fetched a step ahead, by each lane
-its part; it reaches all lanes through shared memory, which nothing in the chain waits for.
+In those loops each step depends on the one before, so the time that a step takes from start to end decides the speed. One
+warp keeps all columns of ROWS rows in registers; with eight rows, four lanes share the columns of a row. To read one column,
+a kernel sums over all columns with the others set to zero: each lane sums its quarter, and two shuffles add the quarters.
+What a step reads from memory is loaded one step earlier. Each lane loads a part, and all lanes get it through shared memory;
+no step has to wait for that.
 
-Rounding and division give exactly what PyTorch gives; the product of a scale that fp16 stores and a step is exact, so
-that fusing it into an addition changes nothing.
+Rounding and division give exactly the results of PyTorch. A scale that fp16 can store times a number of steps is exact in
+float32, so the result is the same when the compiler fuses this product with an addition.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ import triton.language as tl
 
 @triton.jit
 def clamp(x, low, high):
-    """As torch.clamp: NaN stays NaN."""
+    """Do the same as torch.clamp, where NaN stays NaN."""
     return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def round_even(x):
-    """As torch.round up to 2²¹, half to even; what is larger comes back as 2²¹, far beyond any code.
+    """Round like torch.round, half to even, up to 2²¹; a larger number gives 2²¹, which is far beyond any code.
 
-    1.5 · 2²³ plus a number below 2²² lies where float32 holds the integers and nothing between them.
+    1.5 · 2²³ plus a number below 2²² lies between 2²³ and 2²⁴, where float32 can only hold integers, so adding it rounds.
     """
     return (clamp(x, -2097152.0, 2097152.0) + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def compensate_step(factor_ptr, scale_ptr, zero_ptr, j, columns, rows, n, column, stride):
-    """Return what column j needs: its line of the factor [B], the diagonal of it, its scales and zero points [ROWS]."""
+    """Load what column j needs: its row of the factor [B], that row's diagonal entry, its scales and zero points [ROWS]."""
     real = n < rows
     line = tl.load(factor_ptr + j * stride + column, mask=column < columns, other=0.0)
     pivot = tl.load(factor_ptr + j * (stride + 1))
@@ -44,7 +45,7 @@ def compensate_step(factor_ptr, scale_ptr, zero_ptr, j, columns, rows, n, column
 @triton.jit(do_not_specialize=["top", "columns", "rows", "stride"])
 def compensate_kernel(
     todo_ptr,  # float32 [columns, N]
-    factor_ptr,  # float32 [columns, columns], unit stride in the columns; below the diagonal anything
+    factor_ptr,  # float32 [columns, columns], stride 1 along a row; what is below the diagonal is not used
     scale_ptr,  # float32 [columns, N]
     zero_ptr,  # float32 [columns, N]
     codes_ptr,  # uint8 [columns, N], written
@@ -56,6 +57,7 @@ def compensate_kernel(
     B: tl.constexpr,  # at least `columns`
     ROWS: tl.constexpr,
 ):
+    """Do for ROWS rows of the weight what `core.rounding.compensate` does."""
     column = tl.arange(0, B)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (column < columns)[:, None] & (n < rows)[None, :]
@@ -63,14 +65,14 @@ def compensate_kernel(
     highest = top.to(tl.float32)
     line, pivot, scale, zero = compensate_step(factor_ptr, scale_ptr, zero_ptr, 0, columns, rows, n, column, stride)
     for j in range(columns):
-        spread = line[:, None]  # so early that it has come through shared memory before it is needed
+        spread = line[:, None]  # early, so that it has passed through shared memory before it is needed
         next_line, next_pivot, next_scale, next_zero = compensate_step(
             factor_ptr, scale_ptr, zero_ptr, tl.minimum(j + 1, columns - 1), columns, rows, n, column, stride
         )
         w = tl.sum(tl.where(column[:, None] == j, todo, 0.0), axis=0)
         code = clamp(round_even(tl.math.div_rn(w, scale)) + zero, 0.0, highest)
         error = tl.math.div_rn(w - (code - zero) * scale, pivot)
-        todo -= spread * error[None, :]  # columns up to j are spoilt; nobody reads them again
+        todo -= spread * error[None, :]  # columns up to j are now wrong, but are not read again
         at = j * rows.to(tl.int64) + n
         tl.store(codes_ptr + at, code.to(tl.uint8), mask=n < rows)
         tl.store(errors_ptr + at, error, mask=n < rows)
@@ -79,7 +81,7 @@ def compensate_kernel(
 
 @triton.jit
 def descend_step(k_ptr, local_ptr, curvature_ptr, j, columns, rows, n, column, k_stride, k_row_stride, stride):
-    """Return what column j needs: its line of the Hessian [G], its curvature, its steps [ROWS]."""
+    """Load what column j needs: its row of the Hessian [G], its curvature, its steps [ROWS]."""
     line = tl.load(local_ptr + j * stride + column, mask=column < columns, other=0.0)
     curvature = tl.load(curvature_ptr + j)
     at = j * k_stride.to(tl.int64) + n * k_row_stride.to(tl.int64)
@@ -89,8 +91,8 @@ def descend_step(k_ptr, local_ptr, curvature_ptr, j, columns, rows, n, column, k
 @triton.jit(do_not_specialize=["columns", "rows", "k_stride", "k_row_stride", "m_stride", "stride"])
 def descend_kernel(
     k_ptr,  # float32 [columns, N], any strides; changed
-    m_ptr,  # float32 [columns, N], unit stride in N; changed
-    local_ptr,  # float32 [columns, columns], unit stride in the columns
+    m_ptr,  # float32 [columns, N], stride 1 along N; changed
+    local_ptr,  # float32 [columns, columns], stride 1 along a row
     curvature_ptr,  # float32 [columns], positive
     scale_ptr,  # float32 [N]
     lowest_ptr,  # float32 [N], the bounds of k
@@ -104,6 +106,7 @@ def descend_kernel(
     G: tl.constexpr,  # at least `columns`
     ROWS: tl.constexpr,
 ):
+    """Do for ROWS rows of the weight what `core.rounding.descend` does."""
     column = tl.arange(0, G)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = n < rows
@@ -117,7 +120,7 @@ def descend_kernel(
         k_ptr, local_ptr, curvature_ptr, 0, columns, rows, n, column, k_stride, k_row_stride, stride
     )
     for j in range(columns):
-        spread = line[:, None]  # so early that it has come through shared memory before it is needed
+        spread = line[:, None]  # early, so that it has passed through shared memory before it is needed
         next_line, next_curvature, next_k = descend_step(
             k_ptr,
             local_ptr,
@@ -141,7 +144,7 @@ def descend_kernel(
 
 @triton.jit
 def spanning(w, TOP: tl.constexpr, SYMMETRIC: tl.constexpr, MIN_SCALE: tl.constexpr):
-    """Return range, scale and zero point of groups w [T, g]: four [T] (`group_range`, `affine_parameters` of core)."""
+    """Return low, high, scale and zero point of groups w [T, g], all [T] (see `group_range`, `affine_parameters` in core)."""
     low = tl.minimum(tl.min(w, axis=1), 0.0)
     high = tl.maximum(tl.max(w, axis=1), 0.0)
     if SYMMETRIC:
@@ -166,6 +169,7 @@ def fake_quantize_kernel(
     SYMMETRIC: tl.constexpr,
     MIN_SCALE: tl.constexpr,
 ):
+    """Round TILE groups to the nearest grid points, with the range of each group."""
     group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = group[:, None] * G + tl.arange(0, G)[None, :]
     inside = (group < groups)[:, None]
@@ -188,6 +192,7 @@ def fake_quantize_backward_kernel(
     SYMMETRIC: tl.constexpr,
     MIN_SCALE: tl.constexpr,
 ):
+    """Compute the gradient of w for TILE groups, as `core.grid.FakeQuantize.backward` does."""
     group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = group[:, None] * G + tl.arange(0, G)[None, :]
     inside = (group < groups)[:, None]
@@ -209,6 +214,6 @@ def fake_quantize_backward_kernel(
 
 @triton.jit
 def shared(amount, at_extreme):
-    """amount [T], in equal parts to the elements [T, g] that are marked; zero elsewhere."""
+    """Distribute `amount` [T] in equal parts over the marked elements of each row of [T, g]; the others get zero."""
     count = tl.sum(at_extreme.to(tl.float32), axis=1)
     return tl.where(at_extreme, (amount / tl.maximum(count, 1.0))[:, None], 0.0)

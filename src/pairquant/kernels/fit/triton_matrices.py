@@ -1,8 +1,8 @@
-"""The dense R of every group and the gradient of its angles.
+"""Triton kernels that compute the dense R of every group, and the gradient of its angles.
 
-One program has some rows of one group's matrix in registers and takes them through all K rotations: a channel is mixed
-with its partner, which a gather along the row brings. The gradient walks back, undoing rotations instead of having
-kept what was between them: they are orthogonal.
+A program keeps some rows of one group's matrix in registers and applies all K rotations to them; a gather along the row
+fetches each channel's partner. The backward kernel goes through the rotations in reverse. It needs the matrix between any
+two rotations, and gets it by undoing them, which is possible because they are orthogonal; so nothing has to be kept.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton.language as tl
 
 @triton.jit
 def rotation(theta_ptr, partner_ptr, slot_ptr, k, channels, channel, ROWS: tl.constexpr, G: tl.constexpr):
-    """Rotation k of G channels: partners [ROWS, G], cosines and signed sines [1, G], signs [G]."""
+    """Load rotation k of G channels: partners [ROWS, G], cosines and signed sines [1, G], signs of the sines [G]."""
     at = k * channels + channel
     partner = tl.load(partner_ptr + at)
     slot = tl.load(slot_ptr + at)
     sign = tl.where(slot < 0, -1.0, 1.0)
-    slot = tl.where(slot < 0, -slot - 1, slot)  # of a pair's second channel the complement is stored
+    slot = tl.where(slot < 0, -slot - 1, slot)  # for a pair's second channel, -1 - slot is stored
     theta = tl.load(theta_ptr + k * (channels // 2) + slot)
     partners = tl.broadcast_to(partner[None, :], (ROWS, G))
     return partners, tl.cos(theta)[None, :], (sign * tl.sin(theta))[None, :], sign
@@ -35,6 +35,7 @@ def matrix_kernel(
     ROWS: tl.constexpr,
     G: tl.constexpr,
 ):
+    """Compute ROWS rows of R of one group, by applying all rotations to rows of the identity."""
     group = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, G)
@@ -52,12 +53,13 @@ def matrix_backward_kernel(
     slot_ptr,  # int32 [K, C]
     matrix_ptr,  # float32 [C/g, g, g]
     grad_ptr,  # float32 [C/g, g, g], the matrices' gradient
-    slope_ptr,  # float32 [g/ROWS, K, C], written: each channel's part of its angle's gradient, of these rows
+    slope_ptr,  # float32 [g/ROWS, K, C], written: what these rows and each channel add to the gradient of the channel's angle
     channels,
     rotations,
     ROWS: tl.constexpr,
     G: tl.constexpr,
 ):
+    """Compute what ROWS rows of one group's R add to the gradient of the angles."""
     group, part = tl.program_id(0), tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, G)

@@ -1,1 +1,1 @@
-"""Kernels that run quantized layers, and the layout of their weights in memory."""
+"""The kernels that run quantized layers, and the layout of their weights in memory."""

@@ -1,6 +1,7 @@
-"""Launching the Triton kernels: tile choices and tensors in, tensors out. Nothing here looks at a table.
+"""Launch the Triton kernels that run quantized layers. The caller chooses the tiles; nothing here reads the table of tiles.
 
-Tensors must be checked already (`backends.ops`): 16-bit or float32 x of two dimensions with unit stride in the last.
+The caller must have checked the tensors (`backends.ops` does): x is 16-bit or float32, has two dimensions, and stride 1 in
+the last.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from .triton_linear import narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_kernel
 from .weights import KernelWeights, RotationWeights
 
-#: `decode_kernel`: rows per tile, tiles of 128 rows per program, buffered stages, warps (the best of nine on an H100).
+#: For `decode_kernel`: rows per tile, rows per program in units of 128, buffered stages, warps. The fastest of nine choices on
+#: an H100.
 DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
 
 
 @lru_cache
 def _features(device: torch.device) -> dict[str, bool]:
-    """Assembly needs CUDA's bf16x2 (8.0), dependent launches Hopper (9.0); the interpreter has neither."""
+    """Tell which features the device has, as arguments of the kernels.
+
+    NATIVE: the kernels' assembly, which needs the bf16x2 instructions of compute capability 8.0. DEPENDENT: kernels that
+    start before their predecessor has ended, which need 9.0. Triton's interpreter has neither.
+    """
     if device.type != "cuda" or torch.version.hip:
         return {"NATIVE": False, "DEPENDENT": False}
     capability = torch.cuda.get_device_capability(device)
@@ -38,13 +44,16 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
-    """Launch options of a kernel that may start before the one before it has ended."""
+    """Return the launch options with which a kernel may start before its predecessor has ended, if that is wanted."""
     on = wanted and _features(device)["DEPENDENT"]
     return {"DEPENDENT": True, "launch_pdl": True} if on else {"DEPENDENT": False}
 
 
 def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tensor:
-    """x [M, C] → [T, M, 128 KB] in the order that the kernel of `choice` reads, zeros beyond C."""
+    """Scale and rotate x [M, C] by all T transforms: [T, M, 128 KB] in x's dtype, with zeros beyond C.
+
+    The channels are in the order in which the kernel of `choice` reads them (see `KernelLayout`).
+    """
     rotation, width = weights.rotation, weights.layout.k_blocks * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
     with current(x.device):
@@ -56,8 +65,12 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
 
 
 def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
-    """Return whether rotation and product may start early. Several transforms keep more multiprocessors busy when the product
-    is spread over them, and it comes out uneven: 18.1 instead of 10.3 us for q, k, v of an 8B model on an H100."""
+    """Tell whether rotation and product may start before their predecessors have ended.
+
+    With several transforms they may not: their rotation still keeps many multiprocessors busy when the programs of the
+    product are distributed, so the product is distributed unevenly (18.1 instead of 10.3 us for q, k, v of an 8B model on
+    an H100).
+    """
     return transforms == 1 and (isinstance(choice, Wide) or choice.overlap)
 
 
@@ -72,7 +85,7 @@ def _givens(
     transforms, tokens, width = out.shape
     rows = 1 if tokens <= 16 else 4
     if not _features(x.device)["NATIVE"]:
-        rows = 1 << (min(tokens, 128) - 1).bit_length()  # the interpreter's time is per program
+        rows = 1 << (min(tokens, 128) - 1).bit_length()  # few programs, as the interpreter is slow for each
     blocks = rotation.coefficients.shape[1]
     givens_kernel[(blocks, _cdiv(tokens, rows), transforms)](
         x,
@@ -95,9 +108,10 @@ def _givens(
 
 
 def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
-    """diag(1/a) R as dense blocks of 128 channels: [T, 128, channels], row = input channel within its block.
+    """Compute diag(1/a) R as dense blocks of 128 channels: [T, 128, channels]; the row is the input channel in its block.
 
-    Never overlaps with what follows: kernels read the matrix before they wait for their predecessor.
+    The launch does not overlap with the next kernel, because kernels read the matrix before they wait for their
+    predecessor.
     """
     out = torch.empty(rotation.transforms, 128, channels, dtype=dtype, device=rotation.scales.device)
     _givens(out[0], rotation, out, mma_order, identity=True, overlap=False)
@@ -105,7 +119,7 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
 
 
 def with_matrix(weights: KernelWeights) -> KernelWeights:
-    """Return the same weights with their dense rotation, which rotating many tokens and decoding multiply by."""
+    """Return the weights with their dense rotation matrix, which rotating many tokens and decoding need."""
     with current(weights.words.device):
         matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
     return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
@@ -134,14 +148,18 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Ten
 
 
 def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
-    """x [M, C] → [M, sum of out_features] in x's dtype, bias in x's dtype."""
+    """Run the linears on x [M, C]: [M, sum of out_features] in x's dtype.
+
+    bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles. Raises `KernelError` if there are
+    too many tokens for the tiles.
+    """
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)
 
 
 def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """Return the product alone; x_rot as `rotate_for` returns it."""
+    """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice."""
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
@@ -184,7 +202,9 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         else:
             tiles = layout.padded_rows // choice.rows * _cdiv(tokens, choice.tokens)
             if tiles > weights.arrivals.numel():
-                raise KernelError(f"{tokens} tokens in tiles of {choice.tokens} are too many for {choice}")
+                raise KernelError(
+                    f"{tokens} tokens are too many for tiles of {choice.tokens} tokens ({choice}). Use larger tiles."
+                )
             programs = min(_multiprocessors(device) * choice.waves, tiles * layout.k_blocks)
             partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
@@ -192,7 +212,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
 
 
 def _segments(layout: KernelLayout) -> tuple[int, ...]:
-    """start1, start2 in tiles of 128 rows, size0, size1, size2 in octets."""
+    """Return start1 and start2 in tiles of 128 rows, and size0, size1 and size2 in units of 8 rows, for the kernels."""
     row_tiles = layout.padded_rows // 128
     starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
     sizes = (*(size // 8 for size in layout.out_features), 0, 0)[:3]
@@ -200,7 +220,7 @@ def _segments(layout: KernelLayout) -> tuple[int, ...]:
 
 
 def _scratch(device: torch.device, *shape: int) -> Tensor:
-    """Partial sums."""
+    """Allocate memory for partial sums."""
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
@@ -210,7 +230,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def decode(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
-    """Return the dense weight of all linears, one below the other: [N, C] in the original basis."""
+    """Compute the dense weight of all linears, one below the other: [N, C] in the original basis, in this dtype."""
     out = torch.empty(sum(weights.out_features), weights.rotation.channels, dtype=dtype, device=weights.words.device)
     _decode_tiles(weights, _matrix(weights, dtype), 0, weights.layout.padded_rows // 128, out)
     return out
@@ -225,7 +245,7 @@ def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
 
 
 def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int, out: Tensor) -> None:
-    """Rows of the tiles (of 128 padded rows) [first, last) into out."""
+    """Write the decoded rows of the tiles [first, last), each of 128 padded rows, into `out`."""
     layout = weights.layout
     shared = len(matrix) == 1
     rows = 64 if matrix.dtype == torch.float32 else DECODE_ROWS
@@ -253,7 +273,7 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
 
 
 def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
-    """Decode a chunk of rows into a workspace, multiply, go on."""
+    """Multiply chunk by chunk: decode some rows of the weight into a workspace, then multiply x by them."""
     layout = weights.layout
     matrix = _matrix(weights, x.dtype)
     out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)

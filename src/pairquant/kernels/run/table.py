@@ -1,7 +1,8 @@
-"""Which kernel with which tiles: a measured table by device class, shape and number of tokens, never a search at run time.
+"""Choose the kernel and its tiles from a measured table, by device class, shape and number of tokens. Nothing is measured
+while a model runs.
 
-`pairquant tune` measures the shapes of a model on the GPU at hand and writes what it finds into a file that is read
-beside the table below (`user_table`).
+`pairquant tune` measures the shapes of a model on the user's GPU and writes the results into a file (`user_table`). They
+are used together with the table below, and take precedence over it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from ...support.errors import ConfigError
 
 @dataclass(frozen=True)
 class Narrow:
-    """`narrow_kernel`: rows per program, warps (each takes its own part of K), programs that share K, buffered stages,
-    whether rotation and product start before their predecessors have ended (which can leave a large product unevenly
-    spread over the multiprocessors), and how many blocks are then prefetched."""
+    """Tiles of `narrow_kernel`.
+
+    rows: per program; warps: per program, each sums its own part of the input channels; split: number of programs that
+    share the input channels; stages: buffered blocks; overlap: whether rotation and product start before their
+    predecessors have ended, which can distribute a large product unevenly over the multiprocessors; prefetch: how many
+    blocks of 128 channels are then loaded into the cache while the kernel waits.
+    """
 
     rows: int
     warps: int
@@ -32,7 +37,10 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Wide:
-    """`wide_kernel`: rows and tokens per tile, warps, buffered stages, programs per multiprocessor."""
+    """Tiles of `wide_kernel`.
+
+    rows, tokens: per tile; warps: per program; stages: buffered blocks; waves: programs per multiprocessor.
+    """
 
     rows: int
     tokens: int
@@ -43,16 +51,16 @@ class Wide:
 
 @dataclass(frozen=True)
 class Dense:
-    """Decode `rows` rows at a time into a workspace of that many times in_features, then a dense product."""
+    """Decode the weight, `rows` rows at a time, into a workspace of rows × in_features, and multiply by that."""
 
     rows: int
 
 
 Choice = Narrow | Wide | Dense
 
-#: Upper ends of the ranges of tokens that one entry serves. Beyond the last: `DENSE`.
+#: Each entry is for a range of numbers of tokens; these are the largest of each range. For more tokens `DENSE` is used.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
-#: At most 16384 rows: 128 MiB of workspace for 4096 channels in 16 bits. Smaller chunks were slower on an H100.
+#: The workspace of 16384 rows takes 128 MiB for 4096 channels in 16 bits. Smaller workspaces were slower on an H100.
 DENSE = Dense(16384)
 
 
@@ -61,8 +69,8 @@ def _row(*choices: Choice) -> dict[int, Choice]:
 
 
 _N, _W = Narrow, Wide
-#: Device class → (out_features, in_features) → choices by `TOKENS`. Measured on an H100, revised on an H200
-#: where that gained 2 % or more (benchmarks/bench_kernels.py).
+#: Device class → (out_features, in_features) → choices by `TOKENS`. Measured on an H100, and changed after measurements on an
+#: H200 if that made a shape at least 2 % faster (benchmarks/bench_kernels.py).
 MEASURED: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {
     "sm90": {
         (2048, 2048): _row(
@@ -115,7 +123,7 @@ MEASURED: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {
         ),
     },
 }  # fmt: skip
-#: Where nothing was measured: tiles that fit into 48 KiB of shared memory and need no Hopper.
+#: For device classes that were not measured: tiles that fit into 48 KiB of shared memory and do not need a Hopper GPU.
 UNMEASURED = _row(
     _N(32, 2, 1, 3), _N(32, 2, 1, 3), _W(64, 16, 4, 3, 2), _W(64, 32, 4, 2, 2), _W(64, 32, 4, 2, 2),
     _W(64, 64, 4, 2, 1), _W(64, 64, 4, 2, 1), _W(64, 64, 4, 2, 1),
@@ -123,7 +131,7 @@ UNMEASURED = _row(
 
 
 def choose(device_class: str, out_features: int, in_features: int, tokens: int) -> Choice:
-    """Return the entry of the nearest measured shape (by the logarithms of both sides) for this many tokens."""
+    """Return the choice for this number of tokens, from the measured shape that is nearest by the logarithms of its sides."""
     return _choices(device_class, out_features, in_features).get(_range_of(tokens), DENSE)
 
 
@@ -144,13 +152,13 @@ def _choices(device_class: str, out_features: int, in_features: int) -> Mapping[
 
 
 def user_path(device_class: str) -> Path:
-    """Return where `pairquant tune` keeps what it measured on this machine."""
+    """Return the file in which `pairquant tune` keeps its measurements for this device class."""
     return Path.home() / ".cache" / "pairquant" / f"kernels-{device_class}.json"
 
 
 @lru_cache
 def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
-    """Return the user's own measurements; raises `ConfigError` if the file cannot be read as such."""
+    """Read the user's own measurements; empty if there are none. Raises `ConfigError` if the file is not such a table."""
     path = user_path(device_class)
     if not path.is_file():
         return {}
@@ -169,7 +177,10 @@ def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
 
 
 def save_user_table(device_class: str, table: Mapping[tuple[int, int], Mapping[int, Choice]]) -> Path:
-    """Add to the user's measurements; written all or nothing."""
+    """Add `table` to the user's measurements and return their file.
+
+    The file is written under another name and then renamed, so that it is never incomplete.
+    """
     merged = {**user_table(device_class), **table}
     entries = [
         {

@@ -1,4 +1,4 @@
-"""The dense weight in the original basis, decoded and un-rotated, for many tokens on NVIDIA GPUs."""
+"""A Triton kernel that decodes the weight and undoes its rotation. On NVIDIA GPUs this is used for many tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .triton_rotate import dot
 def decode_kernel(
     words_ptr,
     grid_ptr,
-    matrix_ptr,  # float16 [T, 128, 128 KB]: diag(1/a) R of each block, in `mma_order`; float32 for a float32 weight
-    out_ptr,  # [rows, C]: the rows of tiles first_tile … last_tile - 1, those of padding left out
+    matrix_ptr,  # [T, 128, 128 KB], float32 for a float32 weight, else float16: diag(1/a) R of each block, in `mma_order`
+    out_ptr,  # [rows, C]: the rows of tiles first_tile … last_tile - 1, without padding
     first_tile,
     last_tile,
     k_blocks,
@@ -39,15 +39,16 @@ def decode_kernel(
     size1,
     size2,
     BN: tl.constexpr,
-    TILES: tl.constexpr,  # of BN rows, per program; of one linear unless SHARED
+    TILES: tl.constexpr,  # tiles of BN rows per program; unless SHARED, all of one linear
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
     STAGES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k], for one block of 128 channels.
+    """Compute Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k] for one block of 128 channels.
 
-    R mixes no groups, so the scale can wait until after the product, which is exact in q - z.
+    R does not mix channels of different groups, so the scale s can be applied after the product. The product then has the
+    operand q - z, which 16 bits hold exactly.
     """
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
     channels = runs * 32
@@ -62,7 +63,7 @@ def decode_kernel(
         matrix_at += index * 128 * (k_blocks * 128)
     matrix = tl.load(matrix_at)
     _, first, _, column = segment(first_tile * 128, start1, start2, size0, size1, size2)
-    out_row = column + first_tile * 128 - first  # of the tiles before, padding left out
+    out_row = column + first_tile * 128 - first  # the row of the weight at which `out` begins, not counting padding
     inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     for tile in tl.range(begin, end, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)

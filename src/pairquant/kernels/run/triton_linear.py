@@ -1,16 +1,16 @@
-"""y = x_rot · Ŵᵀ on packed 4-bit weights, for NVIDIA GPUs.
+"""Triton kernels that compute y = x_rot · Ŵᵀ with packed 4-bit weights on NVIDIA GPUs.
 
-Both products compute the transpose, Ŵ (rows of N, dequantized in registers, straight into the operand layout of the
-tensor cores: see layout.KernelLayout) times x_rotᵀ:
+Both kernels compute the transpose, Ŵ · x_rotᵀ. They dequantize Ŵ in registers, directly into the operand layout of the
+tensor cores (see layout.KernelLayout).
 
-narrow_kernel   up to 16 tokens: each warp takes its own part of K, warps and programs are summed at the end
-wide_kernel     up to some hundred tokens: one warp group product per 128 channels
+narrow_kernel   up to 16 tokens: each warp sums its own part of the channels; warps and programs are added at the end
+wide_kernel     up to some hundred tokens: one product of a warp group per 128 channels
 
-For more tokens than that the weight is decoded (`triton_decode`).
+For more tokens than that, the weight is decoded first (`triton_decode`).
 
-Half of a weight's cost is the unpacking: 0.6 integer instructions per weight as written here in assembly, about 3 as
-the compiler would do it, which no memory bandwidth could hide (an H100 needs 15 us per instruction and weight for one
-block of an 8B model, and 46 us to read it).
+Half of the time for a weight is unpacking. The assembly below needs 0.6 integer instructions per weight. The compiler's code
+would need about 3, and that would take longer than reading the weights: for one block of an 8B model, an H100 needs 15 us
+for each instruction per weight, and 46 us to read the weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from .triton_rotate import dot
 
 
 def _pair_assembly(pair: int, dtype: str, scaled: int) -> str:
-    """Nibbles `pair` and `pair + 4` of word $1 as two 16-bit floats, minus zero point, times scale if `scaled`.
+    """Return assembly that turns nibbles `pair` and `pair + 4` of word $1 into two 16-bit floats q - z.
 
-    OR-ing a nibble into the mantissa of 1024 (float16) or 128 (bfloat16) makes the float 1024 + q; adding
-    -(1024 + z) leaves q - z, exactly. A float16 mantissa has room for a nibble 4 bits higher, 1024 + 16 q, which one
-    multiply-add with 1/16 and -(64 + z) brings to q - z: half of the shifts are saved. $2 holds the number to add.
+    If `scaled`, it also multiplies them by the scale $3 (for bfloat16, $3 + $4). A nibble that is OR-ed into the mantissa of
+    1024 (float16) or 128 (bfloat16) makes the float 1024 + q or 128 + q; adding -(1024 + z) or -(128 + z) gives exactly
+    q - z. $2 holds the number to add. In float16 the nibble may also be 4 bits higher in the mantissa, which makes
+    1024 + 16 q; one multiply-add with 1/16 and -(64 + z) turns that into q - z. This saves half of the shifts.
     """
     source, lines = "$1", [".reg .b32 a, one;"]
     if dtype == "fp16":
@@ -44,14 +45,14 @@ def _pair_assembly(pair: int, dtype: str, scaled: int) -> str:
             source = "a"
         lines.append(f"lop3.b32 a, {source}, 0x000f000f, 0x43004300, 0xea;")
         lines.append("mov.b32 one, 0x3f803f80; fma.rn.bf16x2 a, a, one, $2;")
-        if scaled:  # a · s in one rounding: the scale is s = $3 + $4, of which the product with $4 is small
+        if scaled:  # a · s with one rounding: the scale is $3 + $4, and the product with $4 is small
             lines.append("mov.b32 one, 0x80008000; fma.rn.bf16x2 one, a, $4, one; fma.rn.bf16x2 $0, a, $3, one;")
         else:
             lines.append("mov.b32 $0, a;")
     return "{" + " ".join(lines) + "}"
 
 
-#: At 8 · (bfloat16) + 4 · scaled + pair.
+#: The assembly at index 8 · (1 for bfloat16) + 4 · scaled + pair.
 ASSEMBLY = tl.constexpr(
     tuple(_pair_assembly(pair, dtype, scaled) for dtype in ("fp16", "bf16") for scaled in (0, 1) for pair in range(4))
 )
@@ -59,7 +60,7 @@ ASSEMBLY = tl.constexpr(
 
 @triton.jit
 def _twice(half):
-    """Return a 16-bit pattern in both halves of a word."""
+    """Copy a 16-bit pattern into both halves of a word."""
     return half | (half << 16)
 
 
@@ -77,7 +78,7 @@ def _high_half(pair, dtype: tl.constexpr):
 def _two_weights(
     word, zero, scale, rest, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """Nibbles PAIR and PAIR + 4 of each word → (q - z) or (q - z) · s: two tensors of the word's shape."""
+    """Turn nibbles PAIR and PAIR + 4 of each word into q - z, or (q - z) · s if SCALED: two tensors of the word's shape."""
     word, zero = tl.broadcast(word, zero)
     word, scale = tl.broadcast(word, scale)
     word, rest = tl.broadcast(word, rest)
@@ -100,9 +101,9 @@ def _two_weights(
 
 @triton.jit
 def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """Return words [..., c 4, t 4] → weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
+    """Unpack words [..., c 4, t 4] into weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
 
-    grid: words of scale and zero point, [...] broadcast against the words.
+    grid: words of scale and zero point, in a shape that broadcasts with the words. Without SCALED, the result is q - z.
     """
     zero = _twice((grid >> 16) & 15)
     scale = grid
@@ -111,7 +112,7 @@ def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.con
         value = scale_value(grid)
         rounded = value.to(dtype)
         scale = _pattern(rounded)
-        if dtype == tl.bfloat16:  # eleven bits of a float16 scale do not fit into bfloat16's eight: in two parts
+        if dtype == tl.bfloat16:  # a float16 scale has 11 significant bits, bfloat16 only 8: it is split in two
             rest = _pattern((value - rounded.to(tl.float32)).to(dtype))
     low0, high0 = _two_weights(word, zero, scale, rest, 0, SCALED, dtype, NATIVE)
     low1, high1 = _two_weights(word, zero, scale, rest, 1, SCALED, dtype, NATIVE)
@@ -124,18 +125,22 @@ def unpack(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.con
 
 @triton.jit
 def _pattern(value):
-    """Return the bits of a 16-bit float, in both halves of a word."""
+    """Copy the bits of a 16-bit float into both halves of a word."""
     return _twice(value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
 
 
 @triton.jit
 def scale_value(grid):
+    """Return the scale, as float32, of each word of the grid."""
     return _low_half(grid, tl.float16).to(tl.float32)
 
 
 @triton.jit
 def segment(row, start1, start2, size0, size1, size2):
-    """Return which of up to three merged linears a padded row belongs to: (index, first padded row, size, first column)."""
+    """Find the linear, of up to three merged ones, to which a padded row belongs.
+
+    Returns the linear's index, its first padded row, its out_features, and its first column in the output.
+    """
     tile = row // 128
     index = (tile >= start1).to(tl.int32) + (tile >= start2).to(tl.int32)
     first = tl.where(index == 0, 0, tl.where(index == 1, start1, start2))
@@ -146,8 +151,8 @@ def segment(row, start1, start2, size0, size1, size2):
 
 @triton.jit
 def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for the first `blocks` blocks of every fragment row of this program, shared out evenly to its warps."""
-    warp = tl.arange(0, 32 * WARPS) // 32  # one request for a whole warp: each is one instruction
+    """Start loading this program's first `blocks` blocks of 128 channels into the L2 cache, each warp an equal part."""
+    warp = tl.arange(0, 32 * WARPS) // 32  # a whole warp makes one request, by one instruction
     share = blocks * 256 // WARPS  # words
     for row in tl.static_range(BN // 16):
         tl.inline_asm_elementwise(
@@ -160,26 +165,26 @@ def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.co
         )
 
 
-#: Arguments that must not make new variants of a kernel: a first request of another length would wait for the compiler.
+#: Arguments whose values must not lead to new variants of a kernel: a request of a new length would wait for the compiler.
 SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0", "size1", "size2"]
 
 
 @triton.jit(do_not_specialize=[*SIZES, "ahead"])
 def narrow_kernel(
-    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, in channel order
+    x_ptr,  # 16-bit [T, M, 128 KB]: rotated, the channels in their usual order
     words_ptr,  # int32 [NP / 16, KB, 2, 128] (layout.KernelLayout)
     grid_ptr,  # int32 [KB · S, NP]
     bias_ptr,  # x's dtype [N]
     out_ptr,  # [M, N]
     partial_ptr,  # float32 [SPLIT, M, NP]
-    arrivals_ptr,  # int32 [NP / BN], zero before and after
+    arrivals_ptr,  # int32 [NP / BN], all zero before and after the launch
     tokens,
     k_blocks,
     row_tiles,  # NP / 128
-    octets,  # N / 8: so written, the compiler knows what is aligned, without variants
-    start1,  # of the second and third linear's rows, in tiles of 128
+    octets,  # N / 8: as N is computed from it, the compiler knows that N is a multiple of 8 without a variant for it
+    start1,  # first rows of the second and third linear, in tiles of 128
     start2,
-    size0,  # out_features of each, in octets
+    size0,  # out_features of each, divided by 8
     size1,
     size2,
     ahead,  # blocks to prefetch
@@ -188,14 +193,19 @@ def narrow_kernel(
     WARPS: tl.constexpr,
     SPLIT: tl.constexpr,  # whether several programs share K
     STAGES: tl.constexpr,
-    GROUPS: tl.constexpr,  # S: groups per 128 channels
-    SHARED: tl.constexpr,  # all segments read x_ptr[0]
-    EVEN: tl.constexpr,  # WARPS divides the blocks of every program
+    GROUPS: tl.constexpr,  # S, the number of groups in 128 channels
+    SHARED: tl.constexpr,  # all linears have the same transform and read x_ptr[0]
+    EVEN: tl.constexpr,  # WARPS divides the number of blocks of every program
     ONE: tl.constexpr,  # a single token
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
+    """Compute the product for BN rows of the weight and up to 16 tokens.
+
+    Each warp sums its own part of the channels. If SPLIT, several programs share the channels, and the last of them to
+    finish adds up their sums.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     padded_rows = row_tiles * 128
     columns = octets * 8
@@ -210,7 +220,7 @@ def narrow_kernel(
     start = split * per_split
     stop = tl.minimum(start + per_split, k_blocks)
     if DEPENDENT:
-        if (ahead > 0) & (start < stop):  # while the rotation is under way, read what does not depend on it
+        if (ahead > 0) & (start < stop):  # while the rotation runs, load what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
             _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         tl_cuda.gdc_wait()
@@ -238,7 +248,7 @@ def narrow_kernel(
                 mask=real[:, None, None],
                 other=0,
             )
-        if ONE:  # one token in every column: a copy costs registers, seven rows of zeros cost shared memory
+        if ONE:  # copy the token into every column: this takes registers, but columns of zeros would take shared memory
             x = tl.load(x_ptr + x_start + kb[:, None] * 128 + channel[None, :], mask=(kb < stop)[:, None], other=0.0)
             x = tl.broadcast_to(x[:, :, None], (WARPS, 128, BM))
         else:
@@ -246,7 +256,7 @@ def narrow_kernel(
             x = tl.load(x_at, mask=here, other=0.0)
         words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
         words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
-        # One group per block: its scale multiplies the whole product, which is exact and cheaper than each weight.
+        # With one group per block, the scale multiplies the whole product. Then q - z is exact, and it takes less time.
         weight = unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
         weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
         weight = tl.reshape(weight, (WARPS, BN, 128))
@@ -265,7 +275,7 @@ def narrow_kernel(
         if arrived < splits - 1:
             return
         y = tl.zeros((BN, BM), tl.float32)
-        for other in range(splits):  # in order, so that the sum never depends on who came last
+        for other in range(splits):  # always in this order, so that the sum does not depend on who was last
             y += tl.load(
                 partial_ptr + other * tokens * padded_rows + partial_at,
                 mask=real_token[None, :],
@@ -284,7 +294,7 @@ def wide_kernel(
     bias_ptr,
     out_ptr,
     partial_ptr,  # float32 [programs, 2, BN, BM]
-    arrivals_ptr,  # int32 [tiles], zero before and after
+    arrivals_ptr,  # int32 [tiles], all zero before and after the launch
     tokens,
     k_blocks,
     row_tiles,
@@ -303,9 +313,10 @@ def wide_kernel(
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Stream-K: the blocks of all tiles in one row, cut into equal runs, one per program (Osama et al. 2023).
+    """Compute the product by Stream-K (Osama et al. 2023).
 
-    A tile that several programs share is summed by the last of them to arrive, in the order of the programs.
+    The blocks of all tiles form one sequence, which is cut into equal runs, one for each program. If several programs
+    compute parts of one tile, the last of them to finish adds up the parts, in the order of the programs.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     padded_rows = row_tiles * 128
@@ -349,7 +360,7 @@ def wide_kernel(
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
         whole = stop - start == k_blocks
         if not whole:
-            slot = 2 * program + (start == 0).to(tl.int32)  # a program starts inside one tile, and ends inside another
+            slot = 2 * program + (start == 0).to(tl.int32)  # a program can begin within one tile and end within another
             tl.store(partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile, acc)
             tl.debug_barrier()
             first_program = (tile * k_blocks) // run
@@ -370,7 +381,7 @@ def wide_kernel(
 
 @triton.jit
 def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS: tl.constexpr):
-    """y [BN, BM], plus bias, into columns `column + row` of out [M, N]."""
+    """Add the bias to y [BN, BM] and store it in columns `column + row` of out [M, N]."""
     real = row < size
     if HAS_BIAS:
         y += tl.load(bias_ptr + column + row, mask=real, other=0.0).to(tl.float32)[:, None]

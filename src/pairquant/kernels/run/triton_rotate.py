@@ -1,12 +1,12 @@
-"""Scale and rotate activations: y = (x · diag(1/a)) R (method, "Scaled pairwise rotation").
+"""Triton kernels that scale and rotate activations: y = (x · diag(1/a)) R (docs/method.md, "Transform").
 
-Per channel c of a group, with partner p(c) and the signed sine s_c of its pair, one rotation is
+For a channel c of a group, with partner p(c) and the signed sine s_c of its pair, one rotation is
 
     y_c = cos_c · x_c + s_c · x_p(c)
 
-Few tokens: one warp per (group, tokens, transform) keeps its tile in registers through all K rotations; a partner is
-fetched by warp shuffles. Many tokens: the shuffles would cost more than memory, so R is built once, by rotating the
-identity, and multiplied on tensor cores.
+For few tokens, one warp keeps a tile (128 channels of a few tokens) in registers through all K rotations, and fetches
+partners by warp shuffles. For many tokens the shuffles would take longer than reading the activations. Then R, which is
+computed once by rotating the identity, is multiplied with them on the tensor cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.language.extra import cuda as tl_cuda
 
 @triton.jit
 def dot(a, b, NATIVE: tl.constexpr):
-    """a · b in float32. The interpreter knows no bfloat16 products, so there the operands become float32."""
+    """Compute a · b in float32. The interpreter cannot multiply bfloat16, so there the operands are converted to float32."""
     if NATIVE:
         return tl.dot(a, b)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -26,13 +26,13 @@ def dot(a, b, NATIVE: tl.constexpr):
 
 @triton.jit
 def mma_order(c):
-    """Return where channel c of a run of 16 is stored for `triton_linear.wide_kernel` (see `layout.KernelLayout`)."""
+    """Return the place at which `triton_linear.wide_kernel` expects channel c (see `layout.KernelLayout`)."""
     return (c & ~15) + ((c >> 1) & 1) * 8 + ((c >> 2) & 3) * 2 + (c & 1)
 
 
 @triton.jit
 def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constexpr):
-    """K rotations of x, float32 [TOKENS, 128]: one block of `RotationWeights.coefficients` and `partners`."""
+    """Apply K rotations to x, float32 [TOKENS, 128]; the pointers are at one block of `RotationWeights`' tensors."""
     c = tl.arange(0, 128)
     for k in tl.static_range(K):
         cos = tl.load(steps_ptr + k * 256 + c)
@@ -44,22 +44,23 @@ def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def givens_kernel(
-    x_ptr,  # [M, C], row stride x_stride; not read where IDENTITY
+    x_ptr,  # [M, C], row stride x_stride; not read if IDENTITY
     coefficients_ptr,  # float32 [T, KB, K, 2, 128]: cosines, signed sines
-    partners_ptr,  # int32 [T, KB, K, 128], within the block
+    partners_ptr,  # int32 [T, KB, K, 128], counted from the block's first channel
     scales_ptr,  # [T, C]: 1/a
-    out_ptr,  # [T, M, 128 KB], zeros beyond C; [T, M, C] where C is no multiple of 128 and not PADDED
+    out_ptr,  # [T, M, 128 KB] with zeros beyond C if PADDED, else [T, M, C]
     tokens,
-    runs,  # C / 32: so written, the compiler knows what is aligned, without variants
+    runs,  # C / 32: as C is computed from it, the compiler knows that C is a multiple of 32 without a variant for it
     x_stride,
     blocks,  # KB
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     PADDED: tl.constexpr,
     MMA_ORDER: tl.constexpr,
-    IDENTITY: tl.constexpr,  # rotate the rows of one identity per block instead of x
+    IDENTITY: tl.constexpr,  # rotate the 128 × 128 identity in each block instead of x
     DEPENDENT: tl.constexpr,
 ):
+    """Scale and rotate one block of 128 channels of TOKENS tokens, one rotation after the other."""
     channels = runs * 32
     width = blocks * 128 if PADDED else channels
     block = tl.program_id(0)
@@ -94,11 +95,12 @@ def dense_rotate_kernel(
     x_stride,
     blocks,  # KB
     TOKENS: tl.constexpr,
-    TILES: tl.constexpr,  # of TOKENS tokens, per program
+    TILES: tl.constexpr,  # tiles of TOKENS tokens per program
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
+    """Scale and rotate one block of 128 channels of TILES · TOKENS tokens, by one matrix product for each tile."""
     channels = runs * 32
     out_channels = blocks * 128
     transform = tl.program_id(2)
@@ -107,7 +109,7 @@ def dense_rotate_kernel(
     matrix = tl.load(matrix_ptr + (transform * 128 + k)[:, None] * out_channels + c[None, :])
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     high = matrix.to(tl.float32).to(dtype)
-    low = (matrix.to(tl.float32) - high.to(tl.float32)).to(dtype)  # what bfloat16 cannot hold of a float16
+    low = (matrix.to(tl.float32) - high.to(tl.float32)).to(dtype)  # the part that bfloat16 cannot hold of a float16
     if DEPENDENT:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()

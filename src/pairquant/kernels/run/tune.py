@@ -1,4 +1,4 @@
-"""Measuring which tiles are fastest for a shape on this GPU; what is found goes into the user's table (`table`)."""
+"""Measure which tiles are fastest for a shape on this GPU; `pairquant tune` saves the result in the user's table (`table`)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .layout import KernelLayout
 from .table import Choice, Dense, Narrow, Wide
 from .weights import KernelWeights, RotationWeights
 
-#: Milliseconds of one call, the L2 cache being cold.
+#: Measures the milliseconds of one call that starts with an empty L2 cache.
 Timer = Callable[[Callable[[], object]], float]
 
 
 def candidates(tokens: int) -> list[Choice]:
-    """Return tiles worth trying for up to this many tokens; those that won somewhere on an H100, and their neighbours."""
+    """List the tiles to try for up to this many tokens: those that were fastest for a shape on an H100, and similar ones."""
     if tokens <= 8:
         tiles = [(32, 2, 3), (32, 2, 4), (32, 4, 4), (32, 4, 5), (16, 4, 5), (16, 8, 4), (64, 2, 4)]
         return [
@@ -46,7 +46,7 @@ def random_weights(
     rotations: int = 8,
     transforms: int = 1,
 ) -> KernelWeights:
-    """Return random codes, scales, zero points and rotations, in the kernels' layout."""
+    """Make random codes, scales, zero points and rotations in the kernels' layout; transforms: 1, or one per linear."""
     layout = KernelLayout(channels, out_features, group_size)
     shape = (layout.padded_rows // 16, layout.k_blocks, 2, 8, 4, 4)
     words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
@@ -71,7 +71,10 @@ def tune_shape(
     device: torch.device,
     timer: Timer | None = None,
 ) -> dict[int, Choice]:
-    """Return the fastest choice for each range of `table.TOKENS`. Raises `ResourceError` if none of a range runs at all."""
+    """Find the fastest choice for each range of `table.TOKENS`.
+
+    timer: measures a call; None: the median of Triton's `do_bench`. Raises `ResourceError` if no choice for a range runs.
+    """
     timer = timer or _median
     weights = random_weights(out_features, channels, group_size, device)
     found = {}
@@ -81,7 +84,7 @@ def tune_shape(
         for choice in candidates(tokens):
             try:
                 times[choice] = timer(lambda choice=choice, x=x: launch.linear(x, weights, None, choice))  # type: ignore[misc]
-            except Exception as error:  # out of shared memory or registers: Triton has no common class for it
+            except Exception as error:  # Triton has no common class for too little shared memory or too few registers
                 failure = error
         if not times:
             raise ResourceError(f"no tile for {tokens} tokens runs on {device}: {failure}")

@@ -1,4 +1,4 @@
-"""Packed linears made ready for the kernels: repacked once at load, merged where they read the same input."""
+"""Prepare packed linears for the Triton kernels: repack them once, and merge those that read the same input."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from ...core.rotation import channel_form
 from ...spec.linear import LinearLayout, PackedLinear
 from .layout import KERNEL_ROWS, KernelLayout
 
+#: The most linears that one launch of a kernel can run.
 MAX_SEGMENTS = 3
 
 
 @dataclass(frozen=True)
 class RotationWeights:
-    """T transforms of the same C input channels, per channel (see `core.rotation.channel_form`).
+    """T transforms of the same C input channels, in the form of `core.rotation.channel_form`.
 
-    By blocks of 128 channels, the last one padded: coefficients: float32 [T, KB, K, 2, 128], cosines and signed sines;
-    partners: int32 [T, KB, K, 128], counted from the block's first channel; scales: [T, C], the 1/a that multiplies
-    activations. matrix, where it has been built: float16 [T, 128, 128 KB], diag(1/a) R of each block of
-    128 channels, its columns in `mma_order`.
+    The channels are cut into KB blocks of 128; the last block is padded.
+    coefficients: float32 [T, KB, K, 2, 128], cosines and signed sines.
+    partners: int32 [T, KB, K, 128], counted from the block's first channel.
+    scales: [T, C], the factors 1/a that activations are multiplied by.
+    matrix: None until `launch.with_matrix` has built it: float16 [T, 128, 128 KB], diag(1/a) R of each block, its columns
+    in `mma_order`.
     """
 
     coefficients: Tensor
@@ -34,7 +37,7 @@ class RotationWeights:
 
     @classmethod
     def build(cls, theta: Tensor, pairs: Tensor, scales: Tensor, group_size: int) -> RotationWeights:
-        """theta [T, K, C/2], pairs [T, K, C], scales [T, C]."""
+        """Arrange stored transforms for the kernels: theta [T, K, C/2], pairs [T, K, C], scales [T, C]."""
         rotations, channels = pairs.shape[1:]
         padding = -channels % 128
         coefficients, partners = [], []
@@ -64,9 +67,11 @@ class RotationWeights:
 class KernelWeights:
     """One to three packed linears that read the same input, in `KernelLayout`.
 
-    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP]; arrivals: int32 zeros, in which the programs of
-    a launch count each other (so one linear must not run on two streams at once); rotation: T = 1 if all share one transform,
-    else one per linear; out_features: of each linear.
+    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP].
+    arrivals: int32 zeros, in which the programs of a launch count how many of them have finished. For this reason the same
+    linear must not run on two streams at the same time.
+    rotation: one transform (T = 1) if all linears share it, else one for each linear.
+    out_features: of each linear.
     """
 
     words: Tensor
@@ -77,7 +82,7 @@ class KernelWeights:
 
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
-        """Repack; the linears must agree in everything but out_features, and have 4 bits."""
+        """Repack the linears, which must have 4 bits and equal layouts except for out_features."""
         parts = [_repacked(linear) for linear in linears]
         first = linears[0]
         shared = all(linear.shares_transform_with(first) for linear in linears[1:])
@@ -98,7 +103,7 @@ class KernelWeights:
         return KernelLayout(self.rotation.channels, self.out_features, self.rotation.group_size)
 
     def stored(self, index: int, layout: LinearLayout) -> dict[str, Tensor]:
-        """qweight, qzeros and scales of one linear, bit for bit as they were loaded."""
+        """Return qweight, qzeros and scales of the linear `index`, bit for bit as they were loaded."""
         start = self.layout.starts[index]
         rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
         qweight = _stored_words(self.words[rows])[: layout.in_features, : layout.out_features // 8]
@@ -110,25 +115,25 @@ class KernelWeights:
         }
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors, in the order in which `pairquant::rotated_linear` takes them."""
+        """Return all tensors in one list, which `pairquant::rotated_linear` takes and `of_tensors` reads."""
         r = self.rotation
         matrix = [] if r.matrix is None else [r.matrix]
         return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *matrix]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
-        """Return the inverse of `tensors`."""
+        """Return the weights whose `tensors()` is this list."""
         words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
         rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
         return cls(words, grid, arrivals, rotation, tuple(out_features))
 
 
-#: Rows repacked at a time; bounds the temporaries to about 150 MB for 16384 input channels.
+#: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most.
 ROWS_AT_A_TIME = 4096
 
 
 def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
-    """Stored tensors → (words, grid) of one linear, rows padded."""
+    """Repack the stored tensors of one linear into words and grid, with padded rows."""
     s = linear.layout
     layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
     words = [_fragments(part) for part in linear["qweight"].split(ROWS_AT_A_TIME // 8, dim=1)]
@@ -140,11 +145,11 @@ def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
 
 
 def _fragments(qweight: Tensor) -> Tensor:
-    """int32 [C, N / 8] → int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] (see `KernelLayout`), padded with zero codes.
+    """Repack qweight, int32 [C, N / 8], to int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] (see `KernelLayout`).
 
-    Never unpacked: byte (b1, b0) of a stored word holds rows 4 b0 + 2 e + b1 of its eight, for e = 0, 1 (AWQ's order);
-    byte (i0, h) of a kernel's word holds channels 2 i1 + i0, for i1 = 0, 1. So nibbles change places between two bytes,
-    then bytes are put in order.
+    The codes are not unpacked. Byte (b1, b0) of a stored word holds rows 4 b0 + 2 e + b1 of its eight, for e = 0, 1 (AWQ's
+    order). Byte (i0, h) of a kernel's word holds channels 2 i1 + i0, for i1 = 0, 1. So nibbles are exchanged between two
+    bytes, then the bytes are put in order. Padding has codes of zero.
     """
     channels, words = qweight.shape
     padded = torch.nn.functional.pad(qweight, (0, -words % (KERNEL_ROWS // 8), 0, -channels % 128))
@@ -157,7 +162,7 @@ def _fragments(qweight: Tensor) -> Tensor:
 
 
 def _stored_words(words: Tensor) -> Tensor:
-    """Return the inverse of `_fragments`, padding included: int32 [128 KB, NP / 8]."""
+    """Undo `_fragments`, but keep the padding: int32 [128 KB, NP / 8]."""
     ordered = words.view(torch.uint8).view(*words.shape[:3], 2, 2, 2, 4, 4, 2, 2)  # R KB rh b0 e b1 t c i0 h
     placed = ordered.permute(1, 7, 9, 6, 8, 0, 2, 5, 3, 4)  # KB c h t i0 R rh b1 b0 e
     stored = torch.stack(_exchanged(*placed.unbind(-1)), dim=4)
@@ -165,5 +170,5 @@ def _stored_words(words: Tensor) -> Tensor:
 
 
 def _exchanged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high nibbles of the first for the low nibbles of the second; uint8, its own inverse."""
+    """Exchange the high nibbles of the first with the low nibbles of the second, both uint8; twice undoes it."""
     return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
