@@ -48,7 +48,7 @@ def test_parquet_and_chats(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.bin", "says nothing of what is in it. Allowed: .txt"),
+        ("a.bin", "does not tell what format it has. Allowed: .txt"),
         ("lost.txt", "does not exist; did you mean '.*list.txt'|does not exist"),
     ],
 )
