@@ -1,10 +1,22 @@
-"""Random packed linears, for tests that need no model."""
+"""Random packed linears, and how near kernels must be, for tests that need no model."""
 
 from __future__ import annotations
 
 import torch
 
 from pairquant.spec.linear import PackedLinear, Spec
+
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+#: How many times the error of the same product in 16 bits a kernel's may be. The interpreter cuts off bits where a GPU rounds to
+#: bfloat16: twice the error, and biased.
+BOUND = {torch.float16: 1.5, torch.bfloat16: 1.5 if GPU else 6.0, torch.float32: 1.5}
+
+
+def error(got, want):
+    """The norm of the difference over that of what is wanted."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def random_packed(out_features, in_features, group_size, rotations=8, seed=0, bias=False) -> PackedLinear:

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from packed import random_packed
+from packed import BOUND, DEVICE, GPU, error, random_packed
 
 from pairquant.core.linear import decode, rotated_weight
 from pairquant.core.rotation import rotate, rotation_matrix
@@ -13,8 +13,6 @@ from pairquant.kernels.run import launch
 from pairquant.kernels.run.table import Dense, Narrow, Wide
 from pairquant.kernels.run.weights import KernelWeights
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 NARROW = [Narrow(16, 2, 1, 3), Narrow(32, 2, 2, 3), Narrow(64, 1, 4, 2)]
 WIDE = [Wide(64, 16, 4, 3, 1), Wide(64, 32, 4, 2, 2), Wide(128, 64, 8, 2, 1)]
 if GPU:
@@ -26,21 +24,6 @@ NARROW_TOKENS, WIDE_TOKENS = [1, 5], [18]
 if GPU:  # larger: the ratio of two errors is then no matter of luck
     SHAPES = [((512,), 1024, 128, 8), ((256, 136, 24), 576, 64, 3), ((1000,), 1184, 32, 0), ((8, 1032), 1536, 128, 1)]
     NARROW_TOKENS, WIDE_TOKENS = [1, 3, 16], [2, 17, 65, 300]
-#: The bound of the issue. The interpreter cuts off bits where a GPU rounds to bfloat16: twice the error, and biased.
-BOUND = {torch.float16: 1.5, torch.bfloat16: 1.5 if GPU else 6.0, torch.float32: 1.5}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """`torch.empty` gives NaN: an element that no kernel wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def error(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def built(shape, seed=0):

@@ -27,7 +27,7 @@ DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
 
 
 @lru_cache
-def _features(device: torch.device) -> dict[str, bool]:
+def features(device: torch.device) -> dict[str, bool]:
     """Tell which features the device has, as arguments of the kernels.
 
     NATIVE: the kernels' assembly, which needs the bf16x2 instructions of compute capability 8.0. DEPENDENT: kernels that
@@ -39,13 +39,13 @@ def _features(device: torch.device) -> dict[str, bool]:
     return {"NATIVE": capability >= (8, 0), "DEPENDENT": capability >= (9, 0)}
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+def dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Return the launch options with which a kernel may start before its predecessor has ended, if that is wanted."""
-    on = wanted and _features(device)["DEPENDENT"]
+    on = wanted and features(device)["DEPENDENT"]
     return {"DEPENDENT": True, "launch_pdl": True} if on else {"DEPENDENT": False}
 
 
@@ -54,13 +54,23 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
 
     The channels are in the order in which the kernel of `choice` reads them (see `KernelLayout`).
     """
-    rotation, width = weights.rotation, weights.layout.k_blocks * 128
+    overlap = _overlaps(choice, weights.rotation.transforms)
+    return rotate_padded(x, weights.rotation, isinstance(choice, Wide), overlap)
+
+
+def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: bool, activation: str = "") -> Tensor:
+    """Scale and rotate x [M, C] by all T transforms: [T, M, 128 KB] in x's dtype, with zeros beyond C.
+
+    wide: for kernels that read channels in `mma_order`; overlap: whether to start before the kernel before has ended, and let
+    the next one start; activation: of `triton_rotate.load_input`, for x [M, 2 C], or "".
+    """
+    width = rotation.coefficients.shape[1] * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
     with current(x.device):
-        if isinstance(choice, Wide) and rotation.matrix is not None:
-            _dense_rotate(x, rotation, rotation.matrix, out, overlap=_overlaps(choice, rotation.transforms))
+        if wide and rotation.matrix is not None:
+            _dense_rotate(x, rotation, rotation.matrix, out, overlap, activation)
         else:
-            _givens(x, rotation, out, isinstance(choice, Wide), overlap=_overlaps(choice, rotation.transforms))
+            _givens(x, rotation, out, wide, overlap=overlap, activation=activation)
     return out
 
 
@@ -81,13 +91,14 @@ def _givens(
     mma_order: bool,
     identity: bool = False,
     overlap: bool = True,
+    activation: str = "",
 ) -> None:
     transforms, tokens, width = out.shape
     rows = 1 if tokens <= 16 else 4
-    if not _features(x.device)["NATIVE"]:
+    if not features(x.device)["NATIVE"]:
         rows = 1 << (min(tokens, 128) - 1).bit_length()  # few programs, as the interpreter is slow for each
     blocks = rotation.coefficients.shape[1]
-    givens_kernel[(blocks, _cdiv(tokens, rows), transforms)](
+    givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
         x,
         rotation.coefficients,
         rotation.partners,
@@ -102,8 +113,9 @@ def _givens(
         PADDED=width % 128 == 0,
         MMA_ORDER=mma_order,
         IDENTITY=identity,
+        ACTIVATION=activation,
         num_warps=1,
-        **_dependent(x.device, overlap),
+        **dependent(x.device, overlap),
     )
 
 
@@ -125,12 +137,14 @@ def with_matrix(weights: KernelWeights) -> KernelWeights:
     return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
 
 
-def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Tensor, overlap: bool = True) -> None:
+def _dense_rotate(
+    x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Tensor, overlap: bool, activation: str = ""
+) -> None:
     transforms, tokens, width = out.shape
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     blocks = width // 128 * transforms
-    tiles = max(1, _cdiv(tokens, rows) * blocks // (4 * _multiprocessors(x.device)))
-    dense_rotate_kernel[(width // 128, _cdiv(tokens, rows * tiles), transforms)](
+    tiles = max(1, cdiv(tokens, rows) * blocks // (4 * _multiprocessors(x.device)))
+    dense_rotate_kernel[(width // 128, cdiv(tokens, rows * tiles), transforms)](
         x,
         matrix,
         out,
@@ -141,9 +155,10 @@ def _dense_rotate(x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Ten
         TOKENS=rows,
         TILES=tiles,
         STAGES=3,
-        NATIVE=_features(x.device)["NATIVE"],
+        ACTIVATION=activation,
+        NATIVE=features(x.device)["NATIVE"],
         num_warps=4,
-        **_dependent(x.device, overlap),
+        **dependent(x.device, overlap),
     )
 
 
@@ -171,7 +186,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         layout.k_blocks,
         layout.padded_rows // 128,
         out.shape[1] // 8,
-        *_segments(layout),
+        *segments(layout),
     )
     options = {
         "BN": choice.rows,
@@ -179,9 +194,9 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "GROUPS": layout.groups_per_block,
         "SHARED": transforms == 1,
         "HAS_BIAS": bias is not None,
-        "NATIVE": _features(device)["NATIVE"],
+        "NATIVE": features(device)["NATIVE"],
         "num_warps": choice.warps,
-        **_dependent(device, _overlaps(choice, transforms)),
+        **dependent(device, _overlaps(choice, transforms)),
     }
     with current(device):
         if isinstance(choice, Narrow):
@@ -200,7 +215,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
                 EVEN=layout.k_blocks % (choice.warps * split) == 0,
             )
         else:
-            tiles = layout.padded_rows // choice.rows * _cdiv(tokens, choice.tokens)
+            tiles = layout.padded_rows // choice.rows * cdiv(tokens, choice.tokens)
             if tiles > weights.arrivals.numel():
                 raise KernelError(
                     f"{tokens} tokens are too many for tiles of {choice.tokens} tokens ({choice}). Use larger tiles."
@@ -211,7 +226,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
     return out
 
 
-def _segments(layout: KernelLayout) -> tuple[int, ...]:
+def segments(layout: KernelLayout) -> tuple[int, ...]:
     """Return start1 and start2 in tiles of 128 rows, and size0, size1 and size2 in units of 8 rows, for the kernels."""
     row_tiles = layout.padded_rows // 128
     starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
@@ -251,7 +266,7 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
     rows = 64 if matrix.dtype == torch.float32 else DECODE_ROWS
     tiles = 128 // rows * (DECODE_TILES if shared else 1)
     with current(out.device):
-        decode_kernel[(layout.k_blocks, _cdiv((last - first) * 128 // rows, tiles))](
+        decode_kernel[(layout.k_blocks, cdiv((last - first) * 128 // rows, tiles))](
             weights.words,
             weights.grid,
             matrix,
@@ -261,13 +276,13 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
             layout.k_blocks,
             layout.padded_rows // 128,
             out.shape[1] // 32,
-            *_segments(layout),
+            *segments(layout),
             BN=rows,
             TILES=tiles,
             GROUPS=layout.groups_per_block,
             SHARED=shared,
             STAGES=DECODE_STAGES,
-            NATIVE=_features(out.device)["NATIVE"],
+            NATIVE=features(out.device)["NATIVE"],
             num_warps=DECODE_WARPS,
         )
 

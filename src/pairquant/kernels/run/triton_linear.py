@@ -136,6 +136,44 @@ def scale_value(grid):
 
 
 @triton.jit
+def narrow_product(
+    words,
+    grid,
+    x,
+    WARPS: tl.constexpr,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    dtype: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Multiply one block of 128 channels for each warp: float32 [WARPS, BN, BM].
+
+    words: [WARPS, BN / 16, 2, 128]; grid: [WARPS, BN, GROUPS]; x: [WARPS, 128, BM], the channels in their usual order.
+    """
+    words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
+    words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
+    # With one group per block, the scale multiplies the whole product. Then q - z is exact, and it takes less time.
+    weight = unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
+    weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
+    y = dot(tl.reshape(weight, (WARPS, BN, 128)), x, NATIVE)
+    if GROUPS == 1:
+        y = y * scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
+    return y
+
+
+@triton.jit
+def wide_weight(words, grid, BN: tl.constexpr, GROUPS: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Dequantize one block of 128 channels: [BN, 128], the channels in `mma_order`.
+
+    words: [BN / 16, 2, 128]; grid: [BN, GROUPS].
+    """
+    words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
+    words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
+    weight = unpack(words, grid[:, :, None, None], True, dtype, NATIVE)
+    return tl.reshape(tl.permute(weight, (0, 1, 2, 4, 5, 3, 6)), (BN, 128))  # c t h i1 i0 → c h i1 t i0
+
+
+@triton.jit
 def segment(row, start1, start2, size0, size1, size2):
     """Find the linear, of up to three merged ones, to which a padded row belongs.
 
@@ -150,7 +188,7 @@ def segment(row, start1, start2, size0, size1, size2):
 
 
 @triton.jit
-def _prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr):
+def prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr):
     """Start loading this program's first `blocks` blocks of 128 channels into the L2 cache, each warp an equal part."""
     warp = tl.arange(0, 32 * WARPS) // 32  # a whole warp makes one request, by one instruction
     share = blocks * 256 // WARPS  # words
@@ -222,7 +260,7 @@ def narrow_kernel(
     if DEPENDENT:
         if (ahead > 0) & (start < stop):  # while the rotation runs, load what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
-            _prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
+            prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
         tl_cuda.gdc_wait()
     index, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
     x_start = 0 if SHARED else index * tokens * (k_blocks * 128)
@@ -254,16 +292,7 @@ def narrow_kernel(
         else:
             x_at = x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None]
             x = tl.load(x_at, mask=here, other=0.0)
-        words = tl.reshape(words, (WARPS, BN // 16, 2, 8, 4, 4))
-        words = tl.reshape(tl.permute(words, (0, 1, 2, 3, 5, 4)), (WARPS, BN, GROUPS, 4 // GROUPS, 4))
-        # With one group per block, the scale multiplies the whole product. Then q - z is exact, and it takes less time.
-        weight = unpack(words, grid[:, :, :, None, None], GROUPS > 1, dtype, NATIVE)
-        weight = tl.permute(weight, (0, 1, 2, 3, 5, 4, 6, 7))  # c t h i1 i0 → c h t i1 i0
-        weight = tl.reshape(weight, (WARPS, BN, 128))
-        if GROUPS == 1:
-            acc += dot(weight, x, NATIVE) * scale_value(tl.reshape(grid, (WARPS, BN)))[:, :, None]
-        else:
-            acc += dot(weight, x, NATIVE)
+        acc += narrow_product(words, grid, x, WARPS, BN, GROUPS, dtype, NATIVE)
     if DEPENDENT:
         tl_cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
@@ -283,7 +312,7 @@ def narrow_kernel(
                 cache_modifier=".cg",
             )
         tl.store(arrivals_ptr + tile, 0)
-    _store(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+    store_rows(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -352,11 +381,7 @@ def wide_kernel(
             words = tl.load(words_at + kb * 256)
             grid = tl.load(grid_ptr + (kb * GROUPS + s)[None, :] * padded_rows + n[:, None])
             x = tl.load(x_at + kb * 128, mask=real_token[None, :], other=0.0)
-            words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
-            words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-            weight = unpack(words, grid[:, :, None, None], True, dtype, NATIVE)
-            weight = tl.permute(weight, (0, 1, 2, 4, 5, 3, 6))  # c t h i1 i0 → c h i1 t i0
-            weight = tl.reshape(weight, (BN, 128))
+            weight = wide_weight(words, grid, BN, GROUPS, dtype, NATIVE)
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
         whole = stop - start == k_blocks
         if not whole:
@@ -375,12 +400,12 @@ def wide_kernel(
                 tl.store(arrivals_ptr + tile, 0)
                 whole = True
         if whole:
-            _store(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
+            store_rows(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
         begin += stop - start
 
 
 @triton.jit
-def _store(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS: tl.constexpr):
+def store_rows(y, out_ptr, bias_ptr, row, size, column, m, tokens, columns, HAS_BIAS: tl.constexpr):
     """Add the bias to y [BN, BM] and store it in columns `column + row` of out [M, N]."""
     real = row < size
     if HAS_BIAS:

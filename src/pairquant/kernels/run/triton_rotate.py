@@ -25,6 +25,26 @@ def dot(a, b, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def load_input(x_ptr, row, c, here, channels, ACTIVATION: tl.constexpr):
+    """Load x[row, c], float32. With an activation, x has 2 C columns, of gate and up, and the input is act(gate) · up.
+
+    row: where the rows start; c: channels; here: which elements exist, the others are zero.
+    """
+    x = tl.load(x_ptr + row + c, mask=here, other=0.0).to(tl.float32)
+    if ACTIVATION != "":
+        up = tl.load(x_ptr + row + channels + c, mask=here, other=0.0).to(tl.float32)
+        if ACTIVATION == "silu":
+            x = x * tl.sigmoid(x)
+        elif ACTIVATION == "gelu_tanh":
+            x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 2 sqrt(2 / pi)
+        else:
+            tl.static_assert(ACTIVATION == "gelu")
+            x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = x * up
+    return x
+
+
+@triton.jit
 def mma_order(c):
     """Return the place at which `triton_linear.wide_kernel` expects channel c (see `layout.KernelLayout`)."""
     return (c & ~15) + ((c >> 1) & 1) * 8 + ((c >> 2) & 3) * 2 + (c & 1)
@@ -44,7 +64,7 @@ def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def givens_kernel(
-    x_ptr,  # [M, C], row stride x_stride; not read if IDENTITY
+    x_ptr,  # [M, C], row stride x_stride, or [M, 2 C] with an activation (`load_input`); not read if IDENTITY
     coefficients_ptr,  # float32 [T, KB, K, 2, 128]: cosines, signed sines
     partners_ptr,  # int32 [T, KB, K, 128], counted from the block's first channel
     scales_ptr,  # [T, C]: 1/a
@@ -58,6 +78,7 @@ def givens_kernel(
     PADDED: tl.constexpr,
     MMA_ORDER: tl.constexpr,
     IDENTITY: tl.constexpr,  # rotate the 128 × 128 identity in each block instead of x
+    ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Scale and rotate one block of 128 channels of TOKENS tokens, one rotation after the other."""
@@ -76,7 +97,7 @@ def givens_kernel(
         x = tl.where(t[:, None] == (c % 128)[None, :], 1.0, 0.0)
     else:
         here = (t < tokens)[:, None] & real[None, :]
-        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * x_stride + c[None, :], mask=here, other=0.0).to(tl.float32)
+        x = load_input(x_ptr, t.to(tl.int64)[:, None] * x_stride, c[None, :], here, channels, ACTIVATION)
     at = (transform * blocks + block) * K
     x = rotate_block(x * scale[None, :], coefficients_ptr + at * 256, partners_ptr + at * 128, K, TOKENS)
     column = mma_order(c) if MMA_ORDER else c
@@ -87,7 +108,7 @@ def givens_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def dense_rotate_kernel(
-    x_ptr,  # [M, C], row stride x_stride
+    x_ptr,  # [M, C], row stride x_stride, or [M, 2 C] with an activation (`load_input`)
     matrix_ptr,  # float16 [T, 128, 128 KB]: R of each block of channels, scales included
     out_ptr,  # [T, M, 128 KB], zeros beyond C
     tokens,
@@ -97,6 +118,7 @@ def dense_rotate_kernel(
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,  # tiles of TOKENS tokens per program
     STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -117,7 +139,7 @@ def dense_rotate_kernel(
     for tile in tl.range(first, first + TILES, num_stages=STAGES):
         t = tile * TOKENS + tl.arange(0, TOKENS)
         here = (t < tokens)[:, None] & (c < channels)[None, :]
-        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * x_stride + c[None, :], mask=here, other=0.0)
+        x = load_input(x_ptr, t.to(tl.int64)[:, None] * x_stride, c[None, :], here, channels, ACTIVATION).to(dtype)
         y = dot(x, high, NATIVE)
         if dtype == tl.bfloat16:
             y += dot(x, low, NATIVE)

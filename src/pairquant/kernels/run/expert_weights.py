@@ -1,0 +1,63 @@
+"""Prepare packed experts for the Triton kernels: what all of them read is merged and repacked, expert after expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...spec.linear import LinearLayout, PackedLinear
+from .layout import KernelLayout
+from .weights import KernelWeights
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The linears of E experts that read the same input, such as gate and up; all share one transform.
+
+    each: `KernelWeights` whose words, int32 [E · NP / 16, KB, 2, 8, 4, 4], are those of expert after expert, and whose grid is
+    int32 [E, KB · S, NP]; out_features: of one expert's linears.
+    bias: [E, N] or None.
+    """
+
+    each: KernelWeights
+    count: int
+    bias: Tensor | None = None
+
+    @classmethod
+    def build(cls, experts: Sequence[Sequence[PackedLinear]], dtype: torch.dtype) -> ExpertWeights:
+        """Repack the linears of each expert, which must have 4 bits and layouts that are equal for all experts.
+
+        dtype: that of the activations, which the bias gets.
+        """
+        made = [KernelWeights.build(linears) for linears in experts]
+        words = torch.cat([weights.words for weights in made])
+        grid = torch.stack([weights.grid for weights in made])
+        bias = None
+        if experts[0][0].bias is not None:
+            bias = torch.stack([torch.cat([linear["bias"] for linear in linears]) for linears in experts]).to(dtype)
+        return cls(replace(made[0], words=words, grid=grid, arrivals=words.new_empty(0)), len(experts), bias)
+
+    @property
+    def layout(self) -> KernelLayout:
+        """That of one expert."""
+        return self.each.layout
+
+    def stored(self, expert: int, index: int, layout: LinearLayout) -> dict[str, Tensor]:
+        """Return qweight, qzeros and scales of one linear of an expert, bit for bit as they were loaded."""
+        rows = self.layout.padded_rows // 16
+        words = self.each.words[expert * rows : (expert + 1) * rows]
+        return replace(self.each, words=words, grid=self.each.grid[expert]).stored(index, layout)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors in one list, which `of_tensors` reads: the bias is the last of them, empty if there is none."""
+        return [*self.each.tensors(), self.each.words.new_empty(0) if self.bias is None else self.bias]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> ExpertWeights:
+        """Return the weights whose `tensors()` is this list; out_features: of one expert's linears."""
+        *each, bias = tensors
+        weights = KernelWeights.of_tensors(each, out_features, group_size)
+        return cls(weights, len(weights.grid), bias if bias.numel() else None)

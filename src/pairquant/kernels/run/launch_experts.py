@@ -1,0 +1,140 @@
+"""Launch the Triton kernels that run experts. The caller must have checked the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...support.devices import current
+from .expert_weights import ExpertWeights
+from .launch import cdiv, dependent, features, rotate_padded, segments
+from .triton_experts import assign_kernel, combine_kernel, narrow_experts_kernel, wide_experts_kernel
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """How experts are multiplied.
+
+    tokens: assignments in a tile, 1 if nothing is sorted; rows: of the weight in a tile; warps, stages: of a program; wide: the
+    kernel, `wide_experts_kernel` or `narrow_experts_kernel`; prefetch: blocks of 128 channels that the latter loads
+    into the cache while it waits.
+    """
+
+    tokens: int
+    rows: int
+    warps: int
+    stages: int
+    wide: bool = False
+    prefetch: int = 0
+
+
+#: Up to this many assignments each is a tile of its own; beyond, tiles by the mean number of assignments of an expert. The
+#: fastest on an H100 for 128 experts of 2048 → 768 → 2048 (benchmarks/bench_experts.py).
+SINGLE = ExpertTiles(1, 32, 2, 4)
+SINGLE_MOST = 48
+BY_MEAN = (
+    (6, ExpertTiles(8, 32, 2, 3)),
+    (10, ExpertTiles(16, 128, 4, 3, wide=True)),
+    (24, ExpertTiles(32, 128, 4, 3, wide=True)),
+    (64, ExpertTiles(64, 128, 4, 3, wide=True)),
+    (float("inf"), ExpertTiles(128, 128, 4, 3, wide=True)),
+)
+
+
+def choose(assignments: int, experts: int) -> ExpertTiles:
+    """Return the tiles for a number of assignments to a number of experts."""
+    if assignments <= SINGLE_MOST:
+        return SINGLE
+    return next(tiles for most, tiles in BY_MEAN if assignments <= most * experts)
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Which expert multiplies what.
+
+    ids: integers [A], the expert of each assignment; owners: the expert of each tile; members: int32 [tiles · tokens], the
+    assignments of each tile, or empty if each is a tile of its own; chosen: k, the number of experts of a token.
+    """
+
+    ids: Tensor
+    owners: Tensor
+    members: Tensor
+    chosen: int
+    tiles: ExpertTiles
+
+
+def assign(ids: Tensor, experts: int, tiles: ExpertTiles) -> Assignments:
+    """Sort the assignments; ids: integers [T, k], of which those that are negative or not below `experts` stand for none."""
+    chosen, ids = ids.shape[-1], ids.reshape(-1)
+    if tiles.tokens == 1:
+        return Assignments(ids, ids, ids, chosen, tiles)
+    count = ids.numel()
+    # Every expert may have a tile that is not full, but no tile is empty.
+    most = min(count, experts) + max(0, count - experts) // tiles.tokens
+    owners = torch.empty(most, dtype=torch.int32, device=ids.device)
+    members = torch.empty(most * tiles.tokens, dtype=torch.int32, device=ids.device)
+    bins = max(2, 1 << experts.bit_length())
+    with current(ids.device):
+        assign_kernel[(experts,)](ids, members, owners, count, experts, most, BINS=bins, BM=tiles.tokens)
+    return Assignments(ids, owners, members, chosen, tiles)
+
+
+def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, activation: str = "") -> Tensor:
+    """Rotate x and multiply each assignment by its expert: [A, N] in x's dtype; rows without an expert are not written.
+
+    x: 16-bit [A / share, C], the row a // share is that of assignment a, or with an activation (see
+    `triton_rotate.load_input`) [A / share, 2 C].
+    """
+    layout, tiles = weights.layout, given.tiles
+    x_rot = rotate_padded(x, weights.each.rotation, tiles.wide, True, activation)
+    out = torch.empty(given.ids.numel(), sum(layout.out_features), dtype=x.dtype, device=x.device)
+    bias = out if weights.bias is None else weights.bias
+    before = (x_rot, weights.each.words, weights.each.grid, bias, out, given.owners, given.members)
+    sizes = (layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *segments(layout))
+    options = {
+        "BN": tiles.rows,
+        "STAGES": tiles.stages,
+        "GROUPS": layout.groups_per_block,
+        "HAS_BIAS": weights.bias is not None,
+        "NATIVE": features(x.device)["NATIVE"],
+        "num_warps": tiles.warps,
+        **dependent(x.device),
+    }
+    grid = (layout.padded_rows // tiles.rows, given.owners.numel())
+    arguments = (*before, given.ids.numel(), weights.count, share, *sizes)
+    with current(x.device):
+        if tiles.wide:
+            wide_experts_kernel[grid](*arguments, **options, BM=tiles.tokens)
+        else:
+            narrow_experts_kernel[grid](
+                *arguments,
+                tiles.prefetch,
+                **options,
+                BM=max(8, tiles.tokens),
+                WARPS=tiles.warps,
+                ONE=tiles.tokens == 1,
+                EVEN=layout.k_blocks % tiles.warps == 0,
+            )
+    return out
+
+
+def combine(y: Tensor, weights: Tensor, given: Assignments, experts: int) -> Tensor:
+    """Sum the weighted outputs of each token: y [A, N] → [T, N]; weights: [T, k]."""
+    tokens, columns = given.ids.numel() // given.chosen, 512
+    out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
+    with current(y.device):
+        combine_kernel[(tokens, cdiv(y.shape[1], columns))](
+            y,
+            given.ids,
+            weights,
+            out,
+            experts,
+            given.chosen,
+            y.shape[1],
+            COLUMNS=columns,
+            num_warps=4,
+            **dependent(y.device),
+        )
+    return out
