@@ -66,7 +66,7 @@ def whole(
     given = launch_experts.assign(ids, up.count, tiles)
     joined = launch_experts.product(x, up, given, ids.shape[1])
     y = launch_experts.product(joined, down, given, 1, "silu")
-    return launch_experts.combine(y, weights, given, up.count)
+    return launch_experts.combine(y, weights, ids, up.count)
 
 
 def error(x: Tensor, ids: Tensor, weights: Tensor, up: ExpertWeights, down: ExpertWeights, tiles: ExpertTiles) -> float:

@@ -6,7 +6,6 @@ import torch
 
 from pairquant.spec.linear import PackedLinear, Spec
 
-
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 #: How many times the error of the same product in 16 bits a kernel's may be. The interpreter cuts off bits where a GPU rounds to

@@ -6,6 +6,7 @@ from families import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pairquant.backends.triton_int4 import TritonInt4
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.pairs import select_pairs
 from pairquant.models.sites import ExpertSite, packed_experts, sites_in
@@ -108,3 +109,42 @@ def test_experts_that_are_missing_or_differ_are_refused():
     odd = [*layouts[:3], (site, Spec(8, 32, 2).layout(site.size.in_features, site.size.out_features)), *layouts[4:]]
     with pytest.raises(CheckpointError, match="is stored otherwise than the other experts"):
         packed_experts(odd)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Our kernels for GPUs, in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(TritonInt4, "refusal", lambda self, layout, device, dtype: None)
+
+
+@torch.no_grad()
+def test_our_kernels_compute_the_same_and_give_the_stored_bits_back(packed, kernels):
+    made, state, (tokens, index, weights), expected = packed
+    found = made(tokens.half(), index, weights)
+    assert not any("qweight" in name for name, _ in made.named_buffers())
+    assert (found.float() - expected).norm() < 0.004 * expected.norm()
+    plain_silu = made.has_gate and made.is_concatenated  # gpt-oss cuts off and adds one, Nemotron-H squares
+    assert made._known_activation() == ("silu" if plain_silu else "")
+    saved = made.state_dict()
+    assert set(saved) == set(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    made.load_state_dict(saved)
+    assert made._prepared is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.named_buffers())
+
+
+@torch.no_grad()
+def test_our_kernels_leave_out_ids_that_stand_for_no_expert(packed, kernels):
+    made, _, (tokens, index, weights), _ = packed
+    without = index.clone()
+    without[:, 1] = made.count
+    once = made(tokens.half(), index[:, :1], weights[:, :1])
+    torch.testing.assert_close(made(tokens.half(), without, weights), once, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_float32_is_never_multiplied_in_16_bits(packed):
+    made, _, (tokens, index, weights), expected = packed
+    assert not made.prepare(torch.float32)
+    torch.testing.assert_close(made(tokens, index, weights), expected, rtol=1e-4, atol=1e-5)

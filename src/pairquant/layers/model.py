@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
 from ..kernels.run.weights import MAX_SEGMENTS
@@ -47,6 +48,9 @@ def prepare(model: nn.Module) -> nn.Module:
     """Prepare every layer that runs on a GPU now, instead of at its first forward pass; return the model."""
     for _, layer in rotated_linears(model):
         layer.prepare()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for _, experts in rotated_experts(model):
+        experts.prepare(dtype)
     return model
 
 

@@ -83,7 +83,7 @@ def test_each_assignment_is_multiplied_by_its_expert(shape, tiles, dtype, genera
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("tiles", [TILES[0], TILES[4]], ids=str)
 def test_an_activation_between_gate_and_up_comes_first(activation, tiles, generator):
-    experts, weights = build(SHAPES[0][:1] + ((64,), *SHAPES[0][2:]), torch.float16)
+    experts, weights = build((5, (64,), *SHAPES[0][2:]), torch.float16)
     weights = ExpertWeights(launch.with_matrix(weights.each), weights.count, weights.bias)
     joined = torch.randn(6, 2 * 192, generator=generator).to(DEVICE, torch.float16)
     ids = torch.tensor([[4, 0], [1, 1], [2, 3]], device=DEVICE)
@@ -100,7 +100,7 @@ def test_the_weighted_outputs_of_a_token_are_summed_without_ids_that_stand_for_n
     y[1] = torch.nan
     ids = torch.tensor([[4, -1, 0], [1, 2, 3]], device=DEVICE)
     weights = torch.rand(2, 3, generator=generator).to(DEVICE)
-    found = launch_experts.combine(y, weights, launch_experts.assign(ids, 5, TILES[0]), 5)
+    found = launch_experts.combine(y, weights, ids, 5)
     want = (torch.nan_to_num(y).view(2, 3, 700) * weights[:, :, None]).sum(1)
     torch.testing.assert_close(found, want)
 
@@ -131,5 +131,5 @@ def test_stored_tensors_come_back_bit_for_bit():
 def test_the_list_of_tensors_makes_the_same_weights():
     _, weights = build(SHAPES[0], torch.float16)
     again = ExpertWeights.of_tensors(weights.tensors(), (40, 40), 64)
-    assert again.count == 5 and again.layout == weights.layout
+    assert (again.count, again.layout) == (5, weights.layout)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), weights.tensors(), strict=True))

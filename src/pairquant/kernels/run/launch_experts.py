@@ -55,30 +55,32 @@ class Assignments:
     """Which expert multiplies what.
 
     ids: integers [A], the expert of each assignment; owners: the expert of each tile; members: int32 [tiles · tokens], the
-    assignments of each tile, or empty if each is a tile of its own; chosen: k, the number of experts of a token.
+    assignments of each tile, not read if each is a tile of its own.
     """
 
     ids: Tensor
     owners: Tensor
     members: Tensor
-    chosen: int
     tiles: ExpertTiles
 
 
 def assign(ids: Tensor, experts: int, tiles: ExpertTiles) -> Assignments:
     """Sort the assignments; ids: integers [T, k], of which those that are negative or not below `experts` stand for none."""
-    chosen, ids = ids.shape[-1], ids.reshape(-1)
+    ids = ids.reshape(-1)
     if tiles.tokens == 1:
-        return Assignments(ids, ids, ids, chosen, tiles)
-    count = ids.numel()
-    # Every expert may have a tile that is not full, but no tile is empty.
-    most = min(count, experts) + max(0, count - experts) // tiles.tokens
+        return Assignments(ids, ids, ids, tiles)
+    count, most = ids.numel(), most_tiles(ids.numel(), experts, tiles)
     owners = torch.empty(most, dtype=torch.int32, device=ids.device)
     members = torch.empty(most * tiles.tokens, dtype=torch.int32, device=ids.device)
     bins = max(2, 1 << experts.bit_length())
     with current(ids.device):
         assign_kernel[(experts,)](ids, members, owners, count, experts, most, BINS=bins, BM=tiles.tokens)
-    return Assignments(ids, owners, members, chosen, tiles)
+    return Assignments(ids, owners, members, tiles)
+
+
+def most_tiles(assignments: int, experts: int, tiles: ExpertTiles) -> int:
+    """Return how many tiles are needed at most: every expert may have one that is not full, but none is empty."""
+    return min(assignments, experts) + max(0, assignments - experts) // tiles.tokens
 
 
 def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, activation: str = "") -> Tensor:
@@ -120,18 +122,18 @@ def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, a
     return out
 
 
-def combine(y: Tensor, weights: Tensor, given: Assignments, experts: int) -> Tensor:
-    """Sum the weighted outputs of each token: y [A, N] → [T, N]; weights: [T, k]."""
-    tokens, columns = given.ids.numel() // given.chosen, 512
+def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
+    """Sum the weighted outputs of each token: y [A, N] → [T, N]; weights, ids: [T, k]."""
+    (tokens, chosen), columns = ids.shape, 512
     out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
     with current(y.device):
         combine_kernel[(tokens, cdiv(y.shape[1], columns))](
             y,
-            given.ids,
+            ids,
             weights,
             out,
             experts,
-            given.chosen,
+            chosen,
             y.shape[1],
             COLUMNS=columns,
             num_warps=4,
