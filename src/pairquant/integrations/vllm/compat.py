@@ -17,6 +17,8 @@ HOMES = {
     "register_weight_loader_v2_supported_method": "model_executor.layers.linear",
     "register_quantization_config": "model_executor.layers.quantization",
     "QuantizationConfig": "model_executor.layers.quantization.base_config",
+    "FusedMoEMethodBase": "model_executor.layers.fused_moe.fused_moe_method_base",
+    "apply_moe_activation": "model_executor.layers.fused_moe.activation",
     "UnquantizedFusedMoEMethod": "model_executor.layers.fused_moe.unquantized_fused_moe_method",
     "GroupQuantScaleParameter": "model_executor.parameter",
     "PackedvLLMParameter": "model_executor.parameter",

@@ -134,6 +134,6 @@ class PairQuantConfig(QuantizationConfig):
                 f"{next(iter(inside))} is quantized, but vLLM runs it within a {type(layer).__name__}, for which there is "
                 "no kernel. Run the checkpoint with Transformers, or export it: `pairquant export MODEL --to bf16`."
             )
-        from .experts import PairQuantExpertsMethod
+        from .experts import experts_method
 
-        return PairQuantExpertsMethod(inside, home, layer.moe_config)
+        return experts_method(inside, home, layer)
