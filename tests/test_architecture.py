@@ -61,6 +61,7 @@ DOORS = {
     "math_verify": {"evaluation/grading.py"},
     "triton": {
         "kernels/run/triton_decode.py",
+        "kernels/run/triton_experts.py",
         "kernels/fit/triton_loops.py",
         "kernels/fit/triton_matrices.py",
         "kernels/run/triton_linear.py",

@@ -5,7 +5,8 @@ An assignment is a token with one of its experts: those of token t are t · k �
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,10 +29,56 @@ def experts_refusal(layout: LinearLayout, device: torch.device, dtype: torch.dty
 
 def prepare_experts(experts: Sequence[Sequence[PackedLinear]], dtype: torch.dtype) -> list[Tensor]:
     """Return the tensors that `experts_linear` needs. experts: the linears of each that read the same input, one transform."""
+    return build_experts(experts, dtype).tensors()
+
+
+def build_experts(experts: Sequence[Sequence[PackedLinear]], dtype: torch.dtype) -> ExpertWeights:
+    """Return the weights that `Experts` holds; experts: as of `prepare_experts`."""
     from ..kernels.run.launch import with_matrix
 
     weights = ExpertWeights.build(experts, dtype)
-    return ExpertWeights(with_matrix(weights.each), weights.count, weights.bias).tensors()
+    return replace(weights, each=with_matrix(weights.each))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A block's experts, ready to run: up is what all of them have for the block's input, down what is for the activations."""
+
+    up: ExpertWeights
+    down: ExpertWeights
+
+    def run(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        activation: str,
+        between: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Run the experts without operators, for callers that torch.compile does not look into: x [T, H] → [T, H].
+
+        ids, weights: [T, k]; activation: one of `ACTIVATIONS`, or "" if `between` makes [A, I] of what `up` gives.
+        """
+        from ..kernels.run import launch_experts
+
+        ids = ids.contiguous()
+        given = launch_experts.assign(ids, self.up.count, launch_experts.choose(ids.numel(), self.up.count))
+        joined = launch_experts.product(x.contiguous(), self.up, given, ids.shape[1])
+        if between is not None:
+            joined = between(joined)
+        y = launch_experts.product(joined, self.down, given, 1, activation)
+        return launch_experts.combine(y, weights.contiguous(), ids, self.up.count)
+
+    def warm_up(self, activation: str, dtype: torch.dtype) -> None:
+        """Compile every kernel that some number of tokens needs, so that no request has to wait for it."""
+        from ..kernels.run.launch_experts import token_counts
+
+        device, channels, count = self.up.each.words.device, self.up.each.rotation.channels, self.up.count
+        for tokens in token_counts(count):
+            x = torch.zeros(tokens, channels, dtype=dtype, device=device)
+            ids = torch.arange(tokens, device=device, dtype=torch.int32)[:, None] % count
+            between = None if activation else lambda joined: joined[:, : self.down.each.rotation.channels].contiguous()
+            self.run(x, ids, torch.ones(tokens, 1, device=device), activation, between)
 
 
 def stored_codes(

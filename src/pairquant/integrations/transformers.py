@@ -97,8 +97,7 @@ class ParoQuantizer(HfQuantizer):
                 linear.packed.check_values(path)
         self._cast_renamed(model)
         for path, experts in _layers().rotated_experts(model):
-            for below, packed in experts.packed():
-                packed.check_values(f"{path}.{below}")
+            experts.check_values(path)
         if _is_what_was_saved(model):
             _require_complete(model)
         _layers().link_siblings(model)

@@ -128,6 +128,15 @@ class RotatedExperts(nn.Module):
         tensors = {name: shared[name] if name in shared else getattr(own, name) for name in plan.layout.fields()}
         return PackedLinear(plan.layout, tensors)
 
+    def check_values(self, path: str) -> None:
+        """Check all tensors, which are stored below `path`; raises `CheckpointError` for the first fault."""
+        seen: set[str] = set()
+        for number in range(self.count):
+            for part, plan in self.plans.items():
+                name = f"{path}.{number}.{plan.name}"
+                self.packed_part(number, part).check_values(name, transform=plan.pool not in seen)
+                seen.add(plan.pool)
+
     def prepare(self, dtype: torch.dtype) -> bool:
         """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they do.
 
@@ -165,7 +174,7 @@ class RotatedExperts(nn.Module):
 
     def _by_kernels(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         ready, kernel = self._prepared, torch.ops.pairquant
-        assert ready is not None
+        assert ready is not None, "prepare was called"
         given = kernel.assign_experts(index, self.count)
         joined = kernel.experts_linear(hidden, index, given, *ready.up, "")
         activation = self._known_activation()

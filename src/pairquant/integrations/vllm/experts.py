@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends.experts import ACTIVATIONS, experts_refusal, prepare_experts
+from ...backends.experts import ACTIVATIONS, Experts, build_experts, experts_refusal
 from ...core.linear import decode
 from ...spec.experts import DOWN, EXPERT, TRANSFORM, pool_of
 from ...spec.fields import CHANNELS, ROWS
@@ -108,7 +108,6 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
                 f"{'; '.join(faults)}. Whole experts fit: use --enable-expert-parallel, or another --tensor-parallel-size."
             )
         self.device, self.rank = torch.empty(0).device, parallel.tp_rank
-        self.count = num_experts
         self.arrivals.take_from(layer, lambda name, tensor: self._cut(layer, name, tensor))
 
     def _cut(self, layer: Any, name: str, tensor: Tensor) -> Tensor | None:
@@ -135,20 +134,17 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
             local = layer._map_global_expert_id_to_local_expert_id(int(found["number"]))
             if local >= 0:
                 experts.setdefault(local, {})[SHARDS[found["part"]]] = path
-        self.ready = {}
-        for name, shards in (("up", ("w1", "w3")), ("down", ("w2",))):
-            linears = [[self._checked(parts[s]) for s in shards if s in parts] for _, parts in sorted(experts.items())]
-            tensors = prepare_experts(linears, self.moe.in_dtype)
-            names = [f"{name}_{i}" for i in range(len(tensors))]
-            for buffer, tensor in zip(names, tensors, strict=True):
-                layer.register_buffer(buffer, tensor, persistent=False)
-            self.ready[name] = names, [linear.layout.out_features for linear in linears[0]], self.spec.group_size
+        made = []
+        for shards in (("w1", "w3"), ("w2",)):
+            paths = [[parts[s] for s in shards if s in parts] for _, parts in sorted(experts.items())]
+            linears = [[self.arrivals.packed(path) for path in each] for each in paths]
+            for i, (each, packed) in enumerate(zip(paths, linears, strict=True)):
+                for path, linear in zip(each, packed, strict=True):
+                    linear.check_values(path, transform=i == 0)
+            made.append(build_experts(linears, self.moe.in_dtype))
+        self.experts = Experts(*made)
         self.arrivals.tensors.clear()
-
-    def _checked(self, path: str) -> PackedLinear:
-        packed = self.arrivals.packed(path)
-        packed.check_values(path)
-        return packed
+        _warm_up_once(self.experts, _known_activation(layer), self.moe.in_dtype)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Return None: our kernels need nothing of it."""
@@ -158,17 +154,20 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        kernel, activation = torch.ops.pairquant, _known_activation(layer)
-        given = kernel.assign_experts(ids, self.count)
-        joined = kernel.experts_linear(x, ids, given, *self._ready(layer, "up"), "")
-        if not activation:
-            joined = _activated(layer, joined)
-        y = kernel.experts_linear(joined, ids, given, *self._ready(layer, "down"), activation)
-        return kernel.combine_experts(y, ids, topk_weights, self.count)
+        activation = _known_activation(layer)
+        between = None if activation else partial(_activated, layer)
+        return self.experts.run(x, ids, topk_weights, activation, between)
 
-    def _ready(self, layer: Any, name: str) -> tuple[list[Tensor], list[int], int]:
-        names, sizes, group_size = self.ready[name]
-        return [getattr(layer, buffer) for buffer in names], sizes, group_size
+
+#: Shapes of experts whose kernels have been compiled by this process.
+_WARM: set[tuple[Any, ...]] = set()
+
+
+def _warm_up_once(experts: Experts, activation: str, dtype: torch.dtype) -> None:
+    key = (experts.up.layout, experts.down.layout, experts.up.count, activation, dtype)
+    if key not in _WARM:
+        _WARM.add(key)
+        experts.warm_up(activation, dtype)
 
 
 def _known_activation(layer: Any) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...spec.linear import LinearLayout, PackedLinear
 from .layout import KernelLayout
-from .weights import KernelWeights
+from .weights import KernelWeights, repacked
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class ExpertWeights:
 
         dtype: that of the activations, which the bias gets.
         """
-        made = [KernelWeights.build(linears) for linears in experts]
-        words = torch.cat([weights.words for weights in made])
-        grid = torch.stack([weights.grid for weights in made])
+        first, count = KernelWeights.build(experts[0]), len(experts)
+        words, grid = repacked([linear for linears in experts for linear in linears])
+        grid = grid.view(len(grid), count, -1).transpose(0, 1).contiguous()
         bias = None
         if experts[0][0].bias is not None:
             bias = torch.stack([torch.cat([linear["bias"] for linear in linears]) for linears in experts]).to(dtype)
-        return cls(replace(made[0], words=words, grid=grid, arrivals=words.new_empty(0)), len(experts), bias)
+        return cls(replace(first, words=words, grid=grid, arrivals=words.new_empty(0)), count, bias)
 
     @property
     def layout(self) -> KernelLayout:

@@ -50,6 +50,12 @@ def choose(assignments: int, experts: int) -> ExpertTiles:
     return next(tiles for most, tiles in BY_MEAN if assignments <= most * experts)
 
 
+def token_counts(experts: int) -> list[int]:
+    """Return a number of assignments for each of the tiles that `choose` knows."""
+    bounds = [SINGLE_MOST, *(int(most * experts) for most, _ in BY_MEAN[:-1])]
+    return [*bounds, max(bounds) + 1]
+
+
 @dataclass(frozen=True)
 class Assignments:
     """Which expert multiplies what.

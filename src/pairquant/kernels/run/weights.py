@@ -83,7 +83,7 @@ class KernelWeights:
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
         """Repack the linears, which must have 4 bits and equal layouts except for out_features."""
-        parts = [_repacked(linear) for linear in linears]
+        words, grid = repacked(linears)
         first = linears[0]
         shared = all(linear.shares_transform_with(first) for linear in linears[1:])
         distinct = linears[:1] if shared else linears
@@ -93,9 +93,7 @@ class KernelWeights:
             torch.cat([linear["channel_scales"] for linear in distinct]),
             first.layout.group_size,
         )
-        words = torch.cat([words for words, _ in parts])
         arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
-        grid = torch.cat([grid for _, grid in parts], dim=1)
         return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
 
     @property
@@ -132,16 +130,22 @@ class KernelWeights:
 ROWS_AT_A_TIME = 4096
 
 
-def _repacked(linear: PackedLinear) -> tuple[Tensor, Tensor]:
-    """Repack the stored tensors of one linear into words and grid, with padded rows."""
-    s = linear.layout
-    layout = KernelLayout(s.in_features, (s.out_features,), s.group_size)
-    words = [_fragments(part) for part in linear["qweight"].split(ROWS_AT_A_TIME // 8, dim=1)]
-    zeros = unpack(linear["qzeros"], 4).to(torch.int32)
-    scales = linear["scales"].view(torch.int16).to(torch.int32) & 0xFFFF
+def repacked(linears: Sequence[PackedLinear]) -> tuple[Tensor, Tensor]:
+    """Repack the stored tensors of linears of equal in_features into words and grid, with padded rows, one after the other."""
+    s = linears[0].layout
+    layout = KernelLayout(s.in_features, tuple(linear.layout.out_features for linear in linears), s.group_size)
+    columns = torch.cat([_padded(linear["qweight"], KERNEL_ROWS // 8) for linear in linears], dim=1)
+    words = torch.cat([_fragments(part) for part in columns.split(ROWS_AT_A_TIME // 8, dim=1)])
+    zeros = unpack(torch.cat([_padded(linear["qzeros"], KERNEL_ROWS // 8) for linear in linears], dim=1), 4)
+    scales = torch.cat([_padded(linear["scales"], KERNEL_ROWS) for linear in linears], dim=1)
     grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
-    grid[: s.num_groups, : s.out_features] = scales | (zeros << 16)
-    return torch.cat(words), grid
+    grid[: s.num_groups] = (scales.view(torch.int16).to(torch.int32) & 0xFFFF) | (zeros.to(torch.int32) << 16)
+    return words, grid
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    """Pad the columns with zeros to a multiple of this number."""
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple)) if tensor.shape[1] % multiple else tensor
 
 
 def _fragments(qweight: Tensor) -> Tensor:
