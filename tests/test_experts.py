@@ -116,6 +116,55 @@ def test_experts_with_few_tokens_are_said(tmp_path):
     assert [sum(counts) for entry in tokens for counts in entry.values()] == [2 * 32, 2 * 32]
 
 
+def test_all_tokens_for_every_expert(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    for name, all_experts in (("routed", False), ("all", True)):
+        heard = Heard()
+        quantize(source, tmp_path / name, heard, all_experts=all_experts)
+        short = [text for text in heard.notices if "fewer tokens than they have input channels" in text]
+        assert len(short) == (0 if all_experts else 1)
+        assert all("--all-experts" in text for text in short)
+    lines = [json.loads(line) for line in (tmp_path / "all" / "pairquant.jsonl").read_text().splitlines()]
+    tokens = [list(entry["tokens"].values()) for entry in lines if entry["event"] == "block"]
+    assert tokens == [[[2 * 64] * 4]] * 2
+    recorded = [json.loads((tmp_path / name / "pairquant.json").read_text())["config"] for name in ("routed", "all")]
+    assert ["all_experts" in config for config in recorded] == [False, True]
+    assert pairquant.QuantConfig.from_dict(recorded[1]).all_experts
+    expected, found = log_probabilities(source), log_probabilities(tmp_path / "all")
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.02
+
+
+def test_the_moments_of_all_tokens_are_those_computed_by_hand(monkeypatch):
+    """The walk's moments of a block, in two micro-batches, against products of what each expert reads."""
+    from pairquant.models.planning import plan_model
+    from pairquant.optimize import streams
+    from pairquant.optimize.walk import Walk
+
+    monkeypatch.setattr(streams, "MICRO_BATCH_TOKENS", 128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["Qwen3-MoE"].build()).eval().float()
+    config = pairquant.QuantConfig(**OPTIONS | {"samples": 4}, all_experts=True)
+    tokens = torch.randint(3, 259, (4, 64), generator=torch.Generator().manual_seed(1))
+    module, seen = model.model.layers[0].mlp.experts, []
+    with torch.no_grad():
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+        model(tokens)
+        handle.remove()
+        x = seen[0]
+        gate_up = [x @ weight.T for weight in module.gate_up_proj]
+        inner = [torch.nn.functional.silu(y[:, :32]) * y[:, 32:] for y in gate_up]
+        plan, blocks = plan_model(model, config)
+        walk = Walk(model, blocks, plan, config, torch.device("cpu"), tokens)
+        moments, uncalled = walk._moments(0, blocks[0], walk._start(tokens))
+    assert not uncalled
+    outer, *down = [m for m in moments if "experts" in m.readers[0]]
+    assert (len(outer.readers), len(down)) == (8, 4)
+    torch.testing.assert_close(outer.hessian, x.T @ x, rtol=1e-4, atol=1e-4)
+    for found, y in zip(down, inner, strict=True):
+        assert found.tokens == 256
+        torch.testing.assert_close(found.hessian, y.T @ y, rtol=1e-3, atol=1e-7)
+
+
 def test_tensors_that_the_class_does_not_use_travel(tmp_path):
     from safetensors.torch import load_file
     from safetensors.torch import save_file as save
@@ -139,6 +188,7 @@ def test_tensors_that_the_class_does_not_use_travel(tmp_path):
         ({"preset": "best"}, "trains whole blocks, which is not possible yet with experts"),
         ({"overrides": ("re:.*experts.0.up_proj=bits:8",)}, "would be stored otherwise than the other experts"),
         ({"ignore": ("lm_head", "re:.*experts.1.down_proj")}, "cannot be left plain alone"),
+        ({"ignore": ("lm_head", "re:.*experts.*"), "all_experts": True}, "no experts that will be quantized"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(options, message, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.blocks import Block
+from ..models.sites import Site
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .streams import MICRO_BATCH_TOKENS
@@ -75,11 +77,7 @@ def _block_bytes(
     if not sizes:
         return 0
     weights = sum(math.prod(size) for size in sizes)
-    inputs: dict[tuple[str, int], int] = {}
-    for path, site in block.sites.items():
-        channels = site.size.in_features
-        inputs[path.rpartition(".")[0], channels] = channels**2 * 4
-    moments = sum(inputs.values()) * (2 if config.recipe.drift else 1)
+    moments = _moment_bytes(block, config)
     largest = max(math.prod(size) for size in sizes)
     fitting = largest * 4 * FITTING_COPIES
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
@@ -88,6 +86,38 @@ def _block_bytes(
     share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     activations = int(batch * read * itemsize * 2)
+    if config.all_experts:
+        activations += _one_expert_bytes(experts, batch, itemsize)
     trained = weights * 4 * TRAINED_COPIES if config.recipe.training else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _moment_bytes(block: Block, config: QuantConfig) -> int:
+    """Predict the bytes of the second moments of a block.
+
+    An expert's are counted twice: as a sum, and as the product of one micro-batch, which is added to the sum when the
+    products of all experts are known.
+    """
+    inputs: dict[tuple[str, str | int], int] = {}
+    for path, site in block.sites.items():
+        channels = site.size.in_features
+        copies = 2 if config.recipe.drift or site.pool else 1
+        of_all = config.all_experts and site.pool is not None and not site.pool.endswith(".down")
+        home = "" if of_all else path.rpartition(".")[0]
+        inputs[home, site.pool or channels] = channels**2 * 4 * copies
+    return sum(inputs.values())
+
+
+def _one_expert_bytes(experts: Sequence[Site], batch: int, itemsize: int) -> int:
+    """Predict the bytes of an expert's activations on all tokens of a micro-batch: what every part of it returns or reads.
+
+    They are held for one expert at a time, and once more in float32 for their product.
+    """
+    widths: dict[str, int] = {}
+    for site in experts:
+        expert = site.path.rpartition(".")[0]
+        widths[expert] = widths.get(expert, 0) + (
+            site.size.in_features if str(site.pool).endswith(".down") else site.size.out_features
+        )
+    return batch * max(widths.values(), default=0) * (itemsize + 4)
