@@ -48,10 +48,6 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
             "all_experts is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
             "--all-experts out."
         )
-    if config.recipe.trains and any(isinstance(site, ExpertSite) for site in sites.values()):
-        raise ConfigError(
-            f"preset {config.preset!r} trains whole blocks, which is not possible yet with experts. Choose --preset fast."
-        )
     return plan, blocks
 
 

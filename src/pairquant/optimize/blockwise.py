@@ -11,7 +11,8 @@ micro-batches, then go back to what is trained, so that no graph is longer than 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..models.blocks import Block, Call
+from ..models.sites import ExpertSite
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.recipe import Refit, Training
@@ -133,8 +135,11 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
     objective = _Objective(task.block, task.call, how.loss)
     tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
+    by_rate: dict[float, list[Tensor]] = {}
+    for tensor, rate in stage.trained:  # a block of 128 experts has 400 weights: few groups take few launches
+        by_rate.setdefault(rate, []).append(tensor)
     optimizer = torch.optim.AdamW(
-        [{"params": [tensor], "lr": rate} for tensor, rate in stage.trained],
+        [{"params": alike, "lr": rate} for rate, alike in by_rate.items()],
         betas=(how.beta1, how.beta2),
         eps=how.eps,
         weight_decay=how.weight_decay,
@@ -152,7 +157,7 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
         losses = []
         for chosen in order.view(len(data.inputs), -1).split(per_step):
             losses.append(_gradients(stage, objective, data, chosen))
-            ranks.average([tensor.grad for tensor in tensors])
+            ranks.average([tensor.grad for tensor in tensors if tensor.grad is not None])
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
@@ -190,16 +195,37 @@ class _Objective(nn.Module):
         first = next(block.module.parameters())
         self.device = first.device
         self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
+        self.experts = {f"block.{name}": m for name, m in self.block.named_modules() if ExpertSite.holds(m)}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets: [B, T, H] → float32 scalar. bfloat16 within the block only: what is trained is float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision), self._experts_lowered():
             outputs = self.call.run(self.block, inputs.to(self.device, torch.float32))
         return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 
     def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         named = {f"block{name.removeprefix(self.path)}": weight for name, weight in weights.items()}
+        for place, module in self.experts.items() if self.low_precision else ():
+            for own, parameter in module.named_parameters(prefix=place, recurse=False):
+                named[own] = named.get(own, parameter).to(torch.bfloat16)
         return functional_call(self, named, (inputs, targets))
+
+    @contextmanager
+    def _experts_lowered(self) -> Iterator[None]:
+        """Hand experts their tokens in bfloat16: autocast does not know the products that experts are made of."""
+
+        def lower(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (args[0].to(torch.bfloat16), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].to(torch.bfloat16)}
+
+        modules = self.experts.values() if self.low_precision else ()
+        handles = [module.register_forward_pre_hook(lower, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return the mean loss over micro-batches of one size, without gradients."""
