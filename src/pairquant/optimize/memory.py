@@ -14,6 +14,7 @@ from ..models.blocks import Block
 from ..models.sites import Site
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
+from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
 from .walk import compute_dtype
 
@@ -24,7 +25,8 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 #: Copies of a block's weights in float32 that block-wise training holds: masters, decoded, gradients, AdamW's moments, and
 #: what the graph of a linear keeps (32.2 GB in all for an 8B block with 512 windows on an H100).
 TRAINED_COPIES = 10
-
+#: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
+REFITTED_COPIES = 7
 
 #: Experts of a token, where the configuration does not say.
 USUAL_EXPERTS = 8
@@ -78,8 +80,7 @@ def _block_bytes(
         return 0
     weights = sum(math.prod(size) for size in sizes)
     moments = _moment_bytes(block, config)
-    largest = max(math.prod(size) for size in sizes)
-    fitting = largest * 4 * FITTING_COPIES
+    fitting = _fitted_together(block) * 4 * FITTING_COPIES
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
     experts = [site for site in block.sites.values() if site.pool is not None]
@@ -88,9 +89,21 @@ def _block_bytes(
     activations = int(batch * read * itemsize * 2)
     if config.all_experts:
         activations += _one_expert_bytes(experts, batch, itemsize)
-    trained = weights * 4 * TRAINED_COPIES if config.recipe.training else 0
+    copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
+    trained = weights * 4 * copies
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _fitted_together(block: Block) -> int:
+    """Return the most weights that one transform is fitted on: those of a linear, or the sampled rows of a pool of experts."""
+    rows: dict[str, int] = {}
+    channels: dict[str, int] = {}
+    for path, site in block.sites.items():
+        home = site.pool or path
+        rows[home], channels[home] = rows.get(home, 0) + site.size.out_features, site.size.in_features
+    pools = {site.pool for site in block.sites.values()}
+    return max((min(n, SHARED_ROWS) if home in pools else n) * channels[home] for home, n in rows.items())
 
 
 def _moment_bytes(block: Block, config: QuantConfig) -> int:
