@@ -103,6 +103,22 @@ def test_a_stopped_run_continues_to_the_same_bytes(made, tmp_path):
     assert (tmp_path / "packed" / file).read_bytes() == (root / "packed" / file).read_bytes()
 
 
+def test_a_stopped_run_of_trained_blocks_continues_to_the_same_bytes(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+
+    class Stops(Silent):
+        def block(self, result):
+            raise KeyboardInterrupt
+
+    options = {"preset": "best", "samples": 8, "recipe": replace(PRESETS["best"], steps=5)}
+    quantize(source, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "packed", Stops(), **options)
+    quantize(source, tmp_path / "packed", **options)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "packed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_rounding_without_text_works_too(made, tmp_path):
     root, _ = made
     quantize(root / "source", tmp_path / "rtn", preset="rtn")

@@ -11,8 +11,7 @@ micro-batches, then go back to what is trained, so that no graph is longer than 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..models.blocks import Block, Call
-from ..models.sites import ExpertSite
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.recipe import Refit, Training
@@ -195,37 +193,23 @@ class _Objective(nn.Module):
         first = next(block.module.parameters())
         self.device = first.device
         self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
-        self.experts = {f"block.{name}": m for name, m in self.block.named_modules() if ExpertSite.holds(m)}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets: [B, T, H] → float32 scalar. bfloat16 within the block only: what is trained is float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision), self._experts_lowered():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
             outputs = self.call.run(self.block, inputs.to(self.device, torch.float32))
         return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 
     def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        named = {f"block{name.removeprefix(self.path)}": weight for name, weight in weights.items()}
-        for place, module in self.experts.items() if self.low_precision else ():
-            for own, parameter in module.named_parameters(prefix=place, recurse=False):
-                named[own] = named.get(own, parameter).to(torch.bfloat16)
+        named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
         return functional_call(self, named, (inputs, targets))
 
-    @contextmanager
-    def _experts_lowered(self) -> Iterator[None]:
-        """Hand experts their tokens in bfloat16: autocast does not know the products that experts are made of."""
+    def _operand(self, weight: Tensor) -> Tensor:
+        """Return a weight as the block takes it: those of experts, [E, …], in bfloat16 where the others are turned into it.
 
-        def lower(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (args[0].to(torch.bfloat16), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": kwargs["hidden_states"].to(torch.bfloat16)}
-
-        modules = self.experts.values() if self.low_precision else ()
-        handles = [module.register_forward_pre_hook(lower, with_kwargs=True) for module in modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        Autocast leaves grouped products as they are. Transformers turns their other operand into the dtype of the weights.
+        """
+        return weight.to(torch.bfloat16) if self.low_precision and weight.dim() == 3 else weight
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return the mean loss over micro-batches of one size, without gradients."""

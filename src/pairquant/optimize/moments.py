@@ -42,7 +42,7 @@ class MomentSum:
         for total, product in zip(self.moments, products, strict=True):
             total.hessian += product.hessian
             total.tokens += product.tokens
-            if total.cross is not None:
+            if total.cross is not None and product.cross is not None:
                 total.cross += product.cross
 
     @staticmethod
