@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import pairquant
 from pairquant.checkpoint.headers import StoredTensors
+from pairquant.evaluation.quality import measure
 from pairquant.jobs.quantize import Silent
+from pairquant.models.blocks import enter, find_blocks
+from pairquant.models.planning import plan_model
+from pairquant.optimize import streams
+from pairquant.optimize.walk import Walk
+from pairquant.spec.recipe import PRESETS, recipe_with
 from pairquant.support.errors import CheckpointError, ConfigError
 
 OPTIONS = {
@@ -96,6 +103,22 @@ def test_a_stopped_run_continues_to_the_same_bytes(made, tmp_path):
     assert (tmp_path / "packed" / file).read_bytes() == (root / "packed" / file).read_bytes()
 
 
+def test_a_stopped_run_of_trained_blocks_continues_to_the_same_bytes(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+
+    class Stops(Silent):
+        def block(self, result):
+            raise KeyboardInterrupt
+
+    options = {"preset": "best", "samples": 8, "recipe": replace(PRESETS["best"], steps=5)}
+    quantize(source, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "packed", Stops(), **options)
+    quantize(source, tmp_path / "packed", **options)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "packed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_rounding_without_text_works_too(made, tmp_path):
     root, _ = made
     quantize(root / "source", tmp_path / "rtn", preset="rtn")
@@ -114,6 +137,51 @@ def test_experts_with_few_tokens_are_said(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "packed" / "pairquant.jsonl").read_text().splitlines()]
     tokens = [entry["tokens"] for entry in lines if entry["event"] == "block"]
     assert [sum(counts) for entry in tokens for counts in entry.values()] == [2 * 32, 2 * 32]
+
+
+def test_all_tokens_for_every_expert(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    for name, all_experts in (("routed", False), ("all", True)):
+        heard = Heard()
+        quantize(source, tmp_path / name, heard, all_experts=all_experts)
+        short = [text for text in heard.notices if "fewer tokens than they have input channels" in text]
+        assert len(short) == (0 if all_experts else 1)
+        assert all("--all-experts" in text for text in short)
+    lines = [json.loads(line) for line in (tmp_path / "all" / "pairquant.jsonl").read_text().splitlines()]
+    tokens = [list(entry["tokens"].values()) for entry in lines if entry["event"] == "block"]
+    assert tokens == [[[2 * 64] * 4]] * 2
+    recorded = [json.loads((tmp_path / name / "pairquant.json").read_text())["config"] for name in ("routed", "all")]
+    assert ["all_experts" in config for config in recorded] == [False, True]
+    assert pairquant.QuantConfig.from_dict(recorded[1]).all_experts
+    expected, found = log_probabilities(source), log_probabilities(tmp_path / "all")
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.02
+
+
+def test_the_moments_of_all_tokens_are_those_computed_by_hand(monkeypatch):
+    """The walk's moments of a block, in two micro-batches, against products of what each expert reads."""
+    monkeypatch.setattr(streams, "MICRO_BATCH_TOKENS", 128)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["Qwen3-MoE"].build()).eval().float()
+    config = pairquant.QuantConfig(**OPTIONS | {"samples": 4}, all_experts=True)
+    tokens = torch.randint(3, 259, (4, 64), generator=torch.Generator().manual_seed(1))
+    module, seen = model.model.layers[0].mlp.experts, []
+    with torch.no_grad():
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+        model(tokens)
+        handle.remove()
+        x = seen[0]
+        gate_up = [x @ weight.T for weight in module.gate_up_proj]
+        inner = [torch.nn.functional.silu(y[:, :32]) * y[:, 32:] for y in gate_up]
+        plan, blocks = plan_model(model, config)
+        walk = Walk(model, blocks, plan, config, torch.device("cpu"), tokens)
+        moments, uncalled = walk._moments(0, blocks[0], walk._start(tokens))
+    assert not uncalled
+    outer, *down = [m for m in moments if "experts" in m.readers[0]]
+    assert (len(outer.readers), len(down)) == (8, 4)
+    torch.testing.assert_close(outer.hessian, x.T @ x, rtol=1e-4, atol=1e-4)
+    for found, y in zip(down, inner, strict=True):
+        assert found.tokens == 256
+        torch.testing.assert_close(found.hessian, y.T @ y, rtol=1e-3, atol=1e-7)
 
 
 def test_tensors_that_the_class_does_not_use_travel(tmp_path):
@@ -136,9 +204,9 @@ def test_tensors_that_the_class_does_not_use_travel(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "best"}, "trains whole blocks, which is not possible yet with experts"),
         ({"overrides": ("re:.*experts.0.up_proj=bits:8",)}, "would be stored otherwise than the other experts"),
         ({"ignore": ("lm_head", "re:.*experts.1.down_proj")}, "cannot be left plain alone"),
+        ({"ignore": ("lm_head", "re:.*experts.*"), "all_experts": True}, "no experts that will be quantized"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(options, message, tmp_path):
@@ -146,6 +214,124 @@ def test_what_cannot_be_is_refused_before_the_work(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         quantize(source, tmp_path / "packed", **options)
     assert not (tmp_path / "packed").exists()
+
+
+def trained(model, preset, tokens, **settings):
+    """Quantize the model in place by a short recipe of the preset; the results of its blocks."""
+    recipe = PRESETS[preset]
+    recipe = replace(recipe, steps=20, shrinks=(1.0, 0.9))
+    if recipe.training is not None:
+        rates = {"weight_rate": 2e-4, "quantizer_rate": 1e-5, "validation_samples": 0}
+        recipe = replace(recipe, training=replace(recipe.training, epochs=3, weight_epochs=3, batch=4, **rates))
+    if recipe.refit is not None:
+        recipe = replace(recipe, refit=replace(recipe.refit, epochs=3, batch=4))
+    config = pairquant.QuantConfig(group_size=32, rotations=2, preset=preset, recipe=recipe, **settings)
+    plan, blocks = plan_model(model, config)
+    with torch.no_grad():
+        return list(Walk(model, blocks, plan, config, torch.device("cpu"), tokens).run())
+
+
+def routed_model(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].build()).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.2)  # experts weigh as much as the rest of a block
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(3, 259, (8, 48), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss", "Nemotron-H"])
+def test_block_wise_training_lowers_the_loss_that_the_block_then_has(family, preset, tokens):
+    """Training computes with experts' weights put together anew; the block with its decoded weights must answer the same."""
+    model = routed_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    original = routed_model(family)
+    blocks = find_blocks(original)
+    number = next(i for i, block in enumerate(blocks) if any(site.pool for site in block.sites.values()))
+    results = trained(model, preset, tokens)
+    result = results[number]
+    last = {"best": 3, "paper": 2}[preset]
+    losses = [entry["validation"] for entry in result.history if entry["stage"] == last]
+    assert min(losses) < losses[0]
+    entry, found = enter(original, blocks, tokens, 8), enter(model, find_blocks(model), tokens, 8)
+    x, y = entry.hidden[0], found.hidden[0]
+    with torch.no_grad():
+        for i in range(number + 1):
+            x = entry.calls[i].run(blocks[i].module, x)
+            y = found.calls[i].run(model.get_submodule(blocks[i].path), y)
+    kind = torch.nn.functional.smooth_l1_loss
+    assert kind(y, x).item() == pytest.approx(min(losses), rel=0.01)
+    routers = [name for name in before if name.rpartition(".")[0].endswith((".gate", ".router"))]
+    assert routers
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in routers)
+
+
+def test_a_refit_trains_experts_and_keeps_their_codes(tokens):
+    first, second = (trained(routed_model("Qwen3-MoE"), preset, tokens)[0].packed for preset in ("fast", "best"))
+    experts = [path for path in first if ".experts." in path]
+    assert len(experts) == 12
+    changed = 0
+    for path in experts:
+        for name in ("qweight", "qzeros", "pairs"):
+            assert torch.equal(first[path][name], second[path][name])
+        changed += not torch.equal(first[path]["scales"], second[path]["scales"])
+    assert changed == 12
+    for part in ("up_proj", "down_proj"):  # one transform for all experts, trained as one
+        thetas = [second[path]["theta"] for path in experts if path.endswith(part)]
+        assert all(torch.equal(thetas[0], theta) for theta in thetas)
+        assert not torch.equal(thetas[0], first[experts[0 if part == "up_proj" else 2]]["theta"])
+
+
+def test_a_refit_ends_nearer_to_the_original_than_rounding_alone(tokens):
+    original, held_out = routed_model("Qwen3-MoE"), tokens.flip(1)
+    found = {}
+    for preset in ("fast", "best"):
+        model = routed_model("Qwen3-MoE")
+        trained(model, preset, torch.cat([tokens, tokens.roll(7, 1), tokens.roll(19, 0)]))
+        found[preset] = measure(model, held_out, original).kl
+    assert found["best"] < 1.02 * found["fast"]
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss", "Nemotron-H"])
+def test_experts_are_trained_in_bfloat16(family, preset, tokens):
+    model = routed_model(family).bfloat16()
+    results = trained(model, preset, tokens, compute="bfloat16")
+    losses = [entry["validation"] for result in results for entry in result.history]
+    assert losses
+    assert torch.tensor(losses).isfinite().all()
+    assert all(0 < error < 0.5 for result in results for error in result.errors.values())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_blocks_with_plain_experts_are_trained_in_bfloat16(preset, tokens):
+    model = routed_model("Qwen3-MoE").bfloat16()
+    before = model.model.layers[0].mlp.experts.down_proj.clone()
+    results = trained(model, preset, tokens, compute="bfloat16", ignore=("lm_head", "re:.*experts.*"))
+    assert all(result.history for result in results)
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_trained_experts_are_stored_under_the_sources_names(preset, tmp_path):
+    source = make_source("Mixtral", tmp_path / "source")
+    training = {"validation_samples": 2} if preset == "paper" else {}
+    recipe = recipe_with(preset, [f"training.{name}={value}" for name, value in training.items()])
+    quantize(source, tmp_path / "packed", preset=preset, recipe=recipe, samples=8)
+    stored = StoredTensors.of_directory(tmp_path / "packed")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.qweight" in stored.fields
+    norms = {name for name in StoredTensors.of_directory(source).fields if "norm" in name}
+    assert norms <= set(stored.fields)
+    expected, found = log_probabilities(source), log_probabilities(tmp_path / "packed")
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 0.02
 
 
 def test_experts_can_be_left_plain_or_get_other_bits(tmp_path):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pairquant.layers.linear import RotatedLinear
-from pairquant.models.sites import is_linear, site_of, sites_in
+from pairquant.models.sites import held_by_parameters, is_linear, site_of, sites_in
 from pairquant.spec.fields import Size
 from pairquant.spec.linear import Spec
 
@@ -56,3 +58,20 @@ def test_what_runs_in_its_place_has_its_size_and_dtype(module):
     packed = site.packed_module(Spec(4, 32, 0).layout(32, 8))
     assert isinstance(packed, RotatedLinear)
     assert packed.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "family", ["Mixtral", "gpt-oss", "Nemotron-H"]
+)  # joined, interleaved and transposed, without gates
+def test_weights_are_joined_into_what_their_parameters_hold(family):
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].build())
+    sites = {site.path: site for site in sites_in(model)}
+    for site in sites.values():
+        site.put(torch.randn(site.size.out_features, site.size.in_features))
+    weights = {path: site.weight.clone().requires_grad_() for path, site in reversed(sites.items())}
+    held = held_by_parameters(sites, weights)
+    assert {site.parameter for site in sites.values()} == set(held)
+    for name, value in held.items():
+        assert torch.equal(value, model.get_parameter(name))
+    sum(value.square().sum() for value in held.values()).backward()
+    assert all(torch.equal(weight.grad, 2 * weight.detach()) for weight in weights.values())

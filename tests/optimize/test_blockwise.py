@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 from pairquant.core.grid import fake_quantize
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.packing import unpack
 from pairquant.models.blocks import enter, find_blocks
-from pairquant.optimize.blockwise import BlockData, BlockTask, refit_block, train_block
+from pairquant.optimize.blockwise import BlockData, BlockTask, _Objective, refit_block, train_block
 from pairquant.optimize.stages import BlockTransforms
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe, Refit, Training
@@ -279,3 +281,21 @@ def test_stage_one_measures_what_the_plain_quantizer_gives():
     for linear in plain.block.sites.values():
         linear.put(fake_quantize(linear.weight, 3, 32))
     assert scene.epochs[0]["validation"] == pytest.approx(plain.loss(), rel=1e-4)
+
+
+def test_experts_compute_in_bfloat16_where_the_other_linears_do():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["Qwen3-MoE"].build()).eval()
+    block = find_blocks(model)[0]
+    module, seen = block.module.mlp.experts, []
+    module.act_fn.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    call = enter(model, [block], torch.randint(3, 259, (2, 16)), 2).calls[0]
+    weights = {"model.layers.0.mlp.experts.gate_up_proj": module.gate_up_proj.detach().clone().requires_grad_()}
+    x = torch.randn(2, 16, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        block.module.to(dtype)
+        _Objective(block, call, "mse").of(weights, x, x).backward()
+        assert seen[-1] == dtype
+        (leaf,) = weights.values()
+        assert leaf.grad.dtype == torch.float32
+        assert leaf.grad.abs().sum() > 0

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from families import DENSE, FAMILIES
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from pairquant.models.blocks import find_blocks
-from pairquant.optimize.memory import demand
+from pairquant.optimize.memory import MARGIN, REFITTED_COPIES, demand
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS
 
@@ -48,3 +50,32 @@ def test_streams_without_room_stay_on_the_host(predicted):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_prediction(predicted, preset):
     assert predicted(preset).device > 0
+
+
+def test_all_tokens_for_every_expert_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    model = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"].build())
+    blocks, tokens = find_blocks(model), torch.zeros(4, 4096, dtype=torch.int64)
+
+    def predicted(all_experts):
+        config = QuantConfig(group_size=32, all_experts=all_experts)
+        return demand(model, blocks, config, tokens, None, CUDA).device / MARGIN
+
+    one_expert = 8192 * (2 * 64 + 64) * (4 + 4)  # tokens; gate and up, then what down reads; as computed and in float32
+    fewer_sums = 3 * 64 * 64 * 4 * 2  # one matrix for gate and up of all four experts, and its product
+    assert predicted(True) - predicted(False) == pytest.approx(one_expert - fewer_sums, abs=10)
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_training_a_block_counts_its_experts(monkeypatch, preset):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+
+    def predicted(experts):
+        config = MixtralConfig(**DENSE | {"intermediate_size": 1024, "hidden_size": 512}, num_local_experts=experts)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        return demand(model, find_blocks(model), QuantConfig(preset=preset), tokens, None, CUDA).device
+
+    one_expert = 3 * 512 * 1024 * 4  # bytes in float32
+    assert predicted(16) - predicted(8) > 8 * one_expert * REFITTED_COPIES

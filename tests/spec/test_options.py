@@ -43,7 +43,7 @@ def test_a_bad_option_is_refused_with_its_value_and_what_is_allowed(option, valu
     assert allowed in str(caught.value)
 
 
-@pytest.mark.parametrize("option", ["symmetric", "share_rotations"])
+@pytest.mark.parametrize("option", ["symmetric", "share_rotations", "all_experts"])
 @pytest.mark.parametrize("value", ["no", 2, None])
 def test_a_switch_is_refused_unless_true_or_false(option, value):
     with pytest.raises(ConfigError, match=option):
@@ -87,6 +87,12 @@ def test_allowed_options_are_kept(options):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_preset_gives_the_recipe(preset):
     assert QuantConfig(preset=preset).recipe == PRESETS[preset]
+
+
+def test_all_experts_needs_a_preset_that_reads_text():
+    assert QuantConfig(preset="gptq", all_experts=True).all_experts
+    with pytest.raises(ConfigError, match="all_experts is True.*'rtn'.*without any text"):
+        QuantConfig(preset="rtn", all_experts=True)
 
 
 def test_a_given_recipe_overrides_the_preset():

@@ -35,6 +35,10 @@ def quantize(
     pair_selection: Annotated[
         str, option(METHOD, "random, or magnitude: the most different first.", rare=True)
     ] = "random",
+    all_experts: Annotated[
+        bool,
+        option(METHOD, "Fit every expert on all tokens, whatever its router chooses.", "--all-experts", rare=True),
+    ] = False,
     setting: Annotated[
         list[str] | None, option(METHOD, "Change the preset, NAME=VALUE; repeat for more.", "--set", rare=True)
     ] = None,
@@ -88,6 +92,7 @@ def quantize(
         bos=bos,
         recipe=recipe_with(preset, setting or []),
         share_rotations=share_rotations,
+        all_experts=all_experts,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
         seed=seed,

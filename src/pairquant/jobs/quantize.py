@@ -389,10 +389,11 @@ class Job:
         few = [count for home, counts in tokens.items() for count in counts if count < channels[f"{home}.gate_up"]]
         if not few:
             return None
+        remedy = "--samples" if self.config.all_experts else "--samples), or all tokens for every expert (--all-experts"
         return (
             f"{len(few)} of {sum(map(len, tokens.values()))} experts got fewer tokens than they have input channels, the "
             f"fewest {min(few)}: what they lack was made up for by the average token of their block. More text helps "
-            "(--samples); pairquant.jsonl has every count"
+            f"({remedy}); pairquant.jsonl has every count"
         )
 
     def _pools(self) -> dict[str, str]:

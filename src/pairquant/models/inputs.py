@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,29 +18,37 @@ from .sites import ExpertSite, Site
 class Inputs:
     """The distinct inputs of a block's linears in one forward pass.
 
-    readers[n]: paths of the linears that read tensors[n], float [tokens, C]; routed[n]: whether a router chose these
-    tokens for one expert, so that another model may choose others.
+    readers[n]: paths of the linears that read tensors[n], float [tokens, C], or a function that returns this tensor each
+    time it is called, where all of them together would take too much memory; routed[n]: whether these are inputs of
+    experts, which have no counterpart in the original model: its router may choose other tokens.
     """
 
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor | Callable[[], Tensor]] = field(default_factory=list)
     readers: list[list[str]] = field(default_factory=list)
     routed: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.routed += [False] * (len(self.tensors) - len(self.routed))
 
-    def add(self, tensor: Tensor, readers: list[str], routed: bool = False) -> None:
+    def add(self, tensor: Tensor | Callable[[], Tensor], readers: list[str], routed: bool = False) -> None:
         """Add a distinct input."""
         self.tensors.append(tensor)
         self.readers.append(readers)
         self.routed.append(routed)
 
+    def tensor(self, number: int) -> Tensor:
+        """Return tensors[number], computed now if it is a function."""
+        held = self.tensors[number]
+        return held if isinstance(held, Tensor) else held()
+
 
 @contextmanager
-def recorded_inputs(sites: Mapping[str, Site], routed: bool = True) -> Iterator[Inputs]:
+def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts: bool = False) -> Iterator[Inputs]:
     """Collect what the module of each site reads while the context is open.
 
-    routed: also what each expert reads: the tokens that its router gives it, and the inner activations that follow.
+    routed: also what each expert reads: the tokens that its router gives it, and the inner activations that follow. These
+    are computed, from the weights that the experts have at that time, when they are asked for.
+    all_experts: as if the router gave every token to every expert. What the experts return stays as it is.
     """
     inputs = Inputs()
     originals: dict[int, Tensor] = {}
@@ -54,7 +62,8 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True) -> Iterator[
         inputs.add(args[0].detach().flatten(0, -2), [path])
 
     def record_experts(mine: list[ExpertSite], module: nn.Module, args: tuple, kwargs: dict) -> None:
-        for tensor, readers in _of_experts(mine, module, *args, **kwargs):
+        of_experts = _of_all_experts if all_experts else _of_experts
+        for tensor, readers in of_experts(mine, module, *args, **kwargs):
             inputs.add(tensor, readers, routed=True)
 
     handles = []
@@ -74,26 +83,48 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True) -> Iterator[
             handle.remove()
 
 
-@torch.no_grad()
 def _of_experts(
     sites: Iterable[ExpertSite], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, *_: Tensor
-) -> Iterator[tuple[Tensor, list[str]]]:
+) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """Yield what each expert reads, [its tokens, C], and by which of its parts; experts without tokens read nothing."""
     hidden = hidden_states.detach().flatten(0, -2)
     index = top_k_index.flatten(0, -2)
-    by_number: dict[int, list[ExpertSite]] = {}
-    for site in sites:
-        by_number.setdefault(site.number, []).append(site)
+
+    def tokens(number: int) -> Tensor:
+        return hidden[(index == number).any(-1)]
+
+    def inner(number: int) -> Tensor:
+        return inner_activations(module, number, tokens(number))
+
+    for number, mine in _by_number(sites).items():
+        if paths := [site.path for site in mine if site.part != "down_proj"]:
+            yield partial(tokens, number), paths
+        if paths := [site.path for site in mine if site.part == "down_proj"]:
+            yield partial(inner, number), paths
+
+
+def _of_all_experts(
+    sites: Iterable[ExpertSite], module: nn.Module, hidden_states: Tensor, *_: Tensor, **__: Tensor
+) -> Iterator[tuple[Tensor | Callable[[], Tensor], list[str]]]:
+    """Yield what the experts would read if each of them got every token, [tokens, C], and by which of their parts."""
+    hidden = hidden_states.detach().flatten(0, -2)
+    by_number = _by_number(sites)
+    if outer := [site.path for mine in by_number.values() for site in mine if site.part != "down_proj"]:
+        yield hidden, outer
     for number, mine in by_number.items():
-        x = hidden[(index == number).any(-1)]
-        outer = [site.path for site in mine if site.part != "down_proj"]
-        inner = [site.path for site in mine if site.part == "down_proj"]
-        if outer:
-            yield x, outer
-        if inner:
-            yield inner_activations(module, number, x), inner
+        if paths := [site.path for site in mine if site.part == "down_proj"]:
+            yield partial(inner_activations, module, number, hidden), paths
 
 
+def _by_number(sites: Iterable[ExpertSite]) -> dict[int, list[ExpertSite]]:
+    """Return the sites of each expert, by its number."""
+    found: dict[int, list[ExpertSite]] = {}
+    for site in sites:
+        found.setdefault(site.number, []).append(site)
+    return found
+
+
+@torch.no_grad()
 def inner_activations(module: nn.Module, number: int, x: Tensor) -> Tensor:
     """Return what the last product of an expert reads, [T, I], for its input x [T, H]."""
     name = "gate_up_proj" if module.has_gate else "up_proj"

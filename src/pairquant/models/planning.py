@@ -28,8 +28,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     """Find the blocks of a model, which may lack its weights, and resolve the plan for them, by the source's names.
 
     Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
-    `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, and large
-    weights that nothing here can quantize.
+    `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
+    that nothing here can quantize, and `all_experts` where no experts are quantized.
     """
     blocks = find_blocks(model, config.ignore, names)
     _require_known(model, config.ignore, names)
@@ -43,9 +43,10 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
     every = [site for site in sites_in(model, names=names) if site.pool is not None]
     _require_alike_experts(plan, every)
-    if config.recipe.trains and any(isinstance(site, ExpertSite) for site in sites.values()):
+    if config.all_experts and not any(site.pool for site in sites.values()):
         raise ConfigError(
-            f"preset {config.preset!r} trains whole blocks, which is not possible yet with experts. Choose --preset fast."
+            "all_experts is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
+            "--all-experts out."
         )
     return plan, blocks
 

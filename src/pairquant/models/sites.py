@@ -7,7 +7,7 @@ Each kind of module has a class in `KINDS`; for a new kind, add a class and an e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -230,6 +230,23 @@ class ExpertSite(Site):
     def put(self, weight: Tensor) -> None:
         self.weight.copy_(weight)
 
+    @staticmethod
+    def joined(weights: Sequence[tuple[ExpertSite, Tensor]]) -> Tensor:
+        """Return what a parameter holds if its sites, which must all be here, have these weights [N, C].
+
+        Differentiable, with one copy of the weights.
+        """
+        parts = ("gate_proj", "up_proj", "down_proj")
+        module = weights[0][0].module
+        ordered = sorted(weights, key=lambda item: (item[0].number, parts.index(item[0].part)))
+        rows = [weight for _, weight in ordered]
+        of_one = sum(site.number == ordered[0][0].number for site, _ in ordered)
+        if of_one > 1 and not module.is_concatenated:
+            rows = [torch.stack(rows[i : i + of_one], dim=1).flatten(0, 1) for i in range(0, len(rows), of_one)]
+        experts = len(module.get_parameter("down_proj"))
+        whole = torch.cat(rows).view(experts, -1, rows[0].shape[-1])
+        return whole.mT if module.is_transposed else whole
+
     def packed_module(self, layout: LinearLayout) -> RotatedLinear:
         raise NotImplementedError("experts are replaced together, by `layers.experts.RotatedExperts`")
 
@@ -253,6 +270,22 @@ def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedE
         raise CheckpointError(f"the checkpoint holds {len(found)} weights of the experts of {site.place}, not {whole}")
     device = site.module.get_parameter("down_proj").device
     return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device)
+
+
+def held_by_parameters(sites: Mapping[str, Site], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return full name → what the parameter holds if the sites have these weights, [N, C] by path; differentiable.
+
+    Of a module's experts, either all are among `weights` or none.
+    """
+    held: dict[str, Tensor] = {}
+    experts: dict[str, list[tuple[ExpertSite, Tensor]]] = {}
+    for path, weight in weights.items():
+        site = sites[path]
+        if isinstance(site, ExpertSite):
+            experts.setdefault(site.parameter, []).append((site, weight))
+        else:
+            held[site.parameter] = site.as_held(weight)
+    return held | {parameter: ExpertSite.joined(found) for parameter, found in experts.items()}
 
 
 #: Kinds of modules that hold one weight.

@@ -133,8 +133,11 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
     objective = _Objective(task.block, task.call, how.loss)
     tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
+    by_rate: dict[float, list[Tensor]] = {}
+    for tensor, rate in stage.trained:  # a block of 128 experts has 400 weights: few groups take few launches
+        by_rate.setdefault(rate, []).append(tensor)
     optimizer = torch.optim.AdamW(
-        [{"params": [tensor], "lr": rate} for tensor, rate in stage.trained],
+        [{"params": alike, "lr": rate} for rate, alike in by_rate.items()],
         betas=(how.beta1, how.beta2),
         eps=how.eps,
         weight_decay=how.weight_decay,
@@ -152,7 +155,7 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
         losses = []
         for chosen in order.view(len(data.inputs), -1).split(per_step):
             losses.append(_gradients(stage, objective, data, chosen))
-            ranks.average([tensor.grad for tensor in tensors])
+            ranks.average([tensor.grad for tensor in tensors if tensor.grad is not None])
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
@@ -198,8 +201,15 @@ class _Objective(nn.Module):
         return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 
     def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        named = {f"block{name.removeprefix(self.path)}": weight for name, weight in weights.items()}
+        named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
         return functional_call(self, named, (inputs, targets))
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """Return a weight as the block takes it: those of experts, [E, …], in bfloat16 where the others are turned into it.
+
+        Autocast leaves grouped products as they are. Transformers turns their other operand into the dtype of the weights.
+        """
+        return weight.to(torch.bfloat16) if self.low_precision and weight.dim() == 3 else weight
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return the mean loss over micro-batches of one size, without gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.blocks import Block
+from ..models.sites import Site
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
+from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
 from .walk import compute_dtype
 
@@ -22,7 +25,8 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 #: Copies of a block's weights in float32 that block-wise training holds: masters, decoded, gradients, AdamW's moments, and
 #: what the graph of a linear keeps (32.2 GB in all for an 8B block with 512 windows on an H100).
 TRAINED_COPIES = 10
-
+#: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
+REFITTED_COPIES = 7
 
 #: Experts of a token, where the configuration does not say.
 USUAL_EXPERTS = 8
@@ -75,19 +79,58 @@ def _block_bytes(
     if not sizes:
         return 0
     weights = sum(math.prod(size) for size in sizes)
-    inputs: dict[tuple[str, int], int] = {}
-    for path, site in block.sites.items():
-        channels = site.size.in_features
-        inputs[path.rpartition(".")[0], channels] = channels**2 * 4
-    moments = sum(inputs.values()) * (2 if config.recipe.drift else 1)
-    largest = max(math.prod(size) for size in sizes)
-    fitting = largest * 4 * FITTING_COPIES
+    moments = _moment_bytes(block, config)
+    fitting = _fitted_together(block) * 4 * FITTING_COPIES
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
     experts = [site for site in block.sites.values() if site.pool is not None]
     share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     activations = int(batch * read * itemsize * 2)
-    trained = weights * 4 * TRAINED_COPIES if config.recipe.training else 0
+    if config.all_experts:
+        activations += _one_expert_bytes(experts, batch, itemsize)
+    copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
+    trained = weights * 4 * copies
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _fitted_together(block: Block) -> int:
+    """Return the most weights that one transform is fitted on: those of a linear, or the sampled rows of a pool of experts."""
+    rows: dict[str, int] = {}
+    channels: dict[str, int] = {}
+    for path, site in block.sites.items():
+        home = site.pool or path
+        rows[home], channels[home] = rows.get(home, 0) + site.size.out_features, site.size.in_features
+    pools = {site.pool for site in block.sites.values()}
+    return max((min(n, SHARED_ROWS) if home in pools else n) * channels[home] for home, n in rows.items())
+
+
+def _moment_bytes(block: Block, config: QuantConfig) -> int:
+    """Predict the bytes of the second moments of a block.
+
+    An expert's are counted twice: as a sum, and as the product of one micro-batch, which is added to the sum when the
+    products of all experts are known.
+    """
+    inputs: dict[tuple[str, str | int], int] = {}
+    for path, site in block.sites.items():
+        channels = site.size.in_features
+        copies = 2 if config.recipe.drift or site.pool else 1
+        of_all = config.all_experts and site.pool is not None and not site.pool.endswith(".down")
+        home = "" if of_all else path.rpartition(".")[0]
+        inputs[home, site.pool or channels] = channels**2 * 4 * copies
+    return sum(inputs.values())
+
+
+def _one_expert_bytes(experts: Sequence[Site], batch: int, itemsize: int) -> int:
+    """Predict the bytes of an expert's activations on all tokens of a micro-batch: what every part of it returns or reads.
+
+    They are held for one expert at a time, and once more in float32 for their product.
+    """
+    widths: dict[str, int] = {}
+    for site in experts:
+        expert = site.path.rpartition(".")[0]
+        widths[expert] = widths.get(expert, 0) + (
+            site.size.in_features if str(site.pool).endswith(".down") else site.size.out_features
+        )
+    return batch * max(widths.values(), default=0) * (itemsize + 4)

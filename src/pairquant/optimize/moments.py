@@ -34,21 +34,32 @@ class MomentSum:
 
     def add(self, inputs: Inputs, originals: Inputs | None = None) -> None:
         """Add one micro-batch; `originals` are the same linears' inputs in the original model."""
-        if not self.moments:
-            self.moments = [
-                Moments(readers, _zeros(x), _zeros(x) if originals and not routed else None)
-                for readers, x, routed in zip(inputs.readers, inputs.tensors, inputs.routed, strict=True)
-            ]
         # All products first: running out of memory then leaves the sums as they were.
-        products = [second_moment(x, x) for x in inputs.tensors]
-        compared = [x for x, routed in zip(inputs.tensors, inputs.routed, strict=True) if not routed]
-        crossed = [second_moment(x, y) for x, y in zip(originals.tensors, compared, strict=True)] if originals else []
-        for moments, product, x in zip(self.moments, products, inputs.tensors, strict=True):
-            moments.hessian += product
-            moments.tokens += len(x)
-        with_cross = [moments for moments in self.moments if moments.cross is not None]
-        for moments, product in zip(with_cross, crossed, strict=True):
-            moments.cross += product  # type: ignore[operator]
+        products = self._products(inputs, originals)
+        if not self.moments:
+            self.moments = products
+            return
+        for total, product in zip(self.moments, products, strict=True):
+            total.hessian += product.hessian
+            total.tokens += product.tokens
+            if total.cross is not None and product.cross is not None:
+                total.cross += product.cross
+
+    @staticmethod
+    def _products(inputs: Inputs, originals: Inputs | None) -> list[Moments]:
+        """Return the moments of one micro-batch; inputs that are functions are computed one after the other."""
+        counterparts: dict[int, int] = {}
+        if originals is not None:
+            compared = [number for number, routed in enumerate(inputs.routed) if not routed]
+            counterparts = dict(zip(compared, range(len(originals.tensors)), strict=True))
+        products = []
+        for number, readers in enumerate(inputs.readers):
+            x = inputs.tensor(number)
+            cross = None
+            if originals is not None and number in counterparts:
+                cross = second_moment(originals.tensor(counterparts[number]), x)
+            products.append(Moments(readers, second_moment(x, x), cross, len(x)))
+        return products
 
     def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
         """Return the sums, and the paths among `paths` that the forward pass never called.
@@ -119,7 +130,3 @@ def second_moment(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x.T, y, out_dtype=torch.float32)
     return x.float().T @ y.float()
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)

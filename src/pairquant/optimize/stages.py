@@ -21,10 +21,11 @@ from ..core.rotation import rotate_dense
 from ..core.rounding import Grid, stored
 from ..kernels.fit.matrices import Matrices
 from ..models.blocks import Block
-from ..models.sites import is_linear
+from ..models.planning import ROUTERS
+from ..models.sites import held_by_parameters, is_linear
 from ..spec.linear import LinearLayout, PackedLinear, Spec
 from ..spec.recipe import Recipe, Refit, Training
-from .search import alike_in_rotation, select_for
+from .search import alike_in_rotation, sampled_rows, select_for
 
 #: The linears (full paths) of each transform.
 Groups = list[tuple[str, ...]]
@@ -108,7 +109,7 @@ class BlockTransforms:
         def of(places: list[int]) -> Transforms:
             pairs, free, inverse = [], [], []
             for i in places:
-                weight = torch.cat([block.sites[path].weight.float() for path in groups[i]])
+                weight = sampled_rows([block.sites[path].weight for path in groups[i]]).float()
                 selection = select_for(weight / starts[i], seeds[groups[i][0]], layouts[groups[i][0]].spec, method)
                 pairs.append(selection.pairs.to(weight.device))
                 free.append(selection.free.to(weight.device))
@@ -176,8 +177,8 @@ class TransformStage:
                 site, spec = self.block.sites[path], self.layouts[path].spec
                 rotated = rotate_dense(site.weight.float(), into)
                 rounded = fake_quantize(rotated, spec.bits, spec.group_size, spec.symmetric)
-                result[f"{path}.weight"] = site.as_held(rotate_dense(rounded, out_of))
-        return result
+                result[path] = rotate_dense(rounded, out_of)
+        return held_by_parameters(self.block.sites, result)
 
 
 class LearnedQuantize(torch.autograd.Function):
@@ -239,8 +240,8 @@ class WeightStage:
         result = {}
         for path, transform in self.transforms.items():
             rounded = LearnedQuantize.apply(self.rotated[path], *self.grid(path), self.layouts[path].bits)
-            result[f"{path}.weight"] = self.block.sites[path].as_held(transform.weight_out(rounded))
-        return result
+            result[path] = transform.weight_out(rounded)
+        return held_by_parameters(self.block.sites, result)
 
     def packed(self) -> dict[str, PackedLinear]:
         result = {}
@@ -281,12 +282,13 @@ class RefitStage:
         return straight_through(scale, stored(scale.clamp(min=MIN_SCALE)))
 
     def weights(self) -> dict[str, Tensor]:
-        result = {name: straight_through(norm, self.as_kept(norm)) for name, norm in self.norms.items()}
+        norms = {name: straight_through(norm, self.as_kept(norm)) for name, norm in self.norms.items()}
+        result = {}
         for group, (_, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
             for path in group:
                 rotated = (self.steps[path] * self.scale(path)[..., None]).flatten(1)
-                result[f"{path}.weight"] = self.block.sites[path].as_held(rotate_dense(rotated, out_of))
-        return result
+                result[path] = rotate_dense(rotated, out_of)
+        return norms | held_by_parameters(self.block.sites, result)
 
     def as_kept(self, norm: Tensor) -> Tensor:
         return norm.to(self.kept_as).float()
@@ -301,18 +303,18 @@ class RefitStage:
 
 
 def _steps(packed: PackedLinear) -> Tensor:
-    """Return Return q - z of every weight: int16 [N, G, g]."""
+    """Return q - z of every weight: int16 [N, G, g]."""
     bits, g = packed.layout.bits, packed.layout.group_size
     codes, zeros = unpack(packed["qweight"], bits).T.short(), unpack(packed["qzeros"], bits).T.short()
     return codes.reshape(len(codes), -1, g) - zeros[..., None]
 
 
 def _norm_weights(block: Block) -> list[tuple[str, nn.Parameter]]:
-    """Return full path and parameter of everything one-dimensional that is no linear's."""
+    """Return full path and parameter of everything one-dimensional that is no linear's and no router's."""
     return [
         (".".join(filter(None, (block.path, path, name))), parameter)
         for path, module in block.module.named_modules()
-        if not is_linear(module)
+        if not is_linear(module) and path.rpartition(".")[2] not in ROUTERS
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 1
     ]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,11 +25,8 @@ from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
 from .moments import Moments, Pool
 from .ranks import Ranks
-from .search import Problem, fit_transforms
+from .search import Problem, fit_transforms, sampled_rows
 from .stages import Groups
-
-#: Most rows on which one transform is fitted: a block of 128 experts has 200,000.
-SHARED_ROWS = 32_768
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Rounding:
         hessians, problems, factors = work.hessians, [], starts(work)
         for group, factor in zip(work.groups, factors, strict=True):
             rows = [targets[path] for path in group]
-            stacked = rows[0] if len(rows) == 1 else _sample(rows)
+            stacked = sampled_rows(rows)
             weight = stacked if factor == 1 else stacked / factor
             hessian = work.group_hessian(group, hessians)
             problems.append(Problem(weight, hessian, work.seeds[group[0]], work.layouts[group[0]].spec))
@@ -177,12 +174,6 @@ class Rounding:
                     solvers(work.device),
                 )
         return {p: ranks.shared(packed.pop(p, None), work.layouts[p], owners[p], work.device) for p in transforms}
-
-
-def _sample(rows: Sequence[Tensor]) -> Tensor:
-    """Join weights [N, C] that share a transform; of more than `SHARED_ROWS` rows, evenly spaced ones stand for all."""
-    step = -(-sum(map(len, rows)) // SHARED_ROWS)
-    return torch.cat([each[::step] for each in rows])
 
 
 class Refitting(Rounding):

@@ -68,10 +68,10 @@ class Streams:
         calls = [call.to(places.device, places.dtype) for call in entry.calls]
         return cls(calls, hidden, list(hidden) if keep_original else None, places.device, places.store, notice)
 
-    def observe(self, block: Block, index: int) -> MomentSum:
+    def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
 
-        The original stream moves on to the next block with what that gives; the quantized one stays.
+        all_experts: sum the moments of experts as if each got every token. The original stream moves on to the next block with what that gives; the quantized one stays.
         """
         total = MomentSum()
         for i, hidden in enumerate(self.quantized):
@@ -81,7 +81,7 @@ class Streams:
                 if original is not None:
                     with recorded_inputs(block.sites, routed=False) as reference:
                         output = self.calls[index].run(block.module, original)
-                with recorded_inputs(block.sites) as inputs:
+                with recorded_inputs(block.sites, all_experts=all_experts) as inputs:
                     self.calls[index].run(block.module, hidden)
                 total.add(inputs, reference)
                 return output

@@ -219,7 +219,7 @@ class Walk:
         if streams is None:
             eye = {c: torch.eye(c, device=self.device) for c in {s.size.in_features for s in block.sites.values()}}
             return [Moments([path], eye[site.size.in_features]) for path, site in block.sites.items()], []
-        total = streams.observe(block, index)
+        total = streams.observe(block, index, self.config.all_experts)
         _add_over_ranks(total, self.ranks)
         moments, uncalled = total.checked(block.sites)
         if uncalled:

@@ -92,6 +92,7 @@ class QuantConfig:
     group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
     rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
     share_rotations: fit one transform for all linears that read the same input.
+    all_experts: fit every expert on all tokens of the text instead of those that its router gives it.
     samples, seq_len: calibrate on `samples` windows of `seq_len` tokens, drawn evenly from the sources in `calibration`.
     calibration: files, names of data sets, or "default".
     validation: sources of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
@@ -118,11 +119,12 @@ class QuantConfig:
     compute: str = "auto"
     bos: str = "auto"
     overrides: tuple[Override, ...] = ()
+    all_experts: bool = False
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
         require_choice("preset", self.preset, PRESETS)
-        for name in ("symmetric", "share_rotations"):
+        for name in ("symmetric", "share_rotations", "all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: True, False")
         require_choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
@@ -145,6 +147,11 @@ class QuantConfig:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
+        if self.all_experts and not self.recipe.needs_text:
+            raise ConfigError(
+                f"all_experts is True, allowed with preset {self.preset!r}: False, because it rounds without any text. Leave "
+                "--all-experts out."
+            )
 
     @property
     def spec(self) -> Spec:
@@ -155,13 +162,16 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dict that JSON can hold; `from_dict` reads it.
 
-        `overrides` and `bos` were added later. At their defaults they are left out, so that earlier records stay equal.
+        `overrides`, `bos` and `all_experts` were added later. At their defaults they are left out, so that earlier records
+        stay equal.
         """
         entries = asdict(self)
         if not self.overrides:
             del entries["overrides"]
         if self.bos == "auto":
             del entries["bos"]
+        if not self.all_experts:
+            del entries["all_experts"]
         return entries
 
     @classmethod
