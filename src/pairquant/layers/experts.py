@@ -142,7 +142,7 @@ class RotatedExperts(nn.Module):
 
         dtype: that of the activations. The first forward pass does this if it was not done before.
         """
-        device = self.down_weight_theta.device
+        device = self.get_buffer("down_weight_theta").device
         if self._prepared is None and not offloaded(self):
             layouts = [plan.layout for plan in self.plans.values()]
             if any(experts_refusal(layout, device, dtype) for layout in layouts):
