@@ -64,7 +64,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+#: Experts are chosen at random, so that every contender has the same work: by random weights each would choose its own.
 ENVIRONMENT = {
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",

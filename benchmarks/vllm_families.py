@@ -4,15 +4,15 @@
     python benchmarks/vllm_families.py check DIRECTORY [--output …]  # where vLLM runs
 
 The models are those of tests/families.py with heads and experts of sizes that GPU kernels take. `check` prints for each the
-error of vLLM's log-probabilities in bfloat16, relative to their spread, and what Transformers' own bfloat16 gives.
+error of vLLM's log-probabilities, relative to their spread, and what Transformers' own bfloat16 gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,48 +77,53 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return round(float((found - expected).norm() / spread.norm()), 4)
 
 
-def check(directory: Path, output: Path | None) -> None:
+def check(directory: Path, dtype: str, output: Path | None) -> None:
+    """Check each family in a process of its own: what one engine leaves behind would change the next."""
+    rows: dict[str, Any] = {}
+    for home in sorted(path.parent for path in directory.glob("*/expected.pt")):
+        result = home / "result.json"
+        result.unlink(missing_ok=True)
+        subprocess.run(
+            [sys.executable, __file__, "one", str(home), "--dtype", dtype, "--output", str(result)], check=False
+        )
+        rows[home.name] = json.loads(result.read_text()) if result.exists() else {"failed": "the process ended"}
+        print(home.name, rows[home.name], flush=True)
+        if output:
+            output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def one(home: Path, dtype: str, output: Path) -> None:
+    """Run one family in vLLM and write its row."""
     from vllm import LLM, SamplingParams
 
     from pairquant.integrations.vllm import register
 
     register()
-    rows: dict[str, Any] = {}
-    for home in sorted(directory.iterdir()):
-        if not (home / "expected.pt").exists():
-            continue
-        expected = torch.load(home / "expected.pt")
-        row: dict[str, Any] = {"Transformers bfloat16": error(expected["torch.bfloat16"], expected["torch.float32"])}
-        llm = None
-        try:
-            llm = LLM(
-                str(home / "packed"), dtype="bfloat16", max_model_len=96, max_num_seqs=4, max_logprobs=-1, enforce_eager=True,
-                gpu_memory_utilization=0.25, enable_prefix_caching=False,
-            )  # fmt: skip
-            sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
-            (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
-            places = answer.prompt_logprobs[1:]
-            logprobs = torch.tensor([[row[token].logprob for token in range(len(row))] for row in places])
-            row["vLLM bfloat16"] = error(logprobs, expected["torch.float32"][:, : logprobs.shape[1]])
-        except Exception as failure:
-            row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
-        finally:
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            torch.cuda.empty_cache()
-        rows[home.name] = row
-        print(home.name, row, flush=True)
-        if output:
-            output.write_text(json.dumps(rows, indent=1) + "\n")
+    expected = torch.load(home / "expected.pt")
+    exact = expected["torch.float32"]
+    row: dict[str, Any] = {"Transformers bfloat16": error(expected["torch.bfloat16"], exact)}
+    try:
+        llm = LLM(
+            str(home / "packed"), dtype=dtype, max_model_len=96, max_num_seqs=4, max_logprobs=-1, enforce_eager=True,
+            gpu_memory_utilization=0.25, enable_prefix_caching=False,
+        )  # fmt: skip
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+        (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
+        places = answer.prompt_logprobs[1:]
+        found = torch.tensor([[place[token].logprob for token in range(len(place))] for place in places])
+        row[f"vLLM {dtype}"] = error(found, exact)
+        row["by token"] = [error(f, e) for f, e in zip(found, exact, strict=True)]
+    except Exception as failure:
+        row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
+    output.write_text(json.dumps(row))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "check"))
+    parser.add_argument("what", choices=("make", "check", "one"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.what == "make":
@@ -128,7 +133,10 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    check(options.directory, options.output)
+    if options.what == "one":
+        one(options.directory, options.dtype, options.output)
+    else:
+        check(options.directory, options.dtype, options.output)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ DOORS = {
         "kernels/fit/triton_matrices.py",
         "kernels/run/triton_linear.py",
         "kernels/run/triton_rotate.py",
+        "kernels/run/triton_unpack.py",
         "kernels/availability.py",
         "kernels/run/tune.py",
     },

@@ -148,3 +148,17 @@ def test_float32_is_never_multiplied_in_16_bits(packed):
     made, _, (tokens, index, weights), expected = packed
     assert not made.prepare(torch.float32)
     torch.testing.assert_close(made(tokens, index, weights), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_to_the_input_where_the_product_has_none(packed, kernels, dtype):
+    made, _, (tokens, index, weights), _ = packed
+    made.prepare(torch.bfloat16)
+    x = tokens.to(dtype).requires_grad_()
+    made(x, index, weights).float().sum().backward()
+    assert x.grad is not None
+    step = 1e-2 * x.grad.float() / x.grad.float().norm()
+    with torch.no_grad():
+        exact = [made(tokens + sign * step, index, weights).sum() for sign in (1, -1)]
+    expected = (x.grad.float() * step).sum()
+    assert abs((exact[0] - exact[1]) / 2 - expected) < 0.1 * abs(expected)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.cpu_int4 import CpuInt4
-from ..backends.experts import (
-    ACTIVATIONS,
-    experts_refusal,
-    prepare_experts,
-    stored_codes,
-)
+from ..backends.experts import ACTIVATIONS, Experts, experts_refusal
 from ..backends.table import Explanation
 from ..backends.triton_int4 import TritonInt4
 from ..core.linear import rotated_weight, transform_of
@@ -110,7 +106,7 @@ class RotatedExperts(nn.Module):
                 self.register_buffer(f"{plan.pool}_weight_{name}", tensor)
         self._matrices: dict[str, Tensor] = {}
         self._int4: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self._prepared: _Prepared | None = None
+        self._prepared: Experts | None = None
         self._activation: str | None = None
 
     def packed(self) -> Iterator[tuple[str, PackedLinear]]:
@@ -123,10 +119,18 @@ class RotatedExperts(nn.Module):
         """Return one weight of one expert; part: "gate_proj", "up_proj" or "down_proj"."""
         plan = self.plans[part]
         own = getattr(getattr(self, str(number)), plan.name)
-        given_up = self._prepared.codes(number, part) if self._prepared else {}
+        given_up = self._codes(number, part)
         shared = {name: getattr(self, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
         tensors = {name: shared[name] if name in shared else getattr(own, name) for name in plan.layout.fields()}
         return PackedLinear(plan.layout, tensors)
+
+    def _codes(self, number: int, part: str) -> dict[str, Tensor]:
+        """Return the stored codes, scales and zero points that our kernels' tensors have taken the place of; else nothing."""
+        if self._prepared is None:
+            return {}
+        weights = self._prepared.down if part == "down_proj" else self._prepared.up
+        index = 1 if part == "up_proj" and self.has_gate else 0
+        return weights.stored(number, index, self.plans[part].layout)
 
     def check_values(self, path: str) -> None:
         """Check all tensors, which are stored below `path`; raises `CheckpointError` for the first fault."""
@@ -138,29 +142,50 @@ class RotatedExperts(nn.Module):
                 seen.add(plan.pool)
 
     def prepare(self, dtype: torch.dtype) -> bool:
-        """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they do.
+        """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they can run.
 
-        dtype: that of the activations. The first forward pass does this if it was not done before.
+        dtype: that of the activations. The first forward pass does this if it was not done before. Warns on a GPU if
+        experts are decoded at each use.
         """
         device = self.get_buffer("down_weight_theta").device
-        if self._prepared is None and not offloaded(self):
-            layouts = [plan.layout for plan in self.plans.values()]
-            if any(experts_refusal(layout, device, dtype) for layout in layouts):
+        reasons = (experts_refusal(plan.layout, device, dtype) for plan in self.plans.values())
+        if reason := next(filter(None, reasons), None):
+            if device.type == "cuda":
+                warnings.warn(
+                    f"experts are decoded at each use, which is slow: {TritonInt4.name} {reason}", stacklevel=2
+                )
+            return False
+        if self._prepared is None:
+            if offloaded(self):
                 return False
+            outer = ("gate_proj", "up_proj") if self.has_gate else ("up_proj",)
             with plain_tensors():
-                self._prepared = _Prepared.of(self, dtype)
-            for number in range(self.count):
-                for plan in self.plans.values():
-                    own = getattr(getattr(self, str(number)), plan.name)
-                    own._buffers.update(dict.fromkeys(CODES))
-        return self._prepared is not None and self._prepared.dtype == dtype
+                self._prepared = Experts.build(self._each(outer), self._each(("down_proj",)))
+            for owner in self._owners():
+                owner._buffers.update(dict.fromkeys(CODES))
+            self._known_activation()
+        return True
+
+    def _each(self, parts: Sequence[str]) -> list[list[PackedLinear]]:
+        """Return these parts of every expert."""
+        return [[self.packed_part(number, part) for part in parts] for number in range(self.count)]
+
+    def _owners(self) -> Iterator[nn.Module]:
+        """Yield the module of every part of every expert."""
+        for number in range(self.count):
+            for plan in self.plans.values():
+                yield getattr(getattr(self, str(number)), plan.name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any) -> Tensor:
         shape = hidden_states.shape
         hidden, index = hidden_states.flatten(0, -2), top_k_index.flatten(0, -2)
         weights = top_k_weights.flatten(0, -2)
-        if hidden.numel() and self.prepare(hidden.dtype):
-            return self._by_kernels(hidden, index, weights).view(shape)
+        trains = torch.is_grad_enabled() and hidden.requires_grad  # our kernels for experts pass no gradients
+        if hidden.numel() and not trains and self.prepare(hidden.dtype):
+            assert self._prepared is not None, "prepare was called"
+            activation = self._known_activation()
+            between = None if activation else self._between_products
+            return self._prepared.run(hidden, index, weights, activation, between).view(shape)
         output = torch.zeros_like(hidden)
         turned = self._turned("up_proj", hidden)
         for number in torch.unique(index).tolist():
@@ -171,17 +196,6 @@ class RotatedExperts(nn.Module):
             y = self._product(number, "down_proj", self._turned("down_proj", inner))
             output.index_add_(0, token, (y * weights[token, place, None]).to(output.dtype))
         return output.view(shape)
-
-    def _by_kernels(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        ready, kernel = self._prepared, torch.ops.pairquant
-        assert ready is not None, "prepare was called"
-        given = kernel.assign_experts(index, self.count)
-        joined = kernel.experts_linear(hidden, index, given, *ready.up, "")
-        activation = self._known_activation()
-        if not activation:
-            joined = self._between_products(joined)
-        y = kernel.experts_linear(joined, index, given, *ready.down, activation)
-        return kernel.combine_experts(y, index, weights, self.count)
 
     def _known_activation(self) -> str:
         """Return which of `ACTIVATIONS` the module that this one replaces computes from gate and up; "" if another."""
@@ -224,7 +238,7 @@ class RotatedExperts(nn.Module):
     def _product(self, number: int, part: str, turned: Tensor) -> Tensor:
         layout = self.plans[part].layout
         packed = self.packed_part(number, part)
-        if has_int4(layout, turned.device, turned.dtype):
+        if has_int4(layout, turned.device, turned.dtype) and not turned.requires_grad:
             if (number, part) not in self._int4:
                 self._int4[number, part] = int4_weights(packed)
             y = int4_product(turned, *self._int4[number, part], layout.group_size)
@@ -247,24 +261,17 @@ class RotatedExperts(nn.Module):
     def _restore(self) -> None:
         """Take the stored codes back, and forget what was made of them."""
         self._matrices, self._int4 = {}, {}
-        if self._prepared is None:
-            return
-        for (number, part), codes in self._given_up():
-            getattr(getattr(self, str(number)), self.plans[part].name)._buffers.update(codes)
+        for number in range(self.count):
+            for part, plan in self.plans.items():
+                getattr(getattr(self, str(number)), plan.name)._buffers.update(self._codes(number, part))
         self._prepared = None
-
-    def _given_up(self) -> Iterator[tuple[tuple[int, str], dict[str, Tensor]]]:
-        """Yield number and part, and the codes that our kernels' tensors have taken the place of."""
-        if self._prepared is not None:
-            for number in range(self.count):
-                for part in self.plans:
-                    yield (number, part), self._prepared.codes(number, part)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for (number, part), codes in self._given_up():
-            for name, tensor in codes.items():
-                destination[f"{prefix}{number}.{self.plans[part].name}.{name}"] = tensor
+        for number in range(self.count):
+            for part, plan in self.plans.items():
+                codes = self._codes(number, part)
+                destination.update({f"{prefix}{number}.{plan.name}.{name}": codes[name] for name in codes})
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._restore()
@@ -273,35 +280,3 @@ class RotatedExperts(nn.Module):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{p.name} {p.layout.in_features} → {p.layout.out_features}" for p in self.plans.values())
         return f"{self.count} experts: {shapes}; {self.plans['down_proj'].layout.spec}"
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What our kernels need to run the experts in a dtype: the arguments of `experts_linear` that are always the same.
-
-    up: of the parts that read the block's input, in the order of `parts`; down: of "down_proj".
-    """
-
-    dtype: torch.dtype
-    parts: tuple[str, ...]
-    up: tuple[list[Tensor], list[int], int]
-    down: tuple[list[Tensor], list[int], int]
-    layouts: Mapping[str, LinearLayout]
-
-    @classmethod
-    def of(cls, module: RotatedExperts, dtype: torch.dtype) -> _Prepared:
-        parts = ("gate_proj", "up_proj") if module.has_gate else ("up_proj",)
-        layouts = {part: plan.layout for part, plan in module.plans.items()}
-
-        def made(parts: tuple[str, ...]) -> tuple[list[Tensor], list[int], int]:
-            experts = [[module.packed_part(number, part) for part in parts] for number in range(module.count)]
-            sizes = [layouts[part].out_features for part in parts]
-            return prepare_experts(experts, dtype), sizes, layouts[parts[0]].group_size
-
-        return cls(dtype, parts, made(parts), made(("down_proj",)), layouts)
-
-    def codes(self, number: int, part: str) -> dict[str, Tensor]:
-        """Return the stored codes, scales and zero points of one weight."""
-        tensors, sizes, _ = self.down if part == "down_proj" else self.up
-        index = 0 if part == "down_proj" else self.parts.index(part)
-        return stored_codes(tensors, sizes, number, index, self.layouts[part])

@@ -71,7 +71,8 @@ class Streams:
     def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
 
-        all_experts: sum the moments of experts as if each got every token. The original stream moves on to the next block with what that gives; the quantized one stays.
+        The original stream moves on to the next block with what that gives; the quantized one stays. all_experts: sum the
+        moments of experts as if each got every token.
         """
         total = MomentSum()
         for i, hidden in enumerate(self.quantized):

@@ -13,15 +13,6 @@ from pairquant.support.errors import KernelError
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """`torch.empty` gives NaN: an element that no kernel wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def draw(groups, g, rotations, generator):
     """Pairs as they are fitted, and angles."""
     pairs = select_pairs(random_rank(groups, g, generator), rotations).pairs

@@ -33,14 +33,14 @@ if GPU:
     SHAPES += [(64, (768, 768), 2048, 128, 8, False), (128, (2048,), 768, 128, 8, False)]
 
 
-def build(shape, dtype):
+def build(shape):
     """Experts that share a transform, as they are stored, and prepared."""
     count, sizes, channels, group, rotations, bias = shape
     experts = []
     for e in range(count):
         linears = [random_packed(n, channels, group, rotations, 10 * e + i, bias) for i, n in enumerate(sizes)]
         experts.append([_with_transform_of(p, (experts[0] if experts else linears)[0]).to(DEVICE) for p in linears])
-    return experts, ExpertWeights.build(experts, dtype)
+    return experts, ExpertWeights.build(experts)
 
 
 def _with_transform_of(linear, other):
@@ -68,7 +68,7 @@ def expected(experts, x, ids, share):
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_assignment_is_multiplied_by_its_expert(shape, tiles, dtype, generator):
-    experts, weights = build(shape, dtype)
+    experts, weights = build(shape)
     tokens, chosen = (64, 3) if GPU else (5, 2)
     x = torch.randn(tokens, shape[2], generator=generator).to(DEVICE, dtype)
     ids = torch.randint(-1, shape[0] + 1, (tokens, chosen), generator=generator).to(DEVICE)
@@ -83,7 +83,7 @@ def test_each_assignment_is_multiplied_by_its_expert(shape, tiles, dtype, genera
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("tiles", [TILES[0], TILES[4]], ids=str)
 def test_an_activation_between_gate_and_up_comes_first(activation, tiles, generator):
-    experts, weights = build((5, (64,), *SHAPES[0][2:]), torch.float16)
+    experts, weights = build((5, (64,), *SHAPES[0][2:]))
     weights = ExpertWeights(launch.with_matrix(weights.each), weights.count, weights.bias)
     joined = torch.randn(6, 2 * 192, generator=generator).to(DEVICE, torch.float16)
     ids = torch.tensor([[4, 0], [1, 1], [2, 3]], device=DEVICE)
@@ -121,7 +121,7 @@ def test_tiles_hold_every_assignment_once_with_its_own_expert(ids, experts, toke
 
 
 def test_stored_tensors_come_back_bit_for_bit():
-    experts, weights = build(SHAPES[0], torch.float16)
+    experts, weights = build(SHAPES[0])
     for e, linears in enumerate(experts):
         for index, linear in enumerate(linears):
             for name, tensor in weights.stored(e, index, linear.layout).items():
@@ -129,7 +129,7 @@ def test_stored_tensors_come_back_bit_for_bit():
 
 
 def test_the_list_of_tensors_makes_the_same_weights():
-    _, weights = build(SHAPES[0], torch.float16)
+    _, weights = build(SHAPES[0])
     again = ExpertWeights.of_tensors(weights.tensors(), (40, 40), 64)
     assert (again.count, again.layout) == (5, weights.layout)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), weights.tensors(), strict=True))

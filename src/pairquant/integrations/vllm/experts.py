@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.experts import ACTIVATIONS, Experts, build_experts, experts_refusal
+from ...backends.experts import ACTIVATIONS, Experts, experts_refusal
 from ...core.linear import decode
 from ...spec.experts import DOWN, EXPERT, TRANSFORM, pool_of
 from ...spec.fields import CHANNELS, ROWS
@@ -97,9 +97,11 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
         self.arrivals = _Arrivals(specs, prefix)
         self.spec = next(iter(specs.values()))
 
-    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, *sizes: int, **extra: Any) -> None:
+    def create_weights(
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, **extra: Any
+    ) -> None:
         """Take in the packed tensors when they are loaded. Raises `ConfigError` when tensor parallelism would split a group."""
-        inner = extra.get("intermediate_size_per_partition", *sizes[:1])
+        inner = intermediate_size_per_partition
         self.layouts = {"up": self.spec.layout(hidden_size, inner), "down": self.spec.layout(inner, hidden_size)}
         parallel = self.moe.moe_parallel_config
         if faults := [fault for layout in self.layouts.values() for fault in layout.misfits()]:
@@ -141,8 +143,8 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
             for i, (each, packed) in enumerate(zip(paths, linears, strict=True)):
                 for path, linear in zip(each, packed, strict=True):
                     linear.check_values(path, transform=i == 0)
-            made.append(build_experts(linears, self.moe.in_dtype))
-        self.experts = Experts(*made)
+            made.append(linears)
+        self.experts = Experts.build(*made)
         self.arrivals.tensors.clear()
         _warm_up_once(self.experts, _known_activation(layer), self.moe.in_dtype)
 

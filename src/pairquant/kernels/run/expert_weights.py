@@ -19,7 +19,7 @@ class ExpertWeights:
 
     each: `KernelWeights` whose words, int32 [E · NP / 16, KB, 2, 8, 4, 4], are those of expert after expert, and whose grid is
     int32 [E, KB · S, NP]; out_features: of one expert's linears.
-    bias: [E, N] or None.
+    bias: float16 [E, N] or None.
     """
 
     each: KernelWeights
@@ -27,17 +27,14 @@ class ExpertWeights:
     bias: Tensor | None = None
 
     @classmethod
-    def build(cls, experts: Sequence[Sequence[PackedLinear]], dtype: torch.dtype) -> ExpertWeights:
-        """Repack the linears of each expert, which must have 4 bits and layouts that are equal for all experts.
-
-        dtype: that of the activations, which the bias gets.
-        """
+    def build(cls, experts: Sequence[Sequence[PackedLinear]]) -> ExpertWeights:
+        """Repack the linears of each expert, which must have 4 bits and layouts that are equal for all experts."""
         first, count = KernelWeights.build(experts[0]), len(experts)
         words, grid = repacked([linear for linears in experts for linear in linears])
         grid = grid.view(len(grid), count, -1).transpose(0, 1).contiguous()
         bias = None
         if experts[0][0].bias is not None:
-            bias = torch.stack([torch.cat([linear["bias"] for linear in linears]) for linears in experts]).to(dtype)
+            bias = torch.stack([torch.cat([linear["bias"] for linear in linears]) for linears in experts])
         return cls(replace(first, words=words, grid=grid, arrivals=words.new_empty(0)), count, bias)
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_linear import scale_value, segment, unpack
+from .triton_linear import segment
 from .triton_rotate import dot
+from .triton_unpack import scale_value, unpack
 
 
 @triton.jit(

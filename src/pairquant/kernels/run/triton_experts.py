@@ -4,8 +4,8 @@ An assignment is a token with one of its experts: token t has the assignments t 
 some rows of one expert for a tile of its assignments. For few tokens every assignment is a tile of its own, so that nothing
 has to be sorted; for more, `assign_kernel` sorts the assignments by expert.
 
-The weights are unpacked as in `triton_linear`, and the sums have the same order, so that a result does not depend on which
-other tokens are in the batch, but for the kernel that is chosen for it.
+Each sum is always added up in the same order. So the same batch gives the same bits; in another batch a token's output can
+differ by rounding, because another kernel may be chosen.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from .triton_linear import narrow_product, prefetch, segment, store_rows, wide_weight
+from .triton_linear import prefetch, segment, store_rows
 from .triton_rotate import dot
+from .triton_unpack import narrow_product, wide_weight
 
 #: Assignments that `assign_kernel` looks at in one step.
 CHUNK = tl.constexpr(1024)
@@ -79,7 +80,7 @@ def narrow_experts_kernel(
     x_ptr,  # 16-bit [A / share, 128 KB]: rotated, the channels in their usual order
     words_ptr,  # int32 [E, NP / 16, KB, 2, 128] (layout.KernelLayout)
     grid_ptr,  # int32 [E, KB · S, NP]
-    bias_ptr,  # x's dtype [E, N]
+    bias_ptr,  # [E, N], of any dtype
     out_ptr,  # [A, N]
     owners_ptr,  # the expert of each tile
     members_ptr,  # int32 [tiles · BM]: the assignments of each tile; not read if ONE
