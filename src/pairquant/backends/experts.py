@@ -109,7 +109,8 @@ def _linear(
 
     weights = ExpertWeights.of_tensors(tensors, sizes, group_size)
     tiles = launch_experts.choose(ids.numel(), weights.count)
-    made = launch_experts.Assignments(ids.reshape(-1), *given, tiles)
+    owners, members = given
+    made = launch_experts.Assignments(ids.reshape(-1), owners, members, tiles)
     return launch_experts.product(x.contiguous(), weights, made, ids.numel() // x.shape[0], activation)
 
 
