@@ -1,6 +1,7 @@
 """Sites: the places of weights in a model. A site gives its weight as [N, C], whatever module holds it.
 
-A site knows the module that holds the weight, how to read and replace the weight, and which module runs its quantized form.
+A site knows the module that holds the weight, how to read and replace the weight, and, where the weight is alone in its module,
+which layer runs its quantized form; experts are replaced together (`packed_experts`).
 Each kind of module has a class in `KINDS`; for a new kind, add a class and an entry.
 """
 
@@ -99,13 +100,17 @@ class Site(ABC):
         parameter = self.module.get_parameter("weight")
         parameter.data = self.as_held(weight).to(parameter.dtype)
 
+
+class LoneSite(Site):
+    """The site of a weight that is alone in its module, so that one layer can take the module's place."""
+
     def packed_module(self, layout: LinearLayout) -> RotatedLinear:
         """Return the layer that will run the quantized weight in the module's place: on its device, not yet filled."""
         parameter = self.module.get_parameter("weight")
         return RotatedLinear(layout, parameter.device, parameter.dtype)
 
 
-class LinearSite(Site):
+class LinearSite(LoneSite):
     """The site of an `nn.Linear`. Subclasses with a `forward` of their own, such as routers, are not sites."""
 
     @staticmethod
@@ -121,7 +126,7 @@ class LinearSite(Site):
         return weight
 
 
-class Conv1DSite(Site):
+class Conv1DSite(LoneSite):
     """The site of Transformers' `Conv1D`, which GPT-2 and similar models use: a linear whose parameter is [C, N]."""
 
     @staticmethod
@@ -247,9 +252,6 @@ class ExpertSite(Site):
         whole = torch.cat(rows).view(experts, -1, rows[0].shape[-1])
         return whole.mT if module.is_transposed else whole
 
-    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        raise NotImplementedError("experts are replaced together, by `layers.experts.RotatedExperts`")
-
 
 def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedExperts:
     """Return what runs the quantized experts of one module in its place, on its device, empty.
@@ -289,7 +291,7 @@ def held_by_parameters(sites: Mapping[str, Site], weights: Mapping[str, Tensor])
 
 
 #: Kinds of modules that hold one weight.
-KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite)
+KINDS: tuple[type[LoneSite], ...] = (LinearSite, Conv1DSite)
 
 
 def is_linear(module: nn.Module) -> bool:
