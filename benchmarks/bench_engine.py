@@ -168,6 +168,9 @@ def measure(directory: str, contender: str, options: argparse.Namespace) -> dict
         enable_expert_parallel=options.expert_parallel,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.92,
+        **(
+            {"gdn_prefill_backend": "triton"} if "linear_num_key_heads" in SHAPES[options.shape] else {}
+        ),  # no FlashInfer
     )
     found: dict[str, Any] = {"start-up s": round(time.perf_counter() - start, 1)}
     vocabulary = SHAPES[options.shape]["vocab_size"]

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ SIZES = {
     "moe_shared_expert_intermediate_size": 128, "mamba_d_ssm": 512, "lru_width": 256, "sliding_window": 64,
 }  # fmt: skip
 OWN = {"Falcon-H1": {"head_dim": 64, "mamba_d_head": 64}, "Jamba": {"mamba_d_state": 16}, "Mamba-2": {"head_dim": 64}}
+#: What vLLM reads in the config.json of released models and Transformers' classes do not set.
+OWN |= {"DeepSeek V3, Kimi K2": {"topk_method": "noaux_tc"}, "LFM2": {"conv_dim": 256, "block_dim": 256}}
+OWN |= {
+    "MiniMax-M2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True, "attn_type_list": [1] * 8}
+}
 PROMPT = [5, 80, 41, 200, 7, 19, 101, 150, 33, 64, 90, 12, 240, 8, 77, 120, 55, 31, 222, 14]
 
 
@@ -105,7 +111,7 @@ def one(home: Path, dtype: str, output: Path) -> None:
     try:
         llm = LLM(
             str(home / "packed"), dtype=dtype, max_model_len=96, max_num_seqs=4, max_logprobs=-1, enforce_eager=True,
-            gpu_memory_utilization=0.25, enable_prefix_caching=False,
+            gpu_memory_utilization=0.2, enable_prefix_caching=False, gdn_prefill_backend="triton",
         )  # fmt: skip
         sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
         (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
@@ -114,6 +120,7 @@ def one(home: Path, dtype: str, output: Path) -> None:
         row[f"vLLM {dtype}"] = error(found, exact)
         row["by token"] = [error(f, e) for f, e in zip(found, exact, strict=True)]
     except Exception as failure:
+        traceback.print_exc()
         row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
     output.write_text(json.dumps(row))
 

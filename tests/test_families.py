@@ -98,10 +98,8 @@ run of the tests; `python tests/test_families.py > docs/models.md` writes this p
 - **KL**: nats per token from the original.
 - Routers and gates stay plain by a table (`ROUTERS` in `src/pairquant/models/planning.py`), and small matrices that do not fit because
   they are small; state parameters and convolutions are no linear layers. Names in the checkpoint are those of the source.
-- vLLM 0.32 on a CPU, experts decoded on loading, against Transformers in float32: Qwen3-MoE, Mixtral, OLMoE, Qwen2-MoE, Granite MoE and
-  ERNIE 4.5 MoE within 5e-8 nats; Phi-3.5-MoE's own loader there fails.
-- vLLM 0.26 on an H100, experts run from their codes, in bfloat16: Qwen3-MoE, OLMoE and ERNIE 4.5 MoE as near to float32 as
-  Transformers in bfloat16, Mixtral but for two tokens that got another expert (benchmarks/vllm_families.py).
+- In vLLM: which families were run on a CPU (0.32) and on an H100 (0.26), and how near they came, is in
+  benchmarks/results/vllm-families-cpu.json and vllm-families-h100.json (benchmarks/vllm_families.py).
 - On an H100 (Transformers 5.17, torch 2.11) Qwen3-MoE, Mixtral, gpt-oss, Granite MoE, Qwen3-Next, Nemotron-H, LFM2-MoE and Jamba were
   quantized and run: within 4e-7 of the CPU's logits in float32.
 

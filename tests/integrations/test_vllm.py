@@ -13,7 +13,7 @@ from agreement import FACTOR
 from original_layout import write_original
 from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, TEXT, byte_tokenizer, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 from vllm_worker import PROMPT
 
 import pairquant
@@ -98,30 +98,39 @@ def checkpoints(root):
 
 @pytest.fixture(scope="module")
 def experts(root):
-    """A tiny model with experts, and its log-probabilities in float32."""
-    sizes = {**SIZES, "intermediate_size": 64}
+    """Family → a tiny model with experts, and its log-probabilities in float32."""
+    sizes = {**SIZES, "intermediate_size": 64, "num_experts_per_tok": 2}
+    configs = {
+        "qwen3-moe": Qwen3MoeConfig(**sizes, moe_intermediate_size=64, num_experts=4),
+        # Biases, and gates between ups; vLLM's own loader for it passes over names that it does not know.
+        "gpt-oss": GptOssConfig(**sizes, num_local_experts=4, sliding_window=32),
+    }
+    return {family: quantized_experts(root, family, config) for family, config in configs.items()}
+
+
+def quantized_experts(root, family, config):
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
     model = AutoModelForCausalLM.from_config(config).float()
-    for parameter in model.parameters():
-        if parameter.dim() == 3:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(root / "experts-source")
-    byte_tokenizer().save_pretrained(root / "experts-source")
+    source, packed = root / f"{family}-source", root / family
+    model.save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
     options = {"group_size": 32, "rotations": 2, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),)}
     config = pairquant.QuantConfig(preset="quick", **options)
-    pairquant.quantize(root / "experts-source", root / "experts", config, device="cpu")
-    return root / "experts", reference(load(root / "experts"))
+    pairquant.quantize(source, packed, config, device="cpu")
+    return packed, reference(load(packed))
 
 
 def test_experts_answer_as_the_reference_does(experts, root):
-    path, expected = experts
-    (found,) = run([{"model": str(path), "options": {"dtype": "float32"}}], root)
-    assert divergence(expected, found["logprobs"]) < EXACT
+    jobs = [{"model": str(path), "options": {"dtype": "float32"}} for path, _ in experts.values()]
+    for found, (family, (_, expected)) in zip(run(jobs, root), experts.items(), strict=True):
+        assert divergence(expected, found["logprobs"]) < EXACT, family
 
 
 def test_an_experts_tensor_that_is_missing_is_named(experts, root):
-    path, _ = experts
+    path, _ = experts["qwen3-moe"]
     shutil.copytree(path, root / "lacking")
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.down_weight_theta"]

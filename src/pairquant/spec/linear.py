@@ -80,6 +80,11 @@ class Spec:
         """Return the layout of a linear of this size."""
         return LinearLayout(self, in_features, out_features, bias)
 
+    def layout_around(self, qweight: Tensor) -> LinearLayout:
+        """Return the layout, without bias, of the linear that has these codes: int32 [channels, words]."""
+        channels, words = qweight.shape
+        return self.layout(channels, words * 32 // self.bits)
+
     def __str__(self) -> str:
         kind = ", symmetric" if self.symmetric else ""
         return f"{self.bits} bits, groups of {self.group_size}, {self.rotations} rotations{kind}"

@@ -97,6 +97,16 @@ def test_names_follow_the_models_mapper():
     from vllm.model_executor.models.utils import WeightsMapper
 
     config = settings()
-    config.quantized = dict.fromkeys(("model.language_model.layers.0.o_proj",), Spec(4, 32, 2))
+    stored = "model.language_model.layers.0.o_proj"
+    config.quantized, config.stored_as = {stored: Spec(4, 32, 2)}, {stored: stored}
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
     assert config.quantized == {"language_model.model.layers.0.o_proj": Spec(4, 32, 2)}
+    assert config.stored_as == {"language_model.model.layers.0.o_proj": stored}
+
+
+def test_experts_are_found_where_the_checkpoint_has_them_whatever_vllm_calls_their_layer():
+    config = settings()
+    config.quantized = dict.fromkeys(("model.layers.3.block_sparse_moe.experts.0.w1",), Spec(4, 32, 2))
+    assert config._home_of_experts("model.layers.3.mlp.experts") == "model.layers.3.block_sparse_moe.experts"
+    assert config._home_of_experts("model.layers.3.mlp") == "model.layers.3.mlp", "not a layer of experts"
+    assert config._home_of_experts("model.layers.4.mlp.experts") == "model.layers.4.mlp.experts", "another block"

@@ -40,12 +40,12 @@ def linears():
 
 
 def stored(linears):
-    """What the checkpoint holds, by the names that vLLM gives the layer."""
+    """What the checkpoint holds; its paths begin otherwise than those of vLLM's model."""
     tensors = {}
     for path, linear in linears.items():
-        own, pool = path.removeprefix(f"{HOME}."), pool_of(path).removeprefix(f"{HOME}.")
         for name, tensor in linear.tensors.items():
-            tensors[f"{pool}_weight_{name}" if name in TRANSFORM else f"{own}.{name}"] = tensor
+            full = f"{pool_of(path)}_weight_{name}" if name in TRANSFORM else f"{path}.{name}"
+            tensors[full.replace("model.", "text.", 1)] = tensor
     return tensors
 
 
@@ -56,7 +56,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         parallel = SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank)
         self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=torch.float16)
-        self.local, self.loaded = list(local), []
+        self.local = list(local)
         self.activation, self.swiglu_limit = SimpleNamespace(value="silu"), None
         self.apply_router_weight_on_input = False
         places = [self.local.index(e) if e in self.local else -1 for e in range(COUNT)]
@@ -65,19 +65,18 @@ class Layer(torch.nn.Module):
     def _map_global_expert_id_to_local_expert_id(self, number):
         return self.local.index(number) if number in self.local else -1
 
-    def load_weights(self, weights):
-        self.loaded += [name for name, _ in weights]
-        return iter(())
-
 
 def loaded(linears, tensors, **how):
     from pairquant.integrations.vllm.experts import experts_method
 
     layer = Layer(**how)
-    method = experts_method({path: SPEC for path in linears}, HOME, layer)
+    stored_as = {path: path.replace("model.", "text.", 1) for path in linears}
+    method = experts_method({path: SPEC for path in linears}, HOME, layer, stored_as)
     inner = INNER // layer.moe_config.moe_parallel_config.tp_size
     method.create_weights(layer, len(layer.local), HIDDEN, inner, params_dtype=torch.float16)
-    list(layer.load_weights(tensors.items()))
+    doors = method.arrivals.doors()
+    for name, tensor in tensors.items():
+        doors[name](tensor)
     method.process_weights_after_loading(layer)
     return layer, method
 
@@ -110,21 +109,17 @@ def test_the_ranks_together_compute_what_the_decoded_experts_do(linears, ranks, 
     assert (total - want).norm() < 0.004 * want.norm()
 
 
-def test_other_tensors_go_to_the_layers_own_loader(linears):
-    layer, _ = loaded(linears, stored(linears) | {"something.weight": torch.zeros(1)})
-    assert layer.loaded == ["something.weight"]
-
-
 def test_a_tensor_that_is_missing_is_named(linears):
     tensors = stored(linears)
-    del tensors["2.up_proj.scales"]
+    del tensors["text.layers.0.mlp.experts.2.up_proj.scales"]
     with pytest.raises(CheckpointError, match=r"experts.2.up_proj.scales is missing"):
         loaded(linears, tensors)
 
 
 def test_values_that_are_not_finite_are_named(linears):
     tensors = stored(linears)
-    tensors["3.down_proj.scales"] = torch.full_like(tensors["3.down_proj.scales"], torch.inf)
+    name = "text.layers.0.mlp.experts.3.down_proj.scales"
+    tensors[name] = torch.full_like(tensors[name], torch.inf)
     with pytest.raises(CheckpointError, match=r"experts.3.down_proj.scales has values that are not finite"):
         loaded(linears, tensors)
 
@@ -132,3 +127,29 @@ def test_values_that_are_not_finite_are_named(linears):
 def test_tensor_parallelism_that_would_split_a_group_is_refused(linears):
     with pytest.raises(ConfigError, match=r"16 channels inside each expert on each of 8 GPUs.*enable-expert-parallel"):
         loaded(linears, stored(linears), tp_size=8)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_biases_go_to_the_ranks_that_add_them(rank):
+    from pairquant.integrations.vllm.experts import DecodedExpertsMethod
+
+    layer = Layer(local=[1, 3])
+    layer.w13_bias = torch.nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+    layer.w2_bias = torch.nn.Parameter(torch.zeros(2, 6), requires_grad=False)
+    parallel = SimpleNamespace(tp_rank=rank)
+    method = SimpleNamespace(inner=4, moe=SimpleNamespace(moe_parallel_config=parallel))
+    gate, up, down = torch.arange(8.0), torch.arange(10.0, 18.0), torch.ones(6)
+    for number in range(COUNT):
+        for shard, bias in (("w1", gate), ("w3", up), ("w2", down)):
+            DecodedExpertsMethod._load_bias(method, layer, shard, number, bias + 100 * number)
+    mine = slice(4 * rank, 4 * rank + 4)
+    assert torch.equal(layer.w13_bias[1], torch.cat([gate[mine], up[mine]]) + 300)
+    assert torch.equal(layer.w2_bias[0], down + 100 if rank == 0 else torch.zeros(6)), "ranks are summed"
+
+
+def test_gates_lie_between_ups_where_the_activation_wants_it():
+    from pairquant.integrations.vllm.experts import _interleave
+
+    joined = torch.nn.Parameter(torch.tensor([[1.0, 2.0, 10.0, 20.0], [3.0, 4.0, 30.0, 40.0]]), requires_grad=False)
+    _interleave(joined)
+    assert joined.tolist() == [[1.0, 10.0, 2.0, 20.0], [3.0, 30.0, 4.0, 40.0]]

@@ -7,6 +7,7 @@ our quantization method is loaded by vLLM anyway, its linear layers take seconds
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 #: Name → module of vLLM that has it.
@@ -52,3 +53,23 @@ def tensor_names(model: str, revision: str | None) -> frozenset[str]:
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     return frozenset(get_safetensors_params_metadata(model, revision=revision))
+
+
+def follow_checkpoints(sort_out: Callable[[Iterable, Any, Any, Any], Iterable]) -> None:
+    """Have what vLLM's default loader reads pass through `sort_out`. Idempotent.
+
+    sort_out: (names and tensors, model, vLLM's quantization configuration, dtype of weights) → names and tensors. vLLM has no hook between a checkpoint and its models, whose own loaders know packed experts by no common names.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    if getattr(DefaultModelLoader.get_all_weights, "followed", False):
+        return
+    read = DefaultModelLoader.get_all_weights
+
+    def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
+        current = get_current_vllm_config_or_none()
+        return sort_out(read(self, model_config, model), model, current and current.quant_config, model_config.dtype)
+
+    get_all_weights.followed = True  # type: ignore[attr-defined]
+    DefaultModelLoader.get_all_weights = get_all_weights

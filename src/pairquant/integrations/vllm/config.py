@@ -6,32 +6,39 @@ checkpoint names them, to vLLM as its model does; the model's own mapper transla
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...spec.patterns import matches
 from ...support.errors import CheckpointError
-from .compat import QuantizationConfig, is_experts, tensor_names
+from .compat import QuantizationConfig, follow_checkpoints, is_experts, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
 
 PACKED = ".qweight"
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class PairQuantConfig(QuantizationConfig):
     """checkpoint: our view of the JSON object; quantized: path → spec of the packed linears, in vLLM's names once the
-    model has told its mapper; None where no file could be read: then all linears but `plain` are.
+    model has told its mapper; None where no file could be read: then all linears but `plain` are. stored_as: the same
+    paths → those in the checkpoint; claimed: those for whose layers vLLM has asked for a method.
     """
 
     def __init__(self, checkpoint: CheckpointConfig):
         super().__init__()
         self.checkpoint = checkpoint
         self.quantized: dict[str, Spec] | None = None
+        self.stored_as: dict[str, str] = {}
+        self.claimed: set[str] = set()
         self.plain = checkpoint.modules_to_not_convert
+        follow_checkpoints(sort_out)
 
     @classmethod
     def get_name(cls) -> Any:  # vLLM's list of names knows no outsiders
@@ -60,16 +67,30 @@ class PairQuantConfig(QuantizationConfig):
         if names:
             paths = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
             self.quantized = {path: self.checkpoint.spec_of(path) for path in paths}
+            self.stored_as = {path: path for path in paths}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the paths to those of vLLM's model."""
         self.plain = tuple(hf_to_vllm_mapper.apply_list(list(self.plain)))
         if self.quantized is not None:
             renamed = {}
-            for path, spec in self.quantized.items():
+            for path in self.quantized:
                 for name in hf_to_vllm_mapper.apply_list([path + PACKED]):  # none, if vLLM's model has no such layer
-                    renamed[name.removesuffix(PACKED)] = spec
-            self.quantized = renamed
+                    renamed[name.removesuffix(PACKED)] = path
+            self.stored_as = {name: self.stored_as[path] for name, path in renamed.items()}
+            self.quantized = {name: self.quantized[path] for name, path in renamed.items()}
+
+    def unclaimed(self, model: torch.nn.Module) -> dict[str, Spec]:
+        """Return the packed linears, by path, that the model has as plain weights."""
+        weights = {name for name, _ in model.named_parameters()}
+        homes = {member: whole for whole, members in self.packed_modules_mapping.items() for member in members}
+        found = {}
+        for path, spec in (self.quantized or {}).items():
+            parent, dot, name = path.rpartition(".")
+            plain = {f"{path}.weight", f"{parent}{dot}{homes.get(name, name)}.weight"}
+            if path not in self.claimed and plain & weights:
+                found[path] = spec
+        return found
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> PairQuantLinearMethod | Any:
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
@@ -82,7 +103,13 @@ class PairQuantConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         from .linear import PairQuantLinearMethod
 
-        return PairQuantLinearMethod(spec, prefix)
+        return self._claim([prefix, *self._members(prefix)], PairQuantLinearMethod(spec, prefix))
+
+    def _claim(self, paths: Iterable[str], method: Any) -> Any:
+        """Return the method, which runs these paths and from now on knows whose it is."""
+        self.claimed.update(paths)
+        method.pairquant = self
+        return method
 
     def _spec(self, prefix: str) -> Spec | None:
         """Return what the layer, or everything that vLLM merges in it, is stored as; None if it is plain.
@@ -125,7 +152,7 @@ class PairQuantConfig(QuantizationConfig):
 
         Raises `CheckpointError` for packed weights in any other layer, which would be taken for something else.
         """
-        home = prefix.removesuffix(".routed_experts")
+        home = self._home_of_experts(prefix.removesuffix(".routed_experts"))
         inside = {path: spec for path, spec in (self.quantized or {}).items() if path.startswith(f"{home}.")}
         if not inside:
             return None
@@ -136,4 +163,30 @@ class PairQuantConfig(QuantizationConfig):
             )
         from .experts import experts_method
 
-        return experts_method(inside, home, layer)
+        return self._claim(inside, experts_method(inside, home, layer, self.stored_as))
+
+    def _home_of_experts(self, prefix: str) -> str:
+        """Return where a layer's packed experts lie: at its prefix, unless vLLM's model calls the layer otherwise there
+        than where it puts it (MiniMax-M2): then at the one other home of experts in the same block.
+        """
+        homes = {found["home"] for path in self.quantized or {} if (found := EXPERT.fullmatch(path))}
+        block = prefix.rsplit(".", 2)[0]
+        near = [home for home in homes if home.rsplit(".", 2)[0] == block]
+        return near[0] if prefix not in homes and prefix.endswith(".experts") and len(near) == 1 else prefix
+
+
+def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torch.dtype) -> Weights:
+    """Take what vLLM's model could not place out of a checkpoint that is ours: see `stream`.
+
+    current: the quantization configuration that vLLM holds; a model that drafts for another has one of its own.
+    """
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    config = next(
+        (method.pairquant for method in methods if method is not None and hasattr(method, "pairquant")), current
+    )
+    if not isinstance(config, PairQuantConfig):
+        return weights
+    from .stream import passed_on
+
+    plain = {config.stored_as[path]: spec for path, spec in config.unclaimed(model).items()}
+    return passed_on(weights, methods, plain, dtype)

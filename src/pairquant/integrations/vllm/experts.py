@@ -8,7 +8,7 @@ model; vLLM's own loader then cuts them for several GPUs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...backends.experts import ACTIVATIONS, Experts, experts_refusal
 from ...core.linear import decode
-from ...spec.experts import DOWN, EXPERT, TRANSFORM, pool_of
+from ...spec.experts import DOWN, EXPERT, shared_name
 from ...spec.fields import CHANNELS, ROWS
 from ...spec.linear import PackedLinear, Spec
 from ...support.errors import CheckpointError, ConfigError
@@ -27,80 +27,89 @@ from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod, apply_moe_act
 SHARDS = {"gate_proj": "w1", "w1": "w1", "up_proj": "w3", "w3": "w3", "down_proj": "w2", "w2": "w2"}
 
 
-def experts_method(specs: Mapping[str, Spec], prefix: str, layer: Any) -> Any:
+def experts_method(specs: Mapping[str, Spec], prefix: str, layer: Any, stored_as: Mapping[str, str]) -> Any:
     """Return what loads and runs the experts of a layer.
 
-    specs: by path, of every expert's weights; prefix: what the experts are named by.
+    specs: by path, of every expert's weights; prefix: what the experts are named by; stored_as: path → that in the checkpoint.
     """
     moe = layer.moe_config
+    arrivals = Arrivals(specs, prefix, stored_as)
     device, dtype = torch.empty(0).device, moe.in_dtype  # vLLM makes its layers on the device that they run on
     alike = len(set(specs.values())) == 1 and not moe.has_bias
     spec = next(iter(specs.values()))
     if alike and experts_refusal(spec.layout(128, 128), device, dtype) is None:
-        return Int4ExpertsMethod(specs, prefix, moe)
-    return DecodedExpertsMethod(specs, prefix, moe)
+        return Int4ExpertsMethod(arrivals, moe)
+    return DecodedExpertsMethod(arrivals, moe)
 
 
-class _Arrivals:
-    """The packed tensors of one block's experts, until all have been loaded."""
+class Arrivals:
+    """The packed tensors of one block's experts, under their names below `prefix`, until all have been loaded.
 
-    def __init__(self, specs: Mapping[str, Spec], prefix: str):
-        self.specs, self.prefix = dict(specs), prefix
+    specs: by path in vLLM's model; stored_as: the paths in the checkpoint that belong to those.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], prefix: str, stored_as: Mapping[str, str]):
+        self.specs, self.prefix, self.stored_as = dict(specs), prefix, stored_as
         self.tensors: dict[str, Tensor] = {}
+        #: Returns what this rank needs of a tensor, given its name below the prefix; None if nothing.
+        self.cut: Callable[[str, Tensor], Tensor | None] = lambda name, tensor: tensor
 
-    def take_from(self, layer: Any, cut: Any = None) -> None:
-        """Take in the packed tensors that vLLM gives to the layer; all others go to the layer's own loader.
+    def doors(self) -> dict[str, Callable[[Tensor], None]]:
+        """Return what takes in each tensor, by the tensor's name in the checkpoint."""
+        found: dict[str, Callable[[Tensor], None]] = {}
+        for path, spec in self.specs.items():
+            for stored, own in zip(_names(self.stored_as[path], spec), self._own_names(path), strict=True):
+                found[stored] = partial(self._take, own)
+            found[f"{self.stored_as[path]}.bias"] = partial(self._take, f"{self._own(path)}.bias")
+        return found
 
-        cut: returns what this rank needs of a tensor, given its name below the prefix; None if nothing.
-        """
-        plain = layer.load_weights
+    def _take(self, name: str, tensor: Tensor) -> None:
+        if (kept := self.cut(name, tensor)) is not None:
+            self.tensors[name] = kept
 
-        def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-            others = []
-            for name, tensor in weights:
-                if not self._is_packed(name):
-                    others.append((name, tensor))
-                    continue
-                kept = tensor if cut is None else cut(name, tensor)
-                if kept is not None:
-                    self.tensors[name] = kept
-                part = name.rpartition(".")[0].rpartition(".")[2]
-                yield "w2_weight" if part in DOWN or name.startswith("down_") else "w13_weight"
-            yield from plain(others)
+    def _own(self, name: str) -> str:
+        return name.removeprefix(f"{self.prefix}.")
 
-        layer.load_weights = load_weights
-
-    def _is_packed(self, name: str) -> bool:
-        path, _, _ = name.rpartition(".")
-        return f"{self.prefix}.{path}" in self.specs or name.startswith(("gate_up_weight_", "down_weight_"))
+    def _own_names(self, path: str) -> list[str]:
+        return [self._own(name) for name in _names(path, self.specs[path])]
 
     def packed(self, path: str) -> PackedLinear:
         """Return one weight. Raises `CheckpointError` naming a tensor that is missing or damaged."""
         spec = self.specs[path]
-        own = path.removeprefix(f"{self.prefix}.")
-        pool = pool_of(path).removeprefix(f"{self.prefix}.")
-        names = {name: f"{pool}_weight_{name}" for name in TRANSFORM}
-        names |= {name: f"{own}.{name}" for name in ("qweight", "qzeros", "scales")}
-        for name in names.values():
-            if name not in self.tensors:
-                raise CheckpointError(f"tensor {self.prefix}.{name} is missing. The checkpoint is damaged.")
-        tensors = {name: self.tensors[full] for name, full in names.items()}
-        channels, words = tensors["qweight"].shape
-        return PackedLinear.from_tensors(path, spec.layout(channels, words * 32 // spec.bits), tensors)
+        names = zip(spec.layout(128, 128).fields(), self._own_names(path), strict=True)
+        tensors = {field: self._arrived(own) for field, own in names}
+        return PackedLinear.from_tensors(path, spec.layout_around(tensors["qweight"]), tensors)
+
+    def bias(self, path: str) -> Tensor:
+        """Return the bias [N] of one weight. Raises `CheckpointError` if it is missing."""
+        return self._arrived(f"{self._own(path)}.bias")
+
+    def _arrived(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"tensor {self.prefix}.{name} is missing. The checkpoint is damaged, or --load-format is one that "
+                "PairQuant cannot follow: use auto."
+            )
+        return self.tensors[name]
+
+
+def _names(path: str, spec: Spec) -> list[str]:
+    """Return the names of an expert's tensors, those of the shared transform too, in the order of their fields."""
+    return [shared_name(path, field) or f"{path}.{field}" for field in spec.layout(128, 128).fields()]
 
 
 class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
-    """Runs experts from their codes on a GPU. specs, prefix: as of `experts_method`; moe: vLLM's configuration."""
+    """Runs experts from their codes on a GPU. moe: vLLM's configuration of the layer."""
 
-    def __init__(self, specs: Mapping[str, Spec], prefix: str, moe: Any):
+    def __init__(self, arrivals: Arrivals, moe: Any):
         super().__init__(moe)
-        self.arrivals = _Arrivals(specs, prefix)
-        self.spec = next(iter(specs.values()))
+        self.arrivals = arrivals
+        self.spec = next(iter(arrivals.specs.values()))
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, **extra: Any
     ) -> None:
-        """Take in the packed tensors when they are loaded. Raises `ConfigError` when tensor parallelism would split a group."""
+        """Say what this rank needs of the packed tensors. Raises `ConfigError` when tensor parallelism would split a group."""
         inner = intermediate_size_per_partition
         self.layouts = {"up": self.spec.layout(hidden_size, inner), "down": self.spec.layout(inner, hidden_size)}
         parallel = self.moe.moe_parallel_config
@@ -110,7 +119,7 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's cla
                 f"{'; '.join(faults)}. Whole experts fit: use --enable-expert-parallel, or another --tensor-parallel-size."
             )
         self.device, self.rank = torch.empty(0).device, parallel.tp_rank
-        self.arrivals.take_from(layer, lambda name, tensor: self._cut(layer, name, tensor))
+        self.arrivals.cut = partial(self._cut, layer)
 
     def _cut(self, layer: Any, name: str, tensor: Tensor) -> Tensor | None:
         """Return this rank's share of a stored tensor: of its experts, and of their inner channels."""
@@ -189,17 +198,25 @@ def _activated(layer: Any, joined: Tensor) -> Tensor:
 
 
 class DecodedExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vLLM's class is looked up late
-    """Fills vLLM's plain parameters with the decoded experts. specs, prefix: as of `experts_method`."""
+    """Fills vLLM's plain parameters with the decoded experts. moe: vLLM's configuration of the layer."""
 
-    def __init__(self, specs: Mapping[str, Spec], prefix: str, moe: Any):
+    def __init__(self, arrivals: Arrivals, moe: Any):
         super().__init__(moe)
-        self.arrivals = _Arrivals(specs, prefix)
+        self.arrivals = arrivals
+        _tell_once(len({path.rpartition(".")[0] for path in arrivals.specs}))
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        """Register vLLM's plain parameters, and take in the packed tensors when they are loaded."""
-        super().create_weights(layer, *args, **kwargs)
-        _tell_once(len({path.rpartition(".")[0] for path in self.arrivals.specs}))
-        self.arrivals.take_from(layer)
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
+        """Register vLLM's plain parameters, which may be larger than the weights."""
+        self.inner = intermediate_size_per_partition
+        super().create_weights(layer, num_experts, hidden_size, intermediate_size_per_partition, *args, **kw)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Decode every expert into vLLM's parameters. Raises `CheckpointError` naming a tensor that is missing or damaged."""
@@ -207,11 +224,36 @@ class DecodedExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
             found = EXPERT.fullmatch(path)
             assert found is not None, "experts have numbers"
             shard, number = SHARDS[found["part"]], int(found["number"])
-            parameter = layer.w2_weight if found["part"] in DOWN else layer.w13_weight
+            parameter = layer.w2_weight if shard == "w2" else layer.w13_weight
             weight = decode(self.arrivals.packed(path).to(parameter.device)).to(parameter.dtype)
             layer.weight_loader(parameter, weight, f"{shard}.weight", shard, number, return_success=False)
+            if self.moe.has_bias:
+                self._load_bias(layer, shard, number, self.arrivals.bias(path))
         self.arrivals.tensors.clear()
+        if layer.activation.value == "swigluoai":
+            _interleave(layer.w13_weight)
+            if self.moe.has_bias:
+                _interleave(layer.w13_bias)
         super().process_weights_after_loading(layer)
+
+    def _load_bias(self, layer: Any, shard: str, number: int, bias: Tensor) -> None:
+        """Put a bias [N] in its place. Tensor parallel, the first rank alone adds that of down_proj: ranks are summed."""
+        local, rank = layer._map_global_expert_id_to_local_expert_id(number), self.moe.moe_parallel_config.tp_rank
+        if local < 0:
+            return
+        if shard == "w2":
+            layer.w2_bias.data[local, : len(bias)] = bias if rank == 0 else torch.zeros_like(bias)
+        else:
+            start = layer.w13_bias.shape[1] // 2 if shard == "w3" else 0
+            mine = bias[rank * self.inner : (rank + 1) * self.inner]
+            layer.w13_bias.data[local, start : start + len(mine)] = mine
+
+
+def _interleave(parameter: Tensor) -> None:
+    """Turn [E, gates then ups, …] into gate, up, gate, up …, as the activation of gpt-oss wants them. In place."""
+    for expert in parameter.data:
+        inner = len(expert) // 2
+        expert.copy_(torch.stack([expert[:inner], expert[inner:]], dim=1).flatten(0, 1))
 
 
 @cache
