@@ -22,13 +22,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         (4, CPU, torch.float32, "decoded"),
         (4, CPU, torch.float16, "decoded"),
         (5, CPU, torch.bfloat16, "decoded"),
-        (4, CUDA, torch.bfloat16, "triton-int4"),
-        (4, CUDA, torch.float32, "triton-int4"),
-        (6, CUDA, torch.bfloat16, "decoded"),
+        (4, CUDA, torch.bfloat16, "triton"),
+        (4, CUDA, torch.float32, "triton"),
+        (6, CUDA, torch.bfloat16, "triton"),
     ],
 )
 def test_the_first_that_takes_a_layer_runs_it(bits, device, dtype, expected, monkeypatch):
-    monkeypatch.setattr("pairquant.backends.triton_int4.triton_missing", lambda: None)
+    monkeypatch.setattr("pairquant.backends.triton_kernels.triton_missing", lambda: None)
     assert choose(Spec(bits, 64, 2).layout(128, 64), device, dtype).name == expected
 
 
@@ -42,7 +42,7 @@ def test_every_refusal_is_explained():
     found = explain(Spec(5, 64, 2).layout(128, 64), CPU, torch.bfloat16)
     assert found.backend == "decoded"
     assert found.refusals == {
-        "triton-int4": "runs on NVIDIA GPUs, not on cpu",
+        "triton": "runs on NVIDIA GPUs, not on cpu",
         "cpu-int4": "multiplies 4-bit weights, the layer has 5",
     }
     rows = explain(Spec(4, 64, 2).layout(128, 24), CPU, torch.bfloat16).refusals["cpu-int4"]
@@ -52,9 +52,9 @@ def test_every_refusal_is_explained():
 
 
 def test_without_triton_a_gpu_runs_decoded_layers_and_says_why(monkeypatch):
-    monkeypatch.setattr("pairquant.backends.triton_int4.triton_missing", lambda: "Triton is not there")
+    monkeypatch.setattr("pairquant.backends.triton_kernels.triton_missing", lambda: "Triton is not there")
     found = explain(Spec(4, 64, 2).layout(128, 64), CUDA, torch.bfloat16)
-    assert (found.backend, found.refusals["triton-int4"]) == ("decoded", "Triton is not there")
+    assert (found.backend, found.refusals["triton"]) == ("decoded", "Triton is not there")
 
 
 def run_all(prepared, x):
@@ -94,4 +94,4 @@ def test_rows_that_only_fit_together_are_joined_where_the_transform_is_shared():
 
 def test_a_new_backend_is_a_row():
     assert BACKENDS[-1] is DENSE
-    assert set(BY_NAME) == {"triton-int4", "cpu-int4", "decoded"}
+    assert set(BY_NAME) == {"triton", "cpu-int4", "decoded"}

@@ -39,7 +39,7 @@ def test_an_unknown_dtype_is_refused(checkpoint):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_command_shows_every_reason_and_what_is_mixed(checkpoint):
     shown = CliRunner().invoke(app, ["inspect", str(checkpoint), "--backends"]).output
-    assert "triton-int4 runs on NVIDIA GPUs, not on cpu" in shown
+    assert "triton runs on NVIDIA GPUs, not on cpu" in shown
     assert "cpu-int4 multiplies 4-bit weights, the layer has 5" in shown
     plain = CliRunner().invoke(app, ["inspect", str(checkpoint)]).output
     assert "5 bits, groups of 32, 0 rotations (2 layers)" in plain

@@ -11,7 +11,7 @@ from pairquant.kernels import availability
 from pairquant.kernels.run import table
 from pairquant.kernels.run import tune as measuring
 from pairquant.kernels.run.table import Dense
-from pairquant.support.errors import ConfigError, ResourceError, SourceError
+from pairquant.support.errors import ResourceError, SourceError
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def gpu(monkeypatch, tmp_path):
     """A machine that seems to have a GPU: what is measured on it, and the table that it is written to."""
     measured = []
 
-    def tune_shape(sizes, channels, group_size, device):
-        measured.append((sizes, channels, group_size, device))
+    def tune_shape(sizes, channels, group_size, device, bits):
+        measured.append((sizes, channels, group_size, device, bits))
         return {1: Dense(len(measured))}
 
     monkeypatch.setattr(job, "resolve_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(availability, "triton_missing", lambda: None)
-    monkeypatch.setattr("pairquant.backends.triton_int4.triton_missing", lambda: None)
+    monkeypatch.setattr("pairquant.backends.triton_kernels.triton_missing", lambda: None)
     monkeypatch.setattr(availability, "device_class", lambda device: "sm99")
     monkeypatch.setattr(measuring, "tune_shape", tune_shape)
     monkeypatch.setattr(table.Path, "home", lambda: tmp_path / "home")
@@ -72,18 +72,15 @@ def checkpoints(tmp_path_factory):
 def test_each_shape_is_kept_as_soon_as_it_is_measured(gpu, checkpoints):
     for done, (sizes, channels, choices) in enumerate(tune(checkpoints / "4"), 1):
         assert len(gpu) == done
-        assert gpu[-1] == (sizes, channels, 64, torch.device("cuda", 0))
+        assert gpu[-1] == (sizes, channels, 64, torch.device("cuda", 0), 4)
         assert table.choose("sm99", sum(sizes), channels, 1) == choices[1] == Dense(done)
     assert {row[:2] for row in gpu} == {((128, 64, 64), 128), ((128,), 128), ((192, 192), 128), ((128,), 192)}
     assert len(gpu) == 4
 
 
-def test_bits_without_kernels_are_refused(gpu, checkpoints):
-    with pytest.raises(
-        ConfigError, match="no layer runs on the kernels that are tuned: has kernels for 4 bits, the layer has 3"
-    ):
-        next(tune(checkpoints / "3"))
-    assert gpu == []
+def test_layers_are_measured_at_their_own_width(gpu, checkpoints):
+    list(tune(checkpoints / "3"))
+    assert {row[4] for row in gpu} == {3}
 
 
 def test_a_model_that_is_not_there_is_named(gpu, tmp_path):

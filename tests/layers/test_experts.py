@@ -6,7 +6,7 @@ from families import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pairquant.backends.triton_int4 import TritonInt4
+from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.pairs import select_pairs
 from pairquant.models.sites import ExpertSite, packed_experts, sites_in
@@ -115,7 +115,7 @@ def test_experts_that_are_missing_or_differ_are_refused():
 def kernels(monkeypatch):
     """Our kernels for GPUs, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(TritonInt4, "refusal", lambda self, layout, device, dtype: None)
+    monkeypatch.setattr(TritonKernels, "refusal", lambda self, layout, device, dtype: None)
 
 
 @torch.no_grad()

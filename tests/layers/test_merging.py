@@ -40,7 +40,7 @@ def built(bias=False):
     link_siblings(module)
     module.to(DEVICE)
     for layer in (module.q_proj, module.o_proj):
-        layer._merged.build(BY_NAME["triton-int4"])
+        layer._merged.build(BY_NAME["triton"])
     return module, packed
 
 

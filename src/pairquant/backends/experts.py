@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.run.expert_weights import ExpertWeights
 from ..spec.fields import short
 from ..spec.linear import LinearLayout, PackedLinear
-from .triton_int4 import TritonInt4
+from .triton_kernels import TritonKernels
 
 #: Activations between gate and up that are computed together with the rotation after them; "" is none.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -24,7 +24,7 @@ def experts_refusal(layout: LinearLayout, device: torch.device, dtype: torch.dty
     """Return the reason why there is no kernel for experts of this layout; None if there is. dtype: of the activations."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies experts in 16 bits, the activations are {short(dtype)}"
-    return TritonInt4().refusal(layout, device, dtype)
+    return TritonKernels().refusal(layout, device, dtype)
 
 
 @dataclass(frozen=True)

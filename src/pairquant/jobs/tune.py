@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.model import SIBLINGS
 from ..support.devices import resolve_device
-from ..support.errors import ConfigError, ResourceError
+from ..support.errors import ResourceError
 
 
 def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, ...], int, dict[int, Any]]]:
@@ -20,7 +18,6 @@ def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, .
     Yields (out_features of the linears of one launch, in_features, {tokens: choice}) as each shape is done and saved.
     Raises `ResourceError` without an NVIDIA GPU and Triton.
     """
-    from ..backends.table import BY_NAME
     from ..kernels.availability import device_class, triton_missing
     from ..kernels.run import table
 
@@ -32,19 +29,15 @@ def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, .
     from ..kernels.run.tune import tune_shape
 
     checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
-    tuned = BY_NAME["triton-int4"]
     layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears()}
-    refusals = {path: tuned.refusal(layout, target, torch.float16) for path, layout in layouts.items()}
-    if all(refusals.values()):
-        raise ConfigError(f"no layer runs on the kernels that are tuned: {next(iter(refusals.values()))}")
-    for group_size in sorted({layout.group_size for layout in layouts.values()}):
+    for group_size, bits in sorted({(layout.group_size, layout.bits) for layout in layouts.values()}):
         linears = {
             path: (s.out_features, s.in_features)
             for path, s in layouts.items()
-            if s.group_size == group_size and not refusals[path]
+            if (s.group_size, s.bits) == (group_size, bits)
         }
         for sizes, channels in launched_shapes(linears):
-            choices = tune_shape(sizes, channels, group_size, target)
+            choices = tune_shape(sizes, channels, group_size, target, bits)
             table.save_user_table(device_class(target), {(sum(sizes), channels): choices})
             yield sizes, channels, choices
 

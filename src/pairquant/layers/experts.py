@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backends.cpu_int4 import CpuInt4
 from ..backends.experts import ACTIVATIONS, Experts, experts_refusal
 from ..backends.table import Explanation
-from ..backends.triton_int4 import TritonInt4
+from ..backends.triton_kernels import TritonKernels
 from ..core.linear import rotated_weight, transform_of
 from ..core.rotation import rotate_dense
 from ..kernels.run.cpu import int4_product, int4_weights
@@ -24,7 +24,7 @@ from ..spec.linear import LinearLayout, PackedLinear
 from .merging import offloaded, plain_tensors
 
 #: What our kernels for GPUs hold in another form.
-CODES = TritonInt4.replaces
+CODES = TritonKernels.replaces
 #: `ACTIVATIONS` by PyTorch.
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -43,7 +43,7 @@ def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> 
 def explain_experts(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
     """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small."""
     refusals: dict[str, str] = {}
-    for name, refusal in ((TritonInt4.name, experts_refusal), (CpuInt4.name, CpuInt4().refusal)):
+    for name, refusal in ((TritonKernels.name, experts_refusal), (CpuInt4.name, CpuInt4().refusal)):
         reason = refusal(layout, device, dtype)
         if reason is None:
             return Explanation(name, refusals)
@@ -79,8 +79,8 @@ class RotatedExperts(nn.Module):
 
     The buffers have the stored names: `3.gate_proj.qweight`, and for all experts together `gate_up_weight_theta`.
     forward: as of the module that it replaces, hidden states [T, H] and each token's experts and their weights [T, k] →
-    [T, H]. The input is rotated once for all experts, which are multiplied from their codes at 4 bits: by our kernels on NVIDIA
-    GPUs in 16 bits, by PyTorch's int4 product on CPUs in bfloat16. Else the weight of an expert that has tokens is decoded
+    [T, H]. The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
+    16 bits, by PyTorch's int4 product on CPUs in bfloat16 at 4 bits. Else the weight of an expert that has tokens is decoded
     each time. What our kernels need takes the place of the stored codes, which come back bit for bit when the module is saved
     or moved.
 
@@ -152,7 +152,7 @@ class RotatedExperts(nn.Module):
         if reason := next(filter(None, reasons), None):
             if device.type == "cuda":
                 warnings.warn(
-                    f"experts are decoded at each use, which is slow: {TritonInt4.name} {reason}", stacklevel=2
+                    f"experts are decoded at each use, which is slow: {TritonKernels.name} {reason}", stacklevel=2
                 )
             return False
         if self._prepared is None:

@@ -20,7 +20,7 @@ class RotatedLinear(nn.Module):
     """A linear layer whose buffers are a `PackedLinear`, under the stored names, shapes and dtypes.
 
     `forward` takes x, floating [..., C], and returns [..., N] in x's dtype. The layer is run by the first backend that
-    accepts it for x's device and dtype (`backends.table`). The tensors that `triton_int4` prepares replace stored tensors,
+    accepts it for x's device and dtype (`backends.table`). The tensors that `triton_kernels` prepares replace stored tensors,
     which are restored bit for bit when the layer is saved or moved. With the other backends, the layer keeps the prepared
     tensors in addition to the stored ones.
 

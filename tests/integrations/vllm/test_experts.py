@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from packed import random_packed
 
-from pairquant.backends.triton_int4 import TritonInt4
+from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode
 from pairquant.spec.experts import TRANSFORM, pool_of
 from pairquant.spec.linear import PackedLinear, Spec
@@ -23,7 +23,7 @@ SPEC = Spec(4, 32, 2)
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.setattr(TritonInt4, "refusal", lambda self, layout, device, dtype: None)
+    monkeypatch.setattr(TritonKernels, "refusal", lambda self, layout, device, dtype: None)
 
 
 @pytest.fixture(scope="module")

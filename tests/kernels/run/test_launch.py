@@ -26,10 +26,10 @@ if GPU:  # larger: the ratio of two errors is then no matter of luck
     NARROW_TOKENS, WIDE_TOKENS = [1, 3, 16], [2, 17, 65, 300]
 
 
-def built(shape, seed=0):
+def built(shape, seed=0, bits=4):
     """The packed linears, and their kernel weights with the dense rotation."""
     sizes, channels, group, rotations = shape
-    packed = [random_packed(n, channels, group, rotations, seed + i) for i, n in enumerate(sizes)]
+    packed = [random_packed(n, channels, group, rotations, seed + i, bits=bits) for i, n in enumerate(sizes)]
     packed = [p.to(DEVICE) for p in packed]
     return packed, launch.with_matrix(KernelWeights.build(packed))
 
@@ -51,9 +51,9 @@ def bound(packed, x, want, dtype):
     return BOUND[dtype] * plain + (1e-6 if dtype == torch.float32 else 0)
 
 
-def check_products(shape, tokens, dtype, generator, choices):
+def check_products(shape, tokens, dtype, generator, choices, bits=4):
     """Accurate, every time the same, and the counters back at zero."""
-    packed, weights = built(shape)
+    packed, weights = built(shape, bits=bits)
     x = torch.randn(tokens, shape[1], generator=generator).to(DEVICE, dtype)
     want = exact(packed, x)
     limit = bound(packed, x, want, dtype)
@@ -77,6 +77,27 @@ def test_narrow_products(shape, tokens, dtype, generator):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_wide_products(shape, tokens, dtype, generator):
     check_products(shape, tokens, dtype, generator, [choice for choice in WIDE if tokens <= 8 * choice.tokens])
+
+
+#: As `SHAPES`, for widths whose rows are stored 32 at a time.
+OTHER_SHAPES = [((160,), 256, 128, 2), ((96, 160), 160, 32, 1)]
+OTHER_BITS = [2, 3, 5, 6, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", OTHER_BITS)
+@pytest.mark.parametrize("shape", OTHER_SHAPES, ids=str)
+def test_products_at_other_widths(shape, bits, dtype, generator):
+    for tokens in (1, 5):
+        check_products(shape, tokens, dtype, generator, NARROW[:2], bits)
+    check_products(shape, 18, dtype, generator, [WIDE[1], Dense(128)], bits)
+
+
+@pytest.mark.parametrize("bits", OTHER_BITS)
+def test_decoded_weights_at_other_widths(bits):
+    packed, weights = built(OTHER_SHAPES[1], bits=bits)
+    want = torch.cat([decode(p) for p in packed])
+    assert error(launch.decode(weights, torch.float32), want) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -33,12 +33,12 @@ if GPU:
     SHAPES += [(64, (768, 768), 2048, 128, 8, False), (128, (2048,), 768, 128, 8, False)]
 
 
-def build(shape):
+def build(shape, bits=4):
     """Experts that share a transform, as they are stored, and prepared."""
     count, sizes, channels, group, rotations, bias = shape
     experts = []
     for e in range(count):
-        linears = [random_packed(n, channels, group, rotations, 10 * e + i, bias) for i, n in enumerate(sizes)]
+        linears = [random_packed(n, channels, group, rotations, 10 * e + i, bias, bits) for i, n in enumerate(sizes)]
         experts.append([_with_transform_of(p, (experts[0] if experts else linears)[0]).to(DEVICE) for p in linears])
     return experts, ExpertWeights.build(experts)
 
@@ -68,7 +68,17 @@ def expected(experts, x, ids, share):
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_assignment_is_multiplied_by_its_expert(shape, tiles, dtype, generator):
-    experts, weights = build(shape)
+    check(shape, tiles, dtype, generator)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize("tiles", [TILES[0], TILES[2], TILES[4]], ids=str)
+def test_at_other_widths(bits, tiles, generator):
+    check((3, (32, 64), 192, 64, 1, False), tiles, torch.float16, generator, bits)
+
+
+def check(shape, tiles, dtype, generator, bits=4):
+    experts, weights = build(shape, bits)
     tokens, chosen = (64, 3) if GPU else (5, 2)
     x = torch.randn(tokens, shape[2], generator=generator).to(DEVICE, dtype)
     ids = torch.randint(-1, shape[0] + 1, (tokens, chosen), generator=generator).to(DEVICE)

@@ -1,8 +1,8 @@
 """How vLLM loads and runs packed experts.
 
-At 4 bits on an NVIDIA GPU they are run from their codes by our kernels, tensor or expert parallel. All others, and those with
-biases, are decoded once and run by vLLM's own kernels for plain experts, which takes the memory of the unquantized
-model; vLLM's own loader then cuts them for several GPUs.
+On an NVIDIA GPU they are run from their codes by our kernels, tensor or expert parallel. All others, and those with biases,
+are decoded once and run by vLLM's own kernels for plain experts, which takes the memory of the unquantized model; vLLM's own
+loader then cuts them for several GPUs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .weights import KernelWeights, repacked
 class ExpertWeights:
     """The linears of E experts that read the same input, such as gate and up; all share one transform.
 
-    each: `KernelWeights` whose words, int32 [E · NP / 16, KB, 2, 8, 4, 4], are those of expert after expert, and whose grid is
+    each: `KernelWeights` whose words, int32 [E · NP / 16, KB, 64 b], are those of expert after expert, and whose grid is
     int32 [E, KB · S, NP]; out_features: of one expert's linears.
     bias: float16 [E, N] or None.
     """
@@ -28,7 +28,7 @@ class ExpertWeights:
 
     @classmethod
     def build(cls, experts: Sequence[Sequence[PackedLinear]]) -> ExpertWeights:
-        """Repack the linears of each expert, which must have 4 bits and layouts that are equal for all experts."""
+        """Repack the linears of each expert, whose layouts must be equal for all experts."""
         first, count = KernelWeights.build(experts[0]), len(experts)
         words, grid = repacked([linear for linears in experts for linear in linears])
         grid = grid.view(len(grid), count, -1).transpose(0, 1).contiguous()

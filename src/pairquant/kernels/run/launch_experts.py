@@ -105,6 +105,7 @@ def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, a
         "BN": tiles.rows,
         "STAGES": tiles.stages,
         "GROUPS": layout.groups_per_block,
+        "BITS": weights.each.bits,
         "HAS_BIAS": weights.bias is not None,
         "NATIVE": features(x.device)["NATIVE"],
         "num_warps": tiles.warps,

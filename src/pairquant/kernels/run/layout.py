@@ -1,4 +1,4 @@
-"""The layout of 4-bit linears in GPU memory while the Triton kernels run them."""
+"""The layout of linears in GPU memory while the Triton kernels run them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ KERNEL_ROWS = 128
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """The layout, in memory, of 4-bit linears that read the same input. Checkpoints store them differently.
+    """The layout, in memory, of linears that read the same input. Checkpoints store them differently.
 
     In this layout a warp reads 16 bytes per lane without gaps, and every code is loaded by the lane that passes it to the
     tensor cores, so that unpacking moves no data between lanes. The output rows of each linear are padded to a multiple of
     `KERNEL_ROWS`, and the input channels to a multiple of 128, with codes and scales of zero.
 
-    words: int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] for NP padded rows and KB blocks of 128 channels. Each word holds eight
-    codes of row 16 R + 8 rh + r: nibble i0 · 4 + h · 2 + i1 is channel 128 kb + 32 c + 16 h + 4 t + 2 i1 + i0. So a lane
+    words: int32 [NP / 16, KB, 64 b] for NP padded rows, KB blocks of 128 channels and codes of b bits. They stand for one or two
+    words of nibbles, [rh 2, r 8, t 4, c 4], of which each holds eight codes, or parts of codes, of row 16 R + 8 rh + r: nibble i0 · 4 + h · 2 + i1 is channel 128 kb + 32 c + 16 h + 4 t + 2 i1 + i0. So a lane
     (r, t) of an m16n8k16 product has two neighbouring channels in the two halves of a word, and four bit operations turn
     these into pairs of 16-bit floats.
+
+    The low nibbles (bits 0 to 3 of the codes) come first, then the high ones. Nibbles of which only two bits can be set are stored
+    in half as many words, those of rh = 0 in bits 0 and 1 and those of rh = 1 in bits 2 and 3; nibbles with one bit in a quarter
+    as many: word i holds those of words 2 i + k in bit k + 2 rh. Codes of 3 bits are stored as two bits, then one; of 5, 6 and
+    8 bits as four, then one, two, four.
 
     grid: int32 [KB · S, NP] for S = 128 / g groups per block. The low 16 bits are the scale's float16 bits; the zero point
     is shifted left by 16.

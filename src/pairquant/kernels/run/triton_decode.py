@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .triton_linear import segment
 from .triton_rotate import dot
-from .triton_unpack import scale_value, unpack
+from .triton_unpack import load_nibbles, scale_value, wide_weight
 
 
 @triton.jit(
@@ -43,6 +43,7 @@ def decode_kernel(
     TILES: tl.constexpr,  # tiles of BN rows per program; unless SHARED, all of one linear
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
     STAGES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -65,16 +66,13 @@ def decode_kernel(
     matrix = tl.load(matrix_at)
     _, first, _, column = segment(first_tile * 128, start1, start2, size0, size1, size2)
     out_row = column + first_tile * 128 - first  # the row of the weight at which `out` begins, not counting padding
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     for tile in tl.range(begin, end, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)
         fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks + kb
-        words = tl.load(words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :])
+        words_at = words_ptr + fragment.to(tl.int64)[None, :, None] * (64 * BITS)
+        words, high = load_nibbles(words_at, True, 1, BN // 16, BITS, True)
         grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * (row_tiles * 128) + n[:, None])
-        words = tl.reshape(words, (BN // 16, 2, 8, 4, 4))
-        words = tl.reshape(tl.permute(words, (0, 1, 2, 4, 3)), (BN, GROUPS, 4 // GROUPS, 4))
-        weight = unpack(words, grid[:, :, None, None], False, tl.float16, NATIVE)
-        weight = tl.reshape(tl.permute(weight, (0, 1, 2, 4, 5, 3, 6)), (BN, 128))  # c t h i1 i0 → c h i1 t i0
+        weight = wide_weight(words, high, grid, False, BN, GROUPS, BITS, tl.float16, NATIVE)
         if dtype == tl.float32:
             y = tl.dot(weight.to(tl.float32), matrix, input_precision="ieee")
         else:

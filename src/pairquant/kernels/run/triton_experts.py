@@ -1,4 +1,4 @@
-"""Triton kernels that multiply tokens by the 4-bit weights of the experts that they were given to.
+"""Triton kernels that multiply tokens by the packed weights of the experts that they were given to.
 
 An assignment is a token with one of its experts: token t has the assignments t · k … t · k + k - 1. Each program computes
 some rows of one expert for a tile of its assignments. For few tokens every assignment is a tile of its own, so that nothing
@@ -16,7 +16,7 @@ from triton.language.extra import cuda as tl_cuda
 
 from .triton_linear import prefetch, segment, store_rows
 from .triton_rotate import dot
-from .triton_unpack import narrow_product, wide_weight
+from .triton_unpack import load_nibbles, narrow_product, wide_weight
 
 #: Assignments that `assign_kernel` looks at in one step.
 CHUNK = tl.constexpr(1024)
@@ -78,7 +78,7 @@ SIZES = [
 @triton.jit(do_not_specialize=[*SIZES, "ahead"])
 def narrow_experts_kernel(
     x_ptr,  # 16-bit [A / share, 128 KB]: rotated, the channels in their usual order
-    words_ptr,  # int32 [E, NP / 16, KB, 2, 128] (layout.KernelLayout)
+    words_ptr,  # int32 [E, NP / 16, KB, 64 BITS] (layout.KernelLayout)
     grid_ptr,  # int32 [E, KB · S, NP]
     bias_ptr,  # [E, N], of any dtype
     out_ptr,  # [A, N]
@@ -103,6 +103,7 @@ def narrow_experts_kernel(
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,  # WARPS divides k_blocks
     ONE: tl.constexpr,  # every assignment is a tile of its own
+    BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -115,19 +116,18 @@ def narrow_experts_kernel(
     expert = tl.load(owners_ptr + tl.program_id(1)).to(tl.int32)
     real_expert = (expert >= 0) & (expert < experts)
     expert = tl.where(real_expert, expert, 0).to(tl.int64)
-    words_ptr += expert * (row_tiles * 8 * 256) * k_blocks
+    words_ptr += expert * (row_tiles * 8 * 64 * BITS) * k_blocks
     if DEPENDENT:
         if (ahead > 0) & real_expert:
             first_fragment = tile * (BN // 16) * k_blocks
-            prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(k_blocks, ahead), BN, WARPS)
+            prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(k_blocks, ahead), BN, WARPS, 64 * BITS)
         tl_cuda.gdc_wait()
     if not real_expert:
         return
     part = tl.arange(0, WARPS)
     n = tile * BN + tl.arange(0, BN)
     fragment = (tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words_at = words_ptr + fragment[None, :, None, None] * 256 + inner[None, None, :, :]
+    words_at = words_ptr + fragment[None, :, None] * (64 * BITS)
     grid_ptr += expert * (k_blocks * GROUPS) * padded_rows
     channel = tl.arange(0, 128)
     s = tl.arange(0, GROUPS)
@@ -143,19 +143,16 @@ def narrow_experts_kernel(
         kb = block + part
         grid_at = grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None]
         here = kb < k_blocks
-        if EVEN:
-            words = tl.load(words_at + kb[:, None, None, None] * 256)
-            grid = tl.load(grid_at)
-        else:
-            words = tl.load(words_at + kb[:, None, None, None] * 256, mask=here[:, None, None, None], other=0)
-            grid = tl.load(grid_at, mask=here[:, None, None], other=0)
+        block_at = words_at + kb[:, None, None] * (64 * BITS)
+        words, high = load_nibbles(block_at, here[:, None, None], WARPS, BN // 16, BITS, EVEN)
+        grid = tl.load(grid_at) if EVEN else tl.load(grid_at, mask=here[:, None, None], other=0)
         if ONE:
             x = tl.load(x_ptr + x_row + kb[:, None] * 128 + channel[None, :], mask=here[:, None], other=0.0)
             x = tl.broadcast_to(x[:, :, None], (WARPS, 128, BM))
         else:
             x_at = x_ptr + x_rows[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None]
             x = tl.load(x_at, mask=(member < assignments)[None, None, :] & here[:, None, None], other=0.0)
-        acc += narrow_product(words, grid, x, WARPS, BN, GROUPS, dtype, NATIVE)
+        acc += narrow_product(words, high, grid, x, WARPS, BN, GROUPS, BITS, dtype, NATIVE)
     if DEPENDENT:
         tl_cuda.gdc_launch_dependents()
     _, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
@@ -187,6 +184,7 @@ def wide_experts_kernel(
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -205,18 +203,17 @@ def wide_experts_kernel(
     real = member < assignments
     n = tile * BN + tl.arange(0, BN)
     fragment = (expert * (row_tiles * 8) + tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words_at = words_ptr + fragment[:, None, None] * 256 + inner[None, :, :]
+    words_at = words_ptr + fragment[None, :, None] * (64 * BITS)
     grid_at = grid_ptr + expert * (k_blocks * GROUPS) * padded_rows + n[:, None]
     s = tl.arange(0, GROUPS)
     x_rows = (member // share).to(tl.int64) * (k_blocks * 128)
     x_at = x_ptr + x_rows[None, :] + tl.arange(0, 128)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for kb in tl.range(0, k_blocks, num_stages=STAGES):
-        words = tl.load(words_at + kb * 256)
+        words, high = load_nibbles(words_at + kb * (64 * BITS), True, 1, BN // 16, BITS, True)
         grid = tl.load(grid_at + (kb * GROUPS + s)[None, :] * padded_rows)
         x = tl.load(x_at + kb * 128, mask=real[None, :], other=0.0)
-        weight = wide_weight(words, grid, BN, GROUPS, dtype, NATIVE)
+        weight = wide_weight(words, high, grid, True, BN, GROUPS, BITS, dtype, NATIVE)
         acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
     _, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
     bias_ptr += expert * (octets * 8)

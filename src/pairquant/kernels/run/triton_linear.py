@@ -1,4 +1,4 @@
-"""Triton kernels that compute y = x_rot · Ŵᵀ with packed 4-bit weights on NVIDIA GPUs.
+"""Triton kernels that compute y = x_rot · Ŵᵀ with packed weights on NVIDIA GPUs.
 
 Both kernels compute the transpose, Ŵ · x_rotᵀ. They dequantize Ŵ in registers (`triton_unpack`).
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from .triton_rotate import dot
-from .triton_unpack import narrow_product, wide_weight
+from .triton_unpack import load_nibbles, narrow_product, wide_weight
 
 
 @triton.jit
@@ -33,15 +33,18 @@ def segment(row, start1, start2, size0, size1, size2):
 
 
 @triton.jit
-def prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr):
-    """Start loading this program's first `blocks` blocks of 128 channels into the L2 cache, each warp an equal part."""
+def prefetch(words_ptr, first, k_blocks, blocks, BN: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr):
+    """Start loading this program's first `blocks` blocks of 128 channels into the L2 cache, each warp an equal part.
+
+    WORDS: that 16 rows of such a block have.
+    """
     warp = tl.arange(0, 32 * WARPS) // 32  # a whole warp makes one request, by one instruction
-    share = blocks * 256 // WARPS  # words
+    share = blocks * WORDS // WARPS
     for row in tl.static_range(BN // 16):
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
             "=r,l,r",
-            [words_ptr + (first + row * k_blocks).to(tl.int64) * 256 + warp * share, warp * 0 + share * 4],
+            [words_ptr + (first + row * k_blocks).to(tl.int64) * WORDS + warp * share, warp * 0 + share * 4],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -55,7 +58,7 @@ SIZES = ["tokens", "k_blocks", "row_tiles", "octets", "start1", "start2", "size0
 @triton.jit(do_not_specialize=[*SIZES, "ahead"])
 def narrow_kernel(
     x_ptr,  # 16-bit [T, M, 128 KB]: rotated, the channels in their usual order
-    words_ptr,  # int32 [NP / 16, KB, 2, 128] (layout.KernelLayout)
+    words_ptr,  # int32 [NP / 16, KB, 64 BITS] (layout.KernelLayout)
     grid_ptr,  # int32 [KB · S, NP]
     bias_ptr,  # x's dtype [N]
     out_ptr,  # [M, N]
@@ -80,6 +83,7 @@ def narrow_kernel(
     SHARED: tl.constexpr,  # all linears have the same transform and read x_ptr[0]
     EVEN: tl.constexpr,  # WARPS divides the number of blocks of every program
     ONE: tl.constexpr,  # a single token
+    BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -105,27 +109,26 @@ def narrow_kernel(
     if DEPENDENT:
         if (ahead > 0) & (start < stop):  # while the rotation runs, load what does not depend on it
             first_fragment = tile * (BN // 16) * k_blocks + start
-            prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS)
+            prefetch(words_ptr, first_fragment, k_blocks, tl.minimum(stop - start, ahead), BN, WARPS, 64 * BITS)
         tl_cuda.gdc_wait()
     index, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
     x_start = 0 if SHARED else index * tokens * (k_blocks * 128)
     x_row = x_start + m * (k_blocks * 128)
     real_token = m < tokens
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    words_at = words_ptr + fragment.to(tl.int64)[None, :, None, None] * 256 + inner[None, None, :, :]
+    words_at = words_ptr + fragment.to(tl.int64)[None, :, None] * (64 * BITS)
     channel = tl.arange(0, 128)
     s = tl.arange(0, GROUPS)
     acc = tl.zeros((WARPS, BN, BM), tl.float32)
     for block in tl.range(start, stop, WARPS, num_stages=STAGES):
         kb = block + part
         here = real_token[None, None, :]
+        real = kb < stop
+        block_at = words_at + kb[:, None, None] * (64 * BITS)
+        words, high = load_nibbles(block_at, real[:, None, None], WARPS, BN // 16, BITS, EVEN)
         if EVEN:
-            words = tl.load(words_at + kb[:, None, None, None] * 256)
             grid = tl.load(grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None])
         else:
-            real = kb < stop
             here = here & real[:, None, None]
-            words = tl.load(words_at + kb[:, None, None, None] * 256, mask=real[:, None, None, None], other=0)
             grid = tl.load(
                 grid_ptr + (kb[:, None] * GROUPS + s[None, :])[:, None, :] * padded_rows + n[None, :, None],
                 mask=real[:, None, None],
@@ -137,7 +140,7 @@ def narrow_kernel(
         else:
             x_at = x_ptr + x_row[None, None, :] + kb[:, None, None] * 128 + channel[None, :, None]
             x = tl.load(x_at, mask=here, other=0.0)
-        acc += narrow_product(words, grid, x, WARPS, BN, GROUPS, dtype, NATIVE)
+        acc += narrow_product(words, high, grid, x, WARPS, BN, GROUPS, BITS, dtype, NATIVE)
     if DEPENDENT:
         tl_cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
@@ -183,6 +186,7 @@ def wide_kernel(
     STAGES: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
+    BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -203,7 +207,6 @@ def wide_kernel(
     end = tl.minimum(begin + run, total)
     if DEPENDENT:
         tl_cuda.gdc_wait()
-    inner = tl.arange(0, 2)[:, None] * 128 + tl.arange(0, 128)[None, :]
     s = tl.arange(0, GROUPS)
     in_tile = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     while begin < end:
@@ -215,7 +218,7 @@ def wide_kernel(
         n = row_tile * BN + tl.arange(0, BN)
         index, first, size, column = segment(row_tile * BN, start1, start2, size0, size1, size2)
         fragment = (row_tile * (BN // 16) + tl.arange(0, BN // 16)) * k_blocks
-        words_at = words_ptr + fragment.to(tl.int64)[:, None, None] * 256 + inner[None, :, :]
+        words_at = words_ptr + fragment.to(tl.int64)[None, :, None] * (64 * BITS)
         x_row = m * (k_blocks * 128)
         if not SHARED:
             x_row += index * tokens * (k_blocks * 128)
@@ -223,10 +226,10 @@ def wide_kernel(
         real_token = m < tokens
         acc = tl.zeros((BN, BM), tl.float32)
         for kb in tl.range(start, stop, num_stages=STAGES):
-            words = tl.load(words_at + kb * 256)
+            words, high = load_nibbles(words_at + kb * (64 * BITS), True, 1, BN // 16, BITS, True)
             grid = tl.load(grid_ptr + (kb * GROUPS + s)[None, :] * padded_rows + n[:, None])
             x = tl.load(x_at + kb * 128, mask=real_token[None, :], other=0.0)
-            weight = wide_weight(words, grid, BN, GROUPS, dtype, NATIVE)
+            weight = wide_weight(words, high, grid, True, BN, GROUPS, BITS, dtype, NATIVE)
             acc = tl.dot(weight, x, acc) if NATIVE else acc + dot(weight, x, NATIVE)
         whole = stop - start == k_blocks
         if not whole:

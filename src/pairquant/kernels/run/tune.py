@@ -45,13 +45,14 @@ def random_weights(
     device: torch.device,
     rotations: int = 8,
     transforms: int = 1,
+    bits: int = 4,
 ) -> KernelWeights:
     """Make random codes, scales, zero points and rotations in the kernels' layout; transforms: 1, or one per linear."""
     layout = KernelLayout(channels, out_features, group_size)
-    shape = (layout.padded_rows // 16, layout.k_blocks, 2, 8, 4, 4)
+    shape = (layout.padded_rows // 16, layout.k_blocks, 64 * bits)
     words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
     scales = torch.rand(layout.grid_rows, layout.padded_rows, device=device).mul_(0.01).half().view(torch.int16)
-    zeros = torch.randint(0, 16, scales.shape, dtype=torch.int32, device=device)
+    zeros = torch.randint(0, 2**bits, scales.shape, dtype=torch.int32, device=device)
     order = torch.rand(transforms, rotations, channels // group_size, group_size, device=device).argsort(-1)
     rotation = RotationWeights.build(
         torch.randn(transforms, rotations, channels // 2, device=device),
@@ -69,6 +70,7 @@ def tune_shape(
     channels: int,
     group_size: int,
     device: torch.device,
+    bits: int = 4,
     timer: Timer | None = None,
 ) -> dict[int, Choice]:
     """Find the fastest choice for each range of `table.TOKENS`.
@@ -76,7 +78,7 @@ def tune_shape(
     timer: measures a call; None: the median of Triton's `do_bench`. Raises `ResourceError` if no choice for a range runs.
     """
     timer = timer or _median
-    weights = random_weights(out_features, channels, group_size, device)
+    weights = random_weights(out_features, channels, group_size, device, bits=bits)
     found = {}
     for tokens in table.TOKENS:
         x = torch.randn(tokens, channels, device=device, dtype=torch.half)

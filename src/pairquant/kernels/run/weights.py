@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.packing import pack, unpack
 from ...core.rotation import channel_form
+from ...spec.codes import AWQ_ORDER
 from ...spec.linear import LinearLayout, PackedLinear
 from .layout import KERNEL_ROWS, KernelLayout
 
@@ -67,7 +68,7 @@ class RotationWeights:
 class KernelWeights:
     """One to three packed linears that read the same input, in `KernelLayout`.
 
-    words: int32 [NP / 16, KB, 2, 8, 4, 4]; grid: int32 [KB · S, NP].
+    words: int32 [NP / 16, KB, 64 b] for codes of b bits; grid: int32 [KB · S, NP].
     arrivals: int32 zeros, in which the programs of a launch count how many of them have finished. For this reason the same
     linear must not run on two streams at the same time.
     rotation: one transform (T = 1) if all linears share it, else one for each linear.
@@ -82,7 +83,7 @@ class KernelWeights:
 
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
-        """Repack the linears, which must have 4 bits and equal layouts except for out_features."""
+        """Repack the linears, whose layouts must be equal except for out_features."""
         words, grid = repacked(linears)
         first = linears[0]
         shared = all(linear.shares_transform_with(first) for linear in linears[1:])
@@ -100,15 +101,18 @@ class KernelWeights:
     def layout(self) -> KernelLayout:
         return KernelLayout(self.rotation.channels, self.out_features, self.rotation.group_size)
 
+    @property
+    def bits(self) -> int:
+        return self.words.shape[2] // 64
+
     def stored(self, index: int, layout: LinearLayout) -> dict[str, Tensor]:
         """Return qweight, qzeros and scales of the linear `index`, bit for bit as they were loaded."""
         start = self.layout.starts[index]
         rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
-        qweight = _stored_words(self.words[rows])[: layout.in_features, : layout.out_features // 8]
         grid = self.grid[: layout.num_groups, start : start + layout.out_features]
         return {
-            "qweight": qweight.contiguous(),
-            "qzeros": pack((grid >> 16).to(torch.uint8), 4),
+            "qweight": _qweight(self.words[rows], layout),
+            "qzeros": pack((grid >> 16).to(torch.uint8), self.bits),
             "scales": grid.to(torch.int16).view(torch.float16),
         }
 
@@ -126,7 +130,8 @@ class KernelWeights:
         return cls(words, grid, arrivals, rotation, tuple(out_features))
 
 
-#: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most.
+#: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most at 4 bits, which are
+#: not unpacked, and 400 MB at others.
 ROWS_AT_A_TIME = 4096
 
 
@@ -134,9 +139,10 @@ def repacked(linears: Sequence[PackedLinear]) -> tuple[Tensor, Tensor]:
     """Repack the stored tensors of linears of equal in_features into words and grid, with padded rows, one after the other."""
     s = linears[0].layout
     layout = KernelLayout(s.in_features, tuple(linear.layout.out_features for linear in linears), s.group_size)
-    columns = torch.cat([_padded(linear["qweight"], KERNEL_ROWS // 8) for linear in linears], dim=1)
-    words = torch.cat([_fragments(part) for part in columns.split(ROWS_AT_A_TIME // 8, dim=1)])
-    zeros = unpack(torch.cat([_padded(linear["qzeros"], KERNEL_ROWS // 8) for linear in linears], dim=1), 4)
+    tile = KERNEL_ROWS * s.bits // 32  # columns of stored words that hold one tile of rows
+    columns = torch.cat([_padded(linear["qweight"], tile) for linear in linears], dim=1)
+    words = torch.cat([_words(part, s.bits) for part in columns.split(ROWS_AT_A_TIME // KERNEL_ROWS * tile, dim=1)])
+    zeros = unpack(torch.cat([_padded(linear["qzeros"], tile) for linear in linears], dim=1), s.bits)
     scales = torch.cat([_padded(linear["scales"], KERNEL_ROWS) for linear in linears], dim=1)
     grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
     grid[: s.num_groups] = (scales.view(torch.int16).to(torch.int32) & 0xFFFF) | (zeros.to(torch.int32) << 16)
@@ -148,8 +154,71 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple)) if tensor.shape[1] % multiple else tensor
 
 
+def _words(qweight: Tensor, bits: int) -> Tensor:
+    """Repack qweight, int32 [C, N · b / 32], to the words of `KernelLayout`, int32 [NP / 16, KB, 64 b]."""
+    if bits == 4:
+        return _fragments(qweight)
+    codes = unpack(qweight, bits)
+    low = _fragments(_nibbles(codes & 15))
+    if bits < 4:
+        parts = [_two_bits(low & 0x33333333)] + [_one_bit((low >> 2) & 0x11111111)] * (bits == 3)
+    else:
+        high = _fragments(_nibbles(codes >> 4))
+        parts = [low, _one_bit(high) if bits == 5 else _two_bits(high) if bits == 6 else high]
+    return torch.cat(parts, dim=-1)
+
+
+def _qweight(words: Tensor, layout: LinearLayout) -> Tensor:
+    """Undo `_words`, without the padding."""
+    bits = layout.bits
+    if bits < 4:
+        low = _from_two_bits(words[..., :128])
+        if bits == 3:
+            low |= _from_one_bit(words[..., 128:]) << 2
+    else:
+        low = words[..., :256]
+    stored = _stored_words(low)[: layout.in_features, : layout.out_features // 8]
+    if bits == 4:
+        return stored.contiguous()
+    codes = unpack(stored.contiguous(), 4)
+    if bits > 4:
+        rest = words[..., 256:]
+        high = _from_one_bit(rest) if bits == 5 else _from_two_bits(rest) if bits == 6 else rest
+        stored = _stored_words(high)[: layout.in_features, : layout.out_features // 8]
+        codes |= unpack(stored.contiguous(), 4) << 4
+    return pack(codes, bits)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Pack codes below 16, uint8 [C, N], as those of 4 bits are stored: int32 [C, N / 8]."""
+    columns = codes.view(len(codes), -1, 8)[..., list(AWQ_ORDER)]
+    return (columns[..., 0::2] | (columns[..., 1::2] << 4)).view(torch.int32).squeeze(-1)
+
+
+def _two_bits(nibbles: Tensor) -> Tensor:
+    """Store nibbles of two bits in half as many words: [R, KB, 256] → [R, KB, 128]."""
+    first, second = nibbles.chunk(2, dim=-1)
+    return first | (second << 2)
+
+
+def _from_two_bits(words: Tensor) -> Tensor:
+    return torch.cat([words & 0x33333333, (words >> 2) & 0x33333333], dim=-1)
+
+
+def _one_bit(nibbles: Tensor) -> Tensor:
+    """Store nibbles of one bit in a quarter as many words: [R, KB, 256] → [R, KB, 64]."""
+    first, second = nibbles.chunk(2, dim=-1)
+    both = first | (second << 2)
+    return both[..., 0::2] | (both[..., 1::2] << 1)
+
+
+def _from_one_bit(words: Tensor) -> Tensor:
+    both = torch.stack([words, words >> 1], dim=-1).flatten(-2)
+    return torch.cat([both & 0x11111111, (both >> 2) & 0x11111111], dim=-1)
+
+
 def _fragments(qweight: Tensor) -> Tensor:
-    """Repack qweight, int32 [C, N / 8], to int32 [NP / 16, KB, rh 2, r 8, t 4, c 4] (see `KernelLayout`).
+    """Repack words of nibbles, int32 [C, N / 8], to int32 [NP / 16, KB, 256], in the order rh, r, t, c (see `KernelLayout`).
 
     The codes are not unpacked. Byte (b1, b0) of a stored word holds rows 4 b0 + 2 e + b1 of its eight, for e = 0, 1 (AWQ's
     order). Byte (i0, h) of a kernel's word holds channels 2 i1 + i0, for i1 = 0, 1. So nibbles are exchanged between two
@@ -162,12 +231,14 @@ def _fragments(qweight: Tensor) -> Tensor:
     first, second = _exchanged(*stored.unbind(4))
     placed = torch.stack((first, second), dim=-1)  # KB c h t i0 R rh b1 b0 e
     ordered = placed.permute(5, 0, 6, 8, 9, 7, 3, 1, 4, 2)  # R KB rh b0 e b1 t c i0 h
-    return ordered.flatten(-2).view(torch.int32).view(rows, -1, 2, 8, 4, 4)
+    return ordered.flatten(-2).view(torch.int32).view(rows, -1, 256)
 
 
 def _stored_words(words: Tensor) -> Tensor:
     """Undo `_fragments`, but keep the padding: int32 [128 KB, NP / 8]."""
-    ordered = words.view(torch.uint8).view(*words.shape[:3], 2, 2, 2, 4, 4, 2, 2)  # R KB rh b0 e b1 t c i0 h
+    ordered = (
+        words.contiguous().view(torch.uint8).view(*words.shape[:2], 2, 2, 2, 2, 4, 4, 2, 2)
+    )  # R KB rh b0 e b1 t c i0 h
     placed = ordered.permute(1, 7, 9, 6, 8, 0, 2, 5, 3, 4)  # KB c h t i0 R rh b1 b0 e
     stored = torch.stack(_exchanged(*placed.unbind(-1)), dim=4)
     return stored.flatten(-2).view(torch.int32).view(words.shape[1] * 128, words.shape[0] * 2)

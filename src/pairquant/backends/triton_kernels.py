@@ -1,4 +1,4 @@
-"""The backend for 4-bit layers on NVIDIA GPUs: Triton kernels that run up to three linears of one input in one launch."""
+"""The backend for NVIDIA GPUs: Triton kernels that run up to three linears of one input in one launch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
 
 
-class TritonInt4(Backend):
+class TritonKernels(Backend):
     """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table."""
 
-    name = "triton-int4"
+    name = "triton"
     replaces = ("qweight", "qzeros", "scales")
     most = MAX_SEGMENTS
 
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"runs on NVIDIA GPUs, not on {device.type}"
-        if layout.bits != 4:
-            return f"has kernels for 4 bits, the layer has {layout.bits}"
         return triton_missing()
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:

@@ -6,10 +6,10 @@ from packed import random_packed
 
 pytest.importorskip("triton")
 
-from pairquant.backends.triton_int4 import TritonInt4
+from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
 
-BACKEND = TritonInt4()
+BACKEND = TritonKernels()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = (40, 8, 24)
 
