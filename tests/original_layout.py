@@ -10,37 +10,63 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 GROUP, ROTATIONS = 128, 8
 #: Column of its eight that each nibble of a word holds.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def write_original(directory: Path, config: LlamaConfig, save_tokenizer) -> LlamaForCausalLM:
-    """Write the checkpoint; returns the plain model, float32, with the weights that it stands for."""
+def write_original(directory: Path, config: PretrainedConfig, save_tokenizer) -> PreTrainedModel:
+    """Write the checkpoint; returns the plain model, float32, with the weights that it stands for.
+
+    Experts have codes of their own; all that read one input share its transform.
+    """
     random = np.random.default_rng(0)
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval().float()
     tensors = {}
     for name, parameter in model.named_parameters():
         path = name.removesuffix(".weight")
-        if ".layers." in name and path.endswith("_proj"):
-            stored, dense = pack_linear(parameter.detach().numpy() * 4, random)
-            tensors |= {f"{path}.{key}": value for key, value in stored.items()}
-            parameter.data.copy_(parameter.new_tensor(dense))
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.3)
+            stored, dense = pack_experts(path, parameter.detach().numpy(), random)
+        elif ".layers." in name and path.endswith("_proj"):
+            fields, dense = pack_linear(parameter.detach().numpy() * 4, random)
+            stored = {f"{path}.{key}": value for key, value in fields.items()}
         else:
-            tensors[name] = parameter.detach().numpy().astype(np.float16)
-            parameter.data.copy_(parameter.new_tensor(tensors[name].astype(np.float32)))
+            stored = {name: parameter.detach().numpy().astype(np.float16)}
+            dense = stored[name].astype(np.float32)
+        tensors |= stored
+        parameter.data.copy_(parameter.new_tensor(dense))
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    entries = json.loads(config.to_json_string()) | {"architectures": ["LlamaForCausalLM"], "dtype": "float16"}
+    entries = json.loads(config.to_json_string()) | {"architectures": [type(model).__name__], "dtype": "float16"}
     entries["quantization_config"] = {
         "quant_method": "paroquant", "bits": 4, "group_size": GROUP, "krot": ROTATIONS, "zero_point": True,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(entries))
     save_tokenizer(directory)
     return model
+
+
+def pack_experts(
+    path: str, weights: np.ndarray, random: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """weights [E, N, C] of "….experts.gate_up_proj" or "….experts.down_proj" → stored tensors, and what they decode to."""
+    count, rows, channels = weights.shape
+    stacked, dense = pack_linear(weights.reshape(-1, channels), random)  # one transform for all rows
+    home, own = path.rpartition(".")[0], "gate_up" if "gate_up" in path else "down"
+    parts = ("gate_proj", "up_proj") if own == "gate_up" else ("down_proj",)
+    each = rows // len(parts)
+    stored = {f"{home}.{own}_weight_{key}": stacked[key] for key in ("theta", "pairs", "channel_scales")}
+    for number in range(count * len(parts)):
+        expert, part = divmod(number, len(parts))
+        for key, unit in (("qweight", 8), ("qzeros", 8), ("scales", 1)):
+            cut = stacked[key][:, number * each // unit : (number + 1) * each // unit]
+            stored[f"{home}.{expert}.{parts[part]}.{key}"] = np.ascontiguousarray(cut)
+    return stored, dense.reshape(weights.shape)
 
 
 def pack_linear(weight: np.ndarray, random: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:

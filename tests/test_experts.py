@@ -4,12 +4,10 @@ import json
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from families import DENSE, FAMILIES
-from original_layout import pack_linear
-from safetensors.numpy import save_file
+from original_layout import write_original
 from test_families import log_probabilities, make_source
 from tiny_models import TEXT, byte_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -369,46 +367,13 @@ def test_the_originals_layout_of_experts_gives_the_right_logits(tmp_path):
     """Written from the format's description by NumPy alone: per-expert codes, one transform for all experts' inputs."""
     sizes = DENSE | {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
     config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
-    torch.manual_seed(0)
-    random = np.random.default_rng(0)
-    model = AutoModelForCausalLM.from_config(config).eval().float()
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        path = name.removesuffix(".weight")
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            torch.nn.init.normal_(parameter, std=0.3)
-            home, own = path.rpartition(".")[0], "gate_up" if "gate_up" in path else "down"
-            stacked, dense = pack_linear(parameter.detach().flatten(0, 1).numpy(), random)  # one transform for all rows
-            rows, parts = parameter.shape[1], ("gate_proj", "up_proj") if own == "gate_up" else ("down_proj",)
-            each = rows // len(parts)
-            for expert in range(4):
-                for place, part in enumerate(parts):
-                    start = expert * rows + place * each
-                    for key in ("qweight", "qzeros", "scales"):
-                        unit = 1 if key == "scales" else 8
-                        cut = stacked[key][:, start // unit : (start + each) // unit]
-                        tensors[f"{home}.{expert}.{part}.{key}"] = np.ascontiguousarray(cut)
-            for key in ("theta", "pairs", "channel_scales"):
-                tensors[f"{home}.{own}_weight_{key}"] = stacked[key]
-            parameter.data.copy_(torch.tensor(dense).view(parameter.shape))
-        elif "self_attn" in name and path.endswith("_proj"):
-            stored, dense = pack_linear(parameter.detach().numpy() * 4, random)
-            tensors |= {f"{path}.{key}": value for key, value in stored.items()}
-            parameter.data.copy_(torch.tensor(dense))
-        else:
-            tensors[name] = parameter.detach().numpy().astype(np.float16)
-            parameter.data.copy_(torch.tensor(tensors[name].astype(np.float32)))
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    entries = json.loads(config.to_json_string()) | {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float16"}
-    entries["quantization_config"] = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8}
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    byte_tokenizer().save_pretrained(tmp_path)
+    model = write_original(tmp_path / "original", config, byte_tokenizer().save_pretrained)
     tokens = torch.arange(3, 67)[None]
     with torch.no_grad():
         expected = model(tokens).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert len(pairquant.inspect(tmp_path).linears) == 2 * (4 + 4 * 3)
+    assert len(pairquant.inspect(tmp_path / "original").linears) == 2 * (4 + 4 * 3)
 
 
 def test_every_family_with_experts_is_in_the_matrix():

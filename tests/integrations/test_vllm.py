@@ -98,14 +98,18 @@ def checkpoints(root):
 
 @pytest.fixture(scope="module")
 def experts(root):
-    """Family → a tiny model with experts, and its log-probabilities in float32."""
+    """Family → a tiny model with experts, and its log-probabilities in float32; "original": as the original lays them out."""
     sizes = {**SIZES, "intermediate_size": 64, "num_experts_per_tok": 2}
     configs = {
         "qwen3-moe": Qwen3MoeConfig(**sizes, moe_intermediate_size=64, num_experts=4),
         # Biases, and gates between ups; vLLM's own loader for it passes over names that it does not know.
         "gpt-oss": GptOssConfig(**sizes, num_local_experts=4, sliding_window=32),
     }
-    return {family: quantized_experts(root, family, config) for family, config in configs.items()}
+    made = {family: quantized_experts(root, family, config) for family, config in configs.items()}
+    sizes["intermediate_size"] = 128
+    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=128, num_experts=4)
+    plain = write_original(root / "original-experts", config, byte_tokenizer().save_pretrained)
+    return made | {"original": (root / "original-experts", reference(plain))}
 
 
 def quantized_experts(root, family, config):
