@@ -298,7 +298,7 @@ def test_a_refit_ends_nearer_to_the_original_than_rounding_alone(tokens):
 
 
 @pytest.mark.parametrize("preset", ["best", "paper"])
-@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss", "Nemotron-H"])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss", "Nemotron-H", "Phi-3.5-MoE"])
 def test_experts_are_trained_in_bfloat16(family, preset, tokens):
     model = routed_model(family).bfloat16()
     results = trained(model, preset, tokens, compute="bfloat16")

@@ -193,6 +193,7 @@ class _Objective(nn.Module):
         first = next(block.module.parameters())
         self.device = first.device
         self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
+        self.norms = self._norms_in_float32() if self.device.type == "cpu" else {}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets: [B, T, H] → float32 scalar. bfloat16 within the block only: what is trained is float32."""
@@ -202,7 +203,17 @@ class _Objective(nn.Module):
 
     def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
-        return functional_call(self, named, (inputs, targets))
+        return functional_call(self, self.norms | named, (inputs, targets))
+
+    def _norms_in_float32(self) -> Weights:
+        """Return copies of the parameters of LayerNorms: on CPUs they take float32 inputs, which autocast leaves, only with these."""
+        return {
+            f"block.{path}.{name}": parameter.float()
+            for path, module in self.block.named_modules()
+            if isinstance(module, nn.LayerNorm)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dtype != torch.float32
+        }
 
     def _operand(self, weight: Tensor) -> Tensor:
         """Return a weight as the block takes it: those of experts, [E, …], in bfloat16 where the others are turned into it.

@@ -93,6 +93,14 @@ def test_products_at_other_widths(shape, bits, dtype, generator):
     check_products(shape, 18, dtype, generator, [WIDE[1], Dense(128)], bits)
 
 
+def test_stages_of_wider_codes_fit_into_shared_memory():
+    cpu = torch.device("cpu")
+    assert launch.stages_for(3, 4, 128, 256, 1, cpu) == 3, "as it was measured"
+    assert launch.stages_for(3, 8, 128, 256, 1, cpu) == 2
+    assert launch.stages_for(4, 8, 64, 0, 2, cpu) == 4
+    assert launch.stages_for(3, 8, 512, 512, 1, cpu) == 1
+
+
 @pytest.mark.parametrize("bits", OTHER_BITS)
 def test_decoded_weights_at_other_widths(bits):
     packed, weights = built(OTHER_SHAPES[1], bits=bits)

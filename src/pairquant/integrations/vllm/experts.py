@@ -38,7 +38,7 @@ def experts_method(specs: Mapping[str, Spec], prefix: str, layer: Any, stored_as
     alike = len(set(specs.values())) == 1 and not moe.has_bias
     spec = next(iter(specs.values()))
     if alike and experts_refusal(spec.layout(128, 128), device, dtype) is None:
-        return Int4ExpertsMethod(arrivals, moe)
+        return PackedExpertsMethod(arrivals, moe)
     return DecodedExpertsMethod(arrivals, moe)
 
 
@@ -98,7 +98,7 @@ def _names(path: str, spec: Spec) -> list[str]:
     return [shared_name(path, field) or f"{path}.{field}" for field in spec.layout(128, 128).fields()]
 
 
-class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
+class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
     """Runs experts from their codes on a GPU. moe: vLLM's configuration of the layer."""
 
     def __init__(self, arrivals: Arrivals, moe: Any):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.linear import decode
 from ...spec.linear import PackedLinear, Spec
 from ...support.errors import CheckpointError
-from .experts import DecodedExpertsMethod, Int4ExpertsMethod
+from .experts import DecodedExpertsMethod, PackedExpertsMethod
 
 
 def passed_on(
@@ -30,7 +30,7 @@ def passed_on(
     """
     experts: dict[str, Callable[[Tensor], None]] = {}
     for method in methods:
-        if isinstance(method, Int4ExpertsMethod | DecodedExpertsMethod):
+        if isinstance(method, PackedExpertsMethod | DecodedExpertsMethod):
             experts |= method.arrivals.doors()
     decoding = _Decoding(plain, dtype)
     for name, tensor in weights:

@@ -188,9 +188,10 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         out.shape[1] // 8,
         *segments(layout),
     )
+    in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
     options = {
         "BN": choice.rows,
-        "STAGES": choice.stages,
+        "STAGES": stages_for(choice.stages, weights.bits, *in_stage, device),
         "GROUPS": layout.groups_per_block,
         "SHARED": transforms == 1,
         "BITS": weights.bits,
@@ -225,6 +226,24 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
             partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
     return out
+
+
+def stages_for(wanted: int, bits: int, rows: int, tokens: int, blocks: int, device: torch.device) -> int:
+    """Return how many stages to buffer: those of the table, which was measured at 4 bits, or of wider codes as many as fit.
+
+    rows, tokens: of a tile, no tokens where x does not go through shared memory; blocks: of 128 channels in a stage.
+    """
+    stage = 128 * blocks * (rows * bits // 8 + 2 * tokens)
+    return wanted if bits <= 4 else max(1, min(wanted, int(0.88 * _shared_memory(device)) // stage))
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Return how many bytes of shared memory a program can have; in the interpreter, as on an H100."""
+    if device.type != "cuda":
+        return 232_448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def segments(layout: KernelLayout) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...support.devices import current
 from .expert_weights import ExpertWeights
-from .launch import cdiv, dependent, features, rotate_padded, segments
+from .launch import cdiv, dependent, features, rotate_padded, segments, stages_for
 from .triton_experts import assign_kernel, combine_kernel, narrow_experts_kernel, wide_experts_kernel
 
 
@@ -101,9 +101,10 @@ def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, a
     bias = out if weights.bias is None else weights.bias
     before = (x_rot, weights.each.words, weights.each.grid, bias, out, given.owners, given.members)
     sizes = (layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *segments(layout))
+    in_stage = (tiles.rows, tiles.tokens, 1) if tiles.wide else (tiles.rows, 0, tiles.warps)
     options = {
         "BN": tiles.rows,
-        "STAGES": tiles.stages,
+        "STAGES": stages_for(tiles.stages, weights.each.bits, *in_stage, x.device),
         "GROUPS": layout.groups_per_block,
         "BITS": weights.each.bits,
         "HAS_BIAS": weights.bias is not None,
