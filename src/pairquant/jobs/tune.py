@@ -37,7 +37,7 @@ def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, .
             if (s.group_size, s.bits) == (group_size, bits)
         }
         for sizes, channels in launched_shapes(linears):
-            choices = tune_shape(sizes, channels, group_size, target, bits)
+            choices = tune_shape(sizes, channels, group_size, target, bits=bits)
             table.save_user_table(device_class(target), {(sum(sizes), channels): choices})
             yield sizes, channels, choices
 

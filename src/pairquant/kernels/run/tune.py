@@ -70,8 +70,8 @@ def tune_shape(
     channels: int,
     group_size: int,
     device: torch.device,
-    bits: int = 4,
     timer: Timer | None = None,
+    bits: int = 4,
 ) -> dict[int, Choice]:
     """Find the fastest choice for each range of `table.TOKENS`.
 
