@@ -116,6 +116,12 @@ def test_a_tensor_that_is_missing_is_named(linears):
         loaded(linears, tensors)
 
 
+def test_biases_that_vllm_would_not_add_are_refused(linears):
+    tensors = stored(linears) | {"text.layers.0.mlp.experts.1.down_proj.bias": torch.zeros(HIDDEN)}
+    with pytest.raises(CheckpointError, match=r"holds .*experts.1.down_proj.bias, but vLLM runs these experts without"):
+        loaded(linears, tensors)
+
+
 def test_values_that_are_not_finite_are_named(linears):
     tensors = stored(linears)
     name = "text.layers.0.mlp.experts.3.down_proj.scales"

@@ -84,6 +84,15 @@ class Arrivals:
         """Return the bias [N] of one weight. Raises `CheckpointError` if it is missing."""
         return self._arrived(f"{self._own(path)}.bias")
 
+    def require_no_bias(self) -> None:
+        """Raise `CheckpointError` if a bias has come for experts that vLLM runs without."""
+        for name in self.tensors:
+            if name.endswith(".bias"):
+                raise CheckpointError(
+                    f"the checkpoint holds {self.prefix}.{name}, but vLLM runs these experts without biases. Run it with "
+                    "Transformers."
+                )
+
     def _arrived(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(
@@ -95,7 +104,8 @@ class Arrivals:
 
 def _names(path: str, spec: Spec) -> list[str]:
     """Return the names of an expert's tensors, those of the shared transform too, in the order of their fields."""
-    return [shared_name(path, field) or f"{path}.{field}" for field in spec.layout(128, 128).fields()]
+    fields = spec.layout(128, 128).fields()  # the same names at every size
+    return [shared_name(path, field) or f"{path}.{field}" for field in fields]
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
@@ -130,7 +140,10 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
             down = part in DOWN
             if layer._map_global_expert_id_to_local_expert_id(int(number)) < 0:
                 return None
-        stored = self.layouts["down" if down else "up"].fields()[field]
+        fields = self.layouts["down" if down else "up"].fields()
+        if field not in fields:
+            return tensor  # a bias, which is refused once all have come
+        stored = fields[field]
         axis = stored.axis(CHANNELS if down else ROWS)
         if axis is not None and tensor.shape[axis] != stored.shape[axis]:
             tensor = tensor.narrow(axis, self.rank * stored.shape[axis], stored.shape[axis])
@@ -138,6 +151,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and repack it. Raises `CheckpointError` naming the tensor that is missing or damaged."""
+        self.arrivals.require_no_bias()
         experts: dict[int, dict[str, str]] = {}
         for path in self.arrivals.specs:
             found = EXPERT.fullmatch(path)
@@ -220,6 +234,8 @@ class DecodedExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Decode every expert into vLLM's parameters. Raises `CheckpointError` naming a tensor that is missing or damaged."""
+        if not self.moe.has_bias:
+            self.arrivals.require_no_bias()
         for path in self.arrivals.specs:
             found = EXPERT.fullmatch(path)
             assert found is not None, "experts have numbers"

@@ -81,6 +81,12 @@ def _halves(low, high):
 
 
 @triton.jit
+def _twos(words):
+    """Make nibbles of codes, or parts of codes, of 2 bits: [A, F, 128] → [A, F, 2, 128]."""
+    return _halves(words & 0x33333333, (words >> 2) & 0x33333333)
+
+
+@triton.jit
 def _ones(words, A: tl.constexpr, F: tl.constexpr):
     """Make nibbles of codes, or parts of codes, of 1 bit: [A, F, 64] → [A, F, 2, 128]."""
     words = tl.reshape(tl.join(words, words >> 1), (A, F, 128))
@@ -99,16 +105,14 @@ def load_nibbles(at, real, A: tl.constexpr, F: tl.constexpr, BITS: tl.constexpr,
         low_at = at[:, :, :, None] + inner[None, None, :, :]
         low = tl.load(low_at) if ALL else tl.load(low_at, mask=real[:, :, :, None], other=0)
     else:
-        twos = _part(at, real, 0, 128, ALL)
-        low = _halves(twos & 0x33333333, (twos >> 2) & 0x33333333)
+        low = _twos(_part(at, real, 0, 128, ALL))
         if BITS == 3:
             low = low | (_ones(_part(at, real, 128, 64, ALL), A, F) << 2)
     high = low
     if BITS == 5:
         high = _ones(_part(at, real, 256, 64, ALL), A, F)
     if BITS == 6:
-        twos = _part(at, real, 256, 128, ALL)
-        high = _halves(twos & 0x33333333, (twos >> 2) & 0x33333333)
+        high = _twos(_part(at, real, 256, 128, ALL))
     if BITS == 8:
         high_at = at[:, :, :, None] + 256 + tl.arange(0, 2)[None, None, :, None] * 128
         high_at += tl.arange(0, 128)[None, None, None, :]
