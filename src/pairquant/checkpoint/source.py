@@ -143,16 +143,23 @@ class SourceWeights:
                 elif not old.is_meta:
                     _put(owner, name, old.to(device))
 
-    def fill_all_but(self, model: Any, blocks: Iterable[Any]) -> None:
-        """Load everything outside the blocks and the output embedding onto the CPU: it is needed to reach the first block."""
+    def fill_all_but(self, model: Any, blocks: Iterable[Any], head: bool = False) -> None:
+        """Load everything outside the blocks onto the CPU: it is needed to reach the first block.
+
+        head: load the output embedding too, which may be the input embedding; it is needed for logits.
+        """
         spared = {id(m) for block in blocks for m in block.module.modules()}
-        spared.add(id(model.get_output_embeddings()))
+        output = model.get_output_embeddings()
+        if not head:
+            spared.add(id(output))
         for path, module in model.named_modules():
             if id(module) not in spared:
                 for name, _ in _tensors(module):
                     full = f"{path}.{name}" if path else name
                     if self.field(full) is not None:
                         _put(module, name, self.load(full))
+        if head and output is not None and output.weight.is_meta:
+            _put(output, "weight", model.get_input_embeddings().weight.data)
 
     def dtype(self, block: Any) -> torch.dtype:
         """Return the dtype of the block's parameters in the source's files."""

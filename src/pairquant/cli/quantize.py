@@ -12,13 +12,15 @@ from rich.table import Table
 
 from ..support.formatting import counted
 from .app import HelpAll, Model, app, console, option, quiet_libraries
-from .display import command_line, duration, plain, progress_bars, short_name, size
+from .display import command_line, duration, plain, short_name, size
+from .plan import CANDIDATES, TARGET_BPW, TARGET_SIZE, PlanBars, wanted
 
 OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 
 
 @app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best --override down_proj=bits:8")
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, option(OUTPUT, "Directory to write.")],
     overwrite: Annotated[bool, option(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
@@ -28,6 +30,10 @@ def quantize(
     preset: Annotated[str, option(METHOD, "See `pairquant presets`.")] = "fast",
     bits: Annotated[int, option(METHOD, "2, 3, 4, 5, 6 or 8 per weight.")] = 4,
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
+    target_bpw: Annotated[float | None, option(METHOD, TARGET_BPW)] = None,
+    target_size: Annotated[str | None, option(METHOD, TARGET_SIZE, rare=True)] = None,
+    candidates: Annotated[str, option(METHOD, CANDIDATES, rare=True)] = "bits:2|3|4|5|6|8",
+    plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
     rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -78,6 +84,7 @@ def quantize(
     from ..spec.recipe import recipe_with
     from ..support.loggers import logger
 
+    _require_used(context, plan, target_bpw, target_size)
     config = QuantConfig(
         preset=preset,
         bits=bits,
@@ -95,6 +102,9 @@ def quantize(
         all_experts=all_experts,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
+        target=wanted(target_bpw, target_size),
+        candidates=candidates,  # type: ignore[arg-type]  # read from text
+        plan=plan,  # type: ignore[arg-type]  # read from the file
         seed=seed,
     )
     quiet_libraries()
@@ -130,6 +140,23 @@ def quantize(
     trust = ["--trust-remote-code"] if trust_remote_code else []
     following = command_line("pairquant", "eval", summary.output, "--reference", model, *trust)
     console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
+
+
+def _require_used(context: typer.Context, plan: Path | None, *targets: float | str | None) -> None:
+    """Refuse options that would have no effect, because a plan or a target decides what they are about."""
+    from ..support.errors import ConfigError
+
+    decided = {"bits": "--plan", "group_size": "--plan", "rotations": "--plan"} if plan else {}
+    if any(target is not None for target in targets):
+        decided["bits"] = "a target size"
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
+    for name, by in decided.items():
+        if name in given:
+            remedy = "--override changes single layers" if plan else "--candidates limits the bits to choose from"
+            typed = name.replace("_", "-")
+            raise ConfigError(f"--{typed} has no effect beside {by}, which decides it. Leave it out; {remedy}.")
+    if "candidates" in given and not any(target is not None for target in targets):
+        raise ConfigError("--candidates has no effect without --target-bpw or --target-size. Add one of them.")
 
 
 def _push(output: Path, name: str, private: bool) -> None:
@@ -171,29 +198,17 @@ def _short(value: Any) -> str:
     return f"({len(value)})" if isinstance(value, tuple) and len(value) > 1 else plain(value)
 
 
-class _BlockProgress:
+class _BlockProgress(PlanBars):
     """Prints one line per finished block, and a bar with the time left below them."""
 
     def __init__(self, visible: bool = True) -> None:
-        self.bars = progress_bars(visible)
+        super().__init__(visible)
         self.blocks = 0
         self.columns: list[str] = []
-
-    def __enter__(self) -> _BlockProgress:
-        self.bars.start()
-        self.task = self.bars.add_task("reading model", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.update(self.task, visible=False)
-        self.bars.stop()
 
     @staticmethod
     def width(name: str) -> int:
         return max(8, len(name) + 2)
-
-    def stage(self, text: str) -> None:
-        self.bars.update(self.task, description=text)
 
     def plan(self, blocks: int, linears: int, finished: int, memory: Any) -> None:
         self.blocks = blocks
@@ -204,9 +219,6 @@ class _BlockProgress:
         )
         if finished:
             self.bars.console.print(f"continuing with block {finished}: an earlier run finished those before it")
-
-    def notice(self, text: str) -> None:
-        self.bars.console.print(f"[yellow]{escape(text)}[/]")
 
     def block(self, result: Any) -> None:
         by_name: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.describe import readme_digest
-from ..checkpoint.files import write_error
+from ..checkpoint.files import write_error, write_json
 from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
@@ -38,28 +38,32 @@ from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
 from ..spec.experts import bits_per_weight
+from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
 from ..support.formatting import counted
 from ..support.version import __version__, code_digest
+from .plan import Opened, Planner, PlanProgress
+from .plan import Silent as SilentPlan
+
+#: The plan's file, in the journal and in the checkpoint.
+PLAN_FILE = "pairquant-plan.json"
 
 
-class Progress(Protocol):
+class Progress(PlanProgress, Protocol):
     """What `quantize` tells while it works. The default says nothing."""
 
-    def stage(self, text: str) -> None: ...
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
-    def notice(self, text: str) -> None: ...
 
 
-class Silent:
-    def stage(self, text: str) -> None: ...
+class Silent(SilentPlan):
+    """A progress that says nothing."""
+
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
-    def notice(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,20 +106,14 @@ def quantize(
     config, output = config or QuantConfig(), Path(output)
     require_free(output, overwrite)
     target = resolve_device(device)
-    files = ModelFiles.find(str(model), trust_remote_code)
-    files.require_plain()
-    files.require_loadable()
-    require_apart(output, files)
-    tokenizer, skeleton = files.tokenizer(), files.skeleton()
-    names = files.names(skeleton)
-    plan, blocks = plan_model(skeleton, config, names)
-    config = config.with_group_size(plan.default.group_size)
-    require_space(output, _needed_bytes(files, plan))
+    opened = Opened.of(model, config, trust_remote_code)
+    require_apart(output, opened.files)
+    require_space(output, _needed_bytes(opened))
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
         job = Job(
-            files, tokenizer, skeleton, names, plan, blocks, config, output, target, ranks, progress or Silent(), log_to
+            **vars(opened), output=output, device=target, ranks=ranks, progress=progress or Silent(), log_to=log_to
         )
         return job.run(overwrite, fresh)
 
@@ -136,6 +134,7 @@ class Job:
     ranks: Ranks
     progress: Progress
     log_to: Callable[[Mapping[str, Any]], None] | None
+    mixed: MixedPlan | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
@@ -144,10 +143,14 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
+            planner = Planner(self._opened, self.source)
+            if self.config.target is not None:
+                planner.require_reachable(self.config.target)
             self._require_storable()
             self._rehearse(directory, calibration)
             self._open_journal(calibration, validation)
             try:
+                self._choose_forms(planner, calibration)
                 self._walk(calibration, validation)
             finally:
                 self.source.close()
@@ -170,7 +173,7 @@ class Job:
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
         """Return windows to fit on, and those that choose the best epoch."""
         config = self.config
-        if not config.recipe.needs_text:
+        if not config.recipe.needs_text and config.target is None:
             return None, None
         self.progress.stage("calibration text")
         held_out = config.recipe.training.validation_samples if config.recipe.training else 0
@@ -213,6 +216,27 @@ class Job:
         self.ranks.wait()
         if not self.ranks.leads:
             self.journal.read()
+
+    @property
+    def _opened(self) -> Opened:
+        return Opened(self.files, self.tokenizer, self.skeleton, self.names, self.plan, self.blocks, self.config)
+
+    def _choose_forms(self, planner: Planner, calibration: Calibration | None) -> None:
+        """Replace the plan by one of the size wanted, if one is; a run that goes on keeps the plan that it began with."""
+        target, file = self.config.target, self.journal.directory / PLAN_FILE
+        if target is None or calibration is None:
+            self.mixed = self.config.plan
+            return
+        if self.ranks.leads and not file.exists():
+            result = planner.choose(planner.measure(calibration.tokens, self.device, self.progress), target)
+            self.progress.planned(result)
+            write_json(file, result.plan.to_dict())
+        self.ranks.wait()
+        self.mixed = MixedPlan.read(file)
+        config = replace(self.config, target=None, plan=self.mixed)
+        self.plan, self.blocks = plan_model(self.skeleton, config, self.names)
+        self.journal.layouts = self.plan.layouts
+        self._require_storable()
 
     def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         share = self.ranks.windows(calibration.tokens) if calibration else None
@@ -308,6 +332,8 @@ class Job:
         dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
         quantization = self._checkpoint_config(calibration).to_dict()
         self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization)
+        if self.mixed is not None:
+            write_json(directory / PLAN_FILE, self.mixed.to_dict())
 
     def _rehearse(self, journal: Path, calibration: Calibration | None) -> None:
         """Write the description once, and throw it away: what fails is to fail before the work, not after."""
@@ -457,12 +483,15 @@ class _Finished:
         return self.journal.streams()
 
 
-def _needed_bytes(files: ModelFiles, plan: Plan) -> int:
+def _needed_bytes(opened: Opened) -> int:
     """Disk for the checkpoint, the journal and, where the source cannot be streamed, a copy of it."""
-    packed = sum(layout.stored_bits() for layout in plan.layouts.values()) // 8
-    weights = sum(layout.in_features * layout.out_features for layout in plan.layouts.values()) * 2
+    files, layouts, target = opened.files, opened.plan.layouts.values(), opened.config.target
+    weights = sum(layout.in_features * layout.out_features for layout in layouts)
+    packed = sum(layout.stored_bits() for layout in layouts) // 8
+    if target is not None:
+        packed = target.size_bytes or int((target.bits_per_weight or 0) * weights / 8)
     size = files.size_bytes()
-    plain = max(size - weights, size // 10)
+    plain = max(size - 2 * weights, size // 10)
     return 2 * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..spec.patterns import matches
 from ..support.errors import SourceError
 from .names import OWN, Names
 from .sites import Site, sites_in
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,7 @@ def enter(model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: in
     The blocks themselves are skipped: what they are called with does not depend on their outputs; their weights may be
     absent, and those of the output embedding. Whether a block returns its states alone or first in a tuple is tried out.
     """
-    first: Exception | None = None
-    for returned in (lambda states: states, lambda states: (states, None)):
-        try:
-            return _entered(model, blocks, tokens, micro_batch, returned)
-        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            first = first or error
-    assert first is not None, "both ways have failed"
-    raise first
+    return _either_way(lambda returned: _entered(model, blocks, tokens, micro_batch, returned))
 
 
 @torch.no_grad()
@@ -185,3 +178,44 @@ def _entered(
         if handle is not None:
             handle.remove()
     return Entry(hidden, [calls[i] for i in range(len(blocks))], passes)
+
+
+def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tensor) -> Tensor:
+    """Run the part of the model after the blocks, as if the last one had returned `states`; differentiable.
+
+    tokens: int64 [B, T]; states: [B, T, H]. Returns the logits, [B, T, vocabulary]. The blocks themselves are skipped:
+    their weights may be absent.
+    """
+
+    def attempt(returned: Callable[[Tensor], Any]) -> Tensor:
+        def skip(given: Tensor, *_: Any, **__: Any) -> Any:
+            if given.shape[:2] != tokens.shape:
+                raise ValueError(f"a block is given states of shape {list(given.shape)}")
+            return returned(states)
+
+        try:
+            for block in blocks:
+                block.module.forward = skip  # type: ignore[method-assign]
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        finally:
+            for block in blocks:
+                del block.module.forward
+        if logits.shape[:2] != tokens.shape:
+            raise ValueError(f"the model returns logits of shape {list(logits.shape)}")
+        return logits
+
+    return _either_way(attempt)
+
+
+def _either_way(attempt: Callable[[Callable[[Tensor], Any]], T]) -> T:
+    """Return what `attempt` makes of a way in which blocks may return their states: alone, or else first in a tuple."""
+    first: Exception | None = None
+    for returned in (lambda states: states, lambda states: (states, None)):
+        try:
+            return attempt(returned)
+        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = first or error
+    assert first is not None, "both ways have failed"
+    raise first

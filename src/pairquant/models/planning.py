@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..layers.model import unlike_siblings
+from ..spec.fields import Size
 from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.patterns import matches
@@ -31,6 +33,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
     that nothing here can quantize, and `all_experts` where no experts are quantized.
     """
+    if config.plan is not None:
+        config.plan.require_for(sizes_of(model, names))
     blocks = find_blocks(model, config.ignore, names)
     _require_known(model, config.ignore, names)
     _require_covered(blocks, config.ignore)
@@ -43,12 +47,28 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
     every = [site for site in sites_in(model, names=names) if site.pool is not None]
     _require_alike_experts(plan, every)
+    if config.plan is not None:
+        _require_alike_siblings(plan, config.plan.origin)
     if config.all_experts and not any(site.pool for site in sites.values()):
         raise ConfigError(
             "all_experts is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
             "--all-experts out."
         )
     return plan, blocks
+
+
+def sizes_of(model: nn.Module, names: Names = OWN) -> dict[str, Size]:
+    """Return the size of every weight of the blocks that could be quantized, by path, whatever options leave plain."""
+    return {path: site.size for block in find_blocks(model, (), names) for path, site in block.sites.items()}
+
+
+def _require_alike_siblings(plan: Plan, origin: str) -> None:
+    """Refuse weights that engines run as one layer and that a plan gives forms of their own."""
+    for paths in unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
+        forms = "; ".join(f"{path.rpartition('.')[2]}: {plan.layouts[path].spec}" for path in paths)
+        raise ConfigError(
+            f"{', '.join(paths)} run as one layer and need one form; {origin} gives them {forms}. Give them the same."
+        )
 
 
 def _with_sites(block: Block, wanted: Callable[[str], bool]) -> Block:

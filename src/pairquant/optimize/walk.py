@@ -241,7 +241,7 @@ class Walk:
             moments=moments,
             pools=pooled(moments, pools) if streams is not None else {},
             groups=groups,
-            seeds={group[0]: _seed(self.config.seed, group[0]) for group in groups},
+            seeds={group[0]: seed_of(self.config.seed, group[0]) for group in groups},
             config=self.config,
             ranks=self.ranks,
             device=self.device,
@@ -339,6 +339,6 @@ def _on_cpu(packed: dict[str, PackedLinear], device: torch.device) -> dict[str, 
     return there
 
 
-def _seed(seed: int, path: str) -> int:
+def seed_of(seed: int, path: str) -> int:
     """Return a seed of its own for every transform, the same whatever was quantized before."""
     return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63

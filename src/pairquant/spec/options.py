@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ..support.errors import ConfigError, did_you_mean
 from .checks import are_strings, require_choice, require_whole
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .linear import Spec
+from .mixed import ANY_WIDTH, Candidates, MixedPlan, Target
 from .patterns import require_regular_expression
 from .recipe import PRESETS, Recipe
 from .rotation import MAX_ROTATIONS
 
 PAIR_SELECTIONS = ("random", "magnitude")
+#: Options that records of earlier versions lack.
+ADDED_LATER = ("overrides", "bos", "all_experts", "target", "candidates", "plan")
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
 
@@ -100,6 +104,8 @@ class QuantConfig:
     bos: whether windows of text begin with `<bos>`: "auto" as the tokenizer does, "never", or "always".
     ignore: patterns of modules to leave as they are (see `Override.pattern`).
     overrides: other bits, group sizes or rotations for the layers that a pattern names; if several match, the last counts.
+    target: choose the form of each layer so that the whole has this size, and the output changes least; candidates: the
+    forms to choose from. plan: a plan made earlier, or its file; its default replaces bits, group_size, rotations, symmetric.
     seed: decides every random choice.
     """
 
@@ -120,6 +126,9 @@ class QuantConfig:
     bos: str = "auto"
     overrides: tuple[Override, ...] = ()
     all_experts: bool = False
+    target: Target | None = None
+    candidates: Candidates = ANY_WIDTH
+    plan: MixedPlan | None = None
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -143,6 +152,7 @@ class QuantConfig:
         for pattern in self.ignore:
             require_regular_expression("ignore", pattern)
         object.__setattr__(self, "overrides", tuple(_as_override(item) for item in self.overrides))
+        self._settle_plan()
         if self.recipe is None:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
         if not self.recipe.transform:
@@ -153,6 +163,25 @@ class QuantConfig:
                 "--all-experts out."
             )
 
+    def _settle_plan(self) -> None:
+        """Read `target`, `candidates` and `plan`, which may be given as text, a file or JSON, and take the plan's default."""
+        for name, kind in (("target", Target), ("candidates", Candidates)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, kind(**value))
+        if isinstance(self.candidates, str):
+            object.__setattr__(self, "candidates", Candidates.parse(self.candidates))
+        if isinstance(self.plan, (str, Path)):
+            object.__setattr__(self, "plan", MixedPlan.read(self.plan))
+        elif isinstance(self.plan, Mapping):
+            object.__setattr__(self, "plan", MixedPlan.from_dict(self.plan))
+        if self.plan is None:
+            return
+        if self.target is not None:
+            raise ConfigError("both a plan and a target are given; a plan has its size already. Leave one of them out.")
+        for name, value in vars(self.plan.default).items():
+            object.__setattr__(self, name, value)
+
     @property
     def spec(self) -> Spec:
         """The default spec. If the group size is "auto", the spec has the largest group size, as a placeholder."""
@@ -162,17 +191,12 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dict that JSON can hold; `from_dict` reads it.
 
-        `overrides`, `bos` and `all_experts` were added later. At their defaults they are left out, so that earlier records
-        stay equal.
+        Options that were added later are left out at their defaults, so that earlier records stay equal.
         """
-        entries = asdict(self)
-        if not self.overrides:
-            del entries["overrides"]
-        if self.bos == "auto":
-            del entries["bos"]
-        if not self.all_experts:
-            del entries["all_experts"]
-        return entries
+        entries = asdict(replace(self, plan=None))
+        entries["plan"] = None if self.plan is None else self.plan.form()
+        usual = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in entries.items() if k not in ADDED_LATER or getattr(self, k) != usual[k]}
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> QuantConfig:

@@ -1,6 +1,6 @@
 """The plan: in which form every weight of a model will be stored. It is made once, before any work begins.
 
-`plan_for` starts from the default `Spec` of the options and applies the overrides; if several match, the last counts. All
+`plan_for` starts from the default `Spec` of the options and applies a mixed plan (`spec.mixed`) and the overrides; if several match, the last counts. All
 later steps take bits, group sizes and rotations from the plan, never from the options.
 """
 
@@ -19,6 +19,8 @@ from .patterns import matches
 
 #: Weights that do not fit are left plain, instead of refused, where those of one name are less than this share of all.
 SMALL_SHARE = 0.01
+#: The reason of a spec that a mixed plan gives.
+PLANNED = "the plan"
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,13 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
     default = replace(config.spec, group_size=_group_size(config, sizes))
     specs, reasons = {}, dict(plain)
     for path in sizes:
-        specs[path] = default
+        usual = default if config.plan is None else config.plan.spec_of(path)
+        specs[path] = usual
+        if usual != default:
+            reasons[path] = PLANNED
         for override in config.overrides:
             if matches(path, (override.pattern,)):
-                specs[path], reasons[path] = override.applied(default), f"--override {override}"
+                specs[path], reasons[path] = override.applied(usual), f"--override {override}"
     if not config.recipe.transform:  # such presets round the weight without transforming it
         specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
     layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}

@@ -34,7 +34,7 @@ def percent(value: float | None) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun:Return a number with its noun: "1 layer", "2 layers"."""
+    """Return a number with its noun: "1 layer", "2 layers"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -81,7 +81,7 @@ def source_names(texts: Any) -> str:
 
 
 def short_name(path: str) -> str:
-    """Return the last part of a path without "_proj":Return the last part of a path without "_proj": "model.layers.3.mlp.up_proj" → "up"."""
+    """Return the last part of a path without "_proj": "model.layers.3.mlp.up_proj" → "up"."""
     return path.rpartition(".")[2].removesuffix("_proj")
 
 

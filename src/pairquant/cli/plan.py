@@ -1,0 +1,181 @@
+"""`pairquant plan`, and how a plan is shown before work begins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ..support.formatting import short_name, size
+from .app import HelpAll, Model, app, console, option, quiet_libraries
+from .display import command_line, progress_bars
+
+SIZE, METHOD, TEXT, RUN = "Size", "Method", "Calibration", "Run"
+#: Most blocks that a row of the map of bits shows.
+COLUMNS = 48
+#: The style of each width in the map.
+STYLES = {2: "red", 3: "yellow", 4: "green", 5: "cyan", 6: "blue", 8: "magenta"}
+TARGET_BPW = "Choose each layer's bits for so many bits per weight in all."
+TARGET_SIZE = "The same, for a checkpoint of this size, such as 4.2GB."
+CANDIDATES = "Forms to choose from, such as bits:3|4|5,group_size:64|128."
+
+
+@app.command(epilog="Example: pairquant plan MODEL --target-bpw 3.5 --output plan.json")
+def plan(
+    model: Model,
+    output: Annotated[Path, option(SIZE, "File to write.")],
+    target_bpw: Annotated[float | None, option(SIZE, TARGET_BPW)] = None,
+    target_size: Annotated[str | None, option(SIZE, TARGET_SIZE)] = None,
+    candidates: Annotated[str, option(SIZE, CANDIDATES)] = "bits:2|3|4|5|6|8",
+    measured: Annotated[Path | None, option(SIZE, "An earlier plan, to use its measurements.")] = None,
+    group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
+    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.")] = 8,
+    ignore: Annotated[
+        list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN")
+    ] = None,
+    override: Annotated[
+        list[str] | None, option(METHOD, "Fix the form of some layers; the last wins.", metavar="PATTERN=…")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, option(TEXT, "Text or chats to measure on; repeat.", metavar="TEXT")
+    ] = None,
+    samples: Annotated[int, option(TEXT, "Windows of text.")] = 128,
+    seq_len: Annotated[int, option(TEXT, "Tokens per window.")] = 2048,
+    seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
+    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
+    trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
+    help_all: HelpAll = False,
+) -> None:
+    """Choose bits for each layer of MODEL, so that all together have the size you want and the output changes least.
+
+    Takes about as long as quantizing with the preset quick. Change the file if you like, then: quantize --plan.
+    """
+    from ..checkpoint.files import write_json
+    from ..spec.mixed import MixedPlan
+    from ..spec.options import QuantConfig
+    from ..support.errors import ConfigError
+
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}. Create it first.")
+    config = QuantConfig(
+        group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
+        rotations=rotations,
+        samples=samples,
+        seq_len=seq_len,
+        calibration=tuple(calibration or ("default",)),
+        ignore=(*QuantConfig.ignore, *(ignore or ())),
+        overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
+        target=wanted(target_bpw, target_size),
+        candidates=candidates,  # type: ignore[arg-type]  # read from text
+        seed=seed,
+    )
+    earlier = MixedPlan.read(measured) if measured else None
+    quiet_libraries()
+    from ..jobs.plan import plan as make
+
+    with PlanBars() as progress:
+        result = make(
+            model, config, device=device, measured=earlier, trust_remote_code=trust_remote_code, progress=progress
+        )
+    write_json(output, result.plan.to_dict())
+    trust = ["--trust-remote-code"] if trust_remote_code else []
+    following = command_line("pairquant", "quantize", model, "--plan", output, "--output", "DIRECTORY", *trust)
+    console.print(f"\nwritten to {escape(str(output))}\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
+
+
+def wanted(bits_per_weight: float | None, text: str | None) -> Any:
+    """Return the target of --target-bpw and --target-size; None if neither is given."""
+    from ..spec.mixed import Target
+    from ..support.errors import ConfigError
+
+    if bits_per_weight is not None and text is not None:
+        raise ConfigError("--target-bpw and --target-size are both given. Leave one of them out.")
+    if text is not None:
+        return Target.of_size(text)
+    return None if bits_per_weight is None else Target(bits_per_weight=bits_per_weight)
+
+
+class PlanBars:
+    """Shows how far the measurement is, and the plan that comes of it."""
+
+    def __init__(self, visible: bool = True) -> None:
+        self.bars = progress_bars(visible)
+
+    def __enter__(self) -> PlanBars:
+        self.bars.start()
+        self.task = self.bars.add_task("reading model", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.update(self.task, visible=False)
+        self.bars.stop()
+
+    def stage(self, text: str) -> None:
+        self.bars.update(self.task, description=text)
+
+    def notice(self, text: str) -> None:
+        self.bars.console.print(f"[yellow]{escape(text)}[/]")
+
+    def measuring(self, blocks: int, finished: int) -> None:
+        self.bars.update(self.task, description="measuring blocks", total=blocks, completed=finished)
+
+    def planned(self, result: Any) -> None:
+        for part in plan_shown(result):
+            self.bars.console.print(part, soft_wrap=isinstance(part, str))
+
+
+def plan_shown(result: Any) -> list[Any]:
+    """Return a plan as tables and text: the forms and how many layers have each, and the bits of every block."""
+    chosen = list(zip(result.choice.units, result.choice.forms, strict=True))
+    total = sum(unit.weights for unit, _ in chosen)
+    layers: Counter[Any] = Counter()
+    weights: Counter[Any] = Counter()
+    for unit, form in chosen:
+        layers[form.spec] += len(unit.paths)
+        weights[form.spec] += unit.weights
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("form")
+    table.add_column("layers", justify="right")
+    table.add_column("weights", justify="right")
+    for spec in sorted(layers, key=lambda spec: (spec.bits, spec.group_size, spec.rotations)):
+        table.add_row(str(spec), f"{layers[spec]:,}", f"{weights[spec] / total:.1%}")
+    return [table, "", *_maps(chosen), "", _outcome(result)]
+
+
+def _maps(chosen: list[tuple[Any, Any]]) -> list[Table]:
+    """Return the bits of every block, a digit each, in a row for each kind of layer."""
+    rows: dict[str, dict[int, int]] = {}
+    for unit, form in chosen:
+        block = next((int(part) for part in unit.paths[0].split(".") if part.isdecimal()), 0)
+        names = dict.fromkeys("experts " + short_name(p) if unit.pool else short_name(p) for p in unit.paths)
+        rows.setdefault(" ".join(names), {})[block] = form.spec.bits
+    blocks = sorted({block for row in rows.values() for block in row})
+    tables = []
+    for start in range(0, len(blocks), COLUMNS):
+        shown = blocks[start : start + COLUMNS]
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column(f"bits of blocks {shown[0]} to {shown[-1]}")
+        table.add_column("")
+        for name, row in rows.items():
+            digits = Text()
+            for block in shown:
+                bits = row.get(block)
+                digits.append(str(bits) if bits else "·", style=STYLES.get(bits or 0, "dim"))
+            table.add_row(name, digits)
+        tables.append(table)
+    return tables
+
+
+def _outcome(result: Any) -> str:
+    """Say in a sentence what the plan comes to."""
+    text = f"{result.bits_per_weight:.3f} bits per weight, {size(result.size_bytes)} in all"
+    uniform = result.uniform
+    if uniform is None or not uniform.divergence:
+        return text + "; one form for all layers would not fit"
+    common = Counter(form.spec for form in uniform.forms).most_common(1)[0][0]
+    ratio = result.choice.divergence / uniform.divergence
+    return f"{text}; predicted change of the output: {ratio:.2f} × that of {common} for all"

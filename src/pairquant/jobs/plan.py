@@ -1,0 +1,212 @@
+"""Make a plan with a form for each weight: measure what each form would change, then choose within the size wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.read import ModelFiles
+from ..checkpoint.source import SourceWeights
+from ..models.blocks import Block
+from ..models.names import Names
+from ..models.planning import plan_model, sizes_of
+from ..models.sites import Site
+from ..optimize.allocation import (
+    Choice,
+    Unit,
+    allocate,
+    forms_of,
+    mixed_plan,
+    require_reachable,
+    uniform,
+    units_of,
+)
+from ..optimize.calibration import calibrator
+from ..optimize.sensitivity import Measurement, Sensitivity
+from ..spec.linear import Spec
+from ..spec.mixed import MixedPlan, Target, fingerprint
+from ..spec.options import QuantConfig
+from ..spec.plan import Plan
+from ..support.devices import current, resolve_device
+from ..support.errors import ConfigError
+
+
+class PlanProgress(Protocol):
+    """What planning tells while it works."""
+
+    def stage(self, text: str) -> None: ...
+    def notice(self, text: str) -> None: ...
+    def measuring(self, blocks: int, finished: int) -> None: ...
+    def planned(self, result: Planned) -> None: ...
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def stage(self, text: str) -> None: ...
+    def notice(self, text: str) -> None: ...
+    def measuring(self, blocks: int, finished: int) -> None: ...
+    def planned(self, result: Planned) -> None: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to quantize, its weights not yet read, and the plan that the options alone give."""
+
+    files: ModelFiles
+    tokenizer: Any
+    skeleton: Any
+    names: Names
+    plan: Plan
+    blocks: list[Block]
+    config: QuantConfig
+
+    @classmethod
+    def of(cls, model: str | Path, config: QuantConfig, trust_remote_code: bool = False) -> Opened:
+        """Open a model and check that it can be quantized with these options; raises a `PairQuantError` that says why not."""
+        files = ModelFiles.find(str(model), trust_remote_code)
+        files.require_plain()
+        files.require_loadable()
+        tokenizer, skeleton = files.tokenizer(), files.skeleton()
+        names = files.names(skeleton)
+        plan, blocks = plan_model(skeleton, config, names)
+        return cls(files, tokenizer, skeleton, names, plan, blocks, config.with_group_size(plan.default.group_size))
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {path: site for block in self.blocks for path, site in block.sites.items()}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what it was chosen from. bits_per_weight: of the quantized layers; size_bytes: of the whole checkpoint.
+
+    choice, uniform: the forms chosen, and the best that one form for all gives within the same size, None if none fits.
+    """
+
+    plan: MixedPlan
+    choice: Choice
+    uniform: Choice | None
+    target: Target
+    size_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.choice.bits / sum(unit.weights for unit in self.choice.units)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for one model. source: its weights."""
+
+    opened: Opened
+    source: SourceWeights
+
+    @cached_property
+    def forms(self) -> dict[str, list[Spec]]:
+        """The forms that each weight may have, by path."""
+        config = self.opened.config
+        return forms_of(self.opened.plan, config.candidates, config.overrides)
+
+    @cached_property
+    def rest(self) -> int:
+        """Bytes of a checkpoint beside the codes, scales and transforms."""
+        sites = self.opened.sites.values()
+        biases = sum(2 * site.size.out_features for site in sites if site.size.bias)
+        return biases + sum(field.nbytes for field in self.source.plain_fields(sites, self.opened.names).values())
+
+    def require_reachable(self, target: Target) -> None:
+        """Raise `ConfigError` for a size that no choice of forms has."""
+        units = self._units(Sensitivity({}, []))
+        require_reachable(units, self._budget(target, units), target, self.rest)
+
+    def measure(self, tokens: Tensor, device: torch.device, progress: PlanProgress) -> Sensitivity:
+        """Measure all weights in all their forms on a text, int64 [windows, T]."""
+        opened = self.opened
+        progress.stage("measuring")
+        progress.measuring(len(opened.blocks), 0)
+        self.source.fill_all_but(opened.skeleton, opened.blocks, head=True)
+        measurement = Measurement(
+            opened.skeleton, opened.blocks, self.forms, opened.config, device, self.source, progress.notice,
+            lambda finished: progress.measuring(len(opened.blocks), finished),
+        )  # fmt: skip
+        return measurement.run(tokens)
+
+    def choose(self, measured: Sensitivity, target: Target) -> Planned:
+        """Choose the forms for a size. Raises `ConfigError` for a size that no choice of forms has."""
+        units = self._units(measured)
+        budget = self._budget(target, units)
+        require_reachable(units, budget, target, self.rest)
+        choice = allocate(units, budget)
+        sizes = sizes_of(self.opened.skeleton, self.opened.names)
+        model = {"name": self.opened.files.name, **fingerprint(sizes), "target": str(target)}
+        plan = replace(mixed_plan(choice), model=model, measured=measured.to_dict())
+        return Planned(plan, choice, uniform(units, budget), target, choice.bits // 8 + self.rest)
+
+    def _units(self, measured: Sensitivity) -> list[Unit]:
+        layouts = self.opened.plan.layouts
+        return units_of(self.forms, layouts, self.opened.sites, measured.readers, measured.divergences)
+
+    def _budget(self, target: Target, units: list[Unit]) -> int:
+        """Return the bits that the codes, scales and transforms may take."""
+        if target.bits_per_weight is not None:
+            return int(target.bits_per_weight * sum(unit.weights for unit in units))
+        return 8 * ((target.size_bytes or 0) - self.rest)
+
+
+def plan(
+    model: str | Path,
+    config: QuantConfig,
+    *,
+    device: str = "auto",
+    measured: MixedPlan | None = None,
+    trust_remote_code: bool = False,
+    progress: PlanProgress | None = None,
+) -> Planned:
+    """Make a plan for a model, within `config.target`.
+
+    model: a Transformers directory, a hub name, or a `.gguf` file; device: "auto", "cpu", "cuda", …; measured: an earlier
+    plan for this model, whose measurements are used instead of new ones.
+    Raises a `PairQuantError` that says what to mend.
+    """
+    if config.target is None:
+        raise ConfigError("a plan needs a size: give --target-bpw or --target-size")
+    progress = progress or Silent()
+    target = resolve_device(device)
+    opened = Opened.of(model, config, trust_remote_code)
+    with current(target), TemporaryDirectory() as spill:
+        source = SourceWeights.open(opened.files, opened.skeleton, opened.names, Path(spill))
+        try:
+            planner = Planner(opened, source)
+            planner.require_reachable(config.target)
+            if measured is not None:
+                found = _reused(measured, planner)
+            else:
+                progress.stage("calibration text")
+                draw = calibrator(opened.skeleton, opened.files.name, opened.tokenizer, config, progress.notice)
+                found = planner.measure(draw(config.calibration, config.samples).tokens, target, progress)
+        finally:
+            source.close()
+    result = planner.choose(found, config.target)
+    progress.planned(result)
+    return result
+
+
+def _reused(earlier: MixedPlan, planner: Planner) -> Sensitivity:
+    """Return the measurements of an earlier plan. Raises `ConfigError` if it lacks some, or is for another model."""
+    earlier.require_for(sizes_of(planner.opened.skeleton, planner.opened.names))
+    found = Sensitivity.from_dict(earlier.measured, earlier.origin)
+    for path, of in found.divergences.items():
+        if missing := [spec for spec in planner.forms.get(path, ()) if spec not in of]:
+            raise ConfigError(
+                f"{earlier.origin} has no measurement of {path} at {missing[0]}. Measure again without it."
+            )
+    if not found.divergences:
+        raise ConfigError(f"{earlier.origin} holds no measurements. Measure again without it.")
+    return found
