@@ -14,6 +14,7 @@ import copy
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.sensitivity import Measurement, Sensitivity
 from pairquant.optimize.walk import InPlace, Walk
 from pairquant.spec.linear import bits_per_weight
-from pairquant.spec.mixed import Candidates
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device
 from pairquant.support.windows import window_prefix
@@ -37,7 +37,7 @@ from pairquant.support.windows import window_prefix
 def sizes_between(uniform: list[float], count: int) -> list[float]:
     """The sizes themselves, and so many between each two."""
     found = list(uniform)
-    for low, high in zip(uniform, uniform[1:], strict=False):
+    for low, high in pairwise(uniform):
         found += [low + (high - low) * i / (count + 1) for i in range(1, count + 1)]
     return sorted(found)
 

@@ -38,6 +38,8 @@ from .walk import Home, compute_dtype, seed_of
 WINDOWS, WINDOW_TOKENS = 16, 512
 #: The width at which the transforms are fitted with which the forms are compared.
 FITTED_BITS = 4
+#: The width at which groups and rotations are compared, or the nearest to it among the forms.
+COMPARED_BITS = 3
 #: So many experts of a pool, evenly spaced, stand for all of it.
 SAMPLED_EXPERTS = 8
 
@@ -117,7 +119,7 @@ class Measurement:
                 squares, slopes = self._backwards(index, streams, slopes, errors)
             for path, of in errors.items():
                 totals = (squares[path] / (2 * windows.numel())).tolist()
-                found[path] = dict(zip(of, totals, strict=True))
+                found[path] = completed(dict(zip(of, totals, strict=True)), self.forms[path])
             self.finished(len(self.blocks) - index)
         return Sensitivity(found, readers)
 
@@ -187,7 +189,8 @@ class Measurement:
         pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
         pooled(moments, pools)
         hessians = {path: m.hessian for m in moments for path in m.readers}
-        wanted = [(path, spec) for path in _sampled(block) if path in hessians for spec in self.forms.get(path, ())]
+        measured = {path: to_measure(self.forms[path]) for path in _sampled(block) if path in self.forms}
+        wanted = [(path, spec) for path, forms in measured.items() if path in hessians for spec in forms]
         fitted = list(dict.fromkeys((path, replace(spec, bits=FITTED_BITS)) for path, spec in wanted))
         config = replace(self.config, recipe=comparing(self.config.recipe))
         weights, factors = {}, {}
@@ -207,6 +210,40 @@ class Measurement:
             error = (weights[path] - decode(packed)) * factors[path]
             found.setdefault(path, {})[spec] = error.to(self.dtype)
         return found
+
+
+def to_measure(forms: Sequence[Spec]) -> list[Spec]:
+    """Return the forms to measure: all widths of one kind of groups and rotations, and all kinds at one width.
+
+    From these `completed` knows the others; forms for which it would lack one of them are measured too.
+    """
+    return [spec for spec in forms if _known_from(spec, forms) is None]
+
+
+def completed(measured: Mapping[Spec, float], forms: Sequence[Spec]) -> dict[Spec, float]:
+    """Return the divergence of every form. One that was not measured changes with the width as those of the usual kind do.
+
+    How well that holds: docs/decisions.md.
+    """
+    found = {}
+    for spec in forms:
+        if spec in measured:
+            found[spec] = measured[spec]
+        elif (known := _known_from(spec, forms)) is not None:
+            there, wider, usual = (measured[other] for other in known)
+            found[spec] = there * wider / max(usual, 1e-30)
+    return found
+
+
+def _known_from(spec: Spec, forms: Sequence[Spec]) -> tuple[Spec, Spec, Spec] | None:
+    """Return the forms that a form's divergence follows from: of its kind, of its width, and what both are compared with.
+
+    The usual kind has the most rotations, and of those the largest groups. None for a form that must be measured itself.
+    """
+    kind = max(forms, key=lambda form: (form.rotations, form.group_size))
+    width = min((form.bits for form in forms), key=lambda bits: abs(bits - COMPARED_BITS))
+    known = replace(spec, bits=width), replace(kind, bits=spec.bits), replace(kind, bits=width)
+    return known if spec not in known and all(other in forms for other in known) else None
 
 
 def cut(tokens: Tensor) -> Tensor:
