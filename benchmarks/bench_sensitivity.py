@@ -1,10 +1,12 @@
 """How well the sensitivities that plans are made from predict the divergence that single weights really cause.
 
-python benchmarks/bench_sensitivity.py MODEL --output results.json [--every 7] [--bits 2 3 4] [--group-size 64]
+python benchmarks/bench_sensitivity.py MODEL --output results.json [--every 7] [--group-size 64]
+        [--candidates bits:2|3|4,rotations:0|8]
 
-For every Nth weight and each width, the weight alone is replaced by its quantized form, and the divergence of the whole
+For every Nth weight and each form, the weight alone is replaced by its quantized form, and the divergence of the whole
 model's output is measured. It is compared, by rank correlation, with the estimate of `optimize.sensitivity`, with the
-output error tr(E H Eᵀ), and with that error relative to the output.
+output error tr(E H Eᵀ), and with that error relative to the output. Forms that a plan would not measure but complete from
+others (`optimize.sensitivity.completed`) are measured here too, and compared.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from statistics import quantiles
 
 import torch
 from scipy.stats import spearmanr
@@ -22,25 +25,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pairquant.core.rounding import proxy_terms
 from pairquant.models.planning import plan_model
+from pairquant.optimize import sensitivity
+from pairquant.optimize.allocation import forms_of
 from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.sensitivity import Measurement
+from pairquant.optimize.sensitivity import Measurement, completed, to_measure
 from pairquant.optimize.walk import InPlace
-from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device
 
 
 class Recording(Measurement):
-    """A measurement that also keeps each error and its size at the layer's own output."""
+    """A measurement of all forms that also keeps each error and its size at the layer's own output."""
 
     def _errors(self, block, moments):
+        sensitivity.to_measure = list  # all of them
         found = super()._errors(block, moments)
+        sensitivity.to_measure = to_measure
         hessians = {path: m.hessian for m in moments for path in m.readers}
         for path, of in found.items():
             for spec, error in of.items():
                 weight = block.sites[path].weight.float()
                 terms = proxy_terms(weight, weight - error.float(), hessians[path])
-                self.kept[path, spec.bits] = (error.cpu(), *terms.tolist())
+                self.kept[path, spec] = (error.cpu(), *terms.tolist())
         return found
 
 
@@ -57,10 +63,10 @@ def divergence(model, windows, reference) -> float:
 def truths(model, kept, sites, windows) -> dict:
     reference = [model(window[None]).logits[0].float().log_softmax(-1) for window in windows]
     found = {}
-    for (path, bits), (error, *_) in kept.items():
+    for (path, spec), (error, *_) in kept.items():
         weight = sites[path].weight.clone()
         sites[path].put(weight - error.to(weight.device, weight.dtype))
-        found[path, bits] = divergence(model, windows, reference)
+        found[path, spec] = divergence(model, windows, reference)
         sites[path].put(weight)
     return found
 
@@ -70,7 +76,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--every", type=int, default=7)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--candidates", default="bits:2|3|4,rotations:0|8")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the true divergence")
     parser.add_argument("--device", default="auto")
@@ -78,12 +84,10 @@ def main() -> None:
     device = resolve_device(options.device)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    config = QuantConfig(group_size=options.group_size)
+    config = QuantConfig(group_size=options.group_size, candidates=options.candidates)
     plan, blocks = plan_model(model, config)
     forms = {
-        path: [Spec(bits, options.group_size) for bits in options.bits]
-        for i, path in enumerate(plan.layouts)
-        if i % options.every == 0
+        path: of for i, (path, of) in enumerate(forms_of(plan, config.candidates, ()).items()) if i % options.every == 0
     }
     tokens = calibrate(tokenizer, CALIBRATION, 64, 1024, 0).tokens
     measurement = Recording(model, blocks, forms, config, device, InPlace())
@@ -96,29 +100,30 @@ def main() -> None:
     sites = {path: site for block in blocks for path, site in block.sites.items()}
     true = truths(model, measurement.kept, sites, windows.to(device))
     rows = []
-    for (path, bits), (_, error, signal) in measurement.kept.items():
-        estimate = measured.divergences[path][Spec(bits, options.group_size)]
+    for (path, spec), (_, error, signal) in measurement.kept.items():
+        estimate = measured.divergences[path][spec]
+        guess = completed(
+            {s: v for s, v in measured.divergences[path].items() if s in to_measure(forms[path])}, forms[path]
+        )
         rows.append(
-            {"path": path, "bits": bits, "true": true[path, bits], "estimate": estimate, "error": error,
-             "relative": error / signal}
+            {"path": path, "form": str(spec), "true": true[path, spec], "estimate": estimate, "error": error,
+             "relative": error / signal, "completed": guess[spec]}
         )  # fmt: skip
-    correlations = {
-        str(bits): {
-            name: spearmanr(
-                [r[name] for r in rows if r["bits"] == bits], [r["true"] for r in rows if r["bits"] == bits]
-            )[0]
-            for name in ("estimate", "error", "relative")
+    correlations, ratio = {}, {}
+    for form in dict.fromkeys(row["form"] for row in rows):
+        mine = [row for row in rows if row["form"] == form]
+        true_values = [row["true"] for row in mine]
+        correlations[form] = {
+            name: round(spearmanr([row[name] for row in mine], true_values)[0], 3)
+            for name in ("estimate", "error", "relative", "completed")
         }
-        for bits in options.bits
-    }
-    ratio = {
-        str(b): sum(r["estimate"] for r in rows if r["bits"] == b) / sum(r["true"] for r in rows if r["bits"] == b)
-        for b in options.bits
-    }
+        ratio[form] = round(sum(row["estimate"] for row in mine) / sum(true_values), 3)
+    guessed = [row["completed"] / row["estimate"] for row in rows if row["completed"] != row["estimate"]]
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     result = {
         "model": Path(options.model).name, "device": card, "torch": torch.__version__, "weights": len(forms),
-        "seconds": round(seconds, 1), "rank_correlation": correlations, "estimate_over_true": ratio, "rows": rows,
+        "seconds": round(seconds, 1), "rank_correlation": correlations, "estimate_over_true": ratio,
+        "completed_over_measured": [round(v, 3) for v in quantiles(guessed, n=4)] if len(guessed) > 1 else None, "rows": rows,
     }  # fmt: skip
     options.output.write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))

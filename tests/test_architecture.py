@@ -57,6 +57,7 @@ DOORS = {
     "wandb": {"support/loggers.py"},
     "huggingface_hub": {"checkpoint/read.py", "hub/"},
     "pydantic": {"evaluation/results.py"},
+    "scipy": {"optimize/allocation.py"},
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {

@@ -20,7 +20,7 @@ COMMANDS = typer.main.get_command(app).commands
 #: Lines of a terminal window.
 SCREEN = 42
 #: What descriptions may begin with.
-VERBS = {"Chat", "Compare", "Measure", "Quantize", "Serve", "Show", "Upload", "Write"}
+VERBS = {"Chat", "Choose", "Compare", "Measure", "Quantize", "Serve", "Show", "Upload", "Write"}
 
 
 def help_of(*words):

@@ -5,7 +5,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
-from pairquant.models.blocks import enter, find_blocks
+from pairquant.models.blocks import enter, find_blocks, run_from
 from pairquant.models.inputs import recorded_inputs
 from pairquant.optimize.moments import MomentSum
 from pairquant.optimize.walk import quantize_blocks
@@ -34,6 +34,25 @@ def test_running_the_blocks_one_by_one_equals_the_model(family, tokens):
         for block, call in zip(blocks, entry.calls, strict=True):
             states = call.run(block.module, states)
     torch.testing.assert_close(states, last[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_running_what_follows_the_blocks_gives_the_logits(family, tokens):
+    model = tiny_model(family)
+    blocks = find_blocks(model)
+    last = []
+    handle = blocks[-1].module.register_forward_hook(
+        lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:1], use_cache=False).logits
+    handle.remove()
+    states = last[0].requires_grad_()
+    found = run_from(model, blocks, tokens[:1], states)
+    torch.testing.assert_close(found, logits)
+    assert torch.autograd.grad(found.sum(), states)[0].abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens[:1], use_cache=False).logits, logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,8 @@ SIZE, METHOD, TEXT, RUN = "Size", "Method", "Calibration", "Run"
 COLUMNS = 48
 #: The style of each width in the map.
 STYLES = {2: "red", 3: "yellow", 4: "green", 5: "cyan", 6: "blue", 8: "magenta"}
-TARGET_BPW = "Choose each layer's bits for so many bits per weight in all."
-TARGET_SIZE = "The same, for a checkpoint of this size, such as 4.2GB."
+TARGET_BPW = "Choose each layer's bits for this mean."
+TARGET_SIZE = "The same for a size such as 4.2GB."
 CANDIDATES = "Forms to choose from, such as bits:3|4|5,group_size:64|128."
 
 
@@ -33,9 +33,9 @@ def plan(
     candidates: Annotated[str, option(SIZE, CANDIDATES)] = "bits:2|3|4|5|6|8",
     measured: Annotated[Path | None, option(SIZE, "An earlier plan, to use its measurements.")] = None,
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
-    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.")] = 8,
+    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
     ignore: Annotated[
-        list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN")
+        list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN", rare=True)
     ] = None,
     override: Annotated[
         list[str] | None, option(METHOD, "Fix the form of some layers; the last wins.", metavar="PATTERN=…")
@@ -44,7 +44,7 @@ def plan(
         list[str] | None, option(TEXT, "Text or chats to measure on; repeat.", metavar="TEXT")
     ] = None,
     samples: Annotated[int, option(TEXT, "Windows of text.")] = 128,
-    seq_len: Annotated[int, option(TEXT, "Tokens per window.")] = 2048,
+    seq_len: Annotated[int, option(TEXT, "Tokens per window.", rare=True)] = 2048,
     seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
     trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
@@ -178,4 +178,5 @@ def _outcome(result: Any) -> str:
         return text + "; one form for all layers would not fit"
     common = Counter(form.spec for form in uniform.forms).most_common(1)[0][0]
     ratio = result.choice.divergence / uniform.divergence
-    return f"{text}; predicted change of the output: {ratio:.2f} × that of {common} for all"
+    bits = uniform.bits / sum(unit.weights for unit in uniform.units)
+    return f"{text}; predicted change of the output: {ratio:.2f} × that of {common} for all, which take {bits:.3f} bits"

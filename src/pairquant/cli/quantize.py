@@ -18,7 +18,7 @@ from .plan import CANDIDATES, TARGET_BPW, TARGET_SIZE, PlanBars, wanted
 OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 
 
-@app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best --override down_proj=bits:8")
+@app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best")
 def quantize(
     context: typer.Context,
     model: Model,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
+from ..layers.model import siblings
 from ..models.blocks import Block
 from ..models.names import Names
 from ..models.planning import plan_model, sizes_of
@@ -122,8 +123,8 @@ class Planner:
         return biases + sum(field.nbytes for field in self.source.plain_fields(sites, self.opened.names).values())
 
     def require_reachable(self, target: Target) -> None:
-        """Raise `ConfigError` for a size that no choice of forms has."""
-        units = self._units(Sensitivity({}, []))
+        """Raise `ConfigError` for a size that no choice of forms has, and for overrides that leave a group no form."""
+        units = self._units(Sensitivity({}, siblings(self.forms)))
         require_reachable(units, self._budget(target, units), target, self.rest)
 
     def measure(self, tokens: Tensor, device: torch.device, progress: PlanProgress) -> Sensitivity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -29,19 +29,24 @@ def link_siblings(model: nn.Module) -> None:
                     layer.merge_into(merged)
 
 
+def siblings(paths: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the groups of these paths that engines run as one layer, by the names in `SIBLINGS`."""
+    known, found = set(paths), {}
+    for path in known:
+        parent, _, name = path.rpartition(".")
+        names = next((names for names in SIBLINGS if name in names), ())
+        group = tuple(f"{parent}.{other}" for other in names if f"{parent}.{other}" in known)
+        if len(group) > 1:
+            found[group] = None
+    return sorted(found)
+
+
 def unlike_siblings(specs: Mapping[str, Spec]) -> list[tuple[str, ...]]:
     """Return the groups of quantized layers that engines run as one layer although their specs differ.
 
     specs: path → spec of every quantized layer. Returns the paths of each group.
     """
-    found: dict[tuple[str, ...], None] = {}
-    for path in specs:
-        parent, _, name = path.rpartition(".")
-        names = next((names for names in SIBLINGS if name in names), ())
-        group = tuple(f"{parent}.{other}" for other in names if f"{parent}.{other}" in specs)
-        if len({specs[other] for other in group}) > 1:
-            found[group] = None
-    return list(found)
+    return [group for group in siblings(specs) if len({specs[path] for path in group}) > 1]
 
 
 def prepare(model: nn.Module) -> nn.Module:

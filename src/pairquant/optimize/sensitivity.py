@@ -36,8 +36,9 @@ from .walk import Home, compute_dtype, seed_of
 
 #: The text to measure on: so many windows of so many tokens, cut from the calibration text.
 WINDOWS, WINDOW_TOKENS = 16, 512
-#: The width at which the transforms are fitted with which the forms are compared.
-FITTED_BITS = 4
+#: The steps of the search for the transforms with which the forms are compared, and the width they are fitted at. Too few
+#: steps make rotations look worse than they are.
+STEPS, FITTED_BITS = 75, 3
 #: The width at which groups and rotations are compared, or the nearest to it among the forms.
 COMPARED_BITS = 3
 #: So many experts of a pool, evenly spaced, stand for all of it.
@@ -195,7 +196,7 @@ class Measurement:
         config = replace(self.config, recipe=comparing(self.config.recipe))
         weights, factors = {}, {}
         for path, spec in fitted:
-            weight = block.sites[path].weight.float()
+            weight = block.sites[path].weight.float().contiguous()
             factors[path] = power_of_two(*extent(weight), spec.bits)
             weights[path] = weight / factors[path]
         problems = [Problem(weights[p], hessians[p], seed_of(config.seed, p), spec) for p, spec in fitted]
@@ -260,7 +261,7 @@ def comparing(recipe: Recipe) -> Recipe:
     """
     nearest = recipe.rounding == "nearest" and not recipe.trains
     return replace(
-        PRESETS["quick"], transform=recipe.transform, channel_scales=recipe.channel_scales, sweeps=0,
+        PRESETS["quick"], steps=STEPS, transform=recipe.transform, channel_scales=recipe.channel_scales, sweeps=0,
         rounding="nearest" if nearest else "gptq",
     )  # fmt: skip
 
