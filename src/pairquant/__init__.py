@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .hub.upload import push as push
     from .jobs.evaluate import evaluate as evaluate
     from .jobs.inspect import inspect as inspect
+    from .jobs.plan import plan as plan
     from .jobs.quantize import quantize as quantize
     from .spec.options import QuantConfig as QuantConfig
     from .spec.recipe import PRESETS as PRESETS
@@ -30,6 +31,7 @@ _HOME = {
     "Recipe": "spec.recipe",
     "PairQuantError": "support.errors",
     "quantize": "jobs.quantize",
+    "plan": "jobs.plan",
     "evaluate": "jobs.evaluate",
     "inspect": "jobs.inspect",
     "export": "checkpoint.export",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from rich.markup import escape
 from rich.table import Table
@@ -105,7 +105,7 @@ class PlanBars:
     def __init__(self, visible: bool = True) -> None:
         self.bars = progress_bars(visible)
 
-    def __enter__(self) -> PlanBars:
+    def __enter__(self) -> Self:
         self.bars.start()
         self.task = self.bars.add_task("reading model", total=None)
         return self

@@ -31,7 +31,8 @@ def link_siblings(model: nn.Module) -> None:
 
 def siblings(paths: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of these paths that engines run as one layer, by the names in `SIBLINGS`."""
-    known, found = set(paths), {}
+    known = set(paths)
+    found: dict[tuple[str, ...], None] = {}
     for path in known:
         parent, _, name = path.rpartition(".")
         names = next((names for names in SIBLINGS if name in names), ())

@@ -13,7 +13,7 @@ predicts the divergence of single weights: docs/decisions.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -278,7 +278,7 @@ def _sampled(block: Block) -> list[str]:
     return [p for p, site in block.sites.items() if site.pool is None or p.rpartition(".")[0] in chosen]
 
 
-def _squares(gradient: Tensor, errors: Sequence[Tensor]) -> Tensor:
+def _squares(gradient: Tensor, errors: Iterable[Tensor]) -> Tensor:
     """Return Σ_rows ⟨G_row, E_row⟩² for each E, float64 [forms]."""
     sums = [(gradient * error).sum(-1, dtype=torch.float32).double().square().sum() for error in errors]
     return torch.stack(sums)
