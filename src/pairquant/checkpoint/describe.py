@@ -14,11 +14,17 @@ from .side_files import copy_side_files
 
 #: Names of the dtype in config.json, that of Transformers 5 first. Where a source has neither, the older: all readers know it.
 DTYPE_KEYS = ("dtype", "torch_dtype")
+#: The key of config.json for an output embedding that is the input embedding.
+TIED = "tie_word_embeddings"
 README = "README.md"
 
 
-def describe_copy(source: Path, directory: Path, model: Any, dtype: torch.dtype, quantization: dict[str, Any]) -> None:
+def describe_copy(
+    source: Path, directory: Path, model: Any, dtype: torch.dtype, quantization: dict[str, Any], untied: bool = False
+) -> None:
     """Copy the source's files, and write its config.json key for key with `quantization_config` added.
+
+    untied: say that the output embedding is no longer the input embedding.
 
     Where the source names no class or dtype, that of `model` and of the stored tensors is added: with the codes beside
     them, readers could not tell any more.
@@ -29,14 +35,34 @@ def describe_copy(source: Path, directory: Path, model: Any, dtype: torch.dtype,
         config[next((key for key in DTYPE_KEYS if key in config), DTYPE_KEYS[-1])] = _named(dtype)
     if not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
+    if untied:
+        untie(config)
     write_config(directory, config | {"quantization_config": quantization})
 
 
+def untie(config: dict[str, Any]) -> None:
+    """State in a configuration, and in those within it that say otherwise, that the two embeddings are separate."""
+    config[TIED] = False
+    for inner in config.values():
+        if isinstance(inner, dict) and inner.get(TIED):
+            inner[TIED] = False
+
+
 def describe_anew(
-    directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype, quantization: dict[str, Any]
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+    untied: bool = False,
 ) -> None:
-    """Save what a GGUF file has no files of, with Transformers: configuration, generation defaults, tokenizer."""
+    """Save what a GGUF file has no files of, with Transformers: configuration, generation defaults, tokenizer.
+
+    untied: as for `describe_copy`.
+    """
     config = copy.deepcopy(model.config)
+    if untied:
+        config.tie_word_embeddings = False
     config.architectures, config.dtype, config.quantization_config = [type(model).__name__], dtype, quantization
     config.save_pretrained(directory)
     if model.can_generate():

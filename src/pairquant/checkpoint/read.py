@@ -219,12 +219,23 @@ class ModelFiles:
         files = [] if self.gguf else side_files(self.directory)
         return sum((self.directory / file).stat().st_size for file in files)
 
-    def describe(self, directory: Path, skeleton: Any, tokenizer: Any, dtype: torch.dtype, quantization: dict) -> None:
-        """Write all of a checkpoint but its weights: the source's own files; of a GGUF file, what Transformers makes of it."""
+    def describe(
+        self,
+        directory: Path,
+        skeleton: Any,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        quantization: dict,
+        untied: bool = False,
+    ) -> None:
+        """Write all of a checkpoint but its weights: the source's own files; of a GGUF file, what Transformers makes of it.
+
+        untied: the checkpoint has an output embedding of its own, whatever the source says.
+        """
         if self.gguf:
-            describe_anew(directory, skeleton, tokenizer, dtype, quantization)
+            describe_anew(directory, skeleton, tokenizer, dtype, quantization, untied)
         else:
-            describe_copy(self.directory, directory, skeleton, dtype, quantization)
+            describe_copy(self.directory, directory, skeleton, dtype, quantization, untied)
 
     def _built(self) -> Any:
         """Return the model as its class is now on the current device, with weights that say nothing."""

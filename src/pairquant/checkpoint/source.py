@@ -32,7 +32,8 @@ AHEAD_BYTES = 4_000_000_000
 class SourceWeights:
     """Weights under the model's own parameter names.
 
-    stored: where each lies; originals: the source's own tensors where their names are others, which Transformers converts
+    stored: where each lies; tied: name of the output embedding's weight → that of the input embedding, for when the files hold
+    one for both; originals: the source's own tensors where their names are others, which Transformers converts
     on loading: they are what a checkpoint keeps; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
     """
 
@@ -46,6 +47,7 @@ class SourceWeights:
         self.stored, self.names, self.experts, self.originals = stored, names, dict(experts or {}), originals
         self.files = sorted(set(stored.files.values()))
         self._seen = {file: _state(file) for file in self.files}
+        self.tied: dict[str, str] = {}
         self._reader = ThreadPoolExecutor(1, "source")
         self._ahead: dict[str, Future[Tensor]] = {}
 
@@ -62,10 +64,13 @@ class SourceWeights:
         if found is not None:
             source = cls(found, names, _single_experts(found, skeleton, names))
             if source._holds(skeleton):
+                source.tied = _tied(skeleton)
                 return source
         if not spilled:
             _spill(files.model(), spill)
-        return cls(StoredTensors.of_files(sorted(spill.glob("*.safetensors"))), originals=found)
+        source = cls(StoredTensors.of_files(sorted(spill.glob("*.safetensors"))), originals=found)
+        source.tied = _tied(skeleton)
+        return source
 
     def field(self, name: str) -> Field | None:
         """Return dtype and shape of a parameter of the model, or a buffer; None for one that is not stored."""
@@ -76,7 +81,10 @@ class SourceWeights:
         return self.stored.fields.get(self._stored_name(name))
 
     def _stored_name(self, name: str) -> str:
-        return name if name in self.stored.fields else self.names.stored(name)
+        if name in self.stored.fields:
+            return name
+        found = self.names.stored(name)
+        return self._stored_name(self.tied[name]) if found not in self.stored.fields and name in self.tied else found
 
     def _holds(self, skeleton: nn.Module) -> bool:
         """Return whether the files hold all of the model's tensors as they are in the model, whatever their names."""
@@ -158,8 +166,6 @@ class SourceWeights:
                     full = f"{path}.{name}" if path else name
                     if self.field(full) is not None:
                         _put(module, name, self.load(full))
-        if head and output is not None and output.weight.is_meta:
-            _put(output, "weight", model.get_input_embeddings().weight.data)
 
     def dtype(self, block: Any) -> torch.dtype:
         """Return the dtype of the block's parameters in the source's files."""
@@ -236,6 +242,13 @@ def _single_experts(stored: StoredTensors, skeleton: nn.Module, names: Names) ->
         return name in stored.fields and names.joins(name) and stored.fields[name].shape == size
 
     return {parameter: sites for parameter, sites in found.items() if all(map(matches, sites))}
+
+
+def _tied(skeleton: Any) -> dict[str, str]:
+    """Return the output embedding's weight and the input embedding's, by full names, if the model has both."""
+    names = {id(module): path for path, module in skeleton.named_modules()}
+    pair = [names.get(id(find())) for find in (skeleton.get_output_embeddings, skeleton.get_input_embeddings)]
+    return {f"{pair[0]}.weight": f"{pair[1]}.weight"} if None not in pair else {}
 
 
 def _spill(model: nn.Module, directory: Path) -> None:

@@ -33,6 +33,7 @@ def quantize(
     target_bpw: Annotated[float | None, option(METHOD, TARGET_BPW)] = None,
     target_size: Annotated[str | None, option(METHOD, TARGET_SIZE, rare=True)] = None,
     candidates: Annotated[str, option(METHOD, CANDIDATES, rare=True)] = "bits:2|3|4|5|6|8",
+    head_bits: Annotated[int | None, option(METHOD, "Quantize the output embedding too.")] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
     rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
     share_rotations: Annotated[
@@ -102,6 +103,7 @@ def quantize(
         all_experts=all_experts,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
+        head_bits=head_bits,
         target=wanted(target_bpw, target_size),
         candidates=candidates,  # type: ignore[arg-type]  # read from text
         plan=plan,  # type: ignore[arg-type]  # read from the file

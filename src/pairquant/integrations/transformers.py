@@ -68,6 +68,8 @@ class ParoQuantizer(HfQuantizer):
         self._renamed = {target for target, sources in names.sources.items() if sources != (target,)}
         experts: dict[str, dict[str, Any]] = {}
         for path in quantized:
+            if path not in sites and not _is_what_was_saved(model) and "." not in path:
+                continue  # another class on top of the saved blocks: it has no output embedding
             if path not in sites:
                 raise CheckpointError(
                     f"the checkpoint holds {path}.qweight, but {type(model).__name__} has no linear layer {path}."
@@ -83,8 +85,9 @@ class ParoQuantizer(HfQuantizer):
                 experts.setdefault(site.place, {})[path] = (site, layout)
                 continue
             _layers().replace_module(model, site.place, site.packed_module(layout))
-            # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
-            model.get_submodule(site.place.rpartition(".")[0])._is_hf_initialized = True
+            if parent := site.place.rpartition(".")[0]:
+                # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
+                model.get_submodule(parent)._is_hf_initialized = True
         for place, found in experts.items():
             _layers().replace_module(model, place, _sites().packed_experts(list(found.values())))
         if stored and _is_what_was_saved(model):

@@ -83,6 +83,11 @@ class Opened:
     def sites(self) -> dict[str, Site]:
         return {path: site for block in self.blocks for path, site in block.sites.items()}
 
+    @property
+    def decoders(self) -> list[Block]:
+        """The blocks without the output embedding, whose form a plan does not choose."""
+        return [block for block in self.blocks if not block.head]
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -113,13 +118,16 @@ class Planner:
     def forms(self) -> dict[str, list[Spec]]:
         """The forms that each weight may have, by path."""
         config = self.opened.config
-        return forms_of(self.opened.plan, config.candidates, config.overrides)
+        every = forms_of(self.opened.plan, config.candidates, config.overrides)
+        return {path: every[path] for block in self.opened.decoders for path in block.sites}
 
     @cached_property
     def rest(self) -> int:
-        """Bytes of a checkpoint beside the codes, scales and transforms."""
+        """Bytes of a checkpoint beside what the plan chooses: plain tensors, biases, and a quantized output embedding."""
         sites = self.opened.sites.values()
         biases = sum(2 * site.size.out_features for site in sites if site.size.bias)
+        heads = [path for block in self.opened.blocks if block.head for path in block.sites]
+        biases += sum(self.opened.plan.layouts[path].stored_bits() // 8 for path in heads)
         return biases + sum(field.nbytes for field in self.source.plain_fields(sites, self.opened.names).values())
 
     def require_reachable(self, target: Target) -> None:
@@ -131,11 +139,11 @@ class Planner:
         """Measure all weights in all their forms on a text, int64 [windows, T]."""
         opened = self.opened
         progress.stage("measuring")
-        progress.measuring(len(opened.blocks), 0)
-        self.source.fill_all_but(opened.skeleton, opened.blocks, head=True)
+        progress.measuring(len(opened.decoders), 0)
+        self.source.fill_all_but(opened.skeleton, opened.decoders, head=True)
         measurement = Measurement(
-            opened.skeleton, opened.blocks, self.forms, opened.config, device, self.source, progress.notice,
-            lambda finished: progress.measuring(len(opened.blocks), finished),
+            opened.skeleton, opened.decoders, self.forms, opened.config, device, self.source, progress.notice,
+            lambda finished: progress.measuring(len(opened.decoders), finished),
         )  # fmt: skip
         return measurement.run(tokens)
 

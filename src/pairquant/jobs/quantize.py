@@ -43,7 +43,7 @@ from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
-from ..support.formatting import counted
+from ..support.formatting import counted, size
 from ..support.version import __version__, code_digest
 from .plan import Opened, Planner, PlanProgress
 from .plan import Silent as SilentPlan
@@ -243,7 +243,7 @@ class Job:
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
         self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
-        for line in [*_exceptions(self.plan), *self._left_plain()]:
+        for line in [*_exceptions(self.plan), *self._left_plain(), *self._told_of_head()]:
             self._notice(line)
         self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
         if self.journal.count == len(self.blocks):
@@ -331,7 +331,8 @@ class Job:
         stored = self.source.stored.fields.items()
         dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
         quantization = self._checkpoint_config(calibration).to_dict()
-        self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization)
+        untied = self.config.head_bits is not None
+        self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization, untied)
         if self.mixed is not None:
             write_json(directory / PLAN_FILE, self.mixed.to_dict())
 
@@ -406,6 +407,25 @@ class Job:
                 f"{counted(len(unknown), 'tensor')} that {type(self.skeleton).__name__} does not use are kept as they are: "
                 f"{', '.join(unknown[:2])}{more}"
             )
+        return lines
+
+    def _told_of_head(self) -> list[str]:
+        """Return for the user what the output embedding takes before and after, and that a shared one is stored twice."""
+        lines = []
+        for path in (path for block in self.blocks if block.head for path in block.sites):
+            layout = self.plan.layouts[path]
+            stored = layout.stored_bits() // 8
+            if self.source.tied and f"{path}.weight" not in self.source.plain_fields([], self.names):
+                lines.append(
+                    "the output embedding was the input embedding, which stays as it is. Stored apart it adds "
+                    f"{size(stored)} to the files; each token then reads these instead of "
+                    f"{size(layout.in_features * layout.out_features * 2)}"
+                )
+            else:
+                lines.append(
+                    f"the output embedding takes {size(stored)} instead of "
+                    f"{size(layout.in_features * layout.out_features * 2)} in 16 bits"
+                )
         return lines
 
     def _experts_with_few_tokens(self) -> str | None:

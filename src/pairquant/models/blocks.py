@@ -5,8 +5,8 @@ The names of classes play no part: the blocks are the entries of the `nn.ModuleL
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,20 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.patterns import matches
-from ..support.errors import SourceError
+from ..support.errors import ConfigError, SourceError
 from .names import OWN, Names
-from .sites import Site, sites_in
+from .sites import Site, site_of, sites_in
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block, its path, and the weights to quantize in it, by path."""
+    """One decoder block, its path, and the weights to quantize in it, by path.
+
+    head: whether it is no decoder block but the output embedding, which is quantized after them (`head_block`).
+    """
 
     path: str
     module: nn.Module
     sites: dict[str, Site]
+    head: bool = False
 
 
 @dataclass
@@ -60,6 +64,23 @@ class Call:
 
     def _first(self, value: Any, count: int) -> Any:
         return _map_tensors(value, lambda x: x[:count] if x.dim() and x.shape[0] == self.batch else x)
+
+
+class HeadCall(Call):
+    """Lets the output embedding read its input without computing logits: those of a whole text would take gigabytes."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the hooks of the output embedding on what it reads, [B, T, H], and return that."""
+        block.forward = lambda x: x  # type: ignore[method-assign]
+        try:
+            block(hidden)
+        finally:
+            del block.forward
+        return hidden
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Call:
+        """Return itself: it has no tensors."""
+        return self
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -95,6 +116,23 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = O
         )
         for i, block in enumerate(stack)
     ]
+
+
+def head_block(model: nn.Module, names: Names = OWN) -> Block:
+    """Return the output embedding as a block of one site. If it shares its weight with the input embedding, no longer.
+
+    Raises `ConfigError` for a model whose output embedding is no plain linear layer.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    place = next((path for path, module in model.named_modules() if module is head), "")
+    site = site_of(place, head, names) if isinstance(head, nn.Module) else None
+    if site is None or not place:
+        kind = "no output embedding" if head is None else f"an output embedding of the class {type(head).__name__}"
+        raise ConfigError(f"{type(model).__name__} has {kind}, which cannot be quantized. Leave --head-bits out.")
+    embedding = model.get_input_embeddings()
+    if embedding is not None and embedding.weight is site.module.weight:
+        site.module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    return Block(place, site.module, {site.path: site}, head=True)
 
 
 def _require_distinct(path: str, stack: nn.ModuleList) -> None:
@@ -205,6 +243,49 @@ def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tens
         return logits
 
     return _either_way(attempt)
+
+
+def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tensor:
+    """Return what the output embedding reads, [B, T, H], if the last block returns `states`, [B, T, H].
+
+    The output embedding itself is not run: its weight may be absent.
+    """
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Stop
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(stop)
+    tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)  # their states are not used
+    try:
+        with suppress(_Stop):
+            run_from(model, blocks, tokens, states)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def outside_on(device: torch.device, dtype: torch.dtype, model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+    """Move everything outside the blocks to a device, floating tensors in this dtype, for as long as the context is open."""
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    tensors = [
+        tensor
+        for module in model.modules()
+        if id(module) not in inside
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if not tensor.is_meta
+    ]
+    home = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, home, strict=True):
+            tensor.data = data
 
 
 def _either_way(attempt: Callable[[Callable[[Tensor], Any]], T]) -> T:

@@ -14,7 +14,7 @@ from ..spec.options import QuantConfig
 from ..spec.patterns import matches
 from ..spec.plan import Plan, plan_for
 from ..support.errors import ConfigError, did_you_mean
-from .blocks import Block, find_blocks
+from .blocks import Block, find_blocks, head_block
 from .names import OWN, Names
 from .sites import ExpertSite, Site, is_linear, sites_in
 
@@ -31,7 +31,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
 
     Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
     `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
-    that nothing here can quantize, and `all_experts` where no experts are quantized.
+    that nothing here can quantize, and `all_experts` where no experts are quantized. With `head_bits` the last of the blocks
+    is the output embedding.
     """
     if config.plan is not None:
         config.plan.require_for(sizes_of(model, names))
@@ -43,7 +44,11 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     if not sites:
         raise ConfigError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize")
     sizes = {path: site.size for path, site in sites.items()}
-    plan = plan_for(config, sizes, _plain(model, sites.values(), config.ignore, names))
+    head = [head_block(model, names)] if config.head_bits is not None else []
+    plain = _plain(
+        model, [*sites.values(), *(site for block in head for site in block.sites.values())], config.ignore, names
+    )
+    plan = plan_for(config, sizes, plain, {path: site.size for block in head for path, site in block.sites.items()})
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
     every = [site for site in sites_in(model, names=names) if site.pool is not None]
     _require_alike_experts(plan, every)
@@ -54,7 +59,7 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
             "all_experts is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
             "--all-experts out."
         )
-    return plan, blocks
+    return plan, [*blocks, *head]
 
 
 def sizes_of(model: nn.Module, names: Names = OWN) -> dict[str, Size]:

@@ -86,10 +86,14 @@ def _block_bytes(
     experts = [site for site in block.sites.values() if site.pool is not None]
     share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
+    if block.head:  # its outputs are not computed
+        read = sizes[0][1]
     activations = int(batch * read * itemsize * 2)
     if config.all_experts:
         activations += _one_expert_bytes(experts, batch, itemsize)
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
+    if block.head:
+        copies = 0
     trained = weights * 4 * copies
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)

@@ -30,7 +30,7 @@ from .ranks import ALONE, Ranks
 #: On CUDA a step for up to so many weights is captured after so many ordinary ones, and replayed: launching it anew
 #: takes 8 to 11 ms. Larger ones take longer than that to run, and a graph's memory comes on top.
 GRAPH_WEIGHTS, GRAPH_WARM_UP = 128_000_000, 3
-#: Most rows of several weights on which their one transform is fitted: a block of 128 experts has 200,000.
+#: Most rows on which a transform is fitted: the experts of a block have 200,000 together, an output embedding as many.
 SHARED_ROWS = 32_768
 
 
@@ -145,11 +145,11 @@ def alike_in_rotation(specs: Sequence[Spec]) -> list[list[int]]:
 def sampled_rows(rows: Sequence[Tensor]) -> Tensor:
     """Join weights [N, C] that share a transform; of more than `SHARED_ROWS` rows, evenly spaced ones stand for all.
 
-    A single weight is returned as it is.
+    A single weight of no more rows is returned as it is.
     """
-    if len(rows) == 1:
-        return rows[0]
     step = -(-sum(map(len, rows)) // SHARED_ROWS)
+    if len(rows) == 1:
+        return rows[0] if step <= 1 else rows[0][::step].contiguous()
     return torch.cat([each[::step] for each in rows])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.linear import decode, encode
 from ..core.range import extent, power_of_two
 from ..kernels.fit.loops import solvers
-from ..models.blocks import Block, run_from
+from ..models.blocks import Block, outside_on, run_from
 from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.recipe import PRESETS, Recipe
@@ -151,7 +151,7 @@ class Measurement:
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         slopes = []
-        with _on(self.device, self.model, self.blocks):
+        with outside_on(self.device, self.dtype, self.model, self.blocks):
             for window, states in zip(windows, torch.cat(leaving), strict=True):
                 leaf = states[None].to(self.device).requires_grad_()
                 with torch.enable_grad():
@@ -294,24 +294,3 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, needed in zip(parameters, before, strict=True):
             parameter.requires_grad_(needed)
-
-
-@contextmanager
-def _on(device: torch.device, model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
-    """Move everything outside the blocks to a device for a while."""
-    inside = {id(module) for block in blocks for module in block.module.modules()}
-    tensors = [
-        tensor
-        for module in model.modules()
-        if id(module) not in inside
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if not tensor.is_meta
-    ]
-    home = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
-        yield
-    finally:
-        for tensor, data in zip(tensors, home, strict=True):
-            tensor.data = data

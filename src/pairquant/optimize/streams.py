@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block, Call, enter
+from ..models.blocks import Block, Call, HeadCall, enter, outside_on, read_by_head
 from ..models.inputs import recorded_inputs
 from .moments import MomentSum
 
@@ -33,7 +33,7 @@ class Places:
 class Streams:
     """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
 
-    device: where blocks run; calls: what each block is called with; notice: called with text for the user, for example
+    device: where blocks run; calls: what each block is called with, and the output embedding after them; notice: called with text for the user, for example
     when too little memory makes the micro-batches smaller.
     """
 
@@ -66,6 +66,7 @@ class Streams:
             )
         hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
         calls = [call.to(places.device, places.dtype) for call in entry.calls]
+        calls.append(HeadCall((), {}, calls[0].batch))
         return cls(calls, hidden, list(hidden) if keep_original else None, places.device, places.store, notice)
 
     def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
@@ -101,6 +102,13 @@ class Streams:
         """Carry the original stream through the block, which still holds its own weights."""
         if self.original is not None:
             self._advance(self.original, block, index)
+
+    def enter_head(self, model: nn.Module, blocks: list[Block]) -> None:
+        """Carry both streams from the last block to what the output embedding reads. blocks: without the output embedding."""
+        with outside_on(self.device, self.quantized[0].dtype, model, blocks):
+            for stream in filter(None, (self.quantized, self.original)):
+                for i, hidden in enumerate(stream):
+                    stream[i] = self._within_memory(lambda h: read_by_head(model, blocks, h), hidden)
 
     def _advance(self, stream: list[Tensor], block: Block, index: int) -> None:
         for i, hidden in enumerate(stream):

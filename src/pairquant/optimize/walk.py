@@ -30,7 +30,7 @@ from .blockwise import BlockData
 from .moments import Moments, MomentSum, pooled
 from .ranks import Ranks
 from .stages import Groups, Layouts
-from .strategies import BlockWork, strategy_for
+from .strategies import BlockWork, Rounding, strategy_for
 from .streams import Places, Streams
 
 
@@ -141,6 +141,9 @@ class Walk:
         held_out = self._start(self.validation) if self.validation is not None and len(self.validation) else None
         first = self._restore(streams) if held_out is None else 0
         for index, block in enumerate(self.blocks):
+            if block.head:
+                for stream in filter(None, (streams, held_out)):
+                    stream.enter_head(self.model, self.blocks[:index])
             if index < self.finished.count:
                 result = self.finished.result(index)
                 if streams is not None and index >= first:
@@ -158,7 +161,8 @@ class Walk:
         if tokens is None:
             raise ConfigError(f"preset {self.config.preset!r} needs calibration tokens, none were given")
         places = Places(self.device, self.store or self.device, self.dtype)
-        return Streams.start(self.model, self.blocks, tokens, self.config.recipe.compares, places, self.notice)
+        decoders = [block for block in self.blocks if not block.head]
+        return Streams.start(self.model, decoders, tokens, self.config.recipe.compares, places, self.notice)
 
     def _restore(self, streams: Streams | None) -> int:
         """Return the first block that the streams have yet to enter."""
@@ -198,7 +202,10 @@ class Walk:
         if held_out is not None:
             held_out.advance_original(block, index)
         work = self._work(index, block, moments, streams, held_out)
-        strategy_for(self.config).quantize(work)
+        strategy = (
+            Rounding() if block.head else strategy_for(self.config)
+        )  # no outputs of the head are kept to train on
+        strategy.quantize(work)
         after = _other_parameters(block)
         return BlockResult(
             index,
@@ -232,7 +239,7 @@ class Walk:
         pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
         groups = _groups(moments, self.plan.layouts, self.config.share_rotations, pools)
         data = None
-        if streams is not None and self.config.recipe.trains:
+        if streams is not None and self.config.recipe.trains and not block.head:
             data = partial(_block_data, streams, held_out, self.config, self.ranks)
         return BlockWork(
             block=block,

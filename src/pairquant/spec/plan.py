@@ -51,10 +51,13 @@ class Plan:
         return bits_per_weight(self.layouts.values())
 
 
-def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str]) -> Plan:
+def plan_for(
+    config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str], head: Mapping[str, Size] | None = None
+) -> Plan:
     """Return the plan for weights of these sizes, by path.
 
-    sizes: path → size of each of them; plain: path → reason of the weights that stay as they are. Raises `ConfigError` if
+    sizes: path → size of each of them; plain: path → reason of the weights that stay as they are; head: path → size of the
+    output embedding, which gets `head_bits`. Raises `ConfigError` if
     an override names no weight, and if weights do not fit their spec; the message lists all of them and the remedies.
     """
     _require_used(config.overrides, sizes)
@@ -75,6 +78,13 @@ def plan_for(config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str,
         del layouts[path]
         reasons[path] = reason
     _require_fit(layouts, default)
+    for path, s in (head or {}).items():
+        spec = replace(default, bits=config.head_bits or default.bits)
+        layouts[path], reasons[path] = spec.layout(s.in_features, s.out_features, s.bias), f"--head-bits {spec.bits}"
+        if faults := layouts[path].misfits():
+            raise ConfigError(
+                f"the output embedding {path} cannot be stored: {'; '.join(faults)}. Leave --head-bits out."
+            )
     return Plan(default, layouts, reasons)
 
 

@@ -41,6 +41,13 @@ def is_experts(layer: Any) -> bool:
     return isinstance(layer, RoutedExperts)
 
 
+def is_head(layer: Any) -> bool:
+    """Return whether a layer of vLLM is an output embedding."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(layer, ParallelLMHead)
+
+
 def is_registered(method: str) -> bool:
     """Return whether vLLM knows this quantization method from a plugin."""
     from vllm.model_executor.layers import quantization

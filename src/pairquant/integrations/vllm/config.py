@@ -16,7 +16,7 @@ from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...spec.patterns import matches
 from ...support.errors import CheckpointError
-from .compat import QuantizationConfig, follow_checkpoints, is_experts, tensor_names
+from .compat import QuantizationConfig, follow_checkpoints, is_experts, is_head, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
@@ -96,6 +96,8 @@ class PairQuantConfig(QuantizationConfig):
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
         from .compat import LinearBase, UnquantizedLinearMethod
 
+        if is_head(layer):
+            return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix)
         spec = self._spec(prefix)
@@ -104,6 +106,14 @@ class PairQuantConfig(QuantizationConfig):
         from .linear import PairQuantLinearMethod
 
         return self._claim([prefix, *self._members(prefix)], PairQuantLinearMethod(spec, prefix))
+
+    def _head_method(self, prefix: str) -> Any:
+        """Return what runs a packed output embedding; None for a plain one."""
+        if not self._is_packed(prefix):
+            return None
+        from .head import PairQuantHeadMethod
+
+        return self._claim([prefix], PairQuantHeadMethod(self._spec_of(prefix), prefix))
 
     def _claim(self, paths: Iterable[str], method: Any) -> Any:
         """Return the method, which runs these paths and from now on knows whose it is."""

@@ -52,7 +52,7 @@ class PairQuantLinearMethod(LinearMethodBase):
         """Register parameters in the stored dtypes. Raises `ConfigError` when tensor parallelism would split a group."""
         layouts = [self.spec.layout(input_size_per_partition, size) for size in output_partition_sizes]
         self._require_whole_groups(layouts, input_size, output_size)
-        layer.pairquant = _Pending(self.prefix, layouts, params_dtype, input_size)
+        layer.pairquant = Pending(self.prefix, layouts, params_dtype, input_size)
         whole = self.spec.layout(input_size_per_partition, sum(output_partition_sizes))
         for name, stored in whole.fields().items():
             if stored.axis(ROWS) is None:
@@ -66,7 +66,7 @@ class PairQuantLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and repack it. Raises `CheckpointError` naming the tensor that is missing or damaged."""
-        if not isinstance(pending := layer.pairquant, _Pending):
+        if not isinstance(pending := layer.pairquant, Pending):
             return
         linears = pending.linears({name: getattr(layer, name).data for name in pending.layouts[0].fields()})
         for name in pending.layouts[0].fields():
@@ -95,7 +95,7 @@ class PairQuantLinearMethod(LinearMethodBase):
             )
 
 
-class _Pending:
+class Pending:
     """A layer that is being loaded: layouts of the linears merged in it, and which of their tensors have come."""
 
     def __init__(self, prefix: str, layouts: list[LinearLayout], dtype: torch.dtype, input_size: int):
@@ -116,7 +116,7 @@ class _Pending:
         """Return vLLM's loader of `name`, wrapped so that its calls are counted."""
 
         def loader(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **kwargs: Any) -> None:
-            self._require_dtype(name, parameter, loaded)
+            self.require_dtype(name, parameter, loaded)
             load(parameter, loaded, *shard, **kwargs)
             self.arrived[name].update(self.slots(shard[0] if shard else kwargs.get("loaded_shard_id")))
 
@@ -126,9 +126,9 @@ class _Pending:
         """Puts a transform's tensor into its slots: all of it, or the channels that are this rank's."""
 
         def loader(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
-            self._require_dtype(name, parameter, loaded)
+            self.require_dtype(name, parameter, loaded)
             if loaded.shape != self.whole[name].shape:
-                raise self._damaged(name, f"has shape {list(loaded.shape)}, must be {list(self.whole[name].shape)}")
+                raise self.damaged(name, f"has shape {list(loaded.shape)}, must be {list(self.whole[name].shape)}")
             channels = parameter.shape[-1]
             if loaded.shape[-1] != channels:
                 loaded = loaded.narrow(-1, layer.tp_rank * channels, channels)
@@ -142,7 +142,7 @@ class _Pending:
         """Return the linears, each checked."""
         for name, slots in self.arrived.items():
             if missing := set(range(len(self.layouts))) - slots:
-                raise self._damaged(name, f"is missing for {len(missing)} of {len(self.layouts)} linears")
+                raise self.damaged(name, f"is missing for {len(missing)} of {len(self.layouts)} linears")
         cut = {}
         for name, tensor in stored.items():
             widths = [layout.fields()[name].shape[-1] for layout in self.layouts]
@@ -155,11 +155,13 @@ class _Pending:
             found.append(packed)
         return found
 
-    def _require_dtype(self, name: str, parameter: nn.Parameter, loaded: Tensor) -> None:
+    def require_dtype(self, name: str, parameter: nn.Parameter, loaded: Tensor) -> None:
+        """Raise `CheckpointError` for a tensor of another dtype than its parameter."""
         if loaded.dtype != parameter.dtype:
-            raise self._damaged(name, f"is {loaded.dtype}, must be {parameter.dtype}")
+            raise self.damaged(name, f"is {loaded.dtype}, must be {parameter.dtype}")
 
-    def _damaged(self, name: str, fault: str) -> CheckpointError:
+    def damaged(self, name: str, fault: str) -> CheckpointError:
+        """Return the error to raise for a faulty tensor of this layer."""
         return CheckpointError(
             f"tensor {self.prefix}.{name} {fault}. The checkpoint is damaged: download or quantize it again."
         )

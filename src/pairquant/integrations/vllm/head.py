@@ -1,0 +1,74 @@
+"""How vLLM's output embedding (`ParallelLMHead`) loads and runs packed weights.
+
+vLLM pads its rows and shares them out to the ranks of tensor parallelism; each rank loads the codes of its own rows, and
+the rows that only fill up get scales of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...spec.codes import columns_per_block
+from ...spec.fields import ROWS
+from ...support.errors import ConfigError
+from .linear import PairQuantLinearMethod, Pending
+
+
+class PairQuantHeadMethod(PairQuantLinearMethod):
+    """Creates, loads, checks, repacks and runs the weight of the output embedding at `prefix` in vLLM's model."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register parameters in the stored dtypes for this rank's rows, with those that fill up.
+
+        Raises `ConfigError` if tensor parallelism would split a packed word.
+        """
+        (rows,) = output_partition_sizes
+        layout = self.spec.layout(input_size, rows)
+        unit, first = columns_per_block(self.spec.bits), layer.shard_indices.org_vocab_start_index
+        if rows % unit or first % unit:
+            raise ConfigError(
+                f"{self.prefix} with {output_size} rows at {self.spec.bits} bits cannot be split over this many GPUs: its rows "
+                f"are packed in {unit}s. Choose a smaller --tensor-parallel-size."
+            )
+        layer.pairquant = Pending(self.prefix, [layout], params_dtype, input_size)
+        for name, stored in layout.fields().items():
+            by_row = stored.axis(ROWS) is not None
+            shape = stored.shape if by_row else (1, *stored.shape)
+            parameter = nn.Parameter(torch.zeros(shape, dtype=stored.dtype), requires_grad=False)
+            load = (
+                _row_loader(layer, layer.pairquant, name, rows)
+                if by_row
+                else layer.pairquant.transform_loader(name, layer)
+            )
+            parameter.weight_loader = load  # type: ignore[attr-defined]
+            layer.register_parameter(name, parameter)
+
+
+def _row_loader(layer: Any, pending: Pending, name: str, rows: int) -> Callable:
+    """Return what puts this rank's rows of a tensor, [channels, rows or words], into its parameter."""
+
+    def loader(parameter: nn.Parameter, loaded: Tensor) -> None:
+        pending.require_dtype(name, parameter, loaded)
+        channels, width = parameter.shape
+        whole = layer.org_vocab_size * width // rows
+        if tuple(loaded.shape) != (channels, whole):
+            raise pending.damaged(name, f"has shape {list(loaded.shape)}, must be {[channels, whole]}")
+        shard = layer.shard_indices
+        first, last = (index * width // rows for index in (shard.org_vocab_start_index, shard.org_vocab_end_index))
+        parameter.data[:, : last - first].copy_(loaded[:, first:last])
+        pending.arrived[name].add(0)
+
+    return loader
