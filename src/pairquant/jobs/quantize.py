@@ -25,11 +25,10 @@ from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.range import require_fp16, require_representable
-from ..core.rounding import POOR_ERROR, poor_errors
-from ..layers.model import unlike_siblings
+from ..core.rounding import poor_errors
 from ..models.blocks import Block
 from ..models.names import Names
-from ..models.planning import plan_model, reason_to_stay
+from ..models.planning import plan_model
 from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
 from ..optimize.memory import Demand, demand
@@ -43,8 +42,8 @@ from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
-from ..support.formatting import counted, size
 from ..support.version import __version__, code_digest
+from . import remarks
 from .plan import Opened, Planner, PlanProgress
 from .plan import Silent as SilentPlan
 
@@ -157,8 +156,8 @@ class Job:
             self.progress.stage("writing")
             report = self._report(calibration)
             if poor := poor_errors(self._errors()):
-                self._notice(_poor_layers(poor))
-            if few := self._experts_with_few_tokens():
+                self._notice(remarks.poor_layers(poor))
+            if few := remarks.experts_with_few_tokens(self._opened, self.journal.entries):
                 self._notice(few)
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
@@ -243,7 +242,8 @@ class Job:
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
         self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
-        for line in [*_exceptions(self.plan), *self._left_plain(), *self._told_of_head()]:
+        told = remarks.of_head(self._opened, self._shares_head())
+        for line in [*remarks.exceptions(self.plan), *remarks.left_plain(self._opened), *told]:
             self._notice(line)
         self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
         if self.journal.count == len(self.blocks):
@@ -383,64 +383,10 @@ class Job:
         stored = (self.source.originals or self.source.stored).fields
         return [n for n in self.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
 
-    def _left_plain(self) -> list[str]:
-        """Return for the user what stays in 16 bits inside the blocks and beside them, and its share, before the work."""
-        total = 0
-        kinds: dict[tuple[str, str], list[int]] = {}
-        sites = [site for block in self.blocks for site in block.sites.values()]
-        quantized = {name for site in sites for name in (site.parameter, site.bias_parameter)}
-        for block in self.blocks:
-            for own, parameter in block.module.named_parameters():
-                name = f"{block.path}.{own}"
-                total += parameter.numel() if parameter.dim() >= 2 else 0
-                if parameter.dim() >= 2 and name not in quantized:
-                    path = self.names.module(name.removesuffix(".weight"))
-                    reason = self.plan.plain.get(path) or reason_to_stay(path)
-                    kinds.setdefault((path.rpartition(".")[2], reason), []).append(parameter.numel())
-        lines = [
-            f"{name} stays plain in {counted(len(sizes), 'place')}, {sum(sizes) / total:.1%} of the blocks' weights: {reason}"
-            for (name, reason), sizes in kinds.items()
-        ]
-        if unknown := self.names.unknown:
-            more = ", …" if len(unknown) > 2 else ""
-            lines.append(
-                f"{counted(len(unknown), 'tensor')} that {type(self.skeleton).__name__} does not use are kept as they are: "
-                f"{', '.join(unknown[:2])}{more}"
-            )
-        return lines
-
-    def _told_of_head(self) -> list[str]:
-        """Return for the user what the output embedding takes before and after, and that a shared one is stored twice."""
-        lines = []
-        for path in (path for block in self.blocks if block.head for path in block.sites):
-            layout = self.plan.layouts[path]
-            stored = layout.stored_bits() // 8
-            if self.source.tied and f"{path}.weight" not in self.source.plain_fields([], self.names):
-                lines.append(
-                    "the output embedding was the input embedding, which stays as it is. Stored apart it adds "
-                    f"{size(stored)} to the files; each token then reads these instead of "
-                    f"{size(layout.in_features * layout.out_features * 2)}"
-                )
-            else:
-                lines.append(
-                    f"the output embedding takes {size(stored)} instead of "
-                    f"{size(layout.in_features * layout.out_features * 2)} in 16 bits"
-                )
-        return lines
-
-    def _experts_with_few_tokens(self) -> str | None:
-        """Say how many experts were fitted on fewer tokens than they have input channels."""
-        channels = {site.pool: site.size.in_features for block in self.blocks for site in block.sites.values()}
-        tokens = {home: counts for entry in self.journal.entries for home, counts in entry.get("tokens", {}).items()}
-        few = [count for home, counts in tokens.items() for count in counts if count < channels[f"{home}.gate_up"]]
-        if not few:
-            return None
-        remedy = "--samples" if self.config.all_experts else "--samples), or all tokens for every expert (--all-experts"
-        return (
-            f"{len(few)} of {sum(map(len, tokens.values()))} experts got fewer tokens than they have input channels, the "
-            f"fewest {min(few)}: what they lack was made up for by the average token of their block. More text helps "
-            f"({remedy}); pairquant.jsonl has every count"
-        )
+    def _shares_head(self) -> bool:
+        """Return whether the source has one tensor for the input and the output embedding."""
+        stored = self.source.plain_fields([], self.names)
+        return any(name not in stored and self.names.stored(name) not in stored for name in self.source.tied)
 
     def _pools(self) -> dict[str, str]:
         """Return path → pool, of experts' weights."""
@@ -513,31 +459,6 @@ def _needed_bytes(opened: Opened) -> int:
     size = files.size_bytes()
     plain = max(size - 2 * weights, size // 10)
     return 2 * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
-
-
-def _exceptions(plan: Plan) -> list[str]:
-    """Return what differs from the default, for the user: how many layers, which spec, by which option."""
-    kinds: dict[tuple[str, str], int] = {}
-    for path, spec in plan.exceptions.items():
-        kind = (plan.reasons[path], str(spec))
-        kinds[kind] = kinds.get(kind, 0) + 1
-    lines = [f"{counted(count, 'layer')} at {spec}: {reason}" for (reason, spec), count in kinds.items()]
-    if mixed := unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
-        lines.append(
-            f"{', '.join(mixed[0])} differ in bits, group size or rotations. vLLM runs them as one layer and will refuse "
-            f"this checkpoint ({counted(len(mixed), 'such group')}); Transformers runs it."
-        )
-    return lines
-
-
-def _poor_layers(poor: Mapping[str, float]) -> str:
-    """Name the layers that were represented badly, worst first."""
-    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
-    more = f" and {len(poor) - 5} more (`pairquant inspect` lists them)" if len(poor) > 5 else ""
-    return (
-        f"the output's relative error is above {POOR_ERROR:.0%}: {', '.join(shown)}{more}. Give these layers more bits "
-        "(--override) or leave them as they are (--ignore)."
-    )
 
 
 class _out_of_memory_explained:

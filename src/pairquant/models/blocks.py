@@ -123,16 +123,22 @@ def head_block(model: nn.Module, names: Names = OWN) -> Block:
 
     Raises `ConfigError` for a model whose output embedding is no plain linear layer.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _embedding(model, "output")
     place = next((path for path, module in model.named_modules() if module is head), "")
     site = site_of(place, head, names) if isinstance(head, nn.Module) else None
     if site is None or not place:
         kind = "no output embedding" if head is None else f"an output embedding of the class {type(head).__name__}"
         raise ConfigError(f"{type(model).__name__} has {kind}, which cannot be quantized. Leave --head-bits out.")
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model, "input")
     if embedding is not None and embedding.weight is site.module.weight:
         site.module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     return Block(place, site.module, {site.path: site}, head=True)
+
+
+def _embedding(model: nn.Module, kind: str) -> nn.Module | None:
+    """Return the model's "input" or "output" embedding; None if it has none."""
+    find: Callable[[], nn.Module | None] = getattr(model, f"get_{kind}_embeddings", lambda: None)
+    return find()
 
 
 def _require_distinct(path: str, stack: nn.ModuleList) -> None:
@@ -198,8 +204,7 @@ def _entered(
     def stop(*_: Any) -> None:
         raise _Stop
 
-    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-    head = find_head()
+    head = _embedding(model, "output")
     handle = head.register_forward_pre_hook(stop) if head is not None else None
     batches, passes = 0, 1
     try:
@@ -256,7 +261,8 @@ def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tenso
         found.append(args[0])
         raise _Stop
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = _embedding(model, "output")
+    assert head is not None, "asked for by a block of its own"
     handle = head.register_forward_pre_hook(stop)
     tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)  # their states are not used
     try:

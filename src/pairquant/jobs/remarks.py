@@ -1,0 +1,100 @@
+"""What `quantize` tells the user before and after the work: what differs from the default, what stays plain, what is poor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..core.rounding import POOR_ERROR
+from ..layers.model import unlike_siblings
+from ..models.planning import reason_to_stay
+from ..spec.plan import Plan
+from ..support.formatting import counted, size
+from .plan import Opened
+
+
+def exceptions(plan: Plan) -> list[str]:
+    """Return what differs from the default, for the user: how many layers, which spec, by which option."""
+    kinds: dict[tuple[str, str], int] = {}
+    for path, spec in plan.exceptions.items():
+        kind = (plan.reasons[path], str(spec))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    lines = [f"{counted(count, 'layer')} at {spec}: {reason}" for (reason, spec), count in kinds.items()]
+    if mixed := unlike_siblings({path: layout.spec for path, layout in plan.layouts.items()}):
+        lines.append(
+            f"{', '.join(mixed[0])} differ in bits, group size or rotations. vLLM runs them as one layer and will refuse "
+            f"this checkpoint ({counted(len(mixed), 'such group')}); Transformers runs it."
+        )
+    return lines
+
+
+def left_plain(opened: Opened) -> list[str]:
+    """Return for the user what stays in 16 bits inside the blocks and beside them, and its share, before the work."""
+    total = 0
+    kinds: dict[tuple[str, str], list[int]] = {}
+    sites = [site for block in opened.decoders for site in block.sites.values()]
+    quantized = {name for site in sites for name in (site.parameter, site.bias_parameter)}
+    for block in opened.decoders:
+        for own, parameter in block.module.named_parameters():
+            name = f"{block.path}.{own}"
+            total += parameter.numel() if parameter.dim() >= 2 else 0
+            if parameter.dim() >= 2 and name not in quantized:
+                path = opened.names.module(name.removesuffix(".weight"))
+                reason = opened.plan.plain.get(path) or reason_to_stay(path)
+                kinds.setdefault((path.rpartition(".")[2], reason), []).append(parameter.numel())
+    lines = [
+        f"{name} stays plain in {counted(len(sizes), 'place')}, {sum(sizes) / total:.1%} of the blocks' weights: {reason}"
+        for (name, reason), sizes in kinds.items()
+    ]
+    if unknown := opened.names.unknown:
+        more = ", …" if len(unknown) > 2 else ""
+        lines.append(
+            f"{counted(len(unknown), 'tensor')} that {type(opened.skeleton).__name__} does not use are kept as they are: "
+            f"{', '.join(unknown[:2])}{more}"
+        )
+    return lines
+
+
+def of_head(opened: Opened, shared: bool) -> list[str]:
+    """Return for the user what the output embedding takes before and after, and that a shared one is stored twice."""
+    lines = []
+    for path in (path for block in opened.blocks if block.head for path in block.sites):
+        layout = opened.plan.layouts[path]
+        stored = layout.stored_bits() // 8
+        if shared:
+            lines.append(
+                "the output embedding was the input embedding, which stays as it is. Stored apart it adds "
+                f"{size(stored)} to the files; each token then reads these instead of "
+                f"{size(layout.in_features * layout.out_features * 2)}"
+            )
+        else:
+            lines.append(
+                f"the output embedding takes {size(stored)} instead of "
+                f"{size(layout.in_features * layout.out_features * 2)} in 16 bits"
+            )
+    return lines
+
+
+def experts_with_few_tokens(opened: Opened, entries: Iterable[Mapping[str, Any]]) -> str | None:
+    """Say how many experts were fitted on fewer tokens than they have input channels."""
+    channels = {site.pool: site.size.in_features for block in opened.blocks for site in block.sites.values()}
+    tokens = {home: counts for entry in entries for home, counts in entry.get("tokens", {}).items()}
+    few = [count for home, counts in tokens.items() for count in counts if count < channels[f"{home}.gate_up"]]
+    if not few:
+        return None
+    remedy = "--samples" if opened.config.all_experts else "--samples), or all tokens for every expert (--all-experts"
+    return (
+        f"{len(few)} of {sum(map(len, tokens.values()))} experts got fewer tokens than they have input channels, the "
+        f"fewest {min(few)}: what they lack was made up for by the average token of their block. More text helps "
+        f"({remedy}); pairquant.jsonl has every count"
+    )
+
+
+def poor_layers(poor: Mapping[str, float]) -> str:
+    """Name the layers that were represented badly, worst first."""
+    shown = [f"{path} {error:.0%}" for path, error in list(poor.items())[:5]]
+    more = f" and {len(poor) - 5} more (`pairquant inspect` lists them)" if len(poor) > 5 else ""
+    return (
+        f"the output's relative error is above {POOR_ERROR:.0%}: {', '.join(shown)}{more}. Give these layers more bits "
+        "(--override) or leave them as they are (--ignore)."
+    )
