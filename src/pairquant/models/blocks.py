@@ -129,9 +129,9 @@ def head_block(model: nn.Module, names: Names = OWN) -> Block:
     if site is None or not place:
         kind = "no output embedding" if head is None else f"an output embedding of the class {type(head).__name__}"
         raise ConfigError(f"{type(model).__name__} has {kind}, which cannot be quantized. Leave --head-bits out.")
-    embedding = _embedding(model, "input")
-    if embedding is not None and embedding.weight is site.module.weight:
-        site.module.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    embedding, weight = _embedding(model, "input"), site.module.get_parameter("weight")
+    if embedding is not None and embedding.weight is weight:
+        site.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return Block(place, site.module, {site.path: site}, head=True)
 
 
