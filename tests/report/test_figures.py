@@ -9,6 +9,7 @@ pytest.importorskip("plotly", reason="the extra `report` is not installed")
 from pairquant.report.facts import ReportFacts, gather
 from pairquant.report.figures import checkpoint_plots, comparison_plots, mean_errors, strokes
 from pairquant.report.log import BlockRecord, Epoch
+from pairquant.spec.linear import Spec
 
 BLOCKS = [BlockRecord(0, 1.504, 3 * 10**9, ()), BlockRecord(1, 2.0, 4 * 10**9, ())]
 
@@ -164,3 +165,18 @@ def test_names_are_text_and_no_markup(both):
     first, second = both.checkpoints
     report = ReportFacts([replace(first, name="<i>q"), second], both.measured)
     assert compared(report)["errors-by-block"].figure.data[0].name == "&lt;i&gt;q"
+
+
+def test_layers_stored_alike_have_no_map_of_bits_and_others_show_theirs(facts):
+    assert "forms" not in plots_of(facts)
+    mixed = [
+        replace(linear, layout=replace(linear.layout, spec=Spec(8, 32, 0))) if linear.kind == "up" else linear
+        for linear in facts.linears
+    ]
+    (map_,) = plots_of(replace(facts, linears=mixed))["forms"].figure.data
+    usual = facts.linears[0].layout.bits
+    assert {kind: set(row) for kind, row in zip(map_.y, map_.z, strict=True)} == {
+        kind: {8 if kind == "up" else usual} for kind in map_.y
+    }
+    texts = dict(zip(map_.y, map_.text, strict=True))
+    assert set(texts["up"]) == {"8 bits, groups of 32, 0 rotations"}

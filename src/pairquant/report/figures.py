@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from typing import Any
 
 from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
@@ -23,6 +24,7 @@ def checkpoint_plots(facts: CheckpointFacts, strokes: Mapping[str, Stroke]) -> l
     plots = []
     if any(linear.error is not None for linear in facts.linears):
         plots.append(_errors(facts.linears))
+    plots += _forms(facts.linears)
     plots += [_magnitude(facts.close_up), *_pair(facts.close_up)]
     if facts.angles:
         caption = "Rotations fitted to every pair of channels, in radians; channels left without a pair stay at zero."
@@ -55,25 +57,47 @@ def comparison_plots(facts: ReportFacts, strokes: Mapping[str, Stroke]) -> list[
 
 def _errors(linears: list[LinearFacts]) -> Plot:
     """Return blocks across, kinds down."""
-    blocks = list(dict.fromkeys(linear.block for linear in linears))
+    figure = _map(linears, _error, "%{z:.3f} %")
+    figure.update_layout(coloraxis_colorbar={"title": "%"})
+    caption = "Relative error of each linear layer's output on the calibration text, in percent."
+    return Plot("errors", "Error of every layer", caption, figure)
+
+
+def _forms(linears: list[LinearFacts]) -> list[Plot]:
+    """Return the bits of every layer, blocks across, kinds down; nothing if all layers are stored alike."""
+    if len({linear.layout.spec for linear in linears}) < 2:
+        return []
+    figure = _map(linears, lambda linear: linear and linear.layout.bits, "%{z} bits<br>%{text}", texttemplate="%{z}")
+    figure.update_traces(text=_cells(linears, lambda linear: str(linear.layout.spec) if linear else ""))
+    figure.update_layout(coloraxis_showscale=False)
+    caption = "Bits of each linear layer's codes; pointing at one shows its group size and rotations."
+    return [Plot("forms", "Bits of every layer", caption, figure)]
+
+
+def _map(linears: list[LinearFacts], value: Callable[[LinearFacts | None], Any], shown: str, **more: Any) -> go.Figure:
+    """Return a heat map of a value of every layer, blocks across, kinds down. shown: the value, as Plotly writes it."""
     kinds = list(dict.fromkeys(linear.kind for linear in linears))
-    cells = {(linear.kind, linear.block): linear for linear in linears}
-    errors = [[_error(cells.get((kind, block))) for block in blocks] for kind in kinds]
     trace = go.Heatmap(
-        x=[block or "–" for block in blocks],
+        x=[block or "–" for block in dict.fromkeys(linear.block for linear in linears)],
         y=[escape(kind) for kind in kinds],
-        z=errors,
+        z=_cells(linears, value),
         coloraxis="coloraxis",
         xgap=1,
         ygap=1,
-        hovertemplate="block %{x}, %{y}<br>%{z:.3f} %<extra></extra>",
+        hovertemplate=f"block %{{x}}, %{{y}}<br>{shown}<extra></extra>",
+        **more,
     )
     figure = go.Figure(trace, layout(80 + 30 * len(kinds), "block", legend=False))
-    figure.update_layout(coloraxis_colorbar={"title": "%"})
     figure.update_xaxes(BLOCKS, showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    caption = "Relative error of each linear layer's output on the calibration text, in percent."
-    return Plot("errors", "Error of every layer", caption, figure)
+    return figure
+
+
+def _cells(linears: list[LinearFacts], value: Callable[[LinearFacts | None], Any]) -> list[list[Any]]:
+    """Return a value of every layer, a row for each kind, a column for each block."""
+    cells = {(linear.kind, linear.block): linear for linear in linears}
+    kinds, blocks = (list(dict.fromkeys(getattr(linear, name) for linear in linears)) for name in ("kind", "block"))
+    return [[value(cells.get((kind, block))) for block in blocks] for kind in kinds]
 
 
 def _error(linear: LinearFacts | None) -> float | None:
