@@ -58,7 +58,7 @@ def outputs(tmp_path_factory):
         "-m", "pairquant", "quantize", str(source), "--group-size", "64", "--seq-len", "32",
         "--calibration", str(TEXT), "--device", "cpu",
     ]  # fmt: skip
-    proxy = ["--samples", "9", "--set", "steps=8"]
+    proxy = ["--samples", "9", "--set", "steps=8", "--head-bits", "6", "--target-bpw", "6"]
     trained = ["--preset", "paper", "--samples", "8"]
     for setting in ("epochs=2", "weight_epochs=1", "batch=4", "validation_samples=2"):
         trained += ["--set", f"training.{setting}"]

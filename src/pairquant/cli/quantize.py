@@ -216,8 +216,8 @@ class _BlockProgress(PlanBars):
         self.blocks = blocks
         self.bars.reset(self.task, total=blocks, completed=finished, description=f"block {finished}")
         self.bars.console.print(
-            f"{counted(linears, 'linear layer')} in {counted(blocks, 'block')}; predicted peak {size(memory.device)} of "
-            f"{size(memory.available)} memory free on {memory.on}"
+            f"{counted(linears, 'linear layer')}; predicted peak {size(memory.device)} of {size(memory.available)} memory "
+            f"free on {memory.on}"
         )
         if finished:
             self.bars.console.print(f"continuing with block {finished}: an earlier run finished those before it")
@@ -233,6 +233,7 @@ class _BlockProgress(PlanBars):
             self.bars.console.print(f"[dim]relative error of each layer's output, %\nblock{heading}     time[/]")
         cells = "".join(f"{100 * error:{self.width(name)}.3f}" for name, error in errors.items())
         memory = f"  {size(result.gpu_peak)}" if result.gpu_peak else ""
-        self.bars.console.print(f"{result.index:5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
+        name = result.index if result.path.rpartition(".")[2].isdecimal() else "head"
+        self.bars.console.print(f"{name:>5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
         following = f"block {result.index + 1}" if result.index + 1 < self.blocks else "finishing"
         self.bars.update(self.task, completed=result.index + 1, description=following)
