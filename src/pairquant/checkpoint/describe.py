@@ -41,10 +41,10 @@ def describe_copy(
 
 
 def untie(config: dict[str, Any]) -> None:
-    """State in a configuration, and in those within it that say otherwise, that the two embeddings are separate."""
+    """State in a configuration, and in that of its language model, that the two embeddings are separate."""
     config[TIED] = False
-    for inner in config.values():
-        if isinstance(inner, dict) and inner.get(TIED):
+    for name, inner in config.items():
+        if isinstance(inner, dict) and (TIED in inner or name == "text_config"):
             inner[TIED] = False
 
 

@@ -96,3 +96,19 @@ def test_what_a_decoded_linear_lacks_is_an_error(config):
 def test_another_quantization_is_left_alone():
     tensors = checkpoint()
     assert sorted_out(tensors, Model(), SimpleNamespace()).keys() == tensors.keys()
+
+
+def test_a_head_that_vllm_has_no_layer_for_is_left_out_and_said(config, caplog):
+    config.heads = {"lm_head"}
+    head = {f"lm_head.{name}": tensor for name, tensor in PACKED["text.mlp.up_proj"].tensors.items()}
+    with caplog.at_level("WARNING", "vllm.pairquant"):
+        found = sorted_out(checkpoint() | head, Model("model.norm"), config)
+    assert not any(name.startswith("lm_head") for name in found)
+    assert "lm_head is quantized, but vLLM's model has no output embedding" in caplog.text
+    config.claimed.add("lm_head")
+    assert set(head) <= set(sorted_out(checkpoint() | head, Model("model.norm"), config))
+    config.claimed.clear()
+    config.quantized["lm_head"], config.stored_as["lm_head"] = SPEC, "lm_head"
+    assert "lm_head.weight" in sorted_out(checkpoint() | head, Model("lm_head"), config), (
+        "a plain layer gets it decoded"
+    )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
 
 PACKED = ".qweight"
+#: Last names of output embeddings.
+HEADS = ("lm_head", "embed_out")
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -37,6 +39,7 @@ class PairQuantConfig(QuantizationConfig):
         self.quantized: dict[str, Spec] | None = None
         self.stored_as: dict[str, str] = {}
         self.claimed: set[str] = set()
+        self.heads: set[str] = set()
         self.plain = checkpoint.modules_to_not_convert
         follow_checkpoints(sort_out)
 
@@ -66,6 +69,7 @@ class PairQuantConfig(QuantizationConfig):
         names = tensor_names(model_name, revision)
         if names:
             paths = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
+            self.heads = {path for path in paths if path.rpartition(".")[2] in HEADS}
             self.quantized = {path: self.checkpoint.spec_of(path) for path in paths}
             self.stored_as = {path: path for path in paths}
 
@@ -91,6 +95,13 @@ class PairQuantConfig(QuantizationConfig):
             if path not in self.claimed and plain & weights:
                 found[path] = spec
         return found
+
+    def homeless_heads(self, plain: Iterable[str]) -> set[str]:
+        """Return the packed output embeddings, as the checkpoint names them, for which vLLM's model has no layer.
+
+        It uses the input embedding instead. plain: what is decoded for it, as the checkpoint names it.
+        """
+        return self.heads - {self.stored_as.get(path, path) for path in self.claimed} - set(plain)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> PairQuantLinearMethod | Any:
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
@@ -199,4 +210,4 @@ def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torc
     from .stream import passed_on
 
     plain = {config.stored_as[path]: spec for path, spec in config.unclaimed(model).items()}
-    return passed_on(weights, methods, plain, dtype)
+    return passed_on(weights, methods, plain, dtype, config.homeless_heads(plain))

@@ -8,7 +8,7 @@ without asking for a quantization method (those of Mamba's first version) are de
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +19,35 @@ from ...spec.linear import PackedLinear, Spec
 from ...support.errors import CheckpointError
 from .experts import DecodedExpertsMethod, PackedExpertsMethod
 
+#: vLLM shows what loggers below its own say.
+LOGGER = logging.getLogger("vllm.pairquant")
+
 
 def passed_on(
-    weights: Iterable[tuple[str, Tensor]], methods: Sequence[Any], plain: Mapping[str, Spec], dtype: torch.dtype
+    weights: Iterable[tuple[str, Tensor]],
+    methods: Sequence[Any],
+    plain: Mapping[str, Spec],
+    dtype: torch.dtype,
+    homeless: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that vLLM's model is to place itself: those that are not ours, decoded weights, and packed linears.
 
     weights: of the checkpoint; methods: of the model's layers; plain: path in the checkpoint → what is packed there but wanted
-    as a plain weight of this dtype. Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged.
+    as a plain weight of this dtype; homeless: paths in the checkpoint of output embeddings that the model does without. Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged.
     """
     experts: dict[str, Callable[[Tensor], None]] = {}
     for method in methods:
         if isinstance(method, PackedExpertsMethod | DecodedExpertsMethod):
             experts |= method.arrivals.doors()
     decoding = _Decoding(plain, dtype)
+    if homeless:
+        LOGGER.warning(
+            "%s is quantized, but vLLM's model has no output embedding of its own: the input embedding runs in its place, in 16 bits",
+            min(homeless),
+        )
     for name, tensor in weights:
+        if name.rpartition(".")[0] in homeless:
+            continue
         if name in experts:
             experts[name](tensor)
         elif (path := name.rpartition(".")[0]) in plain:
@@ -51,7 +65,7 @@ class _Decoding:
         self.device = torch.empty(0).device  # vLLM loads in the context of the device that the weights lie on
         self.arrived: dict[str, dict[str, Tensor]] = {}
         if specs:
-            logging.getLogger("vllm.pairquant").warning(
+            LOGGER.warning(
                 "%d packed linears (such as %s) are decoded on loading, because vLLM runs them without a quantization "
                 "method: they take as much memory as in the unquantized model",
                 len(specs),
