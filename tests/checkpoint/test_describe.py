@@ -10,7 +10,7 @@ from tiny_models import SIZES, byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 import pairquant
-from pairquant.checkpoint.describe import state_dtype
+from pairquant.checkpoint.describe import state_dtype, untie
 from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.support.errors import SourceError
@@ -136,3 +136,18 @@ def test_tensors_that_transformers_converts_keep_the_sources_names(tmp_path):
     assert "model.layers.0.mlp.experts.0.down_proj.weight" in plain
     assert plain <= set(source.fields)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_output_embedding_of_its_own_is_stated_for_the_language_model_too():
+    config = {
+        "text_config": {"vocab_size": 9},
+        "vision_config": {"hidden_size": 4},
+        "audio": {"tie_word_embeddings": True},
+    }
+    untie(config)
+    assert config == {
+        "text_config": {"vocab_size": 9, "tie_word_embeddings": False},
+        "vision_config": {"hidden_size": 4},
+        "audio": {"tie_word_embeddings": False},
+        "tie_word_embeddings": False,
+    }

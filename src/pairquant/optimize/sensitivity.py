@@ -104,6 +104,7 @@ class Measurement:
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
 
+    @torch.no_grad()
     def run(self, tokens: Tensor) -> Sensitivity:
         """Measure on a text, int64 [windows, T]."""
         windows = cut(tokens)
@@ -132,7 +133,6 @@ class Measurement:
         finally:
             self.home.leave(block)
 
-    @torch.no_grad()
     def _forwards(self, windows: Tensor) -> tuple[Streams, list[list[Tensor]]]:
         """Run the text through all blocks. Returns its stream, which has left the last one, and what enters each block."""
         places = Places(self.device, torch.device("cpu"), self.dtype)
@@ -184,7 +184,6 @@ class Measurement:
                     squares[path] += _squares(site.taken(gradient), errors[path].values())
         return squares, before
 
-    @torch.no_grad()
     def _errors(self, block: Block, moments: list[Moments]) -> dict[str, dict[Spec, Tensor]]:
         """Return E = W - Ŵ of each measured weight in each form, [N, C] in the dtype that the block computes in."""
         pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
