@@ -45,6 +45,7 @@ def test_candidates_are_every_combination():
     found = Candidates.parse("bits:4|3,rotations:0|8").specs(Spec(6, 64, 4))
     assert found == [Spec(3, 64, 0), Spec(3, 64, 8), Spec(4, 64, 0), Spec(4, 64, 8)]
     assert [spec.bits for spec in Candidates().specs(Spec())] == list(SUPPORTED_BITS)
+    assert len(Candidates.parse("all").specs(Spec())) == 6 * 3 * 4
 
 
 @pytest.mark.parametrize(

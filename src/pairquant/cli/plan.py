@@ -21,7 +21,7 @@ COLUMNS = 48
 STYLES = {2: "red", 3: "yellow", 4: "green", 5: "cyan", 6: "blue", 8: "magenta"}
 TARGET_BPW = "Choose each layer's bits for this mean."
 TARGET_SIZE = "The same for a size such as 4.2GB."
-CANDIDATES = "Forms to choose from, such as bits:3|4|5,group_size:64|128."
+CANDIDATES = "Forms to choose from, such as bits:3|4,group_size:64|128, or all."
 
 
 @app.command(epilog="Example: pairquant plan MODEL --target-bpw 3.5 --output plan.json")

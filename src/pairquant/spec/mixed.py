@@ -88,7 +88,12 @@ class Candidates:
 
     @classmethod
     def parse(cls, text: str) -> Candidates:
-        """Read text such as "bits:2|3|4,group_size:64|128"; raises `ConfigError`, which names the part that is wrong."""
+        """Read text such as "bits:2|3|4,group_size:64|128", or "all" for every width and group size and 0, 2, 4, 8 rotations.
+
+        Raises `ConfigError`, which names the part that is wrong.
+        """
+        if text.strip() == "all":
+            return cls(SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, (0, 2, 4, 8))
         values: dict[str, tuple[int, ...]] = {}
         for setting in text.split(","):
             name, _, listed = setting.strip().partition(":")
@@ -97,7 +102,7 @@ class Candidates:
                 hint = did_you_mean(name, SETTINGS) if name not in SETTINGS else ""
                 raise ConfigError(
                     f"candidates {text!r}: {setting.strip()!r} is none of "
-                    f"{', '.join(f'{known}:A|B|…' for known in SETTINGS)}{hint}"
+                    f"{', '.join(f'{known}:A|B|…' for known in SETTINGS)}, or all{hint}"
                 )
             values[name] = tuple(map(int, numbers))
         return cls(**values)
