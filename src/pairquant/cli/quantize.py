@@ -132,7 +132,8 @@ def quantize(
     if not leads:
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers")
+    included = "" if head_bits is None else ", the output embedding among them"
+    table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")
     table.add_row("time", duration(summary.seconds))
     table.add_row("written to", escape(str(summary.output)))
