@@ -6,18 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..layers.model import siblings
-from ..models.blocks import Block
-from ..models.names import Names
-from ..models.planning import plan_model, sizes_of
-from ..models.sites import Site
+from ..models.planning import sizes_of
 from ..optimize.allocation import (
     Choice,
     Unit,
@@ -33,9 +29,9 @@ from ..optimize.sensitivity import Measurement, Sensitivity
 from ..spec.linear import Spec
 from ..spec.mixed import MixedPlan, Target, fingerprint
 from ..spec.options import QuantConfig
-from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError
+from .opened import Opened
 
 
 class PlanProgress(Protocol):
@@ -54,39 +50,6 @@ class Silent:
     def notice(self, text: str) -> None: ...
     def measuring(self, blocks: int, finished: int) -> None: ...
     def planned(self, result: Planned) -> None: ...
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model to quantize, its weights not yet read, and the plan that the options alone give."""
-
-    files: ModelFiles
-    tokenizer: Any
-    skeleton: Any
-    names: Names
-    plan: Plan
-    blocks: list[Block]
-    config: QuantConfig
-
-    @classmethod
-    def of(cls, model: str | Path, config: QuantConfig, trust_remote_code: bool = False) -> Opened:
-        """Open a model and check that it can be quantized with these options; raises a `PairQuantError` that says why not."""
-        files = ModelFiles.find(str(model), trust_remote_code)
-        files.require_plain()
-        files.require_loadable()
-        tokenizer, skeleton = files.tokenizer(), files.skeleton()
-        names = files.names(skeleton)
-        plan, blocks = plan_model(skeleton, config, names)
-        return cls(files, tokenizer, skeleton, names, plan, blocks, config.with_group_size(plan.default.group_size))
-
-    @property
-    def sites(self) -> dict[str, Site]:
-        return {path: site for block in self.blocks for path, site in block.sites.items()}
-
-    @property
-    def decoders(self) -> list[Block]:
-        """The blocks without the output embedding, whose form a plan does not choose."""
-        return [block for block in self.blocks if not block.head]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.range import require_fp16, require_representable
 from ..core.rounding import poor_errors
-from ..models.blocks import Block
-from ..models.names import Names
 from ..models.planning import plan_model
 from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
@@ -39,12 +37,12 @@ from ..spec.checkpoint import CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
-from ..spec.plan import Plan
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 from . import remarks
-from .plan import Opened, Planner, PlanProgress
+from .opened import Opened
+from .plan import Planner, PlanProgress
 from .plan import Silent as SilentPlan
 
 #: The plan's file, in the journal and in the checkpoint.
@@ -111,23 +109,14 @@ def quantize(
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
-        job = Job(
-            **vars(opened), output=output, device=target, ranks=ranks, progress=progress or Silent(), log_to=log_to
-        )
-        return job.run(overwrite, fresh)
+        return Job(opened, output, target, ranks, progress or Silent(), log_to).run(overwrite, fresh)
 
 
 @dataclass
 class Job:
     """One call of `quantize`, once its arguments are known to be good."""
 
-    files: ModelFiles
-    tokenizer: Any
-    skeleton: Any
-    names: Names
-    plan: Plan
-    blocks: list[Block]
-    config: QuantConfig
+    opened: Opened
     output: Path
     device: torch.device
     ranks: Ranks
@@ -142,9 +131,9 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
-            planner = Planner(self._opened, self.source)
-            if self.config.target is not None:
-                planner.require_reachable(self.config.target)
+            planner = Planner(self.opened, self.source)
+            if self.opened.config.target is not None:
+                planner.require_reachable(self.opened.config.target)
             self._require_storable()
             self._rehearse(directory, calibration)
             self._open_journal(calibration, validation)
@@ -157,7 +146,7 @@ class Job:
             report = self._report(calibration)
             if poor := poor_errors(self._errors()):
                 self._notice(remarks.poor_layers(poor))
-            if few := remarks.experts_with_few_tokens(self._opened, self.journal.entries):
+            if few := remarks.experts_with_few_tokens(self.opened, self.journal.entries):
                 self._notice(few)
             if self.ranks.leads:
                 self._write(report, calibration, overwrite)
@@ -165,13 +154,13 @@ class Job:
         errors = {path: entry["error"] for path, entry in report["linears"].items()}
         size_after = sum(file.stat().st_size for file in self.output.glob("*.safetensors"))
         return QuantizationSummary(
-            self.output, self.config, report["bits_per_weight"], self.files.size_bytes(), size_after,
+            self.output, self.opened.config, report["bits_per_weight"], self.opened.files.size_bytes(), size_after,
             time.perf_counter() - self.started, errors,
         )  # fmt: skip
 
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
         """Return windows to fit on, and those that choose the best epoch."""
-        config = self.config
+        config = self.opened.config
         if not config.recipe.needs_text and config.target is None:
             return None, None
         self.progress.stage("calibration text")
@@ -184,7 +173,9 @@ class Job:
                 f"processes, as block-wise training needs: choose multiples of {self.ranks.size}"
             )
         inside = 0 if config.validation else held_out
-        draw = calibrator(self.skeleton, self.files.name, self.tokenizer, config, self.progress.notice)
+        draw = calibrator(
+            self.opened.skeleton, self.opened.files.name, self.opened.tokenizer, config, self.progress.notice
+        )
         calibration = draw(config.calibration, config.samples + inside)
         validation = calibration.tokens[config.samples :]
         if held_out and config.validation:
@@ -194,16 +185,16 @@ class Job:
     def _source(self, spill: Path) -> SourceWeights:
         """Return the weights on disk; a copy of them is made by one rank for all."""
         if self.ranks.leads:
-            source = SourceWeights.open(self.files, self.skeleton, self.names, spill)
+            source = SourceWeights.open(self.opened.files, self.opened.skeleton, self.opened.names, spill)
             self.ranks.wait()
             return source
         self.ranks.wait()
-        return SourceWeights.open(self.files, self.skeleton, self.names, spill, spilled=True)
+        return SourceWeights.open(self.opened.files, self.opened.skeleton, self.opened.names, spill, spilled=True)
 
     def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         identity = {
             "source": self.source.digest(),
-            "config": self.config.to_dict(),
+            "config": self.opened.config.to_dict(),
             "calibration": calibration.digest if calibration else None,
             "validation": hashlib.sha256(validation.numpy().tobytes()).hexdigest() if validation is not None else None,
             "device": self.device.type,
@@ -216,15 +207,11 @@ class Job:
         if not self.ranks.leads:
             self.journal.read()
 
-    @property
-    def _opened(self) -> Opened:
-        return Opened(self.files, self.tokenizer, self.skeleton, self.names, self.plan, self.blocks, self.config)
-
     def _choose_forms(self, planner: Planner, calibration: Calibration | None) -> None:
         """Replace the plan by one of the size wanted, if one is; a run that goes on keeps the plan that it began with."""
-        target, file = self.config.target, self.journal.directory / PLAN_FILE
+        target, file = self.opened.config.target, self.journal.directory / PLAN_FILE
         if target is None or calibration is None:
-            self.mixed = self.config.plan
+            self.mixed = self.opened.config.plan
             return
         if self.ranks.leads and not file.exists():
             result = planner.choose(planner.measure(calibration.tokens, self.device, self.progress), target)
@@ -232,25 +219,28 @@ class Job:
             write_json(file, result.plan.to_dict())
         self.ranks.wait()
         self.mixed = MixedPlan.read(file)
-        config = replace(self.config, target=None, plan=self.mixed)
-        self.plan, self.blocks = plan_model(self.skeleton, config, self.names)
-        self.journal.layouts = self.plan.layouts
+        config = replace(self.opened.config, target=None, plan=self.mixed)
+        plan, blocks = plan_model(self.opened.skeleton, config, self.opened.names)
+        self.opened = replace(self.opened, plan=plan, blocks=blocks)
+        self.journal.layouts = self.opened.plan.layouts
         self._require_storable()
 
     def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         share = self.ranks.windows(calibration.tokens) if calibration else None
         held_out = self.ranks.windows(validation) if validation is not None else None
-        memory = demand(self.skeleton, self.blocks, self.config, share, held_out, self.device)
-        self.progress.plan(len(self.blocks), len(self.plan.layouts), self.journal.count, memory)
-        told = remarks.of_head(self._opened, self._shares_head())
-        for line in [*remarks.exceptions(self.plan), *remarks.left_plain(self._opened), *told]:
+        memory = demand(self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device)
+        self.progress.plan(len(self.opened.blocks), len(self.opened.plan.layouts), self.journal.count, memory)
+        told = remarks.of_head(self.opened, self._shares_head())
+        for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
             self._notice(line)
-        self._log({"event": "start", "blocks": len(self.blocks), "finished": self.journal.count, **memory.to_dict()})
-        if self.journal.count == len(self.blocks):
+        self._log(
+            {"event": "start", "blocks": len(self.opened.blocks), "finished": self.journal.count, **memory.to_dict()}
+        )
+        if self.journal.count == len(self.opened.blocks):
             return
-        self.source.fill_all_but(self.skeleton, self.blocks)
+        self.source.fill_all_but(self.opened.skeleton, self.opened.blocks)
         walk = Walk(
-            self.skeleton, self.blocks, self.plan, self.config, self.device, share, held_out,
+            self.opened.skeleton, self.opened.blocks, self.opened.plan, self.opened.config, self.device, share, held_out,
             home=self.source, finished=_Finished(self.journal), ranks=self.ranks, store=memory.store,
             notice=self._notice, kept=self._keep_streams,
         )  # fmt: skip
@@ -261,7 +251,7 @@ class Job:
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
-        sites = self.blocks[result.index].sites
+        sites = self.opened.blocks[result.index].sites
         tensors = {
             sites[path].stored_name(name): tensor
             for path, packed in result.packed.items()
@@ -269,7 +259,7 @@ class Job:
         }
         for name, value in result.parameters.items():
             field = self.source.field(name)
-            tensors[self.names.stored(name)] = value if field is None else value.to(field.dtype)
+            tensors[self.opened.names.stored(name)] = value if field is None else value.to(field.dtype)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
         else:
@@ -296,7 +286,7 @@ class Job:
         if not self.ranks.leads:
             return
         by_parameter: dict[str, list[tuple[Site, str]]] = {}
-        for site in (site for block in self.blocks for site in block.sites.values()):
+        for site in (site for block in self.opened.blocks for site in block.sites.values()):
             by_parameter.setdefault(site.parameter, []).append((site, "weight"))
             if site.size.bias:
                 by_parameter.setdefault(site.bias_parameter, []).append((site, "bias"))
@@ -311,7 +301,7 @@ class Job:
             raise SourceError(f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged.")
         try:
             if name == "weight":
-                require_representable(value, self.plan.layouts[path].bits)
+                require_representable(value, self.opened.plan.layouts[path].bits)
             else:
                 require_fp16(value)
         except ConfigError as error:
@@ -331,8 +321,8 @@ class Job:
         stored = self.source.stored.fields.items()
         dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
         quantization = self._checkpoint_config(calibration).to_dict()
-        untied = self.config.head_bits is not None
-        self.files.describe(directory, self.skeleton, self.tokenizer, dtype, quantization, untied)
+        untied = self.opened.config.head_bits is not None
+        self.opened.files.describe(directory, self.opened.skeleton, self.opened.tokenizer, dtype, quantization, untied)
         if self.mixed is not None:
             write_json(directory / PLAN_FILE, self.mixed.to_dict())
 
@@ -349,15 +339,15 @@ class Job:
             if isinstance(error, PairQuantError):
                 raise
             raise SourceError(
-                f"the configuration or tokenizer of {self.files.name!r} cannot be saved: {error}. Mend it there first."
+                f"the configuration or tokenizer of {self.opened.files.name!r} cannot be saved: {error}. Mend it there first."
             ) from error
 
     def _entries(self) -> dict[str, Entry]:
         """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
         quantized = self._errors()
-        sites = [site for block in self.blocks for path, site in block.sites.items() if path in quantized]
-        for name, stored in self.source.plain_fields(sites, self.names).items():
+        sites = [site for block in self.opened.blocks for path, site in block.sites.items() if path in quantized]
+        for name, stored in self.source.plain_fields(sites, self.opened.names).items():
             entries[name] = Entry(stored, lambda name=name: self.source.load_stored(name))  # type: ignore[misc]
         for index in range(self.journal.count):
             block = self.journal.stored(index)
@@ -366,31 +356,31 @@ class Job:
         return entries
 
     def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
-        config = self.config
+        config = self.opened.config
         quantized = self._errors()
-        linears = [p for p, module in self.skeleton.named_modules() if is_linear(module)]
+        linears = [p for p, module in self.opened.skeleton.named_modules() if is_linear(module)]
         unknown = [name.removesuffix(".weight") for name in self._unknown_matrices()]
-        plain = [*(path for path in map(self.names.module, linears) if path not in quantized), *unknown]
+        plain = [*(path for path in map(self.opened.names.module, linears) if path not in quantized), *unknown]
         return CheckpointConfig.of_plan(
-            self.plan,
+            self.opened.plan,
             modules_to_not_convert=tuple(plain),
             shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
-            provenance=_provenance(config, calibration, self.files),
+            provenance=_provenance(config, calibration, self.opened.files),
         )
 
     def _unknown_matrices(self) -> list[str]:
         """Return the source's matrices that the model's class does not use, so that nothing here quantizes them."""
         stored = (self.source.originals or self.source.stored).fields
-        return [n for n in self.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
+        return [n for n in self.opened.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
 
     def _shares_head(self) -> bool:
         """Return whether the source has one tensor for the input and the output embedding."""
-        stored = self.source.plain_fields([], self.names)
-        return any(name not in stored and self.names.stored(name) not in stored for name in self.source.tied)
+        stored = self.source.plain_fields([], self.opened.names)
+        return any(name not in stored and self.opened.names.stored(name) not in stored for name in self.source.tied)
 
     def _pools(self) -> dict[str, str]:
         """Return path → pool, of experts' weights."""
-        sites = (site for block in self.blocks for site in block.sites.values())
+        sites = (site for block in self.opened.blocks for site in block.sites.values())
         return {site.path: site.pool for site in sites if site.pool is not None}
 
     def _errors(self) -> dict[str, float]:
@@ -400,12 +390,12 @@ class Job:
     def _report(self, calibration: Calibration | None) -> dict[str, Any]:
         """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
         errors = self._errors()
-        layouts = {path: self.plan.layouts[path] for path in errors}
+        layouts = {path: self.opened.plan.layouts[path] for path in errors}
         return {
-            "config": self.config.to_dict(),
-            "provenance": _provenance(self.config, calibration, self.files),
+            "config": self.opened.config.to_dict(),
+            "provenance": _provenance(self.opened.config, calibration, self.opened.files),
             "bits_per_weight": bits_per_weight(layouts, self._pools()),
-            "readme_sha256": None if self.files.gguf else readme_digest(self.files.directory),
+            "readme_sha256": None if self.opened.files.gguf else readme_digest(self.opened.files.directory),
             "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
             "linears": {
                 path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
@@ -416,7 +406,7 @@ class Job:
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
         """Keep the journal after an error if a block is finished, and remove it otherwise and after success."""
         existed = directory.exists()
-        self.journal = Journal(directory, self.plan.layouts)
+        self.journal = Journal(directory, self.opened.plan.layouts)
         if self.ranks.leads:
             self.journal.lock()
             if fresh:

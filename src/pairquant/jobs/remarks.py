@@ -10,7 +10,7 @@ from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
 from ..spec.plan import Plan
 from ..support.formatting import counted, size
-from .plan import Opened
+from .opened import Opened
 
 
 def exceptions(plan: Plan) -> list[str]:

@@ -1,0 +1,48 @@
+"""A model that is opened to be quantized: checked, with the plan that the options give, its weights not yet read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.read import ModelFiles
+from ..models.blocks import Block
+from ..models.names import Names
+from ..models.planning import plan_model
+from ..models.sites import Site
+from ..spec.options import QuantConfig
+from ..spec.plan import Plan
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to quantize, its weights not yet read, and the plan that the options alone give."""
+
+    files: ModelFiles
+    tokenizer: Any
+    skeleton: Any
+    names: Names
+    plan: Plan
+    blocks: list[Block]
+    config: QuantConfig
+
+    @classmethod
+    def of(cls, model: str | Path, config: QuantConfig, trust_remote_code: bool = False) -> Opened:
+        """Open a model and check that it can be quantized with these options; raises a `PairQuantError` that says why not."""
+        files = ModelFiles.find(str(model), trust_remote_code)
+        files.require_plain()
+        files.require_loadable()
+        tokenizer, skeleton = files.tokenizer(), files.skeleton()
+        names = files.names(skeleton)
+        plan, blocks = plan_model(skeleton, config, names)
+        return cls(files, tokenizer, skeleton, names, plan, blocks, config.with_group_size(plan.default.group_size))
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {path: site for block in self.blocks for path, site in block.sites.items()}
+
+    @property
+    def decoders(self) -> list[Block]:
+        """The blocks without the output embedding, whose form a plan does not choose."""
+        return [block for block in self.blocks if not block.head]
