@@ -4,6 +4,7 @@ import json
 
 import pytest
 from killing import content
+from test_families import make_source
 from tiny_models import TEXT, save_tiny
 
 import pairquant
@@ -13,6 +14,7 @@ from pairquant.jobs.plan import Silent, plan
 from pairquant.jobs.quantize import PLAN_FILE
 from pairquant.jobs.quantize import Silent as SilentJob
 from pairquant.optimize.sensitivity import Measurement
+from pairquant.spec.experts import pool_of
 from pairquant.spec.linear import Spec
 from pairquant.spec.mixed import MixedPlan, Target
 from pairquant.support.errors import ConfigError
@@ -93,6 +95,30 @@ def test_quantize_keeps_within_a_target(source, tmp_path, target):
     header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little") + 8
     assert weights - header == result.size_bytes
     assert result.size_bytes <= target.get("size_bytes", 10**9)
+
+
+def test_experts_of_a_block_have_one_form_and_their_transform_counts_once(tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    heard = []
+
+    class Heard(SilentJob):
+        def planned(self, result):
+            heard.append(result)
+
+    summary = pairquant.quantize(source, tmp_path / "out", config(target=Target(5.5)), device="cpu", progress=Heard())
+    (result,) = heard
+    assert summary.bits_per_weight == pytest.approx(result.bits_per_weight, rel=1e-6)
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert weights - header == result.size_bytes
+    _, specs = stored(tmp_path / "out")
+    assert {path: result.plan.spec_of(path) for path in specs} == specs
+    pools = {}
+    for path, spec in specs.items():
+        if ".experts." in path:
+            pools.setdefault(pool_of(path), set()).add(spec)
+    assert len(pools) == 4
+    assert all(len(found) == 1 for found in pools.values())
 
 
 def test_a_stopped_run_goes_on_with_the_plan_it_began_with(source, tmp_path, monkeypatch):
