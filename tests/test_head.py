@@ -6,6 +6,7 @@ import pytest
 import torch
 from killing import content
 from safetensors.torch import load_file
+from test_families import make_source
 from tiny_models import FAMILIES, SIZES, TEXT, byte_tokenizer, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
@@ -145,6 +146,15 @@ def test_a_size_counts_it(made, tmp_path):
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert 390_000 < file.stat().st_size - header <= 420_000
     assert Checkpoint.open(ModelFiles.find(str(tmp_path / "out"))).layout("lm_head").bits == 6
+
+
+def test_a_model_that_asks_its_output_embedding_for_a_dtype_runs(tmp_path):
+    source = make_source("Mamba", tmp_path / "source")
+    quantize(source, tmp_path / "out")
+    tokens = TOKENS[:, :24] % 100
+    assert measure(load(tmp_path / "out"), tokens, load(source)).kl < 0.02
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert half(tokens).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -67,6 +67,7 @@ class ParoQuantizer(HfQuantizer):
         sites = {site.path: site for site in _sites().sites_in(model, names=names)}
         self._renamed = {target for target, sources in names.sources.items() if sources != (target,)}
         experts: dict[str, dict[str, Any]] = {}
+        output = model.get_output_embeddings()
         for path in quantized:
             if path not in sites and not _is_what_was_saved(model) and "." not in path:
                 continue  # another class on top of the saved blocks: it has no output embedding
@@ -84,7 +85,8 @@ class ParoQuantizer(HfQuantizer):
             if site.pool is not None:
                 experts.setdefault(site.place, {})[path] = (site, layout)
                 continue
-            _layers().replace_module(model, site.place, site.packed_module(layout))
+            module = site.packed_module(layout, head=site.module is output)
+            _layers().replace_module(model, site.place, module)
             if parent := site.place.rpartition(".")[0]:
                 # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
                 model.get_submodule(parent)._is_hf_initialized = True

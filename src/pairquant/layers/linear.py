@@ -160,6 +160,15 @@ class RotatedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class RotatedHead(RotatedLinear):
+    """An output embedding. Some models (Mamba) ask its weight for the dtype in which it wants its input."""
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor of the dtype and on the device that the layer computes in."""
+        return torch.empty(0, dtype=self.dtype, device=self.theta.device)
+
+
 class _Kept:
     """The tensors that a layer keeps in addition to its stored ones, to run activations of a dtype on a device."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.experts import PartPlan, RotatedExperts
-from ..layers.linear import RotatedLinear
+from ..layers.linear import RotatedHead, RotatedLinear
 from ..spec.experts import pool_of, shared_name
 from ..spec.fields import Size
 from ..spec.linear import LinearLayout
@@ -104,10 +104,13 @@ class Site(ABC):
 class LoneSite(Site):
     """The site of a weight that is alone in its module, so that one layer can take the module's place."""
 
-    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        """Return the layer that will run the quantized weight in the module's place: on its device, not yet filled."""
+    def packed_module(self, layout: LinearLayout, head: bool = False) -> RotatedLinear:
+        """Return the layer that will run the quantized weight in the module's place: on its device, not yet filled.
+
+        head: whether the module is the model's output embedding.
+        """
         parameter = self.module.get_parameter("weight")
-        return RotatedLinear(layout, parameter.device, parameter.dtype)
+        return (RotatedHead if head else RotatedLinear)(layout, parameter.device, parameter.dtype)
 
 
 class LinearSite(LoneSite):
@@ -141,8 +144,8 @@ class Conv1DSite(LoneSite):
     def as_held(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def packed_module(self, layout: LinearLayout) -> RotatedLinear:
-        module = super().packed_module(layout)
+    def packed_module(self, layout: LinearLayout, head: bool = False) -> RotatedLinear:
+        module = super().packed_module(layout, head)
         module.stands_for_linear = False
         return module
 
