@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,6 +32,9 @@ from .ranks import Ranks
 from .stages import Groups, Layouts
 from .strategies import BlockWork, Rounding, strategy_for
 from .streams import Places, Streams
+
+#: The share of the earlier layers' error that the output embedding corrects, where the recipe corrects any.
+HEAD_DRIFT = 0.5
 
 
 @dataclass
@@ -241,6 +244,9 @@ class Walk:
         data = None
         if streams is not None and self.config.recipe.trains and not block.head:
             data = partial(_block_data, streams, held_out, self.config, self.ranks)
+        config = self.config
+        if block.head and config.recipe.drift:  # nothing follows it that its correction could feed on
+            config = replace(config, recipe=replace(config.recipe, drift=HEAD_DRIFT))
         return BlockWork(
             block=block,
             call=streams.calls[index] if streams is not None else None,
@@ -249,7 +255,7 @@ class Walk:
             pools=pooled(moments, pools) if streams is not None else {},
             groups=groups,
             seeds={group[0]: seed_of(self.config.seed, group[0]) for group in groups},
-            config=self.config,
+            config=config,
             ranks=self.ranks,
             device=self.device,
             data=data,
