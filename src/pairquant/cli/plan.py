@@ -52,7 +52,7 @@ def plan(
 ) -> None:
     """Choose bits for each layer of MODEL, so that all together have the size you want and the output changes least.
 
-    Takes about as long as quantizing with the preset quick. Change the file if you like, then: quantize --plan.
+    Every layer is tried in every form. Change the file if you like, then: quantize --plan.
     """
     from ..checkpoint.files import write_json
     from ..spec.mixed import MixedPlan
