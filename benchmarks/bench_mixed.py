@@ -68,7 +68,7 @@ def main() -> None:
     prefix = window_prefix(tokenizer, config.bos)
     tokens = calibrate(tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix=prefix).tokens
     plan, blocks = plan_model(original, config)
-    forms = forms_of(plan, config.candidates, ())
+    forms = forms_of(plan, config)
     start = time.perf_counter()
     if options.keep and options.keep.exists():
         measured = Sensitivity.from_dict(json.loads(options.keep.read_text()), str(options.keep))

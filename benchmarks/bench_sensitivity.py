@@ -86,9 +86,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = QuantConfig(group_size=options.group_size, candidates=options.candidates)
     plan, blocks = plan_model(model, config)
-    forms = {
-        path: of for i, (path, of) in enumerate(forms_of(plan, config.candidates, ()).items()) if i % options.every == 0
-    }
+    forms = {path: of for i, (path, of) in enumerate(forms_of(plan, config).items()) if i % options.every == 0}
     tokens = calibrate(tokenizer, CALIBRATION, 64, 1024, 0).tokens
     measurement = Recording(model, blocks, forms, config, device, InPlace())
     measurement.kept = {}

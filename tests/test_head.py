@@ -1,6 +1,7 @@
 """The output embedding quantized: fitted on what it reads, stored apart from the input embedding, run, resumed, refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from killing import content
 from safetensors.torch import load_file
 from test_families import make_source
 from tiny_models import FAMILIES, SIZES, TEXT, byte_tokenizer, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import pairquant
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
@@ -155,6 +162,25 @@ def test_a_model_that_asks_its_output_embedding_for_a_dtype_runs(tmp_path):
     assert measure(load(tmp_path / "out"), tokens, load(source)).kl < 0.02
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert half(tokens).logits.isfinite().all()
+
+
+def test_a_model_that_does_not_call_it_is_refused_before_the_work(made, tmp_path, monkeypatch):
+    root, _, _ = made
+
+    def forward(self, input_ids, use_cache=False, **_):
+        states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return SimpleNamespace(logits=states @ self.lm_head.weight.to(states.device).T)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    finished = []
+
+    class Heard(Silent):
+        def block(self, result):
+            finished.append(result)
+
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not call its output embedding"):
+        quantize(root / "source", tmp_path / "out", Heard())
+    assert not finished
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -81,6 +81,8 @@ def test_quantize_shows_the_plan_it_makes(directory):
         (["--target-bpw", "4", "--target-size", "1GB"], "--target-bpw and --target-size are both given"),
         (["--target-size", "many"], "target size is 'many'"),
         (["--target-bpw", "4", "--candidates", "bits:9"], "candidate bits is 9"),
+        (["--head-bits", "4", "--ignore", "lm_head"], "--ignore lm_head leaves it"),
+        (["--preset", "rtn", "--target-bpw", "4", "--candidates", "all"], "because it fits no transform"),
         (["--plan", "missing.json"], "the plan 'missing.json' cannot be read"),
     ],
 )

@@ -20,7 +20,7 @@ from pairquant.optimize.allocation import (
 )
 from pairquant.spec.linear import Spec
 from pairquant.spec.mixed import Candidates, Target
-from pairquant.spec.options import Override, QuantConfig
+from pairquant.spec.options import QuantConfig
 from pairquant.support.errors import ConfigError
 
 forms = st.lists(
@@ -61,10 +61,10 @@ def test_sizes_out_of_reach_are_refused_with_the_limits():
 
 def planned(candidates=None, overrides=(), **options):
     model = tiny_model()
-    plan, blocks = plan_model(model, QuantConfig(group_size=64, overrides=overrides, **options))
+    config = QuantConfig(group_size=64, overrides=overrides, candidates=candidates or Candidates(), **options)
+    plan, blocks = plan_model(model, config)
     sites = {path: site for block in blocks for path, site in block.sites.items()}
-    chosen = forms_of(plan, candidates or Candidates(), tuple(Override.parse(text) for text in overrides))
-    return plan, sites, chosen
+    return plan, sites, forms_of(plan, config)
 
 
 READERS = [
@@ -96,6 +96,8 @@ def test_forms_that_a_weight_cannot_have_are_left_out():
     _, _, chosen = planned(Candidates.parse("bits:3|4,group_size:32|128,rotations:0|8"))
     assert {s.group_size for s in chosen["model.layers.0.self_attn.q_proj"]} == {32, 128}, "it reads 128 channels"
     assert {s.group_size for s in chosen["model.layers.0.mlp.down_proj"]} == {32}, "it reads 192 channels"
+    _, _, turned = planned(Candidates.parse("bits:3|4,rotations:0|8"), rotations=0)
+    assert {s.rotations for of in turned.values() for s in of} == {0, 8}, "whatever the default is"
     _, _, without = planned(preset="rtn")
     assert {s.rotations for of in without.values() for s in of} == {0}
 

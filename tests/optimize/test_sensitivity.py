@@ -31,9 +31,9 @@ class Recording(Measurement):
 
 
 def measured(model, tokens, candidates="bits:2|3", kind=Measurement, **options):
-    config = QuantConfig(**{"group_size": 32, "rotations": 2, **options})
+    config = QuantConfig(**{"group_size": 32, "rotations": 2, "candidates": candidates, **options})
     plan, blocks = plan_model(model, config)
-    forms = forms_of(plan, Candidates.parse(candidates), ())
+    forms = forms_of(plan, config)
     measurement = kind(model, blocks, forms, config, CPU, InPlace())
     measurement.kept = {}
     return plan, blocks, measurement, measurement.run(tokens)
@@ -84,7 +84,7 @@ def test_other_families_are_measured_too(family, tmp_path):
     assert all(value >= 0 for of in found.divergences.values() for value in of.values())
     assert sum(of[min(of, key=lambda s: s.bits)] > 0 for of in found.divergences.values()) > len(found.divergences) / 2
     sites = {path: site for block in blocks for path, site in block.sites.items()}
-    units = units_of(forms_of(plan, Candidates(), ()), plan.layouts, sites, found.readers, found.divergences)
+    units = units_of(forms_of(plan, QuantConfig()), plan.layouts, sites, found.readers, found.divergences)
     assert {path for unit in units for path in unit.paths} == set(plan.layouts)
     assert family in ALL
 
@@ -98,7 +98,7 @@ def test_some_experts_stand_for_all(tmp_path, monkeypatch):
     assert len([path for path in found.divergences if ".experts." in path]) == len(experts) / 2
     sites = {path: site for block in blocks for path, site in block.sites.items()}
     units = units_of(
-        forms_of(plan, Candidates.parse("bits:2|3"), ()), plan.layouts, sites, found.readers, found.divergences
+        forms_of(plan, QuantConfig(candidates="bits:2|3")), plan.layouts, sites, found.readers, found.divergences
     )
     pools = [unit for unit in units if unit.pool]
     assert len(pools) == 2 * len(blocks)

@@ -83,9 +83,14 @@ def quantize(
     """
     from ..spec.options import QuantConfig
     from ..spec.recipe import recipe_with
+    from ..support.errors import ConfigError
     from ..support.loggers import logger
 
     _require_used(context, plan, target_bpw, target_size)
+    if head_bits is not None and "lm_head" in (ignore or ()):
+        raise ConfigError(
+            "--head-bits quantizes the output embedding, and --ignore lm_head leaves it. Leave one of them out."
+        )
     config = QuantConfig(
         preset=preset,
         bits=bits,

@@ -80,8 +80,7 @@ class Planner:
     @cached_property
     def forms(self) -> dict[str, list[Spec]]:
         """The forms that each weight may have, by path."""
-        config = self.opened.config
-        every = forms_of(self.opened.plan, config.candidates, config.overrides)
+        every = forms_of(self.opened.plan, self.opened.config)
         return {path: every[path] for block in self.opened.decoders for path in block.sites}
 
     @cached_property

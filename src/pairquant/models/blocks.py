@@ -19,6 +19,8 @@ from .names import OWN, Names
 from .sites import Site, site_of, sites_in
 
 T = TypeVar("T")
+#: What a model raises if its blocks return something else than it expects, or a weight is absent.
+FAILURES = (ValueError, IndexError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tens
 def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tensor:
     """Return what the output embedding reads, [B, T, H], if the last block returns `states`, [B, T, H].
 
-    The output embedding itself is not run: its weight may be absent.
+    The output embedding itself is not run: its weight may be absent. Raises `ConfigError` for a model that does not call it.
     """
     found: list[Tensor] = []
 
@@ -265,11 +267,21 @@ def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tenso
     assert head is not None, "asked for by a block of its own"
     handle = head.register_forward_pre_hook(stop)
     tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)  # their states are not used
+    failure: Exception | None = None
     try:
         with suppress(_Stop):
             run_from(model, blocks, tokens, states)
+    except FAILURES as error:  # the weight that it uses instead may be absent
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        failure = error
     finally:
         handle.remove()
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} does not call its output embedding, so that no other layer can take its place. Leave "
+            "--head-bits out."
+        ) from failure
     return found[0]
 
 
@@ -300,7 +312,7 @@ def _either_way(attempt: Callable[[Callable[[Tensor], Any]], T]) -> T:
     for returned in (lambda states: states, lambda states: (states, None)):
         try:
             return attempt(returned)
-        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        except FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             first = first or error

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from ..models.sites import Site
 from ..spec.experts import bits_per_weight
 from ..spec.linear import LinearLayout, Spec
-from ..spec.mixed import Candidates, MixedPlan, Target
-from ..spec.options import Override
+from ..spec.mixed import MixedPlan, Target
+from ..spec.options import QuantConfig
 from ..spec.patterns import matches
 from ..spec.plan import Plan
 from ..support.errors import ConfigError
@@ -70,19 +70,19 @@ class Choice:
         return sum(form.divergence for form in self.forms)
 
 
-def forms_of(plan: Plan, candidates: Candidates, overrides: Sequence[Override]) -> dict[str, list[Spec]]:
+def forms_of(plan: Plan, config: QuantConfig) -> dict[str, list[Spec]]:
     """Return for each weight of a plan the forms that it may have: path → specs. Overrides fix what they name.
 
     Forms that a weight's size does not allow are left out; the plan's own form is always one it allows.
     """
     found = {}
     for path, layout in plan.layouts.items():
-        every = candidates.specs(plan.default)
+        every = config.candidates.specs(plan.default)
         mine = every
-        for override in overrides:
+        for override in config.overrides:
             if matches(path, (override.pattern,)):
                 mine = [override.applied(spec) for spec in every]
-        if plan.default.rotations == 0:  # presets without a transform, whatever an override says
+        if not config.recipe.transform:  # whatever an override says
             mine = [replace(spec, rotations=0) for spec in mine]
         fitting = [s for s in dict.fromkeys(mine) if not s.layout(layout.in_features, layout.out_features).misfits()]
         found[path] = fitting or [layout.spec]

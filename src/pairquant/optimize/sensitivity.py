@@ -28,7 +28,7 @@ from ..models.blocks import Block, outside_on, run_from
 from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.recipe import PRESETS, Recipe
-from ..support.errors import ConfigError
+from ..support.errors import CalibrationError, ConfigError
 from .moments import Moments, pooled
 from .search import Problem, fit_transforms
 from .streams import Places, Streams
@@ -41,7 +41,7 @@ WINDOWS, WINDOW_TOKENS = 16, 512
 STEPS, FITTED_BITS = 75, 3
 #: The width at which groups and rotations are compared, or the nearest to it among the forms.
 COMPARED_BITS = 3
-#: So many experts of a pool, evenly spaced, stand for all of it.
+#: At most so many experts of a pool, evenly spaced, stand for all of it.
 SAMPLED_EXPERTS = 8
 
 #: Path → form → divergence in nats per token that this weight alone causes.
@@ -115,11 +115,20 @@ class Measurement:
         for index, block in reversed(list(enumerate(self.blocks))):
             streams.quantized = entering.pop()
             with self._entered(block):
-                moments, _ = streams.observe(block, index).checked(block.sites)
+                moments, uncalled = streams.observe(block, index).checked(block.sites)
                 readers = [*(tuple(m.readers) for m in moments), *readers]
                 errors = self._errors(block, moments)
                 squares, slopes = self._backwards(index, streams, slopes, errors)
+            if uncalled:
+                self.notice(
+                    f"{', '.join(uncalled)}: no forward pass calls them; they will stay as they are, beyond the size"
+                )
             for path, of in errors.items():
+                if not squares[path].isfinite().all():
+                    raise CalibrationError(
+                        f"the gradients of {path} are not finite on the calibration text. Check the source model, or measure "
+                        "in a wider dtype: QuantConfig(compute='float32')."
+                    )
                 totals = (squares[path] / (2 * windows.numel())).tolist()
                 found[path] = completed(dict(zip(of, totals, strict=True)), self.forms[path])
             self.finished(len(self.blocks) - index)
@@ -266,14 +275,14 @@ def comparing(recipe: Recipe) -> Recipe:
 
 
 def _sampled(block: Block) -> list[str]:
-    """Return the paths of the block's sites; of the experts of each pool, those of `SAMPLED_EXPERTS`, evenly spaced."""
+    """Return the paths of the block's sites; of the experts of each pool, at most `SAMPLED_EXPERTS`, evenly spaced."""
     numbers: dict[str, list[str]] = {}
     for path, site in block.sites.items():
         if site.pool is not None:
             home = path.rpartition(".")[0]
             mine = numbers.setdefault(home.rpartition(".")[0], [])
             mine += [home] if home not in mine else []
-    chosen = {home for mine in numbers.values() for home in mine[:: max(1, len(mine) // SAMPLED_EXPERTS)]}
+    chosen = {home for mine in numbers.values() for home in mine[:: -(-len(mine) // SAMPLED_EXPERTS)]}
     return [p for p, site in block.sites.items() if site.pool is None or p.rpartition(".")[0] in chosen]
 
 

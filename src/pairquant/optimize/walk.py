@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.linear import decode
-from ..models.blocks import Block
+from ..models.blocks import Block, outside_on, read_by_head
 from ..models.planning import plan_model
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
@@ -165,7 +165,13 @@ class Walk:
             raise ConfigError(f"preset {self.config.preset!r} needs calibration tokens, none were given")
         places = Places(self.device, self.store or self.device, self.dtype)
         decoders = [block for block in self.blocks if not block.head]
-        return Streams.start(self.model, decoders, tokens, self.config.recipe.compares, places, self.notice)
+        streams = Streams.start(self.model, decoders, tokens, self.config.recipe.compares, places, self.notice)
+        if len(decoders) < len(
+            self.blocks
+        ):  # a model that cannot do with a quantized head is refused now, not after hours
+            with outside_on(self.device, self.dtype, self.model, decoders):
+                read_by_head(self.model, decoders, streams.quantized[0][:1].to(self.device))
+        return streams
 
     def _restore(self, streams: Streams | None) -> int:
         """Return the first block that the streams have yet to enter."""

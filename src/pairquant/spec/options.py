@@ -161,6 +161,11 @@ class QuantConfig:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
+        if not self.recipe.transform and any(self.candidates.rotations):
+            raise ConfigError(
+                f"candidate rotations are {self.candidates.rotations}, allowed with preset {self.preset!r}: none, because it "
+                "fits no transform. Leave them out of --candidates."
+            )
         if self.all_experts and not self.recipe.needs_text:
             raise ConfigError(
                 f"all_experts is True, allowed with preset {self.preset!r}: False, because it rounds without any text. Leave "
