@@ -164,23 +164,18 @@ def test_a_model_that_asks_its_output_embedding_for_a_dtype_runs(tmp_path):
     assert half(tokens).logits.isfinite().all()
 
 
-def test_a_model_that_does_not_call_it_is_refused_before_the_work(made, tmp_path, monkeypatch):
-    root, _, _ = made
-
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_model_that_does_not_call_it_is_refused(monkeypatch, absent):
     def forward(self, input_ids, use_cache=False, **_):
         states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return SimpleNamespace(logits=states @ self.lm_head.weight.to(states.device).T)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    finished = []
-
-    class Heard(Silent):
-        def block(self, result):
-            finished.append(result)
-
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does not call its output embedding"):
-        quantize(root / "source", tmp_path / "out", Heard())
-    assert not finished
+    model = tiny_model("llama")
+    if absent:
+        model.lm_head.to("meta")
+    with torch.no_grad(), pytest.raises(ConfigError, match="LlamaForCausalLM does not call its output embedding"):
+        read_by_head(model, find_blocks(model), torch.randn(1, 8, model.config.hidden_size))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
