@@ -2,7 +2,7 @@
 
     python benchmarks/bench_engine.py SHAPE [--contenders ours awq bf16] [--requests 1 8 32 64] [--gpus 1] [--output …] [--profile]
 
-SHAPE: one of SHAPES; all weights are random. Every contender runs in a process of its own: prompts of 128 tokens, 128
+SHAPE: one of SHAPES; all weights are random. The contenders: awq, bf16, and ours in several ways, see OURS. Every contender runs in a process of its own: prompts of 128 tokens, 128
 decoded, the median of `--repeats`; then the time to the first token of prompts of 128 and of 1900 tokens. Ours is written to
 a temporary directory and loaded as users load it; the others have vLLM's dummy weights. With --profile also the GPU's
 microseconds by kernel, of 16 decoded tokens.
@@ -64,6 +64,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+#: Ways to quantize with us, by contender: the options of `QuantConfig`.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-head4": {"head_bits": 4},
+    "ours-head6": {"head_bits": 6},
+    "ours-head8": {"head_bits": 8},
+    "ours-3bits": {"bits": 3},
+}
 #: Experts are chosen at random, so that every contender has the same work: by random weights each would choose its own.
 ENVIRONMENT = {
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
@@ -82,7 +90,7 @@ def write_config(directory: Path, shape: str, quantization: dict[str, Any] | Non
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def write_ours(directory: Path, shape: str) -> None:
+def write_ours(directory: Path, shape: str, contender: str) -> None:
     """A checkpoint of random packed tensors, as `pairquant quantize` would write it, one file for each block."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,7 +101,8 @@ def write_ours(directory: Path, shape: str) -> None:
     write_config(directory, shape, None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
-    plan, blocks = plan_model(model, pairquant.QuantConfig(preset="fast", group_size=128))
+    plan, blocks = plan_model(model, pairquant.QuantConfig(preset="fast", group_size=128, **OURS[contender]))
+    tied = model.config.tie_word_embeddings and not blocks[-1].head
     covered = {site.parameter for block in blocks for site in block.sites.values()}
     index = {}
     for i, block in enumerate(blocks):
@@ -103,13 +112,13 @@ def write_ours(directory: Path, shape: str) -> None:
     plain = {
         name: torch.ones(p.shape, dtype=torch.bfloat16) if p.ndim == 1 else torch.randn(p.shape).mul_(0.02).bfloat16()
         for name, p in model.named_parameters()
-        if name not in covered and not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+        if name not in covered and not (name == "lm_head.weight" and tied)
     }
     index |= dict.fromkeys(plain, file := "model-plain.safetensors")
     save_file(plain, directory / file, {"format": "pt"})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = CheckpointConfig.of_plan(plan).to_dict()
+    config |= {"tie_word_embeddings": tied, "quantization_config": CheckpointConfig.of_plan(plan).to_dict()}
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -150,7 +159,7 @@ def random_sites(sites: Any, layouts: Any) -> Iterator[tuple[str, torch.Tensor]]
 
 def measure(directory: str, contender: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run vLLM in this process."""
-    if contender == "ours":
+    if contender in OURS:
         from pairquant.integrations.vllm import register
 
         register()
@@ -160,7 +169,7 @@ def measure(directory: str, contender: str, options: argparse.Namespace) -> dict
     llm = LLM(
         directory,
         skip_tokenizer_init=True,
-        load_format="auto" if contender == "ours" else "dummy",
+        load_format="auto" if contender in OURS else "dummy",
         dtype="float16" if contender == "awq" else "bfloat16",
         max_model_len=2048 + 64,
         max_num_seqs=max(options.requests),
@@ -228,14 +237,14 @@ def entry_points(root: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--contenders", nargs="+", choices=("ours", "awq", "bf16"), default=["ours", "awq", "bf16"])
+    parser.add_argument("--contenders", nargs="+", choices=(*OURS, "awq", "bf16"), default=["ours", "awq", "bf16"])
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--directory", type=Path, help="keep and use the checkpoint of ours there")
+    parser.add_argument("--directory", type=Path, help="keep and use our checkpoints there")
     parser.add_argument("--child", nargs=3, metavar=("DIRECTORY", "CONTENDER", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -253,10 +262,10 @@ def main() -> None:
     try:
         for contender in options.contenders:
             directory = root / contender
-            if contender == "ours":
-                directory = options.directory or directory
+            if contender in OURS:
+                directory = options.directory / contender if options.directory else directory
                 if not directory.exists():
-                    write_ours(directory, options.shape)
+                    write_ours(directory, options.shape, contender)
             else:
                 routers = [f"model.layers.{i}.mlp.gate" for i in range(SHAPES[options.shape]["num_hidden_layers"])]
                 quantization = AWQ | {"modules_to_not_convert": routers} if contender == "awq" else None
