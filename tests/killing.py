@@ -20,19 +20,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pairquant
 from pairquant.spec.recipe import recipe_with
 
-#: Recipes short enough to be killed many times: the default's path, and block-wise training with norms.
+#: Recipes short enough to be killed many times: the default's path, block-wise training with norms, and of the whole model.
 RECIPES = {
     "fast": recipe_with("fast", ["steps=4"]),
     "best": recipe_with("best", ["steps=4", "refit.epochs=2"]),
     "paper": recipe_with(
         "paper", ["training.epochs=1", "training.weight_epochs=1", "training.batch=4", "training.validation_samples=4"]
     ),
+    "fast+end": recipe_with(
+        "fast", ["steps=4", "end_to_end.scale_rate=1e-4", "end_to_end.norm_rate=1e-4"], end_to_end=2
+    ),
 }
 
 
 def config(preset: str) -> pairquant.QuantConfig:
     return pairquant.QuantConfig(
-        preset=preset, recipe=RECIPES[preset], group_size=64, samples=8, seq_len=32, calibration=(str(TEXT),)
+        preset=preset.partition("+")[0],
+        recipe=RECIPES[preset],
+        group_size=64,
+        samples=8,
+        seq_len=32,
+        calibration=(str(TEXT),),
     )
 
 

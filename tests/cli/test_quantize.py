@@ -153,6 +153,7 @@ def test_quantize_shows_errors_sizes_and_the_next_command(quantized, workplace):
         (["quantize", "source", "--output", "source"], "exists. Choose another --output"),
         (["quantize", "sauce", "--output", "out2"], "did you mean 'source'?"),
         (["quantize", "source", "--output", "out2"], "--group-size 64"),
+        (["quantize", "source", "--output", "out2", "--end-to-end", "-1"], "epochs is -1"),
         (["quantize", "custom", "--output", "out2"], "--trust-remote-code"),
     ],
 )
@@ -166,3 +167,14 @@ def test_the_output_embedding_is_told_of_and_shown_apart(directory):
     assert "1 layer at 8 bits, groups of 32, 0 rotations: --head-bits 8" in shown
     assert "the output embedding takes 0.0 MB instead of 0.1 MB in 16 bits" in shown
     assert re.search(r"block +lm_head +time\n +head +0\.\d+", done.output)
+
+
+def test_a_training_of_the_whole_model_is_shown(directory):
+    calibration = ["--samples", "4", "--seq-len", "32", "--calibration", str(TEXT)]
+    done, shown = quantize(directory, *SMALL, *calibration, "--bits", "2", "--end-to-end", "2")
+    assert done.exit_code == 0, done.output
+    found = re.search(
+        r"whole model: KL to the original on the calibration text epoch 0 (\S+) epoch 1 \S+ epoch 2 (\S+)", shown
+    )
+    assert found, done.output
+    assert float(found[2]) < float(found[1])

@@ -34,6 +34,11 @@ class StopAfter:
         if result.index + 1 == self.blocks:
             raise Stop
 
+    def trained(self, epoch, epochs, divergence):
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+        if self.blocks == "training" and epoch == 1:
+            raise Stop
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -64,7 +69,17 @@ def test_a_stopped_run_continues_to_the_same_bytes(source, whole, tmp_path, pres
     assert content(tmp_path / "out") == content(whole / preset)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     events = [json.loads(line)["event"] for line in (tmp_path / "out" / "pairquant.jsonl").read_text().splitlines()]
-    assert events == ["start", "block", "block", "start", "block", "block", "block", "end"]
+    assert (events.count("end_to_end") == 3) == (preset == "fast+end")  # the start and two epochs
+    assert [event for event in events if event != "end_to_end"] == [
+        "start",
+        "block",
+        "block",
+        "start",
+        "block",
+        "block",
+        "block",
+        "end",
+    ]
 
 
 def test_streams_computed_again_and_streams_stored_give_the_same_bytes(source, whole, tmp_path, monkeypatch):
@@ -130,3 +145,48 @@ def test_a_truncated_block_is_refused_and_the_others_are_kept(source, whole, tmp
     pairquant.quantize(source, tmp_path / "out", config("fast"), device="cpu", progress=progress)
     assert progress.finished == 2
     assert content(tmp_path / "out") == content(whole / "fast")
+
+
+def test_a_training_of_the_whole_model_that_was_stopped_is_done_again(source, whole, tmp_path):
+    stop(source, tmp_path / "out", "training", "fast+end")
+    progress = StopAfter(None)
+    pairquant.quantize(source, tmp_path / "out", config("fast+end"), device="cpu", progress=progress)
+    assert (progress.finished, progress.epochs) == (5, [0, 1, 2])
+    assert content(tmp_path / "out") == content(whole / "fast+end")
+
+
+@pytest.fixture
+def trained(source, tmp_path, monkeypatch):
+    """An output whose run was stopped between the training of the whole model and writing the checkpoint."""
+
+    def full(*_):
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pairquant.jobs.quantize.write_checkpoint", full)
+        with pytest.raises(Stop):
+            pairquant.quantize(source, tmp_path / "out", config("fast+end"), device="cpu")
+    return tmp_path / "out"
+
+
+def test_a_training_of_the_whole_model_that_was_finished_is_not_done_again(source, whole, trained):
+    progress = StopAfter(None)
+    pairquant.quantize(source, trained, config("fast+end"), device="cpu", progress=progress)
+    assert not hasattr(progress, "epochs")
+    assert content(trained) == content(whole / "fast+end")
+    report = json.loads((trained / "pairquant.json").read_text())
+    assert len(report["end_to_end_kl"]) == 3
+    assert report["end_to_end_kl"] == json.loads((whole / "fast+end" / "pairquant.json").read_text())["end_to_end_kl"]
+
+
+def test_a_damaged_training_of_the_whole_model_is_refused_and_the_blocks_are_kept(source, whole, trained):
+    journal = trained.with_name(".out.journal")
+    damaged = journal / "revised-00003.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="Delete revised.json"):
+        pairquant.quantize(source, trained, config("fast+end"), device="cpu")
+    (journal / "revised.json").unlink()
+    progress = StopAfter(None)
+    pairquant.quantize(source, trained, config("fast+end"), device="cpu", progress=progress)
+    assert (progress.finished, progress.epochs) == (5, [0, 1, 2])
+    assert content(trained) == content(whole / "fast+end")

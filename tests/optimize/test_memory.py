@@ -1,5 +1,7 @@
 """Memory is predicted before the work begins, and streams that the GPU has no room for stay on the host."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import DENSE, FAMILIES
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from pairquant.models.blocks import find_blocks
 from pairquant.optimize.memory import MARGIN, REFITTED_COPIES, demand
 from pairquant.spec.options import QuantConfig
-from pairquant.spec.recipe import PRESETS
+from pairquant.spec.recipe import PRESETS, EndToEnd
 
 CUDA = torch.device("cuda")
 
@@ -79,3 +81,18 @@ def test_training_a_block_counts_its_experts(monkeypatch, preset):
 
     one_expert = 3 * 512 * 1024 * 4  # bytes in float32
     assert predicted(16) - predicted(8) > 8 * one_expert * REFITTED_COPIES
+
+
+def test_training_the_whole_model_counts_all_codes_and_the_logits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    model = tiny_model(dtype=torch.bfloat16)
+    blocks, tokens = find_blocks(model), torch.zeros(2, 64, dtype=torch.int64)
+
+    def predicted(vocabulary=288, **options):
+        model.config.vocab_size = vocabulary
+        recipe = replace(PRESETS["rtn"], **options)
+        return demand(model, blocks, QuantConfig(recipe=recipe, group_size=64), tokens, None, CUDA).device
+
+    weights = sum(site.size.in_features * site.size.out_features for block in blocks for site in block.sites.values())
+    assert predicted(end_to_end=EndToEnd()) > predicted() + weights
+    assert predicted(10**7, end_to_end=EndToEnd()) > 64 * 10**7 * 4 * 2

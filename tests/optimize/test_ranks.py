@@ -60,7 +60,7 @@ def outputs(tmp_path_factory):
     options = ["--seq-len", "32", "--calibration", str(TEXT), "--device", "cpu"]
     dense, routed = [*command, str(source), "--group-size", "64"], [*command, str(experts), "--group-size", "32"]
     proxy = ["--samples", "9", "--set", "steps=8", "--head-bits", "6", "--target-bpw", "6"]
-    trained = ["--preset", "paper", "--samples", "8"]
+    trained = ["--preset", "paper", "--samples", "8", "--end-to-end", "1"]
     for setting in ("epochs=2", "weight_epochs=1", "batch=4", "validation_samples=2"):
         trained += ["--set", f"training.{setting}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -94,6 +94,15 @@ def test_two_processes_agree_with_one(outputs, kind):
     one, two = (StoredTensors.of_directory(outputs / name) for name in errors)
     assert one.fields == two.fields
     assert all(torch.equal(one.load(n), two.load(n)) for n in one.fields if n.endswith(".pairs"))
+
+
+def test_two_processes_train_the_whole_model(outputs):
+    """Their steps see other windows than those of one process, whose block-wise training was another one already."""
+    curves = [
+        json.loads((outputs / f"trained-{n}" / "pairquant.json").read_text())["end_to_end_kl"] for n in ("one", "two")
+    ]
+    assert all(after < 0.9 * before for before, after in curves)
+    assert curves[1] == pytest.approx(curves[0], rel=0.5)
 
 
 def test_what_two_processes_write_is_near_the_original(outputs):

@@ -1,8 +1,10 @@
 """Recipes, and settings that change a preset."""
 
+from dataclasses import asdict
+
 import pytest
 
-from pairquant.spec.recipe import PRESETS, Training, flat, recipe_with
+from pairquant.spec.recipe import PRESETS, Recipe, Training, flat, recipe_with
 from pairquant.support.errors import ConfigError
 
 
@@ -51,3 +53,12 @@ def test_every_setting_that_is_listed_can_be_set(preset):
 def test_a_recipe_says_what_it_looks_at(preset, needs_text, compares, trains):
     recipe = PRESETS[preset]
     assert (recipe.needs_text, recipe.compares, recipe.trains) == (needs_text, compares, trains)
+
+
+def test_a_training_of_the_whole_model_is_switched_on_and_then_set():
+    recipe = recipe_with("rtn", ["end_to_end.scale_rate=0.5"], end_to_end=2)
+    assert (recipe.end_to_end.epochs, recipe.end_to_end.scale_rate) == (2, 0.5)
+    assert recipe.needs_text
+    assert Recipe.from_dict(asdict(recipe)) == recipe
+    with pytest.raises(ConfigError, match="end_to_end"):
+        recipe_with("rtn", ["end_to_end.scale_rate=0.5"])

@@ -2,8 +2,9 @@
 
 A hidden directory beside the output: `journal.json` says what the run is; each finished block is `block-N.safetensors`
 and then `block-N.json`, which holds its checksum: a block without the second is not finished. `streams-N.safetensors`
-holds the hidden states that enter block N, where storing them is quicker than computing them again. Every file is
-whole or absent, and durable before the next is begun; a block is written while the next one is worked on.
+holds the hidden states that enter block N, where storing them is quicker than computing them again. What all blocks
+became after they were finished is in `revised-N.safetensors`, and counts once `revised.json` has their checksums. Every
+file is whole or absent, and durable before the next is begun; a block is written while the next one is worked on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,22 @@ from ..support.errors import CheckpointError, ConfigError
 from .files import PARTIAL, checksum, durable, write_error, write_json, write_tensors
 from .headers import StoredTensors
 
-IDENTITY, LOG = "journal.json", "log.jsonl"
+IDENTITY, LOG, REVISED = "journal.json", "log.jsonl", "revised.json"
 KEPT = "Finished blocks are kept: run the same command again to continue."
 #: Streams are stored if that takes at most this share of a block's time.
 SNAPSHOT_SHARE = 0.05
 
 
 class Journal:
-    """One output's. entries: finished blocks, each the content of its json file; layouts: of the linears, by path."""
+    """One output's. entries: finished blocks, each the content of its json file; layouts: of the linears, by path.
+
+    revised: what is known of the revision of all blocks, None as long as there is none.
+    """
 
     def __init__(self, directory: Path, layouts: Mapping[str, LinearLayout]):
         self.directory, self.layouts = directory, layouts
         self.entries: list[dict[str, Any]] = []
+        self.revised: dict[str, Any] | None = None
         self._lock: Any = None
         self._writer = ThreadPoolExecutor(1, "journal")
         self._begun: Future[None] | None = None
@@ -95,6 +100,8 @@ class Journal:
         for later in self.directory.glob("block-*.json"):
             if later > file:
                 later.unlink()
+        if (self.directory / REVISED).exists():
+            self.revised = self._revision()
 
     @property
     def count(self) -> int:
@@ -125,9 +132,38 @@ class Journal:
             raise write_error(file, error, KEPT) from error
         self.entries.append(complete)
 
+    def revise(self, blocks: Iterable[Mapping[str, Tensor]], entry: Mapping[str, Any]) -> None:
+        """Let all finished blocks hold other tensors, in their order, by full name and on the CPU; entry: JSON-ready.
+
+        Raises what `settle` raises. Until the last file is durable, the blocks are as they were.
+        """
+        self.settle()
+        try:
+            sums = []
+            for index, tensors in enumerate(blocks):
+                write_tensors(file := self._file(index, "revised"), tensors)
+                sums.append(checksum(file))
+            revised = {**entry, "sha256": sums}
+            write_json(self.directory / REVISED, revised)
+        except (OSError, SafetensorError) as error:
+            raise write_error(self.directory, error, KEPT) from error
+        self.revised = revised
+
+    def _revision(self) -> dict[str, Any]:
+        """Read the revision, and check its files; raises `CheckpointError` for a damaged one."""
+        revised = self._json(self.directory / REVISED)
+        for index, known in enumerate(revised.get("sha256", [None])):
+            file = self._file(index, "revised")
+            if not file.exists() or checksum(file) != known:
+                raise CheckpointError(
+                    f"{file} is damaged (its checksum is not that of {REVISED}). Delete {REVISED} to do this training again, "
+                    "or start over with --fresh."
+                )
+        return revised
+
     def stored(self, index: int) -> StoredTensors:
-        """Return one finished block's tensors."""
-        return StoredTensors.of_files([self._file(index)])
+        """Return one finished block's tensors, as the revision has them if there is one."""
+        return StoredTensors.of_files([self._file(index, "block" if self.revised is None else "revised")])
 
     def packed(self, index: int) -> tuple[dict[str, PackedLinear], dict[str, Tensor]]:
         """Return one finished block: its linears by path, and what else was trained in it."""
@@ -193,8 +229,8 @@ class Journal:
             self._lock.close()
             self._lock = None
 
-    def _file(self, index: int) -> Path:
-        return self.directory / f"block-{index:05}.safetensors"
+    def _file(self, index: int, kind: str = "block") -> Path:
+        return self.directory / f"{kind}-{index:05}.safetensors"
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
         begun = self._json(self.directory / IDENTITY)

@@ -46,6 +46,9 @@ def quantize(
         bool,
         option(METHOD, "Fit every expert on all tokens, whatever its router chooses.", "--all-experts", rare=True),
     ] = False,
+    end_to_end: Annotated[
+        int, option(METHOD, "Epochs of a last training, of the whole quantized model.", metavar="N", rare=True)
+    ] = 0,
     setting: Annotated[
         list[str] | None, option(METHOD, "Change the preset, NAME=VALUE; repeat for more.", "--set", rare=True)
     ] = None,
@@ -103,7 +106,7 @@ def quantize(
         pair_selection=pair_selection,
         compute=compute,
         bos=bos,
-        recipe=recipe_with(preset, setting or []),
+        recipe=recipe_with(preset, setting or [], end_to_end),
         share_rotations=share_rotations,
         all_experts=all_experts,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
@@ -243,3 +246,10 @@ class _BlockProgress(PlanBars):
         self.bars.console.print(f"{name:>5}{cells} {result.seconds:6.1f} s{memory}", soft_wrap=True)
         following = f"block {result.index + 1}" if result.index + 1 < self.blocks else "finishing"
         self.bars.update(self.task, completed=result.index + 1, description=following)
+
+    def trained(self, epoch: int, epochs: int, divergence: float) -> None:
+        if epoch == 0:
+            self.bars.console.print("[dim]training of the whole model: KL to the original on the calibration text[/]")
+        self.bars.console.print(f"epoch {epoch:>2}  {divergence:.4f}")
+        following = f"epoch {epoch + 1}" if epoch < epochs else "finishing"
+        self.bars.reset(self.task, total=epochs, completed=epoch, description=following)

@@ -29,12 +29,14 @@ from ..core.rounding import poor_errors
 from ..models.planning import plan_model
 from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
+from ..optimize.end_to_end import EndToEndTraining
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
 from ..spec.experts import bits_per_weight
+from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
@@ -54,6 +56,7 @@ class Progress(PlanProgress, Protocol):
 
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
+    def trained(self, epoch: int, epochs: int, divergence: float) -> None: ...
 
 
 class Silent(SilentPlan):
@@ -61,6 +64,7 @@ class Silent(SilentPlan):
 
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
+    def trained(self, epoch: int, epochs: int, divergence: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class Job:
             try:
                 self._choose_forms(planner, calibration)
                 self._walk(calibration, validation)
+                self._train_whole(calibration)
             finally:
                 self.source.close()
             self.progress.stage("writing")
@@ -165,12 +170,12 @@ class Job:
             return None, None
         self.progress.stage("calibration text")
         held_out = config.recipe.training.validation_samples if config.recipe.training else 0
-        if (config.recipe.training or config.recipe.refit) and (
+        if (config.recipe.trains or config.recipe.end_to_end) and (
             config.samples % self.ranks.size or held_out % self.ranks.size
         ):
             raise ConfigError(
                 f"{config.samples} samples and {held_out} validation samples do not share out evenly to {self.ranks.size} "
-                f"processes, as block-wise training needs: choose multiples of {self.ranks.size}"
+                f"processes, as training needs: choose multiples of {self.ranks.size}"
             )
         inside = 0 if config.validation else held_out
         draw = calibrator(
@@ -251,21 +256,53 @@ class Job:
 
     def _keep(self, result: BlockResult) -> None:
         entry = {k: v for k, v in vars(result).items() if k not in ("packed", "parameters")}
-        sites = self.opened.blocks[result.index].sites
-        tensors = {
-            sites[path].stored_name(name): tensor
-            for path, packed in result.packed.items()
-            for name, tensor in packed.tensors.items()
-        }
-        for name, value in result.parameters.items():
-            field = self.source.field(name)
-            tensors[self.opened.names.stored(name)] = value if field is None else value.to(field.dtype)
+        tensors = self._tensors(result.index, result.packed, result.parameters)
         if self.ranks.leads:
             self.journal.append(tensors, entry)
         else:
             self.journal.entries.append(entry)
         self._log({"event": "block", **entry})
         self._last_seconds = result.seconds
+
+    def _tensors(
+        self, index: int, linears: Mapping[str, PackedLinear], parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what the checkpoint holds of a block, by full name. linears, parameters: by path."""
+        sites = self.opened.blocks[index].sites
+        tensors = {
+            sites[path].stored_name(name): tensor
+            for path, packed in linears.items()
+            for name, tensor in packed.tensors.items()
+        }
+        for name, value in parameters.items():
+            field = self.source.field(name)
+            tensors[self.opened.names.stored(name)] = value if field is None else value.to(field.dtype)
+        return tensors
+
+    def _train_whole(self, calibration: Calibration | None) -> None:
+        """Train all blocks at once, if the recipe does; a run that goes on may have done so already."""
+        how, opened = self.opened.config.recipe.end_to_end, self.opened
+        if how is None or calibration is None or self.journal.revised is not None:
+            return
+        self.ranks.wait()  # the leading process has written what the others read now
+        self.source.fill_all_but(opened.skeleton, opened.blocks, head=True)
+        epochs: list[float] = []
+        started = time.perf_counter()
+
+        def tell(epoch: int, divergence: float) -> None:
+            epochs.append(divergence)
+            self.progress.trained(epoch, how.epochs, divergence)
+            self._log({"event": "end_to_end", "epoch": epoch, "kl": divergence})
+
+        finished = _Finished(self.journal)
+        training = EndToEndTraining(
+            opened.skeleton, opened.blocks, [finished.result(i) for i in range(self.journal.count)], opened.config,
+            self.device, self.source, self.ranks, self._notice, tell,
+        )  # fmt: skip
+        trained = training.run(self.ranks.windows(calibration.tokens))
+        if self.ranks.leads:
+            blocks = (self._tensors(i, block.packed, block.parameters) for i, block in enumerate(trained))
+            self.journal.revise(blocks, {"kl": epochs, "seconds": time.perf_counter() - started})
 
     def _keep_streams(self, index: int, streams: Streams) -> None:
         if self.ranks.size == 1:
@@ -391,12 +428,14 @@ class Job:
         """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
         errors = self._errors()
         layouts = {path: self.opened.plan.layouts[path] for path in errors}
+        revised = self.journal.revised or {}
         return {
             "config": self.opened.config.to_dict(),
             "provenance": _provenance(self.opened.config, calibration, self.opened.files),
             "bits_per_weight": bits_per_weight(layouts, self._pools()),
             "readme_sha256": None if self.opened.files.gguf else readme_digest(self.opened.files.directory),
-            "seconds": round(sum(entry["seconds"] for entry in self.journal.entries), 1),
+            "seconds": round(sum(entry["seconds"] for entry in self.journal.entries) + revised.get("seconds", 0.0), 1),
+            **({"end_to_end_kl": revised["kl"]} if revised else {}),
             "linears": {
                 path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
             },
@@ -433,7 +472,8 @@ class _Finished:
     def result(self, index: int) -> BlockResult:
         entry = self.journal.entries[index]
         packed, parameters = self.journal.packed(index)
-        return BlockResult(index, entry["path"], packed, entry["errors"], parameters=parameters)
+        shared = [tuple(group) for group in entry["shared"]]
+        return BlockResult(index, entry["path"], packed, entry["errors"], shared, parameters=parameters)
 
     def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
         return self.journal.streams()

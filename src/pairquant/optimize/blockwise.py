@@ -16,19 +16,19 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from ..models.blocks import Block, Call
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.recipe import Refit, Training
 from ..support.errors import ConfigError
+from .descent import Descent, leaves_of, pass_on
 from .ranks import ALONE, Ranks
 from .stages import BlockTransforms, Groups, Layouts, RefitStage, Stage, TransformStage, WeightStage
+from .substituted import Substituted, Weights
 
 Report = Callable[[dict], None]
-Weights = dict[str, Tensor]
 
 
 @dataclass
@@ -112,8 +112,7 @@ def refit_block(
     block, refit = task.block, task.config.recipe.refit or Refit()
     block.module.requires_grad_(False).eval()
     device = next(block.module.parameters()).device
-    moved = {path: linear.to(device) for path, linear in packed.items()}
-    stage = RefitStage(block, task.groups, moved, task.config.recipe, refit, kept_as)
+    stage = RefitStage(block, task.groups, dict(packed), task.config.recipe, refit, kept_as, device)
     optimizer = Training(epochs=refit.epochs, batch=refit.batch, final_rate=refit.final_rate, weight_decay=0.0)
     fit(stage, 3, task, optimizer)
     for name, norm in stage.norms.items():
@@ -132,95 +131,52 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
     data, ranks, report = task.data, task.ranks, task.report
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
     objective = _Objective(task.block, task.call, how.loss)
-    tensors = [tensor.requires_grad_() for tensor, _ in stage.trained]
-    by_rate: dict[float, list[Tensor]] = {}
-    for tensor, rate in stage.trained:  # a block of 128 experts has 400 weights: few groups take few launches
-        by_rate.setdefault(rate, []).append(tensor)
-    optimizer = torch.optim.AdamW(
-        [{"params": alike, "lr": rate} for rate, alike in by_rate.items()],
-        betas=(how.beta1, how.beta2),
-        eps=how.eps,
-        weight_decay=how.weight_decay,
-        fused=True,
-    )
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _cosine(how.final_rate, how.epochs * math.ceil(len(data.inputs) / per_step))
-    )
+    descent = Descent(stage.trained, how, how.epochs * math.ceil(len(data.inputs) / per_step))
     generator = torch.Generator().manual_seed(task.config.seed)  # on the CPU: the same order on every device
     best = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
-    kept = [tensor.detach().clone() for tensor in tensors]
+    kept = descent.values()
     report({"stage": number, "epoch": 0, "loss": None, "validation": best})
     for epoch in range(1, how.epochs + 1):
         order = torch.randperm(len(data.inputs) * len(data.inputs[0]), generator=generator)
         losses = []
         for chosen in order.view(len(data.inputs), -1).split(per_step):
             losses.append(_gradients(stage, objective, data, chosen))
-            ranks.average([tensor.grad for tensor in tensors if tensor.grad is not None])
-            optimizer.step()
-            optimizer.zero_grad()
-            decay.step()
+            ranks.average(descent.gradients)
+            descent.step()
         measured = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
         if measured < best:
-            best, kept = measured, [tensor.detach().clone() for tensor in tensors]
+            best, kept = measured, descent.values()
         loss = torch.cat(losses).mean().item()
         report({"stage": number, "epoch": epoch, "loss": loss, "validation": measured})
-    for tensor, value in zip(tensors, kept, strict=True):
-        tensor.requires_grad_(False).copy_(value)
+    descent.end(kept)
 
 
 @torch.enable_grad()
 def _gradients(stage: Stage, objective: _Objective, data: BlockData, chosen: Tensor) -> Tensor:
     """Return gradients of one step's mean loss on what is trained; returns the losses of the micro-batches `chosen` [n, B]."""
     weights = stage.weights()
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    leaves = leaves_of(weights)
     losses = []
     for samples in chosen:
         loss = objective.of(leaves, *data.micro_batch(samples))
         (loss / len(chosen)).backward()
         losses.append(loss.detach())
-    used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    torch.autograd.backward([weights[name] for name in used], [leaves[name].grad for name in used])
+    pass_on(weights, leaves)
     return torch.stack(losses)
 
 
-class _Objective(nn.Module):
+class _Objective:
     """The mean loss, over elements, of a block that computes with other weights than its own."""
 
     def __init__(self, block: Block, call: Call, loss: str):
-        super().__init__()
-        self.block, self.path, self.call = block.module, block.path, call
+        self.runner = Substituted(block, call)
         self.loss = F.smooth_l1_loss if loss == "smooth_l1" else F.mse_loss
-        first = next(block.module.parameters())
-        self.device = first.device
-        self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
-        self.norms = self._norms_in_float32() if self.device.type == "cpu" else {}
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs, targets: [B, T, H] → float32 scalar. bfloat16 within the block only: what is trained is float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            outputs = self.call.run(self.block, inputs.to(self.device, torch.float32))
-        return self.loss(outputs.float(), targets.to(self.device, torch.float32))
+        self.device = self.runner.device
 
     def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
-        return functional_call(self, self.norms | named, (inputs, targets))
-
-    def _norms_in_float32(self) -> Weights:
-        """Return copies of the parameters of LayerNorms: on CPUs they take float32 inputs, which autocast leaves, only with these."""
-        return {
-            f"block.{path}.{name}": parameter.float()
-            for path, module in self.block.named_modules()
-            if isinstance(module, nn.LayerNorm)
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dtype != torch.float32
-        }
-
-    def _operand(self, weight: Tensor) -> Tensor:
-        """Return a weight as the block takes it: those of experts, [E, …], in bfloat16 where the others are turned into it.
-
-        Autocast leaves grouped products as they are. Transformers turns their other operand into the dtype of the weights.
-        """
-        return weight.to(torch.bfloat16) if self.low_precision and weight.dim() == 3 else weight
+        """inputs, targets: [B, T, H] → float32 scalar."""
+        outputs = self.runner.of(weights, inputs)
+        return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return the mean loss over micro-batches of one size, without gradients."""
@@ -234,8 +190,3 @@ def _micro_batches_per_step(batch: int, size: int) -> int:
             f"batch is {batch}, but micro-batches hold {size} samples: raise batch, or use longer windows"
         )
     return math.ceil(batch / size)
-
-
-def _cosine(final: float, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate before each step: from 1 to `final` along half a cosine."""
-    return lambda step: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))

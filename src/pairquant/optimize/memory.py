@@ -27,6 +27,9 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 TRAINED_COPIES = 10
 #: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
 REFITTED_COPIES = 7
+#: Copies of all group scales in float32 that a training of the whole model holds: at the start, trained, gradients, AdamW's
+#: moments, the best; and of a window's logits.
+SCALE_COPIES, LOGIT_COPIES = 6, 6
 
 #: Experts of a token, where the configuration does not say.
 USUAL_EXPERTS = 8
@@ -65,10 +68,40 @@ def demand(
     streams = windows * hidden * itemsize * (2 if config.recipe.compares else 1)
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or USUAL_EXPERTS
     work = max(_block_bytes(block, config, tokens, itemsize, device, chosen) for block in blocks)
+    if config.recipe.end_to_end is not None and tokens is not None:
+        work = max(work, _end_to_end_bytes(model, blocks, config, tokens, itemsize, hidden))
     available = free_bytes(device)
     fits = work * MARGIN + streams < available
     store = device if fits else torch.device("cpu")
     return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device)
+
+
+def _end_to_end_bytes(
+    model: nn.Module, blocks: list[Block], config: QuantConfig, tokens: Tensor, itemsize: int, hidden: int
+) -> int:
+    """Predict what the training of the whole model takes: all codes and scales, one block in float32, hidden states, logits."""
+    how = config.recipe.end_to_end
+    assert how is not None, "asked for by the recipe"
+    weights = [sum(site.size.in_features * site.size.out_features for site in b.sites.values()) for b in blocks]
+    scales = sum(weights) // config.spec.group_size
+    sites = {id(site.module) for block in blocks for site in block.sites.values()}
+    plain = sum(p.numel() for m in model.modules() if id(m) not in sites for p in m.parameters(recurse=False))
+    window = tokens.shape[1]
+    states = (how.batch * (len(blocks) + 2) + len(tokens) + MICRO_BATCH_TOKENS // window) * window * hidden * 4
+    read = max(
+        sum(sum((site.size.out_features, site.size.in_features)) for site in b.sites.values() if not b.head)
+        for b in blocks
+    )
+    activations = min(how.batch * window, MICRO_BATCH_TOKENS) * read * 4 * 2
+    logits = window * _vocabulary(model) * 4 * LOGIT_COPIES
+    one_block = max(weights) * 4 * REFITTED_COPIES
+    return sum(weights) + scales * 4 * SCALE_COPIES + plain * itemsize + states + max(one_block + activations, logits)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    return int(getattr(text, "vocab_size", 0))
 
 
 def _block_bytes(

@@ -263,12 +263,14 @@ class RefitStage:
         recipe: Recipe,
         rates: Refit,
         kept_as: torch.dtype,
+        device: torch.device,
     ):
-        """packed: on the block's device; kept_as: dtype that the norm weights will be stored in."""
-        self.block, self.groups, self.start, self.kept_as = block, groups, packed, kept_as
-        self.transforms = BlockTransforms.stored_in([packed[group[0]] for group in groups])
-        self.steps = {path: _steps(p) for path, p in packed.items()}
-        self.log_scales = {path: torch.zeros_like(p["scales"].T, dtype=torch.float32) for path, p in packed.items()}
+        """packed: on any device; kept_as: dtype that the norm weights will be stored in; device: the block's, to train on."""
+        self.block, self.groups, self.start, self.kept_as, self.device = block, groups, packed, kept_as, device
+        self.transforms = BlockTransforms.stored_in([packed[group[0]].to(device) for group in groups])
+        self.steps = {path: _steps(p.to(device)) for path, p in packed.items()}
+        self.scales = {path: p["scales"].to(device).T.float() for path, p in packed.items()}
+        self.log_scales = {path: torch.zeros_like(scales) for path, scales in self.scales.items()}
         self.norms = {name: p.detach().float().clone() for name, p in _norm_weights(block)}
         self.trained = [(log_scale, rates.scale_rate) for log_scale in self.log_scales.values()]
         self.trained += [(norm, rates.norm_rate) for norm in self.norms.values()]
@@ -278,7 +280,7 @@ class RefitStage:
 
     def scale(self, path: str) -> Tensor:
         """Group scales [N, G] as they are stored."""
-        scale = self.start[path]["scales"].T.float() * self.log_scales[path].exp()
+        scale = self.scales[path] * self.log_scales[path].exp()
         return straight_through(scale, stored(scale.clamp(min=MIN_SCALE)))
 
     def weights(self) -> dict[str, Tensor]:
@@ -297,15 +299,17 @@ class RefitStage:
         result = {}
         for group, transform in zip(self.groups, self.transforms.build(), strict=True):
             for path in group:
-                scales = self.scale(path).T.half().contiguous()
-                result[path] = self.start[path].with_tensors(scales=scales, **transform.tensors())
+                tensors = {"scales": self.scale(path).T.half().contiguous(), **transform.tensors()}
+                home = self.start[path]["scales"].device
+                result[path] = self.start[path].with_tensors(**{name: t.to(home) for name, t in tensors.items()})
         return result
 
 
 def _steps(packed: PackedLinear) -> Tensor:
-    """Return q - z of every weight: int16 [N, G, g]."""
+    """Return q - z of every weight: int8 [N, G, g], for codes of 8 bits int16."""
     bits, g = packed.layout.bits, packed.layout.group_size
-    codes, zeros = unpack(packed["qweight"], bits).T.short(), unpack(packed["qzeros"], bits).T.short()
+    kind = torch.int8 if bits < 8 else torch.int16
+    codes, zeros = unpack(packed["qweight"], bits).T.to(kind), unpack(packed["qzeros"], bits).T.to(kind)
     return codes.reshape(len(codes), -1, g) - zeros[..., None]
 
 

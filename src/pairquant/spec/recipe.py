@@ -78,6 +78,32 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class EndToEnd:
+    """A training of the whole quantized model on the original's output, after all blocks. The codes stay fixed.
+
+    The loss is KL(original ‖ quantized) of the next token on the calibration text. What is trained and the settings are
+    those of `Refit`. The epoch with the least loss on the training windows is kept.
+
+    Raises `ConfigError` for values that are not allowed.
+    """
+
+    epochs: int = 3
+    batch: int = 4
+    scale_rate: float = 1e-3
+    transform_rate: float = 1e-3
+    norm_rate: float = 1e-3
+    final_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        self.rates  # noqa: B018  # checks the settings
+
+    @property
+    def rates(self) -> Refit:
+        """The same settings for a single block."""
+        return Refit(**vars(self))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
 
@@ -85,6 +111,7 @@ class Recipe:
     channel_scales: whether to fit channel scales as well as rotations.
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
     refit: train the scales, angles and norm weights of the rounded block a little more.
+    end_to_end: when all blocks are rounded, train the same in all of them at once, on the original model's output.
     steps, learning_rate, final_rate: AdamW on the quadratic proxy; the rate decays along a cosine to `final_rate` times its
     first value.
     rounding: "nearest" or "gptq".
@@ -101,6 +128,7 @@ class Recipe:
     channel_scales: bool = True
     training: Training | None = None
     refit: Refit | None = None
+    end_to_end: EndToEnd | None = None
     steps: int = 150
     learning_rate: float = 0.05
     final_rate: float = 0.05
@@ -125,7 +153,7 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether the recipe needs activations, and therefore calibration text."""
-        return self.transform or self.rounding != "nearest" or self.trains
+        return self.transform or self.rounding != "nearest" or self.trains or self.end_to_end is not None
 
     @property
     def compares(self) -> bool:
@@ -143,7 +171,7 @@ class Recipe:
 
         Raises `ConfigError` for settings that a recipe does not have, and for values that are not allowed.
         """
-        kinds = {"training": Training, "refit": Refit}
+        kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
         try:
             return cls(**given)
@@ -177,20 +205,23 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
-        if isinstance(value, (Training, Refit)):
+        if isinstance(value, (Training, Refit, EndToEnd)):
             found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
         elif value is not None:
             found[name] = value
     return found
 
 
-def recipe_with(preset: str, settings: Sequence[str]) -> Recipe:
+def recipe_with(preset: str, settings: Sequence[str], end_to_end: int = 0) -> Recipe:
     """Return the recipe of a preset with some settings changed.
 
-    settings: texts "name=value"; the value is a Python literal, or a word. Raises `ConfigError` for names that the preset
-    does not have, and for values that are not allowed.
+    settings: texts "name=value"; the value is a Python literal, or a word. end_to_end: the number of epochs of a training of
+    the whole model at the end; 0 for none. Raises `ConfigError` for names that the preset does not have, and for values that
+    are not allowed.
     """
     recipe = preset_named(preset)
+    if end_to_end:
+        recipe = replace(recipe, end_to_end=EndToEnd(epochs=end_to_end))
     for setting in settings:
         name, equals, text = setting.partition("=")
         known = flat(recipe)

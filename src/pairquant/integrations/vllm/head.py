@@ -7,11 +7,13 @@ the rows that only fill up get scales of zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.run.replay import Replayed
 from ...spec.codes import columns_per_block
 from ...spec.fields import ROWS
 from ...support.errors import ConfigError
@@ -55,6 +57,16 @@ class PairQuantHeadMethod(PairQuantLinearMethod):
             )
             parameter.weight_loader = load  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """See `PairQuantLinearMethod`. vLLM calls this layer outside its CUDA graphs, so it gets some of its own."""
+        super().process_weights_after_loading(layer)
+        layer.pairquant_replayed = Replayed(partial(super().apply, layer))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [M, C] → [M, N]."""
+        y: Tensor = layer.pairquant_replayed(x)
+        return y if bias is None else y + bias
 
 
 def _row_loader(layer: Any, pending: Pending, name: str, rows: int) -> Callable:
