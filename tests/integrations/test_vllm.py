@@ -83,9 +83,9 @@ def root(tmp_path_factory):
 def checkpoints(root):
     """Name → (directory, log-probabilities in float32): merged layers, biases, layers fused on disk, plain layers."""
     made = {
-        "llama": quantized(root, "llama", share_rotations=True),
+        "llama": quantized(root, "llama", share_rotations=True, embedding_bits=6),
         "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp"), overrides=MIXED, head_bits=6),
-        "phi3": quantized(root, "phi3", head_bits=4),  # vLLM pads its 288 rows to 320
+        "phi3": quantized(root, "phi3", head_bits=4, embedding_bits=4),  # vLLM pads its 288 rows to 320
         "glm4": quantized(root, "glm4"),
     }
     found = {name: (path, reference(load(path))) for name, path in made.items()}

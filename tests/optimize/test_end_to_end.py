@@ -63,11 +63,11 @@ class Scene:
     def whole(self):
         """The model as a step of the training sees it."""
         streams = Streams.start(
-            self.original, self.training.decoders, TOKENS, False, Places(CPU, CPU, torch.float32), print
+            self.original, self.training.decoders, TOKENS, True, Places(CPU, CPU, torch.float32), print
         )
         entering = torch.cat(streams.quantized)
         students = self.training._students(streams)
-        with self.training._end(TOKENS, torch.cat(streams.quantized), streams) as end:
+        with self.training._end(TOKENS, torch.cat(streams.original), streams) as end:
             return _Whole(students, end, entering, 2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..models.names import OWN, Names
-from ..models.sites import Site, sites_in
+from ..models.sites import EmbeddingSite, Site, stored_sites
 from ..support.errors import PairQuantError, SourceError
 from .headers import StoredTensors
 from .read import Checkpoint, ModelFiles
@@ -56,7 +56,7 @@ class Original:
 
             return load
         model = files.model()
-        sites = {site.path: site for site in sites_in(model, names=files.names(model))}
+        sites = stored_sites(model, files.names(model))
         return lambda path: sites[path].weight
 
 
@@ -69,6 +69,11 @@ def sites_of(files: ModelFiles) -> tuple[dict[str, Site], Names]:
     try:
         model = files.skeleton()
         names = files.names(model)
-        return {site.path: site for site in sites_in(model, names=names)}, names
+        return stored_sites(model, names), names
     except SourceError:
         return {}, OWN
+
+
+def looked_up(files: ModelFiles) -> set[str]:
+    """Return the paths of a model's weights whose rows are looked up, not multiplied: its input embedding."""
+    return {path for path, site in sites_of(files)[0].items() if isinstance(site, EmbeddingSite)}

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from ..models.names import OWN, Names
-from ..models.sites import sites_in
+from ..models.sites import stored_sites
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
@@ -179,7 +179,7 @@ class ModelFiles:
             names, linears = Names.of(model, stored.fields), set(stored.linears())
             there |= {*names.sources, *(f"{path}.weight" for path in linears)}
             lacking: set[str] = set()
-            for site in sites_in(model, names=names):  # experts have one parameter for all of them
+            for site in stored_sites(model, names).values():  # experts have one parameter for all of them
                 held = {site.parameter, site.bias_parameter}
                 (there if site.path in linears else lacking).update(held)
             there -= {name for name in lacking if name not in names.sources}

@@ -34,6 +34,7 @@ def quantize(
     target_size: Annotated[str | None, option(METHOD, TARGET_SIZE, rare=True)] = None,
     candidates: Annotated[str, option(METHOD, CANDIDATES, rare=True)] = "bits:2|3|4|5|6|8",
     head_bits: Annotated[int | None, option(METHOD, "Quantize the output embedding too.")] = None,
+    embedding_bits: Annotated[int | None, option(METHOD, "Quantize the input embedding too.", rare=True)] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
     rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
     share_rotations: Annotated[
@@ -112,6 +113,7 @@ def quantize(
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
         head_bits=head_bits,
+        embedding_bits=embedding_bits,
         target=wanted(target_bpw, target_size),
         candidates=candidates,  # type: ignore[arg-type]  # read from text
         plan=plan,  # type: ignore[arg-type]  # read from the file
@@ -140,7 +142,9 @@ def quantize(
     if not leads:
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    included = "" if head_bits is None else ", the output embedding among them"
+    embeddings = {"output embedding": head_bits, "input embedding": embedding_bits}
+    among = " and ".join(f"the {name}" for name, given in embeddings.items() if given is not None)
+    included = f", {among} among them" if among else ""
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")
     table.add_row("time", duration(summary.seconds))

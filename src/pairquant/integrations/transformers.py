@@ -64,7 +64,7 @@ class ParoQuantizer(HfQuantizer):
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
         quantized = stored.linears() if stored else _by_config(model, config)
         names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
-        sites = {site.path: site for site in _sites().sites_in(model, names=names)}
+        sites = _sites().stored_sites(model, names)
         self._renamed = {target for target, sources in names.sources.items() if sources != (target,)}
         experts: dict[str, dict[str, Any]] = {}
         output = model.get_output_embeddings()
@@ -85,7 +85,8 @@ class ParoQuantizer(HfQuantizer):
             if site.pool is not None:
                 experts.setdefault(site.place, {})[path] = (site, layout)
                 continue
-            module = site.packed_module(layout, head=site.module is output)
+            is_head = {"head": True} if site.module is output else {}
+            module = site.packed_module(layout, **is_head)
             _layers().replace_module(model, site.place, module)
             if parent := site.place.rpartition(".")[0]:
                 # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
@@ -97,9 +98,9 @@ class ParoQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for path, linear in _layers().rotated_linears(model):
-            if not linear.qweight.is_meta:  # offloaded layers stay on disk
-                linear.packed.check_values(path)
+        for path, layer in (*_layers().rotated_linears(model), *_layers().rotated_embeddings(model)):
+            if not layer.qweight.is_meta:  # offloaded layers stay on disk
+                layer.packed.check_values(path)
         self._cast_renamed(model)
         for path, experts in _layers().rotated_experts(model):
             experts.check_values(path)
@@ -136,6 +137,10 @@ class ParoQuantizer(HfQuantizer):
             model = model.to(dtype)
         for path, rotated in list(_layers().rotated_linears(model)):
             _layers().replace_module(model, path, rotated.to_linear(model.dtype))
+        for path, embedding in list(_layers().rotated_embeddings(model)):
+            if embedding.scale is not None:
+                raise ConfigError(f"{path} multiplies its rows, which is not decoded here. Use `pairquant export`.")
+            _layers().replace_module(model, path, embedding.to_embedding(model.dtype))
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -143,7 +148,10 @@ class ParoQuantizer(HfQuantizer):
 
         PEFT's `merge_and_unload` makes such.
         """
-        if not any(_layers().rotated_linears(model)) and not any(_layers().rotated_experts(model)):
+        layers = _layers()
+        if not any(
+            any(found(model)) for found in (layers.rotated_linears, layers.rotated_experts, layers.rotated_embeddings)
+        ):
             self.remove_quantization_config(model)
             return None, {}
         plain = {path for path, module in model.named_modules() if _sites().is_linear(module)}
@@ -207,7 +215,8 @@ def _require_complete(model: Any) -> None:
     It marks what it has loaded; offloaded tensors are elsewhere; the values of packed ones have been checked.
     """
     moved = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # accelerate drops the marks of buffers
-    packed = {f"{path}.{name}" for path, linear in _layers().rotated_linears(model) for name in linear.layout.fields()}
+    layers = (*_layers().rotated_linears(model), *_layers().rotated_embeddings(model))
+    packed = {f"{path}.{name}" for path, layer in layers for name in layer.layout.fields()}
     for path, experts in _layers().rotated_experts(model):
         packed |= {f"{path}.{name}" for name, _ in experts.named_buffers()}
     present = {name: t for name, t in _tensors(model) if not t.is_meta}

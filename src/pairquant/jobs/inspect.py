@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from ..backends.table import Explanation, explain
+from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.experts import explain_experts
 from ..spec.linear import LinearLayout
@@ -16,6 +18,7 @@ from ..support.devices import resolve_device
 from ..support.errors import ConfigError, SourceError, did_you_mean
 from ..support.formatting import short_name
 
+Explain = Callable[[LinearLayout, torch.device, torch.dtype], Explanation]
 #: What layers may compute in, by name.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -72,13 +75,15 @@ def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, allowed: {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
-    pools = checkpoint.stored.pools()
-    kinds: dict[tuple[str, LinearLayout, bool], int] = {}
+    files = ModelFiles.find(str(model))
+    checkpoint = Checkpoint.open(files)
+    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), explain_experts)
+    how |= dict.fromkeys(looked_up(files), lambda *_: Explanation("row lookup", {}))
+    kinds: dict[tuple[str, LinearLayout, Explain], int] = {}
     for path in checkpoint.stored.linears():
-        kind = short_name(path), checkpoint.layout(path), path in pools
+        kind = short_name(path), checkpoint.layout(path), how.get(path, explain)
         kinds[kind] = kinds.get(kind, 0) + 1
     return [
-        Running(name, count, layout, (explain_experts if expert else explain)(layout, target, DTYPES[dtype]))
-        for (name, layout, expert), count in kinds.items()
+        Running(name, count, layout, explained(layout, target, DTYPES[dtype]))
+        for (name, layout, explained), count in kinds.items()
     ]

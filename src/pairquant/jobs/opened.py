@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..checkpoint.read import ModelFiles
 from ..models.blocks import Block
 from ..models.names import Names
 from ..models.planning import plan_model
-from ..models.sites import Site
+from ..models.sites import Site, embedding_site
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 
@@ -38,9 +39,16 @@ class Opened:
         plan, blocks = plan_model(skeleton, config, names)
         return cls(files, tokenizer, skeleton, names, plan, blocks, config.with_group_size(plan.default.group_size))
 
+    @cached_property
+    def embedding(self) -> Site | None:
+        """The input embedding, if it is to be quantized."""
+        return None if self.config.embedding_bits is None else embedding_site(self.skeleton, self.names)
+
     @property
     def sites(self) -> dict[str, Site]:
-        return {path: site for block in self.blocks for path, site in block.sites.items()}
+        """Where every weight to be quantized lies, by path."""
+        found = {path: site for block in self.blocks for path, site in block.sites.items()}
+        return found if self.embedding is None else {**found, self.embedding.path: self.embedding}
 
     @property
     def decoders(self) -> list[Block]:

@@ -85,11 +85,11 @@ class Planner:
 
     @cached_property
     def rest(self) -> int:
-        """Bytes of a checkpoint beside what the plan chooses: plain tensors, biases, and a quantized output embedding."""
+        """Bytes of a checkpoint beside what the plan chooses: plain tensors, biases, and quantized embeddings."""
         sites = self.opened.sites.values()
         biases = sum(2 * site.size.out_features for site in sites if site.size.bias)
-        heads = [path for block in self.opened.blocks if block.head for path in block.sites]
-        biases += sum(self.opened.plan.layouts[path].stored_bits() // 8 for path in heads)
+        apart = [path for path in self.opened.sites if path not in self.forms]
+        biases += sum(self.opened.plan.layouts[path].stored_bits() // 8 for path in apart)
         return biases + sum(field.nbytes for field in self.source.plain_fields(sites, self.opened.names).values())
 
     def require_reachable(self, target: Target) -> None:

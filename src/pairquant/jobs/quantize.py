@@ -24,11 +24,13 @@ from ..checkpoint.journal import Journal, copy_log
 from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
+from ..core.linear import decode
 from ..core.range import require_fp16, require_representable
 from ..core.rounding import poor_errors
 from ..models.planning import plan_model
 from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
+from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
@@ -36,6 +38,7 @@ from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.checkpoint import CheckpointConfig
 from ..spec.experts import bits_per_weight
+from ..spec.fields import Field
 from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
@@ -127,6 +130,8 @@ class Job:
     progress: Progress
     log_to: Callable[[Mapping[str, Any]], None] | None
     mixed: MixedPlan | None = None
+    embedding: PackedLinear | None = None
+    embedding_error: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
@@ -135,6 +140,7 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
+            self._require_separate_embeddings()
             planner = Planner(self.opened, self.source)
             if self.opened.config.target is not None:
                 planner.require_reachable(self.opened.config.target)
@@ -143,6 +149,7 @@ class Job:
             self._open_journal(calibration, validation)
             try:
                 self._choose_forms(planner, calibration)
+                self._quantize_embedding()
                 self._walk(calibration, validation)
                 self._train_whole(calibration)
             finally:
@@ -230,6 +237,27 @@ class Job:
         self.journal.layouts = self.opened.plan.layouts
         self._require_storable()
 
+    def _require_separate_embeddings(self) -> None:
+        """Refuse to quantize an input embedding that a plain output embedding shares."""
+        site = self.opened.embedding
+        if site is not None and self.opened.config.head_bits is None and self._shares_head():
+            raise ConfigError(
+                f"{site.path} is the output embedding too. Add --head-bits, which stores that apart, or leave "
+                "--embedding-bits out."
+            )
+
+    def _quantize_embedding(self) -> None:
+        """Quantize the input embedding, if it is to be: without text and in seconds, so that no journal keeps it."""
+        site = self.opened.embedding
+        if site is None:
+            return
+        self.progress.stage("input embedding")
+        weight = site.taken(self.source.load(site.parameter))
+        layout = self.opened.plan.layouts[site.path]
+        self.embedding, error = quantize_embedding(site.path, weight, layout, self.opened.config, self.device)
+        self.embedding_error = {site.path: error}
+        self._notice(remarks.of_embedding(layout, error))
+
     def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         share = self.ranks.windows(calibration.tokens) if calibration else None
         held_out = self.ranks.windows(validation) if validation is not None else None
@@ -247,7 +275,7 @@ class Job:
         walk = Walk(
             self.opened.skeleton, self.opened.blocks, self.opened.plan, self.opened.config, self.device, share, held_out,
             home=self.source, finished=_Finished(self.journal), ranks=self.ranks, store=memory.store,
-            notice=self._notice, kept=self._keep_streams,
+            notice=self._notice, kept=self._keep_streams, embedding=self._decoded_embedding(),
         )  # fmt: skip
         for result in walk.run():
             self._keep(result)
@@ -297,7 +325,7 @@ class Job:
         finished = _Finished(self.journal)
         training = EndToEndTraining(
             opened.skeleton, opened.blocks, [finished.result(i) for i in range(self.journal.count)], opened.config,
-            self.device, self.source, self.ranks, self._notice, tell,
+            self.device, self.source, self.ranks, self._notice, tell, self._decoded_embedding(),
         )  # fmt: skip
         trained = training.run(self.ranks.windows(calibration.tokens))
         if self.ranks.leads:
@@ -323,7 +351,7 @@ class Job:
         if not self.ranks.leads:
             return
         by_parameter: dict[str, list[tuple[Site, str]]] = {}
-        for site in (site for block in self.opened.blocks for site in block.sites.values()):
+        for site in self.opened.sites.values():
             by_parameter.setdefault(site.parameter, []).append((site, "weight"))
             if site.size.bias:
                 by_parameter.setdefault(site.bias_parameter, []).append((site, "bias"))
@@ -383,9 +411,12 @@ class Job:
         """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
         entries = {}
         quantized = self._errors()
-        sites = [site for block in self.opened.blocks for path, site in block.sites.items() if path in quantized]
+        sites = [site for path, site in self.opened.sites.items() if path in quantized]
         for name, stored in self.source.plain_fields(sites, self.opened.names).items():
             entries[name] = Entry(stored, lambda name=name: self.source.load_stored(name))  # type: ignore[misc]
+        if (site := self.opened.embedding) is not None and self.embedding is not None:
+            for name, tensor in self.embedding.tensors.items():
+                entries[site.stored_name(name)] = Entry(Field(tensor.dtype, tuple(tensor.shape)), lambda t=tensor: t)  # type: ignore[misc]
         for index in range(self.journal.count):
             block = self.journal.stored(index)
             for name, stored in block.fields.items():
@@ -405,6 +436,9 @@ class Job:
             provenance=_provenance(config, calibration, self.opened.files),
         )
 
+    def _decoded_embedding(self) -> Tensor | None:
+        return None if self.embedding is None else decode(self.embedding)
+
     def _unknown_matrices(self) -> list[str]:
         """Return the source's matrices that the model's class does not use, so that nothing here quantizes them."""
         stored = (self.source.originals or self.source.stored).fields
@@ -421,8 +455,9 @@ class Job:
         return {site.path: site.pool for site in sites if site.pool is not None}
 
     def _errors(self) -> dict[str, float]:
-        """Return the error of each quantized linear."""
-        return {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
+        """Return the error of each quantized linear, and of the input embedding."""
+        errors = {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
+        return {**self.embedding_error, **errors}
 
     def _report(self, calibration: Calibration | None) -> dict[str, Any]:
         """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""

@@ -8,6 +8,7 @@ from typing import Any
 from ..core.rounding import POOR_ERROR
 from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
+from ..spec.linear import LinearLayout
 from ..spec.plan import Plan
 from ..support.formatting import counted, size
 from .opened import Opened
@@ -58,12 +59,13 @@ def left_plain(opened: Opened) -> list[str]:
 def of_head(opened: Opened, shared: bool) -> list[str]:
     """Return for the user what the output embedding takes before and after, and that a shared one is stored twice."""
     lines = []
+    kept = ", which stays as it is" if opened.embedding is None else ""
     for path in (path for block in opened.blocks if block.head for path in block.sites):
         layout = opened.plan.layouts[path]
         stored = layout.stored_bits() // 8
         if shared:
             lines.append(
-                "the output embedding was the input embedding, which stays as it is. Stored apart it adds "
+                f"the output embedding was the input embedding{kept}. Stored apart it adds "
                 f"{size(stored)} to the files; each token then reads these instead of "
                 f"{size(layout.in_features * layout.out_features * 2)}"
             )
@@ -73,6 +75,14 @@ def of_head(opened: Opened, shared: bool) -> list[str]:
                 f"{size(layout.in_features * layout.out_features * 2)} in 16 bits"
             )
     return lines
+
+
+def of_embedding(layout: LinearLayout, error: float) -> str:
+    """Return for the user what the input embedding takes before and after, and the relative error of its rows."""
+    return (
+        f"the input embedding takes {size(layout.stored_bits() // 8)} instead of "
+        f"{size(layout.in_features * layout.out_features * 2)} in 16 bits; relative error of its rows {error:.2%}"
+    )
 
 
 def experts_with_few_tokens(opened: Opened, entries: Iterable[Mapping[str, Any]]) -> str | None:

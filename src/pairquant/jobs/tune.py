@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.model import SIBLINGS
 from ..support.devices import resolve_device
@@ -28,8 +29,10 @@ def tune(model: str | Path, device: str = "auto") -> Iterator[tuple[tuple[int, .
         raise ResourceError(f"measuring kernels needs Triton: {reason}")
     from ..kernels.run.tune import tune_shape
 
-    checkpoint = Checkpoint.open(ModelFiles.find(str(model)))
-    layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears()}
+    files = ModelFiles.find(str(model))
+    checkpoint = Checkpoint.open(files)
+    embeddings = looked_up(files)
+    layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears() if path not in embeddings}
     for group_size, bits in sorted({(layout.group_size, layout.bits) for layout in layouts.values()}):
         linears = {
             path: (s.out_features, s.in_features)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels.run.weights import MAX_SEGMENTS
 from ..spec.linear import Spec
+from .embedding import RotatedEmbedding
 from .experts import RotatedExperts
 from .linear import RotatedLinear
 from .merging import Merged
@@ -54,6 +55,9 @@ def prepare(model: nn.Module) -> nn.Module:
     """Prepare every layer that runs on a GPU now, instead of at its first forward pass; return the model."""
     for _, layer in rotated_linears(model):
         layer.prepare()
+    for _, embedding in rotated_embeddings(model):
+        if not embedding.theta.is_meta:  # an offloaded one stays on disk
+            embedding.prepare()
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for _, experts in rotated_experts(model):
         experts.prepare(dtype)
@@ -63,6 +67,11 @@ def prepare(model: nn.Module) -> nn.Module:
 def rotated_experts(model: nn.Module) -> Iterator[tuple[str, RotatedExperts]]:
     """Path and module of every block's quantized experts."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, RotatedExperts))
+
+
+def rotated_embeddings(model: nn.Module) -> Iterator[tuple[str, RotatedEmbedding]]:
+    """Yield the path and the module of every quantized input embedding."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, RotatedEmbedding))
 
 
 def rotated_linears(model: nn.Module) -> Iterator[tuple[str, RotatedLinear]]:

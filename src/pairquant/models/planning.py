@@ -16,7 +16,7 @@ from ..spec.plan import Plan, plan_for
 from ..support.errors import ConfigError, did_you_mean
 from .blocks import Block, find_blocks, head_block
 from .names import OWN, Names
-from .sites import ExpertSite, Site, is_linear, sites_in
+from .sites import ExpertSite, Site, embedding_site, is_linear, sites_in
 
 #: If matrices that no site covers hold at least this fraction of the blocks' weights, the model is refused, unless `ignore`
 #: names them.
@@ -31,8 +31,7 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
 
     Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
     `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
-    that nothing here can quantize, and `all_experts` where no experts are quantized. With `head_bits` the last of the blocks
-    is the output embedding.
+    that nothing here can quantize, embeddings that cannot be quantized, and `all_experts` where no experts are quantized. With `head_bits` the last of the blocks is the output embedding.
     """
     if config.plan is not None:
         config.plan.require_for(sizes_of(model, names))
@@ -48,7 +47,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     plain = _plain(
         model, [*sites.values(), *(site for block in head for site in block.sites.values())], config.ignore, names
     )
-    plan = plan_for(config, sizes, plain, {path: site.size for block in head for path, site in block.sites.items()})
+    heads = {path: site.size for block in head for path, site in block.sites.items()}
+    plan = plan_for(config, sizes, plain, heads, _embedding(model, config, names))
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
     every = [site for site in sites_in(model, names=names) if site.pool is not None]
     _require_alike_experts(plan, every)
@@ -60,6 +60,19 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
             "--all-experts out."
         )
     return plan, [*blocks, *head]
+
+
+def _embedding(model: nn.Module, config: QuantConfig, names: Names) -> dict[str, Size]:
+    """Return path → size of the input embedding, if it is to be quantized."""
+    if config.embedding_bits is None:
+        return {}
+    site = embedding_site(model, names)
+    if site is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no input embedding that only looks rows up, so that it cannot be quantized. Leave "
+            "--embedding-bits out."
+        )
+    return {site.path: site.size}
 
 
 def sizes_of(model: nn.Module, names: Names = OWN) -> dict[str, Size]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.embedding import RotatedEmbedding, RowScale
 from ..layers.experts import PartPlan, RotatedExperts
 from ..layers.linear import RotatedHead, RotatedLinear
 from ..spec.experts import pool_of, shared_name
@@ -148,6 +149,37 @@ class Conv1DSite(LoneSite):
         module = super().packed_module(layout, head)
         module.stands_for_linear = False
         return module
+
+
+class EmbeddingSite(Site):
+    """The site of an input embedding: N tokens of C channels. Only `embedding_site` finds it."""
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Tell whether the module looks rows up, and at most multiplies them by one number."""
+        plain = type(module).forward is nn.Embedding.forward
+        return isinstance(module, nn.Embedding) and (plain or _scale_of(module) is not None)
+
+    @cached_property
+    def size(self) -> Size:
+        weight = self.module.get_parameter("weight")
+        return Size(weight.shape[1], weight.shape[0], False)
+
+    def as_held(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def packed_module(self, layout: LinearLayout) -> RotatedEmbedding:
+        """Return the layer that will look up the quantized rows in the module's place: on its device, not yet filled."""
+        weight = self.module.get_parameter("weight")
+        return RotatedEmbedding(layout, weight.device, weight.dtype, _scale_of(self.module))
+
+
+def _scale_of(module: nn.Module) -> RowScale | None:
+    """Return what an embedding multiplies its rows by, None for nothing; Gemma's is rounded to the dtype of the rows."""
+    for name, rounded in (("scalar_embed_scale", True), ("embed_scale", False)):
+        if isinstance(value := getattr(module, name, None), (int, float)):
+            return RowScale(float(value), rounded)
+    return None
 
 
 @dataclass(frozen=True)
@@ -316,3 +348,23 @@ def sites_in(module: nn.Module, prefix: str = "", names: Names = OWN) -> Iterato
             yield from ExpertSite.within(path, child, names)
         elif site := site_of(path, child, names):
             yield site
+
+
+def embedding_site(model: nn.Module, names: Names = OWN) -> EmbeddingSite | None:
+    """Return the site of a model's input embedding; None for a model without one, or one that does more than look rows up."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        module = None if find is None else find()
+    except NotImplementedError:
+        return None
+    place = next((path for path, found in model.named_modules() if found is module), "")
+    if module is None or not place or not EmbeddingSite.holds(module):
+        return None
+    return EmbeddingSite(names.module(place), module, place)
+
+
+def stored_sites(model: nn.Module, names: Names = OWN) -> dict[str, Site]:
+    """Return every site of a model that a checkpoint may hold packed, by path: those in it, and its input embedding."""
+    found = {site.path: site for site in sites_in(model, names=names)}
+    embedding = embedding_site(model, names)
+    return found if embedding is None else {**found, embedding.path: embedding}

@@ -45,7 +45,8 @@ class EndToEndTraining:
 
     blocks: of the original model, the output embedding last if it is quantized; home: where their weights come from; the
     rest of the model is on the CPU, a plain output embedding too. results: what quantizing gave each block. report: called
-    with each epoch and the mean divergence after it, from 0, the start. ranks: hold equally many windows each.
+    with each epoch and the mean divergence after it, from 0, the start. ranks: hold equally many windows each. embedding: the
+    decoded weight of a quantized input embedding.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class EndToEndTraining:
     ranks: Ranks = ALONE
     notice: Callable[[str], None] = lambda text: None
     report: Callable[[int, float], None] = lambda epoch, divergence: None
+    embedding: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.how = self.config.recipe.end_to_end or EndToEnd()
@@ -70,10 +72,10 @@ class EndToEndTraining:
         Raises `CalibrationError` if the divergence at the start is not finite.
         """
         places = Places(self.device, torch.device("cpu"), self.dtype)
-        streams = Streams.start(self.model, self.decoders, tokens, False, places, self.notice)
+        streams = Streams.start(self.model, self.decoders, tokens, True, places, self.notice, self.embedding)
         entering = torch.cat(streams.quantized)
         students = self._students(streams)
-        with self._end(tokens, torch.cat(streams.quantized), streams) as end:
+        with self._end(tokens, torch.cat(streams.original or []), streams) as end:
             whole = _Whole(students, end, entering, max(1, streams.calls[0].batch >> streams.halvings))
             self._descend(whole, len(tokens))
         heads = [] if end.head is None else [end.head.trained()]
@@ -87,7 +89,7 @@ class EndToEndTraining:
             if index + 1 < len(self.blocks):
                 self.home.expect(self.blocks[index + 1], self.device)
             try:
-                streams.advance(block, index)
+                streams.advance_original(block, index)
                 with _holding(block, self.results[index].parameters):
                     found.append(_Student(block, self._stage(block, self.results[index]), streams, index))
             finally:

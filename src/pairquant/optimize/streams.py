@@ -5,7 +5,8 @@ Two streams where the recipe compares: that of the model quantized so far, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,12 @@ class Streams:
         keep_original: bool,
         places: Places,
         notice: Callable[[str], None],
+        embedding: Tensor | None = None,
     ) -> Streams:
-        """Run what precedes the blocks, where its weights are, on tokens int64 [samples, T]."""
+        """Run what precedes the blocks, where its weights are, on tokens int64 [samples, T].
+
+        embedding: what the quantized model has as the weight of its input embedding, where that is not the original's.
+        """
         home = next(p.device for p in model.parameters() if not p.is_meta)
         micro_batch = min(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]), len(tokens))
         entry = enter(model, blocks, tokens.to(home), micro_batch)
@@ -67,7 +72,12 @@ class Streams:
         hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
         calls = [call.to(places.device, places.dtype) for call in entry.calls]
         calls.append(HeadCall((), {}, calls[0].batch))
-        return cls(calls, hidden, list(hidden) if keep_original else None, places.device, places.store, notice)
+        original = list(hidden) if keep_original else None
+        if embedding is not None:
+            with _embedding_of(model, embedding):
+                entry = enter(model, blocks, tokens.to(home), micro_batch)
+            hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
+        return cls(calls, hidden, original, places.device, places.store, notice)
 
     def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
@@ -149,3 +159,15 @@ class Streams:
         for name, stream in (("quantized", self.quantized), ("original", self.original or [])):
             for i in range(len(stream)):
                 stream[i] = tensors[f"{name}.{i}"].to(self.store)
+
+
+@contextmanager
+def _embedding_of(model: Any, weight: Tensor) -> Iterator[None]:
+    """Let the model look up other rows for as long as the context is open."""
+    parameter = model.get_input_embeddings().weight
+    before = parameter.data
+    parameter.data = weight.to(parameter.device, parameter.dtype)
+    try:
+        yield
+    finally:
+        parameter.data = before

@@ -117,7 +117,8 @@ class Walk:
     """What a walk works with. tokens, validation: int64 [windows, T], this rank's share; None where not needed.
 
     store: where the hidden states are kept between blocks, if not on the device.
-    kept: called after each block with its index and the streams that enter the next one.
+    kept: called after each block with its index and the streams that enter the next one. embedding: the decoded weight of
+    a quantized input embedding.
     """
 
     model: nn.Module
@@ -133,6 +134,7 @@ class Walk:
     store: torch.device | None = None
     notice: Callable[[str], None] = lambda text: None
     kept: Callable[[int, Streams], None] = lambda index, streams: None
+    embedding: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
@@ -165,7 +167,8 @@ class Walk:
             raise ConfigError(f"preset {self.config.preset!r} needs calibration tokens, none were given")
         places = Places(self.device, self.store or self.device, self.dtype)
         decoders = [block for block in self.blocks if not block.head]
-        streams = Streams.start(self.model, decoders, tokens, self.config.recipe.compares, places, self.notice)
+        compares = self.config.recipe.compares
+        streams = Streams.start(self.model, decoders, tokens, compares, places, self.notice, self.embedding)
         if len(decoders) < len(
             self.blocks
         ):  # a model that cannot do with a quantized head is refused now, not after hours

@@ -18,7 +18,7 @@ from .rotation import MAX_ROTATIONS
 
 PAIR_SELECTIONS = ("random", "magnitude")
 #: Options that records of earlier versions lack.
-ADDED_LATER = ("overrides", "bos", "all_experts", "head_bits", "target", "candidates", "plan")
+ADDED_LATER = ("overrides", "bos", "all_experts", "head_bits", "embedding_bits", "target", "candidates", "plan")
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
 
@@ -106,7 +106,7 @@ class QuantConfig:
     overrides: other bits, group sizes or rotations for the layers that a pattern names; if several match, the last counts.
     target: choose the form of each layer so that the whole has this size, and the output changes least; candidates: the
     forms to choose from. plan: a plan made earlier, or its file; its default replaces bits, group_size, rotations, symmetric.
-    head_bits: quantize the output embedding, to so many bits; None leaves it as it is.
+    head_bits, embedding_bits: quantize the output embedding, the input embedding, to so many bits; None leaves it as it is.
     seed: decides every random choice.
     """
 
@@ -128,6 +128,7 @@ class QuantConfig:
     overrides: tuple[Override, ...] = ()
     all_experts: bool = False
     head_bits: int | None = None
+    embedding_bits: int | None = None
     target: Target | None = None
     candidates: Candidates = ANY_WIDTH
     plan: MixedPlan | None = None
@@ -142,8 +143,9 @@ class QuantConfig:
         require_choice("compute", self.compute, ("auto", "float32", "bfloat16"))
         require_choice("bos", self.bos, BOS_CHOICES)
         require_choice("bits", self.bits, SUPPORTED_BITS)
-        if self.head_bits is not None:
-            require_choice("head_bits", self.head_bits, SUPPORTED_BITS)
+        for name in ("head_bits", "embedding_bits"):
+            if getattr(self, name) is not None:
+                require_choice(name, getattr(self, name), SUPPORTED_BITS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
         require_whole("samples", self.samples, 1, 1_000_000)

@@ -52,13 +52,18 @@ class Plan:
 
 
 def plan_for(
-    config: QuantConfig, sizes: Mapping[str, Size], plain: Mapping[str, str], head: Mapping[str, Size] | None = None
+    config: QuantConfig,
+    sizes: Mapping[str, Size],
+    plain: Mapping[str, str],
+    head: Mapping[str, Size] | None = None,
+    embedding: Mapping[str, Size] | None = None,
 ) -> Plan:
     """Return the plan for weights of these sizes, by path.
 
-    sizes: path → size of each of them; plain: path → reason of the weights that stay as they are; head: path → size of the
-    output embedding, which gets `head_bits`. Raises `ConfigError` if
-    an override names no weight, and if weights do not fit their spec; the message lists all of them and the remedies.
+    sizes: path → size of each of them; plain: path → reason of the weights that stay as they are; head,
+    embedding: path → size of the output and of the input embedding, which get `head_bits` and `embedding_bits`. Raises
+    `ConfigError` if an override names no weight, and if weights do not fit their spec; the message lists all of them and the
+    remedies.
     """
     _require_used(config.overrides, sizes)
     default = replace(config.spec, group_size=_group_size(config, sizes))
@@ -78,13 +83,18 @@ def plan_for(
         del layouts[path]
         reasons[path] = reason
     _require_fit(layouts, default)
-    for path, s in (head or {}).items():
-        spec = replace(default, bits=config.head_bits or default.bits)
-        layouts[path], reasons[path] = spec.layout(s.in_features, s.out_features, s.bias), f"--head-bits {spec.bits}"
-        if faults := layouts[path].misfits():
-            raise ConfigError(
-                f"the output embedding {path} cannot be stored: {'; '.join(faults)}. Leave --head-bits out."
+    for kind, found, bits in (("head", head, config.head_bits), ("embedding", embedding, config.embedding_bits)):
+        for path, s in (found or {}).items():
+            spec = replace(default, bits=bits or default.bits)
+            layouts[path], reasons[path] = (
+                spec.layout(s.in_features, s.out_features, s.bias),
+                f"--{kind}-bits {spec.bits}",
             )
+            if faults := layouts[path].misfits():
+                name = "output" if kind == "head" else "input"
+                raise ConfigError(
+                    f"the {name} embedding {path} cannot be stored: {'; '.join(faults)}. Leave --{kind}-bits out."
+                )
     return Plan(default, layouts, reasons)
 
 

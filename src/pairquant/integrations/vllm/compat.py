@@ -48,6 +48,13 @@ def is_head(layer: Any) -> bool:
     return isinstance(layer, ParallelLMHead)
 
 
+def is_embedding(layer: Any) -> bool:
+    """Return whether a layer of vLLM is an input embedding."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, VocabParallelEmbedding) and not is_head(layer)
+
+
 def is_registered(method: str) -> bool:
     """Return whether vLLM knows this quantization method from a plugin."""
     from vllm.model_executor.layers import quantization

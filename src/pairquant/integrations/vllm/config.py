@@ -16,7 +16,7 @@ from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...spec.patterns import matches
 from ...support.errors import CheckpointError
-from .compat import QuantizationConfig, follow_checkpoints, is_experts, is_head, tensor_names
+from .compat import QuantizationConfig, follow_checkpoints, is_embedding, is_experts, is_head, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
@@ -109,6 +109,8 @@ class PairQuantConfig(QuantizationConfig):
 
         if is_head(layer):
             return self._head_method(prefix)
+        if is_embedding(layer):
+            return self._embedding_method(prefix)
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix)
         spec = self._spec(prefix)
@@ -122,9 +124,17 @@ class PairQuantConfig(QuantizationConfig):
         """Return what runs a packed output embedding; None for a plain one."""
         if not self._is_packed(prefix):
             return None
-        from .head import PairQuantHeadMethod
+        from .vocabulary import PairQuantHeadMethod
 
         return self._claim([prefix], PairQuantHeadMethod(self._spec_of(prefix), prefix))
+
+    def _embedding_method(self, prefix: str) -> Any:
+        """Return what looks up the rows of a packed input embedding; None for a plain one."""
+        if self.quantized is None or prefix not in self.quantized:
+            return None
+        from .vocabulary import PairQuantEmbeddingMethod
+
+        return self._claim([prefix], PairQuantEmbeddingMethod(self._spec_of(prefix), prefix))
 
     def _claim(self, paths: Iterable[str], method: Any) -> Any:
         """Return the method, which runs these paths and from now on knows whose it is."""

@@ -1,4 +1,4 @@
-"""How a packed output embedding comes into vLLM: padded, in parts, or refused."""
+"""How packed embeddings come into vLLM: padded, in parts, or refused; the output's is multiplied, the input's looked up."""
 
 from types import SimpleNamespace
 
@@ -30,11 +30,11 @@ def layer_of(rank, ranks):
     return layer, rows
 
 
-def loaded(linear, rank, ranks):
-    from pairquant.integrations.vllm.head import PairQuantHeadMethod
+def loaded(linear, rank, ranks, kind="PairQuantHeadMethod"):
+    from pairquant.integrations.vllm import vocabulary
 
     layer, rows = layer_of(rank, ranks)
-    method = PairQuantHeadMethod(linear.layout.spec, "lm_head")
+    method = getattr(vocabulary, kind)(linear.layout.spec, "lm_head")
     method.create_weights(layer, CHANNELS, [rows], CHANNELS, PADDED, torch.float32)
     for name, tensor in linear.tensors.items():
         parameter = getattr(layer, name)
@@ -58,8 +58,24 @@ def test_ranks_hold_their_rows_and_zeros_after_the_last(bits, ranks):
     assert (found[:, VOCABULARY:] == 0).all()
 
 
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_look_up_their_own_rows(bits, ranks):
+    linear, first = packed(bits), 0
+    for rank in range(ranks):
+        method, layer = loaded(linear, rank, ranks, "PairQuantEmbeddingMethod")
+        shard = layer.shard_indices
+        count = shard.org_vocab_end_index - shard.org_vocab_start_index
+        tokens = torch.tensor([0, count - 1, 5, 5])
+        torch.testing.assert_close(
+            method.embedding(layer, tokens), decode(linear)[first + tokens], rtol=1e-5, atol=1e-6
+        )
+        assert method.embedding(layer, tokens[:0]).shape == (0, CHANNELS)
+        first += count
+
+
 def test_packed_words_are_not_split():
-    from pairquant.integrations.vllm.head import PairQuantHeadMethod
+    from pairquant.integrations.vllm.vocabulary import PairQuantHeadMethod
 
     layer, rows = layer_of(1, 8)
     with pytest.raises(ConfigError, match=r"lm_head with 128 rows at 3 bits cannot be split .* packed in 32s"):
@@ -69,7 +85,7 @@ def test_packed_words_are_not_split():
 
 
 def test_tensors_of_another_vocabulary_or_dtype_are_refused():
-    from pairquant.integrations.vllm.head import PairQuantHeadMethod
+    from pairquant.integrations.vllm.vocabulary import PairQuantHeadMethod
 
     layer, rows = layer_of(0, 1)
     PairQuantHeadMethod(Spec(4, 32, 0), "lm_head").create_weights(

@@ -1,12 +1,13 @@
-"""How vLLM's output embedding (`ParallelLMHead`) loads and runs packed weights.
+"""How vLLM's embeddings load and run packed weights: the output's (`ParallelLMHead`) and the input's (`VocabParallelEmbedding`).
 
-vLLM pads its rows and shares them out to the ranks of tensor parallelism; each rank loads the codes of its own rows, and
+vLLM pads their rows and shares them out to the ranks of tensor parallelism; each rank loads the codes of its own rows, and
 the rows that only fill up get scales of zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.run.replay import Replayed
+from ...layers.embedding import Rows
 from ...spec.codes import columns_per_block
 from ...spec.fields import ROWS
+from ...spec.linear import PackedLinear
 from ...support.errors import ConfigError
 from .linear import PairQuantLinearMethod, Pending
 
 
-class PairQuantHeadMethod(PairQuantLinearMethod):
-    """Creates, loads, checks, repacks and runs the weight of the output embedding at `prefix` in vLLM's model."""
+class VocabularyMethod(PairQuantLinearMethod):
+    """Creates and loads the weight of an embedding at `prefix` in vLLM's model, a row for each token."""
 
     def create_weights(
         self,
@@ -58,6 +61,10 @@ class PairQuantHeadMethod(PairQuantLinearMethod):
             parameter.weight_loader = load  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
+
+class PairQuantHeadMethod(VocabularyMethod):
+    """Also checks, repacks and runs the weight of an output embedding."""
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """See `PairQuantLinearMethod`. vLLM calls this layer outside its CUDA graphs, so it gets some of its own."""
         super().process_weights_after_loading(layer)
@@ -67,6 +74,45 @@ class PairQuantHeadMethod(PairQuantLinearMethod):
         """x [M, C] → [M, N]."""
         y: Tensor = layer.pairquant_replayed(x)
         return y if bias is None else y + bias
+
+
+class PairQuantEmbeddingMethod(VocabularyMethod):
+    """Also checks, rearranges and looks up the rows of an input embedding."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded and arrange it by rows. Raises `CheckpointError` naming the tensor that is missing or damaged."""
+        if not isinstance(pending := layer.pairquant, Pending):
+            return
+        names = pending.layouts[0].fields()
+        (packed,) = pending.linears({name: getattr(layer, name).data for name in names})
+        for name in names:
+            delattr(layer, name)
+        layer.pairquant = _Lookup.build(layer, packed, pending.dtype)
+
+    def embedding(self, layer: Any, tokens: Tensor) -> Tensor:
+        """tokens, integer [M] → [M, C]."""
+        ready: _Lookup = layer.pairquant
+        return ready.rows(layer).look_up(tokens, ready.bits).to(ready.dtype)
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """An input embedding that is ready; the layer holds the tensors of its `Rows` as buffers."""
+
+    bits: int
+    planes: int
+    dtype: torch.dtype
+
+    @classmethod
+    def build(cls, layer: Any, packed: PackedLinear, dtype: torch.dtype) -> _Lookup:
+        rows = Rows.of(packed)
+        for name, tensor in (*((f"plane_{i}", p) for i, p in enumerate(rows.planes)), *rows.others().items()):
+            layer.register_buffer(name, tensor, persistent=False)
+        return cls(packed.layout.bits, len(rows.planes), dtype)
+
+    def rows(self, layer: Any) -> Rows:
+        planes = [getattr(layer, f"plane_{i}") for i in range(self.planes)]
+        return Rows(planes, **{name: getattr(layer, name) for name in Rows.OTHERS})
 
 
 def _row_loader(layer: Any, pending: Pending, name: str, rows: int) -> Callable:
