@@ -247,7 +247,7 @@ class Job:
             )
 
     def _quantize_embedding(self) -> None:
-        """Quantize the input embedding, if it is to be: without text and in seconds, so that no journal keeps it."""
+        """Quantize the input embedding, if it is to be: without text and soon done, so that no journal keeps it."""
         site = self.opened.embedding
         if site is None:
             return

@@ -13,11 +13,11 @@ from ..core.range import extent, power_of_two
 from ..core.rounding import nearest, search_range
 from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
-from .search import Problem, fit_transforms, sampled_rows
+from .search import Problem, fit_transforms
 from .walk import seed_of
 
-#: Rows that are rounded at a time, to bound what that takes.
-ROWS = 16384
+#: Rows that are rounded at a time, to bound what that takes; rows that the transform is fitted on, evenly spaced.
+ROWS, FITTED_ROWS = 16384, 8192
 
 
 @torch.no_grad()
@@ -26,9 +26,9 @@ def quantize_embedding(
 ) -> tuple[PackedLinear, float]:
     """Return the packed rows on the CPU, and their relative error ‖W - Ŵ‖² / ‖W‖². weight: floating [V, C], on the CPU."""
     factor = power_of_two(*extent(weight), layout.bits)
-    some = sampled_rows([weight]).to(device, torch.float32) / factor
+    some = weight[:: -(-len(weight) // FITTED_ROWS)].to(device, torch.float32) / factor
     eye = torch.eye(layout.in_features, device=device)
-    problem = Problem(some, eye, seed_of(config.seed, path), layout.spec)
+    problem = Problem(some.contiguous(), eye, seed_of(config.seed, path), layout.spec)
     (transform,) = fit_transforms([problem], config)
     transform = transform.times(factor)
     parts = [_rounded(rows.to(device, torch.float32), transform, layout, config) for rows in weight.split(ROWS)]

@@ -89,9 +89,9 @@ class EndToEnd:
 
     epochs: int = 3
     batch: int = 4
-    scale_rate: float = 1e-3
-    transform_rate: float = 1e-3
-    norm_rate: float = 1e-3
+    scale_rate: float = 3e-4
+    transform_rate: float = 3e-4
+    norm_rate: float = 3e-4
     final_rate: float = 0.05
 
     def __post_init__(self) -> None:

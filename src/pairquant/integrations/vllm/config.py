@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 PACKED = ".qweight"
 #: Last names of output embeddings.
 HEADS = ("lm_head", "embed_out")
+#: Last names of input embeddings.
+EMBEDDINGS = (
+    "embed_tokens",
+    "embed_in",
+    "embedding",
+    "embeddings",
+    "embed",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+)
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -41,6 +52,11 @@ class PairQuantConfig(QuantizationConfig):
         self.claimed: set[str] = set()
         self.heads: set[str] = set()
         self.plain = checkpoint.modules_to_not_convert
+        follow_checkpoints(sort_out)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also in vLLM's workers, which are given this object pickled, what is loaded is sorted out."""
+        self.__dict__.update(state)
         follow_checkpoints(sort_out)
 
     @classmethod
@@ -130,7 +146,10 @@ class PairQuantConfig(QuantizationConfig):
 
     def _embedding_method(self, prefix: str) -> Any:
         """Return what looks up the rows of a packed input embedding; None for a plain one."""
-        if self.quantized is None or prefix not in self.quantized:
+        packed = {path for path in self.quantized or {} if path.rpartition(".")[2] in EMBEDDINGS}
+        if not prefix and len(packed) == 1:  # most models of vLLM do not tell the layer where it is
+            (prefix,) = packed
+        if prefix not in packed:
             return None
         from .vocabulary import PairQuantEmbeddingMethod
 

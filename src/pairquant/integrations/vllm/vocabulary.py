@@ -97,21 +97,26 @@ class PairQuantEmbeddingMethod(VocabularyMethod):
 
 @dataclass(frozen=True)
 class _Lookup:
-    """An input embedding that is ready; the layer holds the tensors of its `Rows` as buffers."""
+    """An input embedding that is ready; the layer holds the tensors of its `Rows` as buffers.
+
+    planes: the names of the planes. The first is called `weight`: vLLM looks there for the device of an embedding that gets
+    LoRA adapters.
+    """
 
     bits: int
-    planes: int
+    planes: tuple[str, ...]
     dtype: torch.dtype
 
     @classmethod
     def build(cls, layer: Any, packed: PackedLinear, dtype: torch.dtype) -> _Lookup:
         rows = Rows.of(packed)
-        for name, tensor in (*((f"plane_{i}", p) for i, p in enumerate(rows.planes)), *rows.others().items()):
+        names = ("weight", *(f"plane_{i}" for i in range(1, len(rows.planes))))
+        for name, tensor in (*zip(names, rows.planes, strict=True), *rows.others().items()):
             layer.register_buffer(name, tensor, persistent=False)
-        return cls(packed.layout.bits, len(rows.planes), dtype)
+        return cls(packed.layout.bits, names, dtype)
 
     def rows(self, layer: Any) -> Rows:
-        planes = [getattr(layer, f"plane_{i}") for i in range(self.planes)]
+        planes = [getattr(layer, name) for name in self.planes]
         return Rows(planes, **{name: getattr(layer, name) for name in Rows.OTHERS})
 
 

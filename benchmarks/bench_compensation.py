@@ -1,0 +1,115 @@
+"""Low-rank compensation of what rounding loses, against smaller groups and more bits, at equal size.
+
+    python benchmarks/bench_compensation.py MODEL --output FILE [--cases bits:rank:group …] [--preset quick] [--samples 32]
+        [--seq-len 512] [--windows 10] [--device auto]
+
+A correction of rank r is the best there is under the second moments H = L Lᵀ of a linear's inputs: of the residual E = W - Ŵ
+the product E L is cut to its r largest singular values, and L⁻¹ takes it back. Both factors are in fp16. Later blocks are
+fitted on the corrected ones. One JSON line a case; bits_per_weight counts everything stored, the factors included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from setting import SETTING, evaluation_windows, numbers
+from torch import Tensor
+
+from pairquant.checkpoint.read import ModelFiles
+from pairquant.core.linear import decode
+from pairquant.core.rounding import proxy_error
+from pairquant.evaluation.quality import measure
+from pairquant.models.planning import plan_model
+from pairquant.optimize import walk as walking
+from pairquant.optimize.calibration import calibrate
+from pairquant.optimize.strategies import BlockWork, Rounding
+from pairquant.optimize.walk import Walk
+from pairquant.spec.options import QuantConfig
+from pairquant.support.devices import resolve_device
+from pairquant.support.windows import window_prefix
+
+DAMPING = 0.01
+
+
+def correction(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:
+    """The best approximation of rank `rank` of the residual [N, C] under H [C, C], with factors in fp16."""
+    damped = hessian.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    lower = torch.linalg.cholesky(damped)
+    u, s, v = torch.linalg.svd(residual.double() @ lower, full_matrices=False)
+    left = u[:, :rank] * s[:rank].sqrt()
+    right = torch.linalg.solve_triangular(lower, s[:rank, None].sqrt() * v[:rank], upper=False, left=False)
+    return left.half().float() @ right.half().float()
+
+
+class Compensating(Rounding):
+    """`Rounding`, then a low-rank correction of every linear."""
+
+    def __init__(self, rank: int):
+        self.rank, self.left = rank, []
+
+    def quantize(self, work: BlockWork) -> None:
+        packed, hessians = self.rounded(work), work.hessians
+        for path, linear in packed.items():
+            site = work.block.sites[path]
+            original, rounded = site.weight.float().clone(), decode(linear)
+            better = rounded + correction(original - rounded, hessians[path], self.rank) if self.rank else rounded
+            errors = [proxy_error(original, w, hessians[path]) for w in (rounded, better)]
+            self.left.append(errors[1] / max(errors[0], 1e-30))
+            site.put(better)
+        work.packed, work.errors = packed, dict.fromkeys(packed, 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--cases", nargs="+", default=["3:0:64", "3:8:64", "3:16:64", "3:0:32", "4:0:64", "4:8:64", "5:0:64"]
+    )
+    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    files = ModelFiles.find(options.model)
+    tokenizer = files.tokenizer()
+    original = files.model(torch.float32, device)
+    texts = {name: windows[: options.windows] for name, windows in evaluation_windows(tokenizer).items()}
+    setting = SETTING | {"samples": options.samples, "seq_len": options.seq_len}
+    base = QuantConfig(preset=options.preset, **setting)
+    prefix = window_prefix(tokenizer, base.bos)
+    tokens = calibrate(tokenizer, base.calibration, base.samples, base.seq_len, base.seed, prefix=prefix).tokens
+    for case in options.cases:
+        bits, rank, group = map(int, case.split(":"))
+        config = replace(base, bits=bits, group_size=group)
+        model, strategy, start = copy.deepcopy(original), Compensating(rank), time.perf_counter()
+        plan, blocks = plan_model(model, config)
+        walking.strategy_for = lambda _, strategy=strategy: strategy
+        for _ in Walk(model, blocks, plan, config, device, tokens).run():
+            pass
+        sizes = [(layout.out_features, layout.in_features) for layout in plan.layouts.values()]
+        extra = sum(16 * rank * (n + c) for n, c in sizes) / sum(n * c for n, c in sizes)
+        row = {
+            "bits": bits, "rank": rank, "group_size": group, "bits_per_weight": round(plan.bits_per_weight + extra, 4),
+            "error_left": round(sum(strategy.left) / len(strategy.left), 4), "preset": options.preset,
+            "samples": options.samples, "seq_len": options.seq_len, "seconds": round(time.perf_counter() - start, 1),
+            **{text: numbers(measure(model, windows, original)) for text, windows in texts.items()},
+            "model": Path(options.model).name, "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }  # fmt: skip
+        print(case, row["bits_per_weight"], row["error_left"], {t: round(row[t]["kl"], 4) for t in texts}, flush=True)
+        with options.output.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
