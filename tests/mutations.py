@@ -381,6 +381,7 @@ def other_json(draw) -> Mutation:
             st.builds(
                 lambda v: (f"error = {v!r}", json.dumps({"linears": {PACKED_PATHS[0]: {"error": v}}}).encode()), JUNK
             ),
+            st.builds(lambda v: (f"training = {v!r}", json.dumps({"end_to_end_kl": v}).encode()), JUNK),
             st.builds(lambda v: (v, v.encode()), RAW),
             st.composite(noise)(original),
         )
@@ -828,7 +829,7 @@ def plain_or_packed(draw) -> Mutation:
         del tensors[f"{path}.weight"]
         draft.put_tensors(tensors | {f"{path}.{name}": tensor for name, tensor in packed.tensors.items()})
 
-    transformers = "loads" if fits and path == "lm_head" else "refused"
+    transformers = "loads" if fits and path != "model.norm" else "refused"
     return Mutation("packed for plain", f"{path}, {'right' if fits else 'wrong'} size", pack, "loads", transformers)
 
 

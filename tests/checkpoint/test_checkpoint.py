@@ -123,6 +123,14 @@ def test_a_checkpoint_with_the_originals_four_keys_is_enough(checkpoint):
     assert all(torch.equal(t, expected[name]) for name, t in found.checkpoint.packed(PATH).tensors.items())
 
 
+@pytest.mark.parametrize("curve", [[], 0.1, ["0.1"], None, [0.1, None]])
+def test_a_record_of_a_training_that_is_none_is_refused(checkpoint, curve):
+    file = checkpoint / "pairquant.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"end_to_end_kl": curve}))
+    with pytest.raises(CheckpointError, match="end_to_end_kl is .*, no list of numbers"):
+        inspect(checkpoint)
+
+
 def test_files_are_readable_by_whom_the_umask_lets(pristine):
     umask = os.umask(0)
     os.umask(umask)

@@ -9,6 +9,7 @@ import torch
 from killing import RECIPES, config, content, run_killing, save_source
 
 import pairquant
+from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.support.errors import CheckpointError, ConfigError, SourceError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a Unix feature")
@@ -176,6 +177,8 @@ def test_a_training_of_the_whole_model_that_was_finished_is_not_done_again(sourc
     assert content(trained) == content(whole / "fast+end")
     report = json.loads((trained / "pairquant.json").read_text())
     assert len(report["end_to_end_kl"]) == 3
+    checkpoint = Checkpoint.open(ModelFiles.find(str(trained)))
+    assert checkpoint.trained_whole == (report["end_to_end_kl"][0], min(report["end_to_end_kl"]))
     assert report["end_to_end_kl"] == json.loads((whole / "fast+end" / "pairquant.json").read_text())["end_to_end_kl"]
 
 

@@ -26,10 +26,12 @@ def quick(source):
 
 @pytest.fixture(scope="session")
 def trained(source):
-    """By the paper's recipe, two epochs a stage, of whose losses the log tells."""
+    """By the paper's recipe, two epochs a stage, of whose losses the log tells, and then one of the whole model."""
     output = source.parent / "trained"
     recipe = recipe_with(
-        "paper", ["training.epochs=2", "training.weight_epochs=2", "training.validation_samples=2", "training.batch=4"]
+        "paper",
+        ["training.epochs=2", "training.weight_epochs=2", "training.validation_samples=2", "training.batch=4"],
+        end_to_end=1,
     )
     config = pairquant.QuantConfig(preset="paper", recipe=recipe, **BASE)
     pairquant.quantize(source, output, config, device="cpu")

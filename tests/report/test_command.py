@@ -22,3 +22,4 @@ def test_the_command_writes_the_page_that_was_asked_for(quick, trained, results,
     page = output.read_text()
     assert "0.1234" in page
     assert page.count(f"{PATH}: magnitude of each input channel") == 2
+    assert page.count("trained as a whole") == 1  # one of the two was

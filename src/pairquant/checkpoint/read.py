@@ -51,6 +51,8 @@ BUILD_ERRORS = (
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 #: Written beside the weights: recipe, errors and sizes of every linear.
 REPORT_FILE = "pairquant.json"
+#: Its entry for a training of the whole model: the divergence on the calibration text before it and after each epoch.
+END_TO_END = "end_to_end_kl"
 WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
 
 T = TypeVar("T")
@@ -319,6 +321,12 @@ class Checkpoint:
     stored: StoredTensors
     report: dict[str, Any]
 
+    @property
+    def trained_whole(self) -> tuple[float, float] | None:
+        """The divergence on the calibration text before and after a training of the whole model; None without one."""
+        curve = self.report.get(END_TO_END)
+        return (curve[0], min(curve)) if curve else None
+
     @classmethod
     def open(cls, files: ModelFiles) -> Checkpoint:
         """Raise `CheckpointError` when the model is not one of ours, or damaged."""
@@ -394,6 +402,9 @@ def _report(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: linears has an entry that is no record of a linear. {WITHOUT_REPORT}")
     if not isinstance(report.get("seconds", 0), (int, float)):
         raise CheckpointError(f"{file}: seconds is {reprlib.repr(report['seconds'])}, no number. {WITHOUT_REPORT}")
+    curve = report.get(END_TO_END, [0])
+    if not isinstance(curve, list) or not curve or not all(isinstance(value, (int, float)) for value in curve):
+        raise CheckpointError(f"{file}: {END_TO_END} is {reprlib.repr(curve)}, no list of numbers. {WITHOUT_REPORT}")
     return report
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_error, write_json
 from ..checkpoint.journal import Journal, copy_log
-from ..checkpoint.read import ModelFiles
+from ..checkpoint.read import END_TO_END, ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..core.linear import decode
@@ -470,7 +470,7 @@ class Job:
             "bits_per_weight": bits_per_weight(layouts, self._pools()),
             "readme_sha256": None if self.opened.files.gguf else readme_digest(self.opened.files.directory),
             "seconds": round(sum(entry["seconds"] for entry in self.journal.entries) + revised.get("seconds", 0.0), 1),
-            **({"end_to_end_kl": revised["kl"]} if revised else {}),
+            **({END_TO_END: revised["kl"]} if revised else {}),
             "linears": {
                 path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
             },
