@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan for the start")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=SETTING["samples"])
+    parser.add_argument(
+        "--more", type=int, default=0, help="train on so many windows after those that are quantized on"
+    )
     parser.add_argument("--windows", type=int, help="evaluate on so many windows of each text only")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -72,7 +75,11 @@ def main() -> None:
     config = config_from(options.start, **{**SETTING, "samples": options.samples, "group_size": options.group_size})
     config = replace(config, plan=MixedPlan.read(options.plan) if options.plan else None)
     prefix = window_prefix(tokenizer, config.bos)
-    tokens = calibrate(tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix=prefix).tokens
+    drawn = config.samples + options.more
+    every = (
+        calibrate(tokenizer, config.calibration, drawn, config.seq_len, config.seed, prefix=prefix).first(drawn).tokens
+    )
+    tokens, trained_on = every[: config.samples], every[config.samples :] if options.more else every
     start, model = time.perf_counter(), copy.deepcopy(original)
     plan, blocks = plan_model(model, config)
     results = list(Walk(model, blocks, plan, config, device, tokens).run())
@@ -82,7 +89,7 @@ def main() -> None:
     def note(setting: str | None, model: torch.nn.Module, seconds: float, curve: list[float]) -> None:
         row = {
             "start": options.start, "plan": str(options.plan) if options.plan else None, "end_to_end": setting,
-            "model": Path(options.model).name, "samples": config.samples,
+            "model": Path(options.model).name, "samples": config.samples, "more": options.more, "seq_len": config.seq_len,
             "bits_per_weight": round(bits_per_weight(layouts), 4), "seconds": round(walking, 1),
             "end_to_end_seconds": round(seconds, 1), "training_kl": [round(kl, 5) for kl in curve],
             **{text: numbers(measure(model, windows, original)) for text, windows in texts.items()},
@@ -106,7 +113,7 @@ def main() -> None:
         training = EndToEndTraining(
             fresh, blocks, results, each, device, InPlace(), report=lambda _, kl, to=curve: to.append(kl)
         )
-        trained: list[Trained] = training.run(tokens)
+        trained: list[Trained] = training.run(trained_on)
         seconds = time.perf_counter() - start
         del fresh, training
         note(setting, settled(original, each, trained), seconds, curve)
