@@ -149,6 +149,14 @@ def test_what_cannot_be_done_is_refused(tmp_path, family, options, message):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_rows_that_fp16_scales_cannot_represent_are_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "source"))
+    model.get_input_embeddings().weight.data.mul_(1e12)
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"embed_tokens.weight has values .*: leave out --embedding-bits"):
+        quantize(tmp_path / "source", tmp_path / "out")
+
+
 def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "source"))
 

@@ -178,3 +178,18 @@ def test_a_training_of_the_whole_model_is_shown(directory):
     )
     assert found, done.output
     assert float(found[2]) < float(found[1])
+
+
+def test_embeddings_are_told_of_and_inspect_lists_them_below_the_blocks(directory):
+    done, shown = quantize(directory, *SMALL, "--embedding-bits", "8", "--head-bits", "6")
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"the input embedding takes 0.0 MB instead of 0.1 MB in 16 bits; relative error of its rows 0\.0\d\d %", shown
+    )
+    assert "the output embedding and the input embedding among them" in shown
+    done = CliRunner().invoke(app, ["inspect", str(directory / "out")], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    table = done.output[done.output.index("block ") :]
+    assert "…" not in table
+    assert re.search(r"^embed_tokens  0\.0\d\d  0\.0 MB$", table, re.MULTILINE)
+    assert re.search(r"^lm_head  0\.\d\d\d  0\.0 MB$", table, re.MULTILINE)

@@ -67,7 +67,7 @@ class Scene:
         )
         entering = torch.cat(streams.quantized)
         students = self.training._students(streams)
-        with self.training._end(TOKENS, torch.cat(streams.original), streams) as end:
+        with self.training._end(TOKENS, torch.cat(streams.original)) as end:
             return _Whole(students, end, entering, 2)
 
 

@@ -72,7 +72,12 @@ def inspect(
     for place, line in enumerate(_run_by(backends(model, device, dtype))):
         table.add_row("" if place else "run here by", escape(line))
     console.print(table)
-    console.print(_error_table(found.linears))
+    inside = {path: entry for path, entry in found.linears.items() if block_and_rest(path)[0]}
+    if inside:
+        console.print(_error_table(inside))
+    for path, entry in found.linears.items():
+        if path not in inside:
+            console.print(f"{escape(short_name(path))}  {percent(entry['error'])}  {size(entry['bytes'])}")
     console.print("[dim]% relative error of each layer's output on the calibration text; all tensors checked[/]")
     if poor := poor_errors({path: entry["error"] for path, entry in found.linears.items()}):
         worst = ", ".join(f"{path} {error:.0%}" for path, error in list(poor.items())[:5])

@@ -370,7 +370,9 @@ class Job:
             else:
                 require_fp16(value)
         except ConfigError as error:
-            raise ConfigError(f"{path}.{name} {error}: --ignore {path}") from error
+            asked = self.opened.plan.reasons.get(path, "").partition(" ")[0]
+            remedy = f"leave out {asked}" if asked in ("--head-bits", "--embedding-bits") else f"--ignore {path}"
+            raise ConfigError(f"{path}.{name} {error}: {remedy}") from error
 
     def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
         def describe(directory: Path) -> None:

@@ -10,7 +10,7 @@ from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
 from ..spec.linear import LinearLayout
 from ..spec.plan import Plan
-from ..support.formatting import counted, size
+from ..support.formatting import counted, percent, size
 from .opened import Opened
 
 
@@ -81,7 +81,7 @@ def of_embedding(layout: LinearLayout, error: float) -> str:
     """Return for the user what the input embedding takes before and after, and the relative error of its rows."""
     return (
         f"the input embedding takes {size(layout.stored_bits() // 8)} instead of "
-        f"{size(layout.in_features * layout.out_features * 2)} in 16 bits; relative error of its rows {error:.2%}"
+        f"{size(layout.in_features * layout.out_features * 2)} in 16 bits; relative error of its rows {percent(error)} %"
     )
 
 

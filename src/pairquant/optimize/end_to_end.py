@@ -10,6 +10,7 @@ each, and the dense weights of one block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class EndToEndTraining:
         streams = Streams.start(self.model, self.decoders, tokens, True, places, self.notice, self.embedding)
         entering = torch.cat(streams.quantized)
         students = self._students(streams)
-        with self._end(tokens, torch.cat(streams.original or []), streams) as end:
+        with self._end(tokens, torch.cat(streams.original or [])) as end:
             whole = _Whole(students, end, entering, max(1, streams.calls[0].batch >> streams.halvings))
             self._descend(whole, len(tokens))
         heads = [] if end.head is None else [end.head.trained()]
@@ -102,7 +103,7 @@ class EndToEndTraining:
         return RefitStage(block, groups_of(block, result), result.packed, recipe, self.how.rates, kept_as, self.device)
 
     @contextmanager
-    def _end(self, tokens: Tensor, leaving: Tensor, streams: Streams) -> Iterator[_End]:
+    def _end(self, tokens: Tensor, leaving: Tensor) -> Iterator[_End]:
         """Hold what follows the decoder blocks on the device. leaving: the original's states there, [windows, T, H]."""
         with ExitStack() as stack:
             stack.enter_context(outside_on(self.device, self.dtype, self.model, self.blocks))
@@ -121,7 +122,7 @@ class EndToEndTraining:
         descent = Descent(whole.trained, _as_training(how), steps)
         generator = torch.Generator().manual_seed(self.config.seed)
         best = ranks.mean(whole.divergence(), self.device)
-        if not torch.tensor(best).isfinite():
+        if not math.isfinite(best):
             raise CalibrationError(
                 "the divergence of the quantized model is not finite on the calibration text. Check the source model, or "
                 "compute in a wider dtype: QuantConfig(compute='float32')."
