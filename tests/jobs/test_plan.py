@@ -10,8 +10,8 @@ from tiny_models import TEXT, save_tiny
 import pairquant
 from pairquant.checkpoint.journal import Journal
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
+from pairquant.jobs.outcome import PLAN_FILE
 from pairquant.jobs.plan import Silent, plan
-from pairquant.jobs.quantize import PLAN_FILE
 from pairquant.jobs.quantize import Silent as SilentJob
 from pairquant.optimize.sensitivity import Measurement
 from pairquant.spec.experts import pool_of

@@ -164,7 +164,7 @@ def trained(source, tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr("pairquant.jobs.quantize.write_checkpoint", full)
+        patched.setattr("pairquant.jobs.outcome.write_checkpoint", full)
         with pytest.raises(Stop):
             pairquant.quantize(source, tmp_path / "out", config("fast+end"), device="cpu")
     return tmp_path / "out"

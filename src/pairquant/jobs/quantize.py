@@ -18,17 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_error, write_json
-from ..checkpoint.journal import Journal, copy_log
-from ..checkpoint.read import END_TO_END, ModelFiles
+from ..checkpoint.journal import Journal
 from ..checkpoint.source import SourceWeights
-from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
+from ..checkpoint.write import require_apart, require_free, require_space
 from ..core.linear import decode
-from ..core.range import require_fp16, require_representable
 from ..core.rounding import poor_errors
 from ..models.planning import plan_model
-from ..models.sites import Site, is_linear
 from ..optimize.calibration import Calibration, calibrator
 from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
@@ -36,9 +32,6 @@ from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
-from ..spec.checkpoint import CheckpointConfig
-from ..spec.experts import bits_per_weight
-from ..spec.fields import Field
 from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
@@ -47,11 +40,10 @@ from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceE
 from ..support.version import __version__, code_digest
 from . import remarks
 from .opened import Opened
+from .outcome import PLAN_FILE, Outcome
 from .plan import Planner, PlanProgress
 from .plan import Silent as SilentPlan
-
-#: The plan's file, in the journal and in the checkpoint.
-PLAN_FILE = "pairquant-plan.json"
+from .refusals import needed_bytes, require_separate_embeddings, require_storable, shares_head
 
 
 class Progress(PlanProgress, Protocol):
@@ -112,7 +104,7 @@ def quantize(
     target = resolve_device(device)
     opened = Opened.of(model, config, trust_remote_code)
     require_apart(output, opened.files)
-    require_space(output, _needed_bytes(opened))
+    require_space(output, needed_bytes(opened))
     with current(target), joined(target) as ranks, _out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
@@ -130,8 +122,7 @@ class Job:
     progress: Progress
     log_to: Callable[[Mapping[str, Any]], None] | None
     mixed: MixedPlan | None = None
-    embedding: PackedLinear | None = None
-    embedding_error: dict[str, float] = field(default_factory=dict)
+    embedding: tuple[PackedLinear, float] | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
@@ -140,7 +131,7 @@ class Job:
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
             self.source = self._source(spill)
-            self._require_separate_embeddings()
+            require_separate_embeddings(self.opened, self.source)
             planner = Planner(self.opened, self.source)
             if self.opened.config.target is not None:
                 planner.require_reachable(self.opened.config.target)
@@ -155,19 +146,20 @@ class Job:
             finally:
                 self.source.close()
             self.progress.stage("writing")
-            report = self._report(calibration)
-            if poor := poor_errors(self._errors()):
+            outcome = self._outcome(calibration)
+            report = outcome.report()
+            if poor := poor_errors(outcome.errors):
                 self._notice(remarks.poor_layers(poor))
             if few := remarks.experts_with_few_tokens(self.opened, self.journal.entries):
                 self._notice(few)
+            self._log({"event": "end", "seconds": report["seconds"], "bits_per_weight": report["bits_per_weight"]})
             if self.ranks.leads:
-                self._write(report, calibration, overwrite)
+                outcome.write(self.output, report, overwrite)
             self.ranks.wait()
-        errors = {path: entry["error"] for path, entry in report["linears"].items()}
         size_after = sum(file.stat().st_size for file in self.output.glob("*.safetensors"))
         return QuantizationSummary(
             self.output, self.opened.config, report["bits_per_weight"], self.opened.files.size_bytes(), size_after,
-            time.perf_counter() - self.started, errors,
+            time.perf_counter() - self.started, outcome.errors,
         )  # fmt: skip
 
     def _texts(self) -> tuple[Calibration | None, Tensor | None]:
@@ -237,15 +229,6 @@ class Job:
         self.journal.layouts = self.opened.plan.layouts
         self._require_storable()
 
-    def _require_separate_embeddings(self) -> None:
-        """Refuse to quantize an input embedding that a plain output embedding shares."""
-        site = self.opened.embedding
-        if site is not None and self.opened.config.head_bits is None and self._shares_head():
-            raise ConfigError(
-                f"{site.path} is the output embedding too. Add --head-bits, which stores that apart, or leave "
-                "--embedding-bits out."
-            )
-
     def _quantize_embedding(self) -> None:
         """Quantize the input embedding, if it is to be: without text and soon done, so that no journal keeps it."""
         site = self.opened.embedding
@@ -254,16 +237,15 @@ class Job:
         self.progress.stage("input embedding")
         weight = site.taken(self.source.load(site.parameter))
         layout = self.opened.plan.layouts[site.path]
-        self.embedding, error = quantize_embedding(site.path, weight, layout, self.opened.config, self.device)
-        self.embedding_error = {site.path: error}
-        self._notice(remarks.of_embedding(layout, error))
+        self.embedding = quantize_embedding(site.path, weight, layout, self.opened.config, self.device)
+        self._notice(remarks.of_embedding(layout, self.embedding[1]))
 
     def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
         share = self.ranks.windows(calibration.tokens) if calibration else None
         held_out = self.ranks.windows(validation) if validation is not None else None
         memory = demand(self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device)
         self.progress.plan(len(self.opened.blocks), len(self.opened.plan.layouts), self.journal.count, memory)
-        told = remarks.of_head(self.opened, self._shares_head())
+        told = remarks.of_head(self.opened, shares_head(self.opened, self.source))
         for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
             self._notice(line)
         self._log(
@@ -332,6 +314,10 @@ class Job:
             blocks = (self._tensors(i, block.packed, block.parameters) for i, block in enumerate(trained))
             self.journal.revise(blocks, {"kl": epochs, "seconds": time.perf_counter() - started})
 
+    def _require_storable(self) -> None:
+        if self.ranks.leads:
+            require_storable(self.opened, self.source, self.device)
+
     def _keep_streams(self, index: int, streams: Streams) -> None:
         if self.ranks.size == 1:
             self.journal.keep_streams(index + 1, streams.tensors(), self._last_seconds)
@@ -346,60 +332,13 @@ class Job:
             if self.log_to is not None:
                 self.log_to(event)
 
-    def _require_storable(self) -> None:
-        """Refuse weights that are not finite, or that fp16 scales cannot represent, before the work."""
-        if not self.ranks.leads:
-            return
-        by_parameter: dict[str, list[tuple[Site, str]]] = {}
-        for site in self.opened.sites.values():
-            by_parameter.setdefault(site.parameter, []).append((site, "weight"))
-            if site.size.bias:
-                by_parameter.setdefault(site.bias_parameter, []).append((site, "bias"))
-        for parameter, held in by_parameter.items():  # once each: experts have one for all of them
-            whole = self.source.load(parameter, self.device)
-            for site, name in held:
-                value = site.taken(whole) if name == "weight" else site.bias_taken(whole)
-                self._require_values(site.path, name, value)
-
-    def _require_values(self, path: str, name: str, value: Tensor) -> None:
-        if wrong := int((~value.isfinite()).sum()):
-            raise SourceError(f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged.")
-        try:
-            if name == "weight":
-                require_representable(value, self.opened.plan.layouts[path].bits)
-            else:
-                require_fp16(value)
-        except ConfigError as error:
-            asked = self.opened.plan.reasons.get(path, "").partition(" ")[0]
-            remedy = f"leave out {asked}" if asked in ("--head-bits", "--embedding-bits") else f"--ignore {path}"
-            raise ConfigError(f"{path}.{name} {error}: {remedy}") from error
-
-    def _write(self, report: dict[str, Any], calibration: Calibration | None, overwrite: bool) -> None:
-        def describe(directory: Path) -> None:
-            self._describe(directory, calibration)
-            copy_log(self.journal, directory)
-
-        self._log({"event": "end", "seconds": report["seconds"], "bits_per_weight": report["bits_per_weight"]})
-        kept = "Finished blocks are kept: run the same command again to continue."
-        write_checkpoint(self.output, self._entries(), describe, report, overwrite, kept)
-
-    def _describe(self, directory: Path, calibration: Calibration | None) -> None:
-        """Write all of the checkpoint but its weights."""
-        stored = self.source.stored.fields.items()
-        dtype = next((f.dtype for name, f in stored if name.endswith(".weight")), torch.float32)
-        quantization = self._checkpoint_config(calibration).to_dict()
-        untied = self.opened.config.head_bits is not None
-        self.opened.files.describe(directory, self.opened.skeleton, self.opened.tokenizer, dtype, quantization, untied)
-        if self.mixed is not None:
-            write_json(directory / PLAN_FILE, self.mixed.to_dict())
-
     def _rehearse(self, journal: Path, calibration: Calibration | None) -> None:
         """Write the description once, and throw it away: what fails is to fail before the work, not after."""
         if not self.ranks.leads:
             return
         try:
             with TemporaryDirectory(dir=journal) as directory:
-                self._describe(Path(directory), calibration)
+                self._outcome(calibration).describe(Path(directory))
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise write_error(journal, error, "Choose another --output, or free some space.") from error
@@ -409,74 +348,11 @@ class Job:
                 f"the configuration or tokenizer of {self.opened.files.name!r} cannot be saved: {error}. Mend it there first."
             ) from error
 
-    def _entries(self) -> dict[str, Entry]:
-        """Return every tensor of the checkpoint: the source's, and in place of quantized ones the journal's."""
-        entries = {}
-        quantized = self._errors()
-        sites = [site for path, site in self.opened.sites.items() if path in quantized]
-        for name, stored in self.source.plain_fields(sites, self.opened.names).items():
-            entries[name] = Entry(stored, lambda name=name: self.source.load_stored(name))  # type: ignore[misc]
-        if (site := self.opened.embedding) is not None and self.embedding is not None:
-            for name, tensor in self.embedding.tensors.items():
-                entries[site.stored_name(name)] = Entry(Field(tensor.dtype, tuple(tensor.shape)), lambda t=tensor: t)  # type: ignore[misc]
-        for index in range(self.journal.count):
-            block = self.journal.stored(index)
-            for name, stored in block.fields.items():
-                entries[name] = Entry(stored, lambda block=block, name=name: block.load(name))  # type: ignore[misc]
-        return entries
-
-    def _checkpoint_config(self, calibration: Calibration | None) -> CheckpointConfig:
-        config = self.opened.config
-        quantized = self._errors()
-        linears = [p for p, module in self.opened.skeleton.named_modules() if is_linear(module)]
-        unknown = [name.removesuffix(".weight") for name in self._unknown_matrices()]
-        plain = [*(path for path in map(self.opened.names.module, linears) if path not in quantized), *unknown]
-        return CheckpointConfig.of_plan(
-            self.opened.plan,
-            modules_to_not_convert=tuple(plain),
-            shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
-            provenance=_provenance(config, calibration, self.opened.files),
-        )
+    def _outcome(self, calibration: Calibration | None) -> Outcome:
+        return Outcome(self.opened, self.source, self.journal, calibration, self.mixed, self.embedding)
 
     def _decoded_embedding(self) -> Tensor | None:
-        return None if self.embedding is None else decode(self.embedding)
-
-    def _unknown_matrices(self) -> list[str]:
-        """Return the source's matrices that the model's class does not use, so that nothing here quantizes them."""
-        stored = (self.source.originals or self.source.stored).fields
-        return [n for n in self.opened.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
-
-    def _shares_head(self) -> bool:
-        """Return whether the source has one tensor for the input and the output embedding."""
-        stored = self.source.plain_fields([], self.opened.names)
-        return any(name not in stored and self.opened.names.stored(name) not in stored for name in self.source.tied)
-
-    def _pools(self) -> dict[str, str]:
-        """Return path → pool, of experts' weights."""
-        sites = (site for block in self.opened.blocks for site in block.sites.values())
-        return {site.path: site.pool for site in sites if site.pool is not None}
-
-    def _errors(self) -> dict[str, float]:
-        """Return the error of each quantized linear, and of the input embedding."""
-        errors = {path: error for entry in self.journal.entries for path, error in entry["errors"].items()}
-        return {**self.embedding_error, **errors}
-
-    def _report(self, calibration: Calibration | None) -> dict[str, Any]:
-        """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
-        errors = self._errors()
-        layouts = {path: self.opened.plan.layouts[path] for path in errors}
-        revised = self.journal.revised or {}
-        return {
-            "config": self.opened.config.to_dict(),
-            "provenance": _provenance(self.opened.config, calibration, self.opened.files),
-            "bits_per_weight": bits_per_weight(layouts, self._pools()),
-            "readme_sha256": None if self.opened.files.gguf else readme_digest(self.opened.files.directory),
-            "seconds": round(sum(entry["seconds"] for entry in self.journal.entries) + revised.get("seconds", 0.0), 1),
-            **({END_TO_END: revised["kl"]} if revised else {}),
-            "linears": {
-                path: {"error": error, "bytes": layouts[path].stored_bits() // 8} for path, error in errors.items()
-            },
-        }
+        return None if self.embedding is None else decode(self.embedding[0])
 
     @contextmanager
     def _journal_kept(self, directory: Path, fresh: bool) -> Iterator[Path]:
@@ -516,18 +392,6 @@ class _Finished:
         return self.journal.streams()
 
 
-def _needed_bytes(opened: Opened) -> int:
-    """Disk for the checkpoint, the journal and, where the source cannot be streamed, a copy of it."""
-    files, layouts, target = opened.files, opened.plan.layouts.values(), opened.config.target
-    weights = sum(layout.in_features * layout.out_features for layout in layouts)
-    packed = sum(layout.stored_bits() for layout in layouts) // 8
-    if target is not None:
-        packed = target.size_bytes or int((target.bits_per_weight or 0) * weights / 8)
-    size = files.size_bytes()
-    plain = max(size - 2 * weights, size // 10)
-    return 2 * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
-
-
 class _out_of_memory_explained:
     """Turns the allocator's error into what to lower."""
 
@@ -542,21 +406,3 @@ class _out_of_memory_explained:
                 f"out of memory with {self.config.samples} samples of {self.config.seq_len} tokens. Lower --samples "
                 "(128 to 64 costs little accuracy) or --seq-len, or choose --device cpu."
             ) from error
-
-
-def _provenance(config: QuantConfig, calibration: Calibration | None, files: ModelFiles) -> dict[str, Any]:
-    provenance = {
-        "tool": f"pairquant {__version__}",
-        "source": files.name,
-        "preset": config.preset,
-        "seed": config.seed,
-    }
-    if calibration is not None:
-        provenance |= {
-            "calibration": list(calibration.sources),
-            "calibration_tokens": list(calibration.tokens.shape),
-            "calibration_sha256": calibration.digest,
-        }
-        if calibration.bos:
-            provenance["bos"] = True
-    return provenance
