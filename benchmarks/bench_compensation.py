@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from setting import SETTING, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, evaluation_windows, numbers
 from torch import Tensor
 
 from pairquant.checkpoint.read import ModelFiles
@@ -27,12 +27,10 @@ from pairquant.core.rounding import proxy_error
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.optimize import walk as walking
-from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.strategies import BlockWork, Rounding
 from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device
-from pairquant.support.windows import window_prefix
 
 DAMPING = 0.01
 
@@ -86,8 +84,7 @@ def main() -> None:
     texts = {name: windows[: options.windows] for name, windows in evaluation_windows(tokenizer).items()}
     setting = SETTING | {"samples": options.samples, "seq_len": options.seq_len}
     base = QuantConfig(preset=options.preset, **setting)
-    prefix = window_prefix(tokenizer, base.bos)
-    tokens = calibrate(tokenizer, base.calibration, base.samples, base.seq_len, base.seed, prefix=prefix).tokens
+    tokens = calibration_tokens(tokenizer, base)
     for case in options.cases:
         bits, rank, group = map(int, case.split(":"))
         config = replace(base, bits=bits, group_size=group)

@@ -21,20 +21,18 @@ from typing import Any
 import torch
 import transformers
 from recipes import config_from
-from setting import SETTING, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
-from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.end_to_end import EndToEndTraining, Trained
 from pairquant.optimize.walk import InPlace, Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.mixed import MixedPlan
 from pairquant.spec.recipe import EndToEnd
 from pairquant.support.devices import resolve_device
-from pairquant.support.windows import window_prefix
 
 
 def settled(original: torch.nn.Module, config: Any, results: Sequence[Any]) -> torch.nn.Module:
@@ -74,11 +72,7 @@ def main() -> None:
     texts = {name: windows[: options.windows] for name, windows in evaluation_windows(tokenizer).items()}
     config = config_from(options.start, **{**SETTING, "samples": options.samples, "group_size": options.group_size})
     config = replace(config, plan=MixedPlan.read(options.plan) if options.plan else None)
-    prefix = window_prefix(tokenizer, config.bos)
-    drawn = config.samples + options.more
-    every = (
-        calibrate(tokenizer, config.calibration, drawn, config.seq_len, config.seed, prefix=prefix).first(drawn).tokens
-    )
+    every = calibration_tokens(tokenizer, config, options.more)
     tokens, trained_on = every[: config.samples], every[config.samples :] if options.more else every
     start, model = time.perf_counter(), copy.deepcopy(original)
     plan, blocks = plan_model(model, config)

@@ -19,19 +19,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from setting import SETTING, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, evaluation_windows, numbers
 
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.optimize.allocation import allocate, forms_of, mixed_plan, units_of
-from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.sensitivity import Measurement, Sensitivity
 from pairquant.optimize.walk import InPlace, Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device
-from pairquant.support.windows import window_prefix
 
 
 def sizes_between(uniform: list[float], count: int) -> list[float]:
@@ -65,8 +63,7 @@ def main() -> None:
     config = QuantConfig(
         preset=options.preset, candidates=options.candidates, **{**SETTING, "group_size": options.group_size}
     )
-    prefix = window_prefix(tokenizer, config.bos)
-    tokens = calibrate(tokenizer, config.calibration, config.samples, config.seq_len, config.seed, prefix=prefix).tokens
+    tokens = calibration_tokens(tokenizer, config)
     plan, blocks = plan_model(original, config)
     forms = forms_of(plan, config)
     start = time.perf_counter()

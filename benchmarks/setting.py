@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from pairquant.evaluation.quality import Quality
+from pairquant.optimize.calibration import calibrate
+from pairquant.spec.options import QuantConfig
 from pairquant.support.text import documents
 from pairquant.support.windows import token_windows, window_prefix
 
@@ -29,6 +31,13 @@ def evaluation_windows(tokenizer: Any, length: int = 2048, most: int | None = No
         name: token_windows(tokenizer, documents(source), length, prefix, min(count, most or count))
         for name, (source, count) in EVALUATION.items()
     }
+
+
+def calibration_tokens(tokenizer: Any, config: QuantConfig, more: int = 0) -> Tensor:
+    """The windows that these options calibrate on, int64 [samples, seq_len], and so many more after them."""
+    prefix, count = window_prefix(tokenizer, config.bos), config.samples + more
+    drawn = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed, prefix=prefix)
+    return drawn.first(count).tokens
 
 
 def numbers(quality: Quality) -> dict[str, float]:

@@ -6,7 +6,6 @@ tokens and no others. A row is decoded as the weight of a linear is: (q - z) · 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from ..core.linear import transform_of
 from ..core.packing import pack, unpack
 from ..core.rotation import rotate_dense
 from ..spec.linear import LinearLayout, PackedLinear
+from .holder import HoldsPacked
 
 #: Bits of a code → the widths of its planes, the lowest bits first.
 PLANES = {bits: tuple(width for width in (8, 4, 2, 1) if bits & width) for bits in range(1, 9)}
@@ -108,15 +108,12 @@ class RowScale:
         return torch.tensor(self.value, dtype=dtype).item() if self.rounded else self.value
 
 
-class RotatedEmbedding(nn.Module):
+class RotatedEmbedding(HoldsPacked):
     """An input embedding whose buffers are a `PackedLinear`, under the stored names, shapes and dtypes.
 
     `forward` takes tokens, integer [...], and returns their rows, [..., C] in `dtype`. At the first call the stored codes,
-    zero points and scales are rearranged by rows; they are restored bit for bit when the layer is saved or moved. `.to(dtype)`
-    and the like change `dtype` alone.
+    zero points and scales are rearranged by rows; they are restored bit for bit when the layer is saved or moved.
     """
-
-    theta: Tensor
 
     def __init__(
         self,
@@ -125,11 +122,9 @@ class RotatedEmbedding(nn.Module):
         dtype: torch.dtype = torch.float32,
         scale: RowScale | None = None,
     ):
-        super().__init__()
-        self.layout, self.dtype, self.scale = layout, dtype, scale
+        super().__init__(layout, device, dtype)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = layout.out_features, layout.in_features
-        for name, stored in layout.fields().items():
-            self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
         self._rows: Rows | None = None
 
     @property
@@ -169,22 +164,6 @@ class RotatedEmbedding(nn.Module):
                 setattr(self, name, tensor)
             self._rows = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Apply `fn`, but keep the buffers' dtypes if it changes them."""
-        self._restore()
-        stored = dict(self._buffers)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.theta.device)).dtype
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.packed.tensors.items()})
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,11 @@ from ..backends.dense import decoded
 from ..backends.ops import run
 from ..backends.table import DENSE, choose, explain
 from ..spec.linear import LinearLayout, PackedLinear
+from .holder import HoldsPacked
 from .merging import Merged, offloaded, plain_tensors
 
 
-class RotatedLinear(nn.Module):
+class RotatedLinear(HoldsPacked):
     """A linear layer whose buffers are a `PackedLinear`, under the stored names, shapes and dtypes.
 
     `forward` takes x, floating [..., C], and returns [..., N] in x's dtype. The layer is run by the first backend that
@@ -26,23 +26,16 @@ class RotatedLinear(nn.Module):
 
     The first forward pass prepares the tensors. If a model is compiled before that, it is compiled twice: once with the
     preparation and once without.
-
-    `.to(dtype)`, `.half()` and the like do not change the dtypes of the buffers, so that the layer is saved with the same
-    bits that were loaded. They change `dtype`, the dtype that the layer computes in.
     """
 
     scales: Tensor
-    theta: Tensor
     bias: Tensor | None
 
     def __init__(
         self, layout: LinearLayout, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ):
-        super().__init__()
-        self.layout, self.dtype = layout, dtype
+        super().__init__(layout, device, dtype)
         self.in_features, self.out_features = layout.in_features, layout.out_features
-        for name, stored in layout.fields().items():
-            self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
         if not layout.bias:
             self.bias = None
         #: Whether this layer replaces an `nn.Linear`, whose weight is [N, C]; False for `Conv1D`, whose weight is [C, N].
@@ -139,25 +132,9 @@ class RotatedLinear(nn.Module):
         self._merged.dissolve()
         self._kept = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Apply `fn`, but keep the buffers' dtypes if it changes them: a scale in bfloat16 would lose stored bits."""
-        self._restore()
-        stored = dict(self._buffers)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.theta.device)).dtype
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self._merged.stored(self).items()})
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class RotatedHead(RotatedLinear):

@@ -100,7 +100,7 @@ class EndToEndTraining:
     def _stage(self, block: Block, result: BlockResult) -> RefitStage:
         """Return what is trained in a block that holds the norm weights to begin with."""
         recipe, kept_as = self.config.recipe, self.home.dtype(block)
-        return RefitStage(block, groups_of(block, result), result.packed, recipe, self.how.rates, kept_as, self.device)
+        return RefitStage(block, groups_of(block, result), result.packed, recipe, self.how, kept_as, self.device)
 
     @contextmanager
     def _end(self, tokens: Tensor, leaving: Tensor) -> Iterator[_End]:

@@ -78,13 +78,11 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class EndToEnd:
+class EndToEnd(Refit):
     """A training of the whole quantized model on the original's output, after all blocks. The codes stay fixed.
 
     The loss is KL(original ‖ quantized) of the next token on the calibration text. What is trained and the settings are
     those of `Refit`. The epoch with the least loss on the training windows is kept.
-
-    Raises `ConfigError` for values that are not allowed.
     """
 
     epochs: int = 3
@@ -92,15 +90,6 @@ class EndToEnd:
     scale_rate: float = 3e-4
     transform_rate: float = 3e-4
     norm_rate: float = 3e-4
-    final_rate: float = 0.05
-
-    def __post_init__(self) -> None:
-        self.rates  # noqa: B018  # checks the settings
-
-    @property
-    def rates(self) -> Refit:
-        """The same settings for a single block."""
-        return Refit(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
-        if isinstance(value, (Training, Refit, EndToEnd)):
+        if isinstance(value, (Training, Refit)):
             found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
         elif value is not None:
             found[name] = value
