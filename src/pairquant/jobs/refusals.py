@@ -21,7 +21,8 @@ def needed_bytes(opened: Opened) -> int:
         packed = target.size_bytes or int((target.bits_per_weight or 0) * weights / 8)
     size = files.size_bytes()
     plain = max(size - 2 * weights, size // 10)
-    return 2 * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
+    copies = 3 if opened.config.recipe.end_to_end else 2  # the journal's blocks, perhaps revised, and the checkpoint's
+    return copies * packed + plain + 2 * files.side_bytes() + (4 * size if files.gguf else 0)
 
 
 def shares_head(opened: Opened, source: SourceWeights) -> bool:
