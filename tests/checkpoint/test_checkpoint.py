@@ -224,9 +224,9 @@ def test_a_disk_that_fills_while_writing_leaves_the_output_as_it_was_and_the_wor
 KILL_WHILE_WRITING = """
 import os, signal, sys
 import pairquant
-from pairquant.jobs import quantize
+from pairquant.jobs import outcome
 # The model's files are written by then, the rename into place has not happened.
-quantize.copy_log = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+outcome.copy_log = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 pairquant.quantize(sys.argv[1], sys.argv[2], pairquant.QuantConfig(preset="rtn", group_size=32), overwrite=True)
 """
 
