@@ -18,10 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from setting import SETTING, calibration_tokens, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, numbers, opened
 from torch import Tensor
 
-from pairquant.checkpoint.read import ModelFiles
 from pairquant.core.linear import decode
 from pairquant.core.rounding import proxy_error
 from pairquant.evaluation.quality import measure
@@ -78,10 +77,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = resolve_device(options.device)
-    files = ModelFiles.find(options.model)
-    tokenizer = files.tokenizer()
-    original = files.model(torch.float32, device)
-    texts = {name: windows[: options.windows] for name, windows in evaluation_windows(tokenizer).items()}
+    original, tokenizer, texts = opened(options.model, device)
+    texts = {name: windows[: options.windows] for name, windows in texts.items()}
     setting = SETTING | {"samples": options.samples, "seq_len": options.seq_len}
     base = QuantConfig(preset=options.preset, **setting)
     tokens = calibration_tokens(tokenizer, base)

@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import torch
-from setting import evaluation_windows, numbers
+from setting import numbers, opened
 
-from pairquant.checkpoint.read import ModelFiles
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
 from pairquant.models.sites import embedding_site
@@ -35,9 +34,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = resolve_device(options.device)
-    files = ModelFiles.find(options.model)
-    original, tokenizer = files.model(torch.float32, device), files.tokenizer()
-    texts = evaluation_windows(tokenizer, options.length, options.windows)
+    original, _, texts = opened(options.model, device, options.length)
+    texts = {name: windows[: options.windows] for name, windows in texts.items()}
     model = copy.deepcopy(original)
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # as --head-bits does

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import transformers
 from recipes import config_from
-from setting import SETTING, calibration_tokens, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, numbers, opened
 
-from pairquant.checkpoint.read import ModelFiles
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
@@ -66,10 +65,8 @@ def main() -> None:
     options = parser.parse_args()
 
     device = resolve_device(options.device)
-    files = ModelFiles.find(options.model)
-    tokenizer = files.tokenizer()
-    original = files.model(torch.float32, device)
-    texts = {name: windows[: options.windows] for name, windows in evaluation_windows(tokenizer).items()}
+    original, tokenizer, texts = opened(options.model, device)
+    texts = {name: windows[: options.windows] for name, windows in texts.items()}
     config = config_from(options.start, **{**SETTING, "samples": options.samples, "group_size": options.group_size})
     config = replace(config, plan=MixedPlan.read(options.plan) if options.plan else None)
     every = calibration_tokens(tokenizer, config, options.more)

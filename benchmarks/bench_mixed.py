@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from setting import SETTING, calibration_tokens, evaluation_windows, numbers
+from setting import SETTING, calibration_tokens, numbers, opened
 
-from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.optimize.allocation import allocate, forms_of, mixed_plan, units_of
@@ -56,10 +55,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device = resolve_device(options.device)
-    files = ModelFiles.find(options.model)
-    tokenizer = files.tokenizer()
-    original = files.model(torch.float32, device)
-    texts = evaluation_windows(tokenizer)
+    original, tokenizer, texts = opened(options.model, device)
     config = QuantConfig(
         preset=options.preset, candidates=options.candidates, **{**SETTING, "group_size": options.group_size}
     )

@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.quality import Quality
 from pairquant.optimize.calibration import calibrate
 from pairquant.spec.options import QuantConfig
@@ -31,6 +33,13 @@ def evaluation_windows(tokenizer: Any, length: int = 2048, most: int | None = No
         name: token_windows(tokenizer, documents(source), length, prefix, min(count, most or count))
         for name, (source, count) in EVALUATION.items()
     }
+
+
+def opened(name: str, device: torch.device, length: int = 2048) -> tuple[Any, Any, dict[str, Tensor]]:
+    """A model in float32, its tokenizer, and the windows to evaluate on."""
+    files = ModelFiles.find(name)
+    tokenizer = files.tokenizer()
+    return files.model(torch.float32, device), tokenizer, evaluation_windows(tokenizer, length)
 
 
 def calibration_tokens(tokenizer: Any, config: QuantConfig, more: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ from .describe import describe_anew, describe_copy
 from .files import read_json
 from .gguf import with_bos
 from .headers import REMEDY, StoredTensors, weight_files
+from .record import END_TO_END, REPORT_FILE, read_record
 from .side_files import WEIGHTS, side_files
 
 #: What is not downloaded: weights in other formats (pickles above all), or once more in the publisher's own layout.
@@ -49,11 +49,6 @@ BUILD_ERRORS = (
 )  # fmt: skip
 #: A tokenizer has one of these.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-#: Written beside the weights: recipe, errors and sizes of every linear.
-REPORT_FILE = "pairquant.json"
-#: Its entry for a training of the whole model: the divergence on the calibration text before it and after each epoch.
-END_TO_END = "end_to_end_kl"
-WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
 
 T = TypeVar("T")
 
@@ -338,7 +333,7 @@ class Checkpoint:
         stored.require_whole_linears()
         if not stored.linears():
             raise CheckpointError(f"{files.name!r} holds no quantized linear, but its config.json says so. {REMEDY}")
-        return cls(files.directory, config, stored, _report(files.directory / REPORT_FILE))
+        return cls(files.directory, config, stored, read_record(files.directory / REPORT_FILE))
 
     def layout(self, path: str) -> LinearLayout:
         """Return the layout of one linear, from the shapes of its tensors."""
@@ -390,26 +385,6 @@ def _download(name: str) -> Path:
         raise SourceError(
             f"model {name!r} is no local directory, and cannot be fetched from the hub{_nearby(Path(name), '*')}\n  {reason[0]}"
         ) from error
-
-
-def _report(file: Path) -> dict[str, Any]:
-    """Read pairquant.json, if there is one, and check that its `linears` are objects whose `error` is a number."""
-    if not file.is_file():
-        return {}
-    report = read_json(file)
-    linears = report.get("linears", {})
-    if not isinstance(linears, dict) or not all(_recorded(entry) for entry in linears.values()):
-        raise CheckpointError(f"{file}: linears has an entry that is no record of a linear. {WITHOUT_REPORT}")
-    if not isinstance(report.get("seconds", 0), (int, float)):
-        raise CheckpointError(f"{file}: seconds is {reprlib.repr(report['seconds'])}, no number. {WITHOUT_REPORT}")
-    curve = report.get(END_TO_END, [0])
-    if not isinstance(curve, list) or not curve or not all(isinstance(value, (int, float)) for value in curve):
-        raise CheckpointError(f"{file}: {END_TO_END} is {reprlib.repr(curve)}, no list of numbers. {WITHOUT_REPORT}")
-    return report
-
-
-def _recorded(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("error"), (int, float, type(None)))
 
 
 def _nearby(path: Path, pattern: str) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..spec.fields import Field
 from ..support.errors import ConfigError, ResourceError
 from .files import sync, write_error, write_json, write_tensors
-from .read import REPORT_FILE, ModelFiles
+from .read import ModelFiles
+from .record import REPORT_FILE
 
 #: Largest file of weights, and so the most that writing holds in memory.
 SHARD_BYTES = 2_000_000_000

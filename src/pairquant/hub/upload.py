@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.files import read_json
-from ..checkpoint.read import REPORT_FILE, Checkpoint, ModelFiles
+from ..checkpoint.read import Checkpoint, ModelFiles
+from ..checkpoint.record import REPORT_FILE
 from ..support.errors import ConfigError, HubError, SourceError, did_you_mean
 from .card import Origin, write_card
 

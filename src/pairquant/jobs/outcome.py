@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_json
 from ..checkpoint.journal import Journal, copy_log
-from ..checkpoint.read import END_TO_END
+from ..checkpoint.record import END_TO_END
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, write_checkpoint
 from ..models.sites import is_linear

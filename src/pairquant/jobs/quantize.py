@@ -246,6 +246,9 @@ class Job:
         memory = demand(self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device)
         self.progress.plan(len(self.opened.blocks), len(self.opened.plan.layouts), self.journal.count, memory)
         told = remarks.of_head(self.opened, shares_head(self.opened, self.source))
+        how = self.opened.config.recipe.end_to_end
+        if how is not None and calibration is not None:
+            told.append(remarks.of_last_training(how.epochs, calibration.tokens.numel(), self.device.type == "cpu"))
         for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
             self._notice(line)
         self._log(

@@ -85,6 +85,12 @@ def of_embedding(layout: LinearLayout, error: float) -> str:
     )
 
 
+def of_last_training(epochs: int, tokens: int, on_cpu: bool) -> str:
+    """Return for the user what a training of the whole model will do."""
+    slow = ", which takes longer than all blocks together on a CPU" if on_cpu else ""
+    return f"at the end the whole model is trained in {counted(epochs, 'epoch')} of {tokens:,} tokens{slow}"
+
+
 def experts_with_few_tokens(opened: Opened, entries: Iterable[Mapping[str, Any]]) -> str | None:
     """Say how many experts were fitted on fewer tokens than they have input channels."""
     channels = {site.pool: site.size.in_features for block in opened.blocks for site in block.sites.values()}

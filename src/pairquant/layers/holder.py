@@ -26,8 +26,7 @@ class HoldsPacked(nn.Module):
             self.register_buffer(name, torch.empty(stored.shape, dtype=stored.dtype, device=device))
 
     def _restore(self) -> None:
-        """Put the stored tensors back where something else has taken their place."""
-        raise NotImplementedError
+        """Put the stored tensors back where something else has taken their place; here nothing does."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         """Apply `fn`, but keep the buffers' dtypes if it changes them: a scale in bfloat16 would lose stored bits."""

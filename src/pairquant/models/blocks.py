@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..spec.patterns import matches
 from ..support.errors import ConfigError, SourceError
 from .names import OWN, Names
-from .sites import Site, site_of, sites_in
+from .sites import Site, embedding_of, site_of, sites_in
 
 T = TypeVar("T")
 #: What a model raises if its blocks return something else than it expects, or a weight is absent.
@@ -125,22 +125,16 @@ def head_block(model: nn.Module, names: Names = OWN) -> Block:
 
     Raises `ConfigError` for a model whose output embedding is no plain linear layer.
     """
-    head = _embedding(model, "output")
+    head = embedding_of(model, "output")
     place = next((path for path, module in model.named_modules() if module is head), "")
     site = site_of(place, head, names) if isinstance(head, nn.Module) else None
     if site is None or not place:
         kind = "no output embedding" if head is None else f"an output embedding of the class {type(head).__name__}"
         raise ConfigError(f"{type(model).__name__} has {kind}, which cannot be quantized. Leave --head-bits out.")
-    embedding, weight = _embedding(model, "input"), site.module.get_parameter("weight")
+    embedding, weight = embedding_of(model, "input"), site.module.get_parameter("weight")
     if embedding is not None and embedding.weight is weight:
         site.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return Block(place, site.module, {site.path: site}, head=True)
-
-
-def _embedding(model: nn.Module, kind: str) -> nn.Module | None:
-    """Return the model's "input" or "output" embedding; None if it has none."""
-    find: Callable[[], nn.Module | None] = getattr(model, f"get_{kind}_embeddings", lambda: None)
-    return find()
 
 
 def _require_distinct(path: str, stack: nn.ModuleList) -> None:
@@ -206,7 +200,7 @@ def _entered(
     def stop(*_: Any) -> None:
         raise _Stop
 
-    head = _embedding(model, "output")
+    head = embedding_of(model, "output")
     handle = head.register_forward_pre_hook(stop) if head is not None else None
     batches, passes = 0, 1
     try:
@@ -263,7 +257,7 @@ def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tenso
         found.append(args[0])
         raise _Stop
 
-    head = _embedding(model, "output")
+    head = embedding_of(model, "output")
     assert head is not None, "asked for by a block of its own"
     handle = head.register_forward_pre_hook(stop)
     tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)  # their states are not used

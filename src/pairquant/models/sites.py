@@ -8,7 +8,7 @@ Each kind of module has a class in `KINDS`; for a new kind, add a class and an e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -350,13 +350,18 @@ def sites_in(module: nn.Module, prefix: str = "", names: Names = OWN) -> Iterato
             yield site
 
 
+def embedding_of(model: nn.Module, kind: str) -> nn.Module | None:
+    """Return the model's "input" or "output" embedding; None if it has none."""
+    find: Callable[[], nn.Module | None] = getattr(model, f"get_{kind}_embeddings", lambda: None)
+    try:
+        return find()
+    except NotImplementedError:  # Transformers' answer for a class that does not say where its embedding is
+        return None
+
+
 def embedding_site(model: nn.Module, names: Names = OWN) -> EmbeddingSite | None:
     """Return the site of a model's input embedding; None for a model without one, or one that does more than look rows up."""
-    find = getattr(model, "get_input_embeddings", None)
-    try:
-        module = None if find is None else find()
-    except NotImplementedError:
-        return None
+    module = embedding_of(model, "input")
     place = next((path for path, found in model.named_modules() if found is module), "")
     if module is None or not place or not EmbeddingSite.holds(module):
         return None

@@ -113,8 +113,7 @@ def refit_block(
     block.module.requires_grad_(False).eval()
     device = next(block.module.parameters()).device
     stage = RefitStage(block, task.groups, dict(packed), task.config.recipe, refit, kept_as, device)
-    optimizer = Training(epochs=refit.epochs, batch=refit.batch, final_rate=refit.final_rate, weight_decay=0.0)
-    fit(stage, 3, task, optimizer)
+    fit(stage, 3, task, refit.training)
     for name, norm in stage.norms.items():
         parameter = block.module.get_parameter(name.removeprefix(f"{block.path}."))
         parameter.copy_(stage.as_kept(norm))

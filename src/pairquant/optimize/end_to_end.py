@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..models.blocks import Block, outside_on, run_from
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
-from ..spec.recipe import EndToEnd, Training
+from ..spec.recipe import EndToEnd
 from ..support.errors import CalibrationError
 from .descent import Descent, leaves_of, pass_on
 from .ranks import ALONE, Ranks
@@ -119,7 +119,7 @@ class EndToEndTraining:
         how, ranks = self.how, self.ranks
         per_step = max(1, how.batch // ranks.size)
         steps = how.epochs * -(-windows // per_step)
-        descent = Descent(whole.trained, _as_training(how), steps)
+        descent = Descent(whole.trained, how.training, steps)
         generator = torch.Generator().manual_seed(self.config.seed)
         best = ranks.mean(whole.divergence(), self.device)
         if not math.isfinite(best):
@@ -164,10 +164,6 @@ def _holding(block: Block, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for path, data in before.items():
             own[path].data = data
-
-
-def _as_training(how: EndToEnd) -> Training:
-    return Training(epochs=how.epochs, batch=how.batch, final_rate=how.final_rate, weight_decay=0.0)
 
 
 class _Student:
@@ -228,21 +224,21 @@ class _Head:
         return _finished(self.stage)
 
 
+@dataclass(frozen=True)
 class _End:
-    """What follows the decoder blocks, up to the divergence of the logits."""
+    """What follows the decoder blocks, up to the divergence of the logits.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        decoders: list[Block],
-        tokens: Tensor,
-        leaving: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
-        head: _Head | None,
-    ):
-        self.model, self.decoders, self.tokens, self.leaving = model, decoders, tokens, leaving
-        self.device, self.dtype, self.head = device, dtype, head
+    tokens: int64 [windows, T]; leaving: the original's states after the last block, [windows, T, H]; device, dtype: what the
+    logits are computed on and in; head: the quantized output embedding, None for a plain one.
+    """
+
+    model: nn.Module
+    decoders: list[Block]
+    tokens: Tensor
+    leaving: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    head: _Head | None
 
     def divergence(self, window: int, states: Tensor, weights: Weights) -> Tensor:
         """Return the mean KL over the tokens of a window. states: of the quantized model, [T, H]; weights: of the head."""

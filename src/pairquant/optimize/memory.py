@@ -28,7 +28,7 @@ TRAINED_COPIES = 10
 #: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
 REFITTED_COPIES = 7
 #: Copies of all group scales in float32 that a training of the whole model holds: at the start, trained, gradients, AdamW's
-#: moments, the best; and of a window's logits.
+#: moments, the best; and of a window's logits. Counted from the code: no GPU's peak was compared with them yet.
 SCALE_COPIES, LOGIT_COPIES = 6, 6
 
 #: Experts of a token, where the configuration does not say.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import Block, Call, HeadCall, enter, outside_on, read_by_head
 from ..models.inputs import recorded_inputs
+from ..models.sites import embedding_site
 from .moments import MomentSum
 
 #: Tokens per forward pass through one block, until memory asks for fewer.
@@ -162,9 +163,11 @@ class Streams:
 
 
 @contextmanager
-def _embedding_of(model: Any, weight: Tensor) -> Iterator[None]:
+def _embedding_of(model: nn.Module, weight: Tensor) -> Iterator[None]:
     """Let the model look up other rows for as long as the context is open."""
-    parameter = model.get_input_embeddings().weight
+    site = embedding_site(model)
+    assert site is not None, "planning has found the embedding that was quantized"
+    parameter = site.module.get_parameter("weight")
     before = parameter.data
     parameter.data = weight.to(parameter.device, parameter.dtype)
     try:

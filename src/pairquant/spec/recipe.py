@@ -76,6 +76,11 @@ class Refit:
         for name in ("scale_rate", "transform_rate", "norm_rate", "final_rate"):
             require_between(name, getattr(self, name), 0, 1000)
 
+    @property
+    def training(self) -> Training:
+        """How the optimizer goes: the same epochs, windows a step and decay, and no weight decay."""
+        return Training(epochs=self.epochs, batch=self.batch, final_rate=self.final_rate, weight_decay=0.0)
+
 
 @dataclass(frozen=True)
 class EndToEnd(Refit):

@@ -1,5 +1,6 @@
 """Which of vLLM's layers are ours, by their paths, and what is refused before anything is loaded."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,11 @@ def test_experts_are_found_where_the_checkpoint_has_them_whatever_vllm_calls_the
     assert config._home_of_experts("model.layers.3.mlp.experts") == "model.layers.3.block_sparse_moe.experts"
     assert config._home_of_experts("model.layers.3.mlp") == "model.layers.3.mlp", "not a layer of experts"
     assert config._home_of_experts("model.layers.4.mlp.experts") == "model.layers.4.mlp.experts", "another block"
+
+
+def test_a_worker_that_is_given_the_configuration_pickled_sorts_checkpoints_out_too(monkeypatch):
+    config = settings()
+    followed = []
+    monkeypatch.setattr("pairquant.integrations.vllm.config.follow_checkpoints", followed.append)
+    assert pickle.loads(pickle.dumps(config)).checkpoint == config.checkpoint
+    assert len(followed) == 1
