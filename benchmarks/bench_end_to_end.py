@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from setting import SETTING, calibration_tokens, numbers, opened
 
 from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
+from pairquant.jobs.texts import HELD_OUT
 from pairquant.models.planning import plan_model
 from pairquant.optimize.end_to_end import EndToEndTraining, Trained
 from pairquant.optimize.walk import InPlace, Walk
@@ -32,6 +33,13 @@ from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.mixed import MixedPlan
 from pairquant.spec.recipe import EndToEnd
 from pairquant.support.devices import resolve_device
+
+
+def settings_in(text: str) -> dict[str, Any]:
+    """The settings that a text names: "epochs=6,batch=8"."""
+    return {
+        name: ast.literal_eval(value) for name, _, value in (part.partition("=") for part in text.split(",") if part)
+    }
 
 
 def settled(original: torch.nn.Module, config: Any, results: Sequence[Any]) -> torch.nn.Module:
@@ -57,9 +65,6 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan for the start")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=SETTING["samples"])
-    parser.add_argument(
-        "--more", type=int, default=0, help="train on so many windows after those that are quantized on"
-    )
     parser.add_argument("--windows", type=int, help="evaluate on so many windows of each text only")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -69,18 +74,19 @@ def main() -> None:
     texts = {name: windows[: options.windows] for name, windows in texts.items()}
     config = config_from(options.start, **{**SETTING, "samples": options.samples, "group_size": options.group_size})
     config = replace(config, plan=MixedPlan.read(options.plan) if options.plan else None)
-    every = calibration_tokens(tokenizer, config, options.more)
-    tokens, trained_on = every[: config.samples], every[config.samples :] if options.more else every
+    settings = [EndToEnd(**settings_in(text)) for text in options.settings]
+    every = calibration_tokens(tokenizer, config, max(how.fresh for how in settings) * config.samples)
+    tokens, others = every[: config.samples], every[config.samples :]
     start, model = time.perf_counter(), copy.deepcopy(original)
     plan, blocks = plan_model(model, config)
     results = list(Walk(model, blocks, plan, config, device, tokens).run())
     walking = time.perf_counter() - start
     layouts = [packed.layout for result in results for packed in result.packed.values()]
 
-    def note(setting: str | None, model: torch.nn.Module, seconds: float, curve: list[float]) -> None:
+    def note(how: EndToEnd | None, model: torch.nn.Module, seconds: float, curve: list[float]) -> None:
         row = {
-            "start": options.start, "plan": str(options.plan) if options.plan else None, "end_to_end": setting,
-            "model": Path(options.model).name, "samples": config.samples, "more": options.more, "seq_len": config.seq_len,
+            "start": options.start, "plan": str(options.plan) if options.plan else None, "end_to_end": asdict(how) if how is not None else None,
+            "model": Path(options.model).name, "samples": config.samples, "seq_len": config.seq_len,
             "bits_per_weight": round(bits_per_weight(layouts), 4), "seconds": round(walking, 1),
             "end_to_end_seconds": round(seconds, 1), "training_kl": [round(kl, 5) for kl in curve],
             **{text: numbers(measure(model, windows, original)) for text, windows in texts.items()},
@@ -89,14 +95,15 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         shown = {text: round(row[text]["kl"], 4) for text in texts}
-        print(setting, row["bits_per_weight"], shown, row["seconds"], row["end_to_end_seconds"], curve, flush=True)
+        print(how, row["bits_per_weight"], shown, row["seconds"], row["end_to_end_seconds"], curve, flush=True)
         with options.output.open("a") as out:
             out.write(json.dumps(row) + "\n")
 
     note(None, settled(original, config, results), 0.0, [])
-    for setting in options.settings:
-        values = {n: ast.literal_eval(v) for n, _, v in (part.partition("=") for part in setting.split(",") if part)}
-        each = replace(config, recipe=replace(config.recipe, end_to_end=EndToEnd(**values)))
+    for how in settings:
+        each = replace(config, recipe=replace(config.recipe, end_to_end=how))
+        pool = others[: how.fresh * config.samples] if how.fresh else tokens
+        held = len(pool) // HELD_OUT
         fresh = copy.deepcopy(original)
         _, blocks = plan_model(fresh, each)
         curve: list[float] = []
@@ -104,10 +111,10 @@ def main() -> None:
         training = EndToEndTraining(
             fresh, blocks, results, each, device, InPlace(), report=lambda _, kl, to=curve: to.append(kl)
         )
-        trained: list[Trained] = training.run(trained_on)
+        trained: list[Trained] = training.run(pool[held:], pool[:held] if held else None)
         seconds = time.perf_counter() - start
         del fresh, training
-        note(setting, settled(original, each, trained), seconds, curve)
+        note(how, settled(original, each, trained), seconds, curve)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_a_training_of_the_whole_model_is_shown(directory):
     calibration = ["--samples", "4", "--seq-len", "32", "--calibration", str(TEXT)]
     done, shown = quantize(directory, *SMALL, *calibration, "--bits", "2", "--end-to-end", "2")
     assert done.exit_code == 0, done.output
-    assert "at the end the whole model is trained in 2 epochs of 128 tokens, which takes longer than all" in shown
+    assert "at the end the whole model is trained in 2 epochs of 352 tokens, which takes longer than all" in shown
     found = re.search(
         r"whole model: KL to the original on the calibration text epoch 0 (\S+) epoch 1 \S+ epoch 2 (\S+)", shown
     )

@@ -175,6 +175,14 @@ def test_no_window_is_drawn_twice(sources, tiny_tokenizer):
     assert len(drawn.tokens.unique(dim=0)) == 50
 
 
+def test_fewer_windows_will_do_where_they_are_allowed(sources, tiny_tokenizer):
+    names = sources(a=300)  # 30 windows
+    drawn = calibrate(tiny_tokenizer, names, 50, SEQ_LEN, seed=3, least=20)
+    assert len(drawn.tokens.unique(dim=0)) == 30
+    with pytest.raises(TextError, match="40 windows of 10 tokens wanted, 30 there"):
+        calibrate(tiny_tokenizer, names, 50, SEQ_LEN, seed=3, least=40)
+
+
 def test_sources_are_mixed(sources, tiny_tokenizer):
     drawn = calibrate(tiny_tokenizer, sources(a=500, b=500), 40, SEQ_LEN, seed=0)
     assert shares_of(drawn.tokens[:20]).keys() == {"a", "b"}

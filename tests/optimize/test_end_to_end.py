@@ -108,6 +108,25 @@ def test_it_lowers_the_divergence_it_reports_and_keeps_the_codes(preset):
                 assert torch.equal(packed[name], block.packed[path][name])
 
 
+def test_windows_that_are_held_out_choose_the_epoch_and_are_not_trained_on():
+    scene = Scene(tiny_model(), how=EndToEnd(epochs=2, batch=2, **RATES))
+    scene.training.run(TOKENS[:4], TOKENS[4:])
+    apart = scene.heard[:]
+    scene.heard.clear()
+    scene.training.run(TOKENS[:4], TOKENS[:4])
+    assert apart[0] != scene.heard[0]
+    assert apart[-1] > scene.heard[-1], "what is trained on falls further"
+    whole = scene.whole()
+    assert whole.divergence(torch.arange(4, 6)) == pytest.approx(apart[0], rel=1e-4)
+
+
+def test_windows_are_measured_in_parts_alike(monkeypatch):
+    whole = Scene(tiny_model()).whole()
+    together = whole.divergence(torch.arange(6))
+    monkeypatch.setattr("pairquant.optimize.end_to_end.MEASURED_TOGETHER", 4)
+    assert whole.divergence(torch.arange(6)) == pytest.approx(together, rel=1e-6)
+
+
 def test_linears_that_share_a_transform_still_do():
     scene = Scene(tiny_model(), share_rotations=True)
     for result, block in zip(scene.results, scene.training.run(TOKENS), strict=True):

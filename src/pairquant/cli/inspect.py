@@ -17,6 +17,10 @@ from .display import duration, number, percent, plain, scientific, short_name, s
 NUMBER = re.compile(r"\.\d+\.")
 #: The backend that runs every layer, in full precision.
 DECODED = "decoded"
+#: What is shown of a checkpoint's provenance, in this order.
+PROVENANCE = (
+    "tool", "source", "preset", "seed", "calibration", "calibration_tokens", "end_to_end_tokens", "calibration_sha256", "bos",
+)  # fmt: skip
 
 
 @app.command(epilog="Example: pairquant inspect MODEL-PARO --backends")
@@ -61,7 +65,7 @@ def inspect(
         f"{found.checkpoint.bits_per_weight():.2f} in {counted(len(found.linears), 'quantized layer')}",
     )
     table.add_row("size", size(found.size))
-    for key in ("tool", "source", "preset", "seed", "calibration", "calibration_tokens", "calibration_sha256", "bos"):
+    for key in PROVENANCE:
         if key in provenance:
             table.add_row(key.replace("_", " "), escape(plain(provenance[key])))
     if "seconds" in report:

@@ -16,7 +16,6 @@ from ..checkpoint.record import END_TO_END
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, write_checkpoint
 from ..models.sites import is_linear
-from ..optimize.calibration import Calibration
 from ..spec.checkpoint import CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.fields import Field
@@ -24,6 +23,7 @@ from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..support.version import __version__
 from .opened import Opened
+from .texts import Texts
 
 #: The plan's file, in the journal and in the checkpoint.
 PLAN_FILE = "pairquant-plan.json"
@@ -31,7 +31,7 @@ PLAN_FILE = "pairquant-plan.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a model. source: its weights; journal: what was quantized; calibration: None for recipes without text.
+    """What became of a model. source: its weights; journal: what was quantized; texts: what it was quantized on.
 
     mixed: the plan that gave each layer its form; embedding: the packed input embedding and its relative error.
     """
@@ -39,7 +39,7 @@ class Outcome:
     opened: Opened
     source: SourceWeights
     journal: Journal
-    calibration: Calibration | None
+    texts: Texts
     mixed: MixedPlan | None = None
     embedding: tuple[PackedLinear, float] | None = None
 
@@ -124,7 +124,7 @@ class Outcome:
         return [n for n in self.opened.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
 
     def _provenance(self) -> dict[str, Any]:
-        config, calibration = self.opened.config, self.calibration
+        config, calibration = self.opened.config, self.texts.calibration
         provenance = {
             "tool": f"pairquant {__version__}",
             "source": self.opened.files.name,
@@ -139,4 +139,6 @@ class Outcome:
             }
             if calibration.bos:
                 provenance["bos"] = True
+        if self.texts.whole is not None:
+            provenance["end_to_end_tokens"] = list(self.texts.whole.shape)
         return provenance

@@ -6,7 +6,6 @@ was stopped, however, goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from ..checkpoint.write import require_apart, require_free, require_space
 from ..core.linear import decode
 from ..core.rounding import poor_errors
 from ..models.planning import plan_model
-from ..optimize.calibration import Calibration, calibrator
 from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
 from ..optimize.memory import Demand, demand
@@ -36,7 +34,7 @@ from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
-from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
+from ..support.errors import PairQuantError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 from . import remarks
 from .opened import Opened
@@ -44,6 +42,7 @@ from .outcome import PLAN_FILE, Outcome
 from .plan import Planner, PlanProgress
 from .plan import Silent as SilentPlan
 from .refusals import needed_bytes, require_separate_embeddings, require_storable, shares_head
+from .texts import Texts
 
 
 class Progress(PlanProgress, Protocol):
@@ -126,7 +125,7 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
-        calibration, validation = self._texts()
+        self.texts = Texts.drawn(self.opened, self.ranks, self.progress)
         directory = Journal.beside(self.output)
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
@@ -136,17 +135,17 @@ class Job:
             if self.opened.config.target is not None:
                 planner.require_reachable(self.opened.config.target)
             self._require_storable()
-            self._rehearse(directory, calibration)
-            self._open_journal(calibration, validation)
+            self._rehearse(directory)
+            self._open_journal()
             try:
-                self._choose_forms(planner, calibration)
+                self._choose_forms(planner)
                 self._quantize_embedding()
-                self._walk(calibration, validation)
-                self._train_whole(calibration)
+                self._walk()
+                self._train_whole()
             finally:
                 self.source.close()
             self.progress.stage("writing")
-            outcome = self._outcome(calibration)
+            outcome = self._outcome()
             report = outcome.report()
             if poor := poor_errors(outcome.errors):
                 self._notice(remarks.poor_layers(poor))
@@ -162,30 +161,6 @@ class Job:
             time.perf_counter() - self.started, outcome.errors,
         )  # fmt: skip
 
-    def _texts(self) -> tuple[Calibration | None, Tensor | None]:
-        """Return windows to fit on, and those that choose the best epoch."""
-        config = self.opened.config
-        if not config.recipe.needs_text and config.target is None:
-            return None, None
-        self.progress.stage("calibration text")
-        held_out = config.recipe.training.validation_samples if config.recipe.training else 0
-        if (config.recipe.trains or config.recipe.end_to_end) and (
-            config.samples % self.ranks.size or held_out % self.ranks.size
-        ):
-            raise ConfigError(
-                f"{config.samples} samples and {held_out} validation samples do not share out evenly to {self.ranks.size} "
-                f"processes, as training needs: choose multiples of {self.ranks.size}"
-            )
-        inside = 0 if config.validation else held_out
-        draw = calibrator(
-            self.opened.skeleton, self.opened.files.name, self.opened.tokenizer, config, self.progress.notice
-        )
-        calibration = draw(config.calibration, config.samples + inside)
-        validation = calibration.tokens[config.samples :]
-        if held_out and config.validation:
-            validation = draw(config.validation, held_out).tokens
-        return calibration.first(config.samples), validation if len(validation) else None
-
     def _source(self, spill: Path) -> SourceWeights:
         """Return the weights on disk; a copy of them is made by one rank for all."""
         if self.ranks.leads:
@@ -195,12 +170,11 @@ class Job:
         self.ranks.wait()
         return SourceWeights.open(self.opened.files, self.opened.skeleton, self.opened.names, spill, spilled=True)
 
-    def _open_journal(self, calibration: Calibration | None, validation: Tensor | None) -> None:
+    def _open_journal(self) -> None:
         identity = {
             "source": self.source.digest(),
             "config": self.opened.config.to_dict(),
-            "calibration": calibration.digest if calibration else None,
-            "validation": hashlib.sha256(validation.numpy().tobytes()).hexdigest() if validation is not None else None,
+            **self.texts.digests(),
             "device": self.device.type,
             "ranks": self.ranks.size,
             "versions": {"pairquant": f"{__version__}+{code_digest()}", "torch": torch.__version__},
@@ -211,9 +185,10 @@ class Job:
         if not self.ranks.leads:
             self.journal.read()
 
-    def _choose_forms(self, planner: Planner, calibration: Calibration | None) -> None:
+    def _choose_forms(self, planner: Planner) -> None:
         """Replace the plan by one of the size wanted, if one is; a run that goes on keeps the plan that it began with."""
         target, file = self.opened.config.target, self.journal.directory / PLAN_FILE
+        calibration = self.texts.calibration
         if target is None or calibration is None:
             self.mixed = self.opened.config.plan
             return
@@ -240,15 +215,15 @@ class Job:
         self.embedding = quantize_embedding(site.path, weight, layout, self.opened.config, self.device)
         self._notice(remarks.of_embedding(layout, self.embedding[1]))
 
-    def _walk(self, calibration: Calibration | None, validation: Tensor | None) -> None:
-        share = self.ranks.windows(calibration.tokens) if calibration else None
-        held_out = self.ranks.windows(validation) if validation is not None else None
+    def _walk(self) -> None:
+        share = self._share(self.texts.calibration.tokens if self.texts.calibration else None)
+        held_out = self._share(self.texts.validation)
         memory = demand(self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device)
         self.progress.plan(len(self.opened.blocks), len(self.opened.plan.layouts), self.journal.count, memory)
         told = remarks.of_head(self.opened, shares_head(self.opened, self.source))
         how = self.opened.config.recipe.end_to_end
-        if how is not None and calibration is not None:
-            told.append(remarks.of_last_training(how.epochs, calibration.tokens.numel(), self.device.type == "cpu"))
+        if how is not None and self.texts.whole is not None:
+            told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), self.device.type == "cpu"))
         for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
             self._notice(line)
         self._log(
@@ -292,10 +267,10 @@ class Job:
             tensors[self.opened.names.stored(name)] = value if field is None else value.to(field.dtype)
         return tensors
 
-    def _train_whole(self, calibration: Calibration | None) -> None:
+    def _train_whole(self) -> None:
         """Train all blocks at once, if the recipe does; a run that goes on may have done so already."""
-        how, opened = self.opened.config.recipe.end_to_end, self.opened
-        if how is None or calibration is None or self.journal.revised is not None:
+        how, opened, tokens = self.opened.config.recipe.end_to_end, self.opened, self._share(self.texts.whole)
+        if how is None or tokens is None or self.journal.revised is not None:
             return
         self.ranks.wait()  # the leading process has written what the others read now
         self.source.fill_all_but(opened.skeleton, opened.blocks, head=True)
@@ -312,10 +287,14 @@ class Job:
             opened.skeleton, opened.blocks, [finished.result(i) for i in range(self.journal.count)], opened.config,
             self.device, self.source, self.ranks, self._notice, tell, self._decoded_embedding(),
         )  # fmt: skip
-        trained = training.run(self.ranks.windows(calibration.tokens))
+        trained = training.run(tokens, self._share(self.texts.held_out))
         if self.ranks.leads:
             blocks = (self._tensors(i, block.packed, block.parameters) for i, block in enumerate(trained))
             self.journal.revise(blocks, {"kl": epochs, "seconds": time.perf_counter() - started})
+
+    def _share(self, tokens: Tensor | None) -> Tensor | None:
+        """Return this process's windows."""
+        return None if tokens is None else self.ranks.windows(tokens)
 
     def _require_storable(self) -> None:
         if self.ranks.leads:
@@ -335,13 +314,13 @@ class Job:
             if self.log_to is not None:
                 self.log_to(event)
 
-    def _rehearse(self, journal: Path, calibration: Calibration | None) -> None:
+    def _rehearse(self, journal: Path) -> None:
         """Write the description once, and throw it away: what fails is to fail before the work, not after."""
         if not self.ranks.leads:
             return
         try:
             with TemporaryDirectory(dir=journal) as directory:
-                self._outcome(calibration).describe(Path(directory))
+                self._outcome().describe(Path(directory))
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise write_error(journal, error, "Choose another --output, or free some space.") from error
@@ -351,8 +330,8 @@ class Job:
                 f"the configuration or tokenizer of {self.opened.files.name!r} cannot be saved: {error}. Mend it there first."
             ) from error
 
-    def _outcome(self, calibration: Calibration | None) -> Outcome:
-        return Outcome(self.opened, self.source, self.journal, calibration, self.mixed, self.embedding)
+    def _outcome(self) -> Outcome:
+        return Outcome(self.opened, self.source, self.journal, self.texts, self.mixed, self.embedding)
 
     def _decoded_embedding(self) -> Tensor | None:
         return None if self.embedding is None else decode(self.embedding[0])

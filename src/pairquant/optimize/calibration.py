@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Calibration:
         return replace(self, tokens=self.tokens[:samples].contiguous())
 
 
+class Draw(Protocol):
+    """`calibrate` with the options of a run filled in; raises as it does."""
+
+    def __call__(self, sources: Iterable[str], samples: int, least: int | None = None) -> Calibration: ...
+
+
 def calibrate(
     tokenizer: Any,
     sources: Iterable[str],
@@ -56,22 +62,24 @@ def calibrate(
     seq_len: int,
     seed: int,
     *,
+    least: int | None = None,
     prefix: Sequence[int] = (),
     notice: Notice = silent,
 ) -> Calibration:
     """Draw `samples` windows, as evenly over the sources as their lengths allow, without repetition.
 
-    prefix: what each begins with (see `windows.window_prefix`); notice: told of large texts that are read in pieces.
-    Raises `TextError` for a missing or unreadable source, or when all of them together are too short.
+    least: fewer windows will do if there is no more text, down to so many; None: no fewer. prefix: what each begins with (see
+    `windows.window_prefix`); notice: told of large texts that are read in pieces. Raises `TextError` for a missing or
+    unreadable source, or when all of them together are too short.
     """
     names = [name for source in sources for name in expand(source)]
     draw = _Draw(tokenizer, samples, seq_len, seed, prefix, notice)
     windows = {name: draw.windows(name) for name in names}
     shares = _even_shares([len(w) for w in windows.values()], samples)
-    if sum(shares) < samples:
+    if sum(shares) < (wanted := samples if least is None else least):
         held = ", ".join(f"{name}: {len(w)}" for name, w in windows.items())
         raise TextError(
-            f"calibration text is too short: {samples} windows of {seq_len} tokens wanted, {sum(shares)} there ({held}). "
+            f"calibration text is too short: {wanted} windows of {seq_len} tokens wanted, {sum(shares)} there ({held}). "
             "Add --calibration files, or lower --samples or --seq-len."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -79,14 +87,12 @@ def calibrate(
         w[torch.randperm(len(w), generator=generator)[:share]]
         for w, share in zip(windows.values(), shares, strict=True)
     ]
-    tokens = torch.cat(chosen)[torch.randperm(samples, generator=generator)].contiguous()
+    tokens = torch.cat(chosen)[torch.randperm(sum(shares), generator=generator)].contiguous()
     return Calibration(tokens, tuple(names), bool(prefix))
 
 
-def calibrator(
-    model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice
-) -> Callable[[Iterable[str], int], Calibration]:
-    """Return `calibrate` with a run's options filled in: it takes sources and a number of windows.
+def calibrator(model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice) -> Draw:
+    """Return `calibrate` with a run's options filled in: it takes sources, and how many windows are wanted and needed.
 
     model: may be without weights; name: what errors call it. Raises `ConfigError` for windows that are longer than it can
     read, and later `SourceError` for tokens that it does not know.
@@ -97,8 +103,10 @@ def calibrator(
     if prefix:
         notice(describe(tokenizer, prefix))
 
-    def draw(sources: Iterable[str], samples: int) -> Calibration:
-        drawn = calibrate(tokenizer, sources, samples, config.seq_len, config.seed, prefix=prefix, notice=notice)
+    def draw(sources: Iterable[str], samples: int, least: int | None = None) -> Calibration:
+        drawn = calibrate(
+            tokenizer, sources, samples, config.seq_len, config.seed, least=least, prefix=prefix, notice=notice
+        )
         check_tokens(model, name, drawn.tokens)
         return drawn
 

@@ -31,6 +31,9 @@ from .streams import Places, Streams
 from .substituted import Substituted, Weights
 from .walk import BlockResult, Home, compute_dtype
 
+#: Windows whose states are on the device at once where the divergence is measured: each time all weights are decoded.
+MEASURED_TOGETHER = 32
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -67,18 +70,22 @@ class EndToEndTraining:
         self.decoders = [block for block in self.blocks if not block.head]
 
     @torch.no_grad()
-    def run(self, tokens: Tensor) -> list[Trained]:
+    def run(self, tokens: Tensor, held_out: Tensor | None = None) -> list[Trained]:
         """Train on a text, int64 [windows, T], this rank's share. Returns the blocks in their order.
 
+        held_out: windows like those, on which the divergence is measured that chooses the epoch; None: the same ones.
         Raises `CalibrationError` if the divergence at the start is not finite.
         """
+        every = tokens if held_out is None else torch.cat([tokens, held_out])
         places = Places(self.device, torch.device("cpu"), self.dtype)
-        streams = Streams.start(self.model, self.decoders, tokens, True, places, self.notice, self.embedding)
+        streams = Streams.start(self.model, self.decoders, every, True, places, self.notice, self.embedding)
         entering = torch.cat(streams.quantized)
+        streams.quantized.clear()
         students = self._students(streams)
-        with self._end(tokens, torch.cat(streams.original or [])) as end:
+        judged = torch.arange(0 if held_out is None else len(tokens), len(every))
+        with self._end(every, torch.cat(streams.original or [])) as end:
             whole = _Whole(students, end, entering, max(1, streams.calls[0].batch >> streams.halvings))
-            self._descend(whole, len(tokens))
+            self._descend(whole, len(tokens), judged)
         heads = [] if end.head is None else [end.head.trained()]
         return [*(student.trained() for student in students), *heads]
 
@@ -115,13 +122,14 @@ class EndToEndTraining:
                 stage = _Head(head, self._stage(head, self.results[-1]))
             yield _End(self.model, self.decoders, tokens, leaving, self.device, self.dtype, stage)
 
-    def _descend(self, whole: _Whole, windows: int) -> None:
+    def _descend(self, whole: _Whole, windows: int, judged: Tensor) -> None:
+        """Train on the first windows of the text. judged: those that choose the epoch, int64 [n]."""
         how, ranks = self.how, self.ranks
         per_step = max(1, how.batch // ranks.size)
         steps = how.epochs * -(-windows // per_step)
         descent = Descent(whole.trained, how.training, steps)
         generator = torch.Generator().manual_seed(self.config.seed)
-        best = ranks.mean(whole.divergence(), self.device)
+        best = ranks.mean(whole.divergence(judged), self.device)
         if not math.isfinite(best):
             raise CalibrationError(
                 "the divergence of the quantized model is not finite on the calibration text. Check the source model, or "
@@ -134,7 +142,7 @@ class EndToEndTraining:
                 whole.gather(chosen)
                 ranks.average(descent.gradients)
                 descent.step()
-            measured = ranks.mean(whole.divergence(), self.device)
+            measured = ranks.mean(whole.divergence(judged), self.device)
             if measured < best:
                 best, kept = measured, descent.values()
             self.report(epoch, measured)
@@ -270,20 +278,27 @@ class _Whole:
         stages += [self.end.head.stage] if self.end.head is not None else []
         return [pair for stage in stages for pair in stage.trained]
 
-    def divergence(self) -> float:
-        """Return the mean over all windows."""
-        states = [batch.to(self.end.device, torch.float32) for batch in self.entering.split(self.size)]
+    def divergence(self, chosen: Tensor) -> float:
+        """Return the mean over these windows, int64 [n]."""
+        found = [kl for some in chosen.split(MEASURED_TOGETHER) for kl in self._divergences(some)]
+        return torch.stack(found).double().mean().item()
+
+    def _divergences(self, chosen: Tensor) -> list[Tensor]:
+        states = self._entering(chosen)
         for student in self.students:
             for i, output in enumerate(student.forwards(states)):
                 states[i] = output
         weights = self.end.weights()
-        found = [self.end.divergence(i, window, weights) for i, window in enumerate(torch.cat(states))]
-        return torch.stack(found).double().mean().item()
+        windows = zip(chosen.tolist(), torch.cat(states), strict=True)
+        return [self.end.divergence(window, own, weights) for window, own in windows]
+
+    def _entering(self, chosen: Tensor) -> list[Tensor]:
+        """Return what enters the first block, in micro-batches [B, T, H], float32."""
+        return [self.entering[part].to(self.end.device, torch.float32) for part in chosen.split(self.size)]
 
     def gather(self, chosen: Tensor) -> None:
         """Gather the gradients of the mean divergence of these windows, int64 [n]."""
-        states = [self.entering[part].to(self.end.device, torch.float32) for part in chosen.split(self.size)]
-        entered = []
+        states, entered = self._entering(chosen), []
         for student in self.students:
             entered.append(states)
             states = list(student.forwards(states))

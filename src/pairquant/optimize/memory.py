@@ -14,6 +14,7 @@ from ..models.blocks import Block
 from ..models.sites import Site
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
+from .end_to_end import MEASURED_TOGETHER
 from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
 from .walk import compute_dtype
@@ -69,7 +70,10 @@ def demand(
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or USUAL_EXPERTS
     work = max(_block_bytes(block, config, tokens, itemsize, device, chosen) for block in blocks)
     if config.recipe.end_to_end is not None and tokens is not None:
-        work = max(work, _end_to_end_bytes(model, blocks, config, tokens, itemsize, hidden))
+        last = _end_to_end_bytes(model, blocks, config, tokens, itemsize, hidden)
+        if device.type == "cpu":  # elsewhere the host holds the states that enter and leave the blocks
+            last += 2 * tokens.numel() * max(1, config.recipe.end_to_end.fresh) * hidden * itemsize
+        work = max(work, last)
     available = free_bytes(device)
     fits = work * MARGIN + streams < available
     store = device if fits else torch.device("cpu")
@@ -87,7 +91,8 @@ def _end_to_end_bytes(
     sites = {id(site.module) for block in blocks for site in block.sites.values()}
     plain = sum(p.numel() for m in model.modules() if id(m) not in sites for p in m.parameters(recurse=False))
     window = tokens.shape[1]
-    states = (how.batch * (len(blocks) + 2) + len(tokens) + MICRO_BATCH_TOKENS // window) * window * hidden * 4
+    together = how.batch * (len(blocks) + 2) + MEASURED_TOGETHER + MICRO_BATCH_TOKENS // window
+    states = together * window * hidden * 4
     read = max(
         sum(sum((site.size.out_features, site.size.in_features)) for site in b.sites.values() if not b.head)
         for b in blocks

@@ -87,7 +87,9 @@ class EndToEnd(Refit):
     """A training of the whole quantized model on the original's output, after all blocks. The codes stay fixed.
 
     The loss is KL(original ‖ quantized) of the next token on the calibration text. What is trained and the settings are
-    those of `Refit`. The epoch with the least loss on the training windows is kept.
+    those of `Refit`. fresh: so many times `samples` windows are read that no block was fitted on, if there is as much text;
+    0 reads those that blocks were fitted on. An eighth of the windows is held out; the epoch with the least loss on them is
+    kept.
     """
 
     epochs: int = 3
@@ -95,6 +97,11 @@ class EndToEnd(Refit):
     scale_rate: float = 3e-4
     transform_rate: float = 3e-4
     norm_rate: float = 3e-4
+    fresh: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("fresh", self.fresh, 0, 1000)
 
 
 @dataclass(frozen=True)
