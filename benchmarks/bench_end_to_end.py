@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--start", default="fast")
-    parser.add_argument("--settings", nargs="+", default=[""])
+    parser.add_argument("--settings", nargs="*", default=[""])
     parser.add_argument("--plan", type=Path, help="a plan for the start")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=SETTING["samples"])
@@ -75,7 +75,7 @@ def main() -> None:
     config = config_from(options.start, **{**SETTING, "samples": options.samples, "group_size": options.group_size})
     config = replace(config, plan=MixedPlan.read(options.plan) if options.plan else None)
     settings = [EndToEnd(**settings_in(text)) for text in options.settings]
-    every = calibration_tokens(tokenizer, config, max(how.fresh for how in settings) * config.samples)
+    every = calibration_tokens(tokenizer, config, max((how.fresh for how in settings), default=0) * config.samples)
     tokens, others = every[: config.samples], every[config.samples :]
     start, model = time.perf_counter(), copy.deepcopy(original)
     plan, blocks = plan_model(model, config)

@@ -2,9 +2,11 @@
 
     python benchmarks/bench_mixed.py MODEL --output FILE [--group-size 64] [--preset fast] [--uniform 2 3 4 5 6 8]
         [--between 1] [--candidates bits:2|3|4|5|6|8] [--device auto] [--keep MEASURED]
+    python benchmarks/bench_mixed.py MODEL --output FILE --rotated 1 0.75 0.5
 
-Mixed plans are made for the bits per weight of each uniform width, and for `--between` sizes between two of them. All
-sensitivities are measured once. The setting is that of the project's results table (setting.py). One JSON line a plan.
+With `--rotated`, one width for all, and a transform for these shares of the layers' inputs. Otherwise mixed plans are made
+for the bits per weight of each uniform width, and for `--between` sizes between two of them. All sensitivities are measured
+once. The setting is that of the project's results table (setting.py). One JSON line a plan.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--no-uniform", action="store_true", help="measure mixed plans only")
     parser.add_argument("--candidates", default="bits:2|3|4|5|6|8")
     parser.add_argument("--keep", type=Path, help="file for the sensitivities; read if it exists")
+    parser.add_argument("--rotated", type=float, nargs="+", help="instead of sizes: shares of the inputs with a transform")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
 
@@ -59,6 +62,8 @@ def main() -> None:
     config = QuantConfig(
         preset=options.preset, candidates=options.candidates, **{**SETTING, "group_size": options.group_size}
     )
+    if options.rotated:
+        config = replace(config, rotations="auto", candidates="rotations:0|8")
     tokens = calibration_tokens(tokenizer, config)
     plan, blocks = plan_model(original, config)
     forms = forms_of(plan, config)
@@ -101,6 +106,12 @@ def main() -> None:
         with options.output.open("a") as out:
             out.write(json.dumps(row) + "\n")
 
+    for share in options.rotated or ():
+        choice = allocate(units, sum(max(form.bits for form in unit.forms) for unit in units), round(share * len(units)))
+        each = replace(config, target=None, plan=replace(mixed_plan(choice), scales_alone=False))
+        run(f"transforms for {choice.rotated} of {len(units)} inputs", each, choice.divergence)
+    if options.rotated:
+        return
     uniform = {}
     for bits in options.uniform:
         each = replace(config, bits=bits)

@@ -62,6 +62,16 @@ def test_a_plan_is_shown_written_and_followed(directory):
     assert first.keys() == second.keys()
 
 
+def test_few_transforms_are_shown(directory):
+    done, shown = typed(
+        "plan", directory / "source", "--output", directory / "few.json", *FORM, "--rotations", "auto", *TEXT_OPTIONS
+    )
+    assert done.exit_code == 0, done.output
+    assert "rotations of blocks 0 to 1" in shown
+    assert "5 of 8 inputs transformed" in shown
+    assert "·" in shown
+
+
 def test_quantize_shows_the_plan_it_makes(directory):
     done, shown = typed(
         "quantize", directory / "source", "--output", directory / "sized", "--preset", "quick", "--target-bpw", "5", *FORM,
@@ -77,7 +87,10 @@ def test_quantize_shows_the_plan_it_makes(directory):
     [
         (["--target-bpw", "4", "--bits", "3"], "--bits has no effect beside a target size"),
         (["--plan", "PLAN", "--group-size", "64"], "--group-size has no effect beside --plan"),
-        (["--candidates", "bits:3"], "--candidates has no effect without --target-bpw or --target-size"),
+        (
+            ["--candidates", "bits:3"],
+            "--candidates has no effect without --target-bpw, --target-size or --rotations auto",
+        ),
         (["--target-bpw", "4", "--target-size", "1GB"], "--target-bpw and --target-size are both given"),
         (["--target-size", "many"], "target size is 'many'"),
         (["--target-bpw", "4", "--candidates", "bits:9"], "candidate bits is 9"),
@@ -97,6 +110,8 @@ def test_options_that_contradict_each_other_are_refused(directory, words, messag
 
 def test_a_plan_needs_a_size_and_a_place(directory):
     done, _ = typed("plan", directory / "source", "--output", directory / "x.json", *TEXT_OPTIONS)
-    assert "a plan needs a size: give --target-bpw or --target-size" in str(done.exception)
+    assert "a plan needs a size or fewer transforms: give --target-bpw, --target-size or --rotations auto" in str(
+        done.exception
+    )
     done, _ = typed("plan", directory / "source", "--output", directory / "no" / "x.json", "--target-bpw", "4")
     assert "there is no directory" in str(done.exception)

@@ -171,7 +171,9 @@ def test_the_output_embedding_is_told_of_and_shown_apart(directory):
 
 def test_a_training_of_the_whole_model_is_shown(directory):
     calibration = ["--samples", "4", "--seq-len", "32", "--calibration", str(TEXT)]
-    done, shown = quantize(directory, *SMALL, *calibration, "--bits", "2", "--end-to-end", "2")
+    done, shown = quantize(
+        directory, *SMALL, *calibration, "--bits", "2", "--end-to-end", "2", "--set", "end_to_end.scale_rate=1e-2"
+    )
     assert done.exit_code == 0, done.output
     assert "at the end the whole model is trained in 2 epochs of 352 tokens, which takes longer than all" in shown
     found = re.search(

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from killing import content
+from safetensors.torch import load_file
 from test_families import make_source
 from tiny_models import TEXT, save_tiny
 
@@ -17,6 +19,7 @@ from pairquant.optimize.sensitivity import Measurement
 from pairquant.spec.experts import pool_of
 from pairquant.spec.linear import Spec
 from pairquant.spec.mixed import MixedPlan, Target
+from pairquant.spec.recipe import recipe_with
 from pairquant.support.errors import ConfigError
 
 OPTIONS = {
@@ -48,6 +51,41 @@ def test_a_plan_uses_its_size_and_is_predicted_to_do_better_than_one_width(made)
     assert len({spec.bits for spec in made.plan.layers.values()}) > 1
     assert made.uniform is not None
     assert made.choice.divergence < made.uniform.divergence
+
+
+@pytest.fixture(scope="module")
+def few(source):
+    return plan(source, config(rotations="auto"), device="cpu")
+
+
+def test_of_few_transforms_those_are_left_out_that_buy_least(source, few, tmp_path):
+    assert (few.choice.rotated, len(few.choice.units)) == (5, 8), "two thirds, rounded down"
+    assert {spec.bits for spec in few.plan.layers.values()} == {4}
+    assert few.choice.divergence >= few.uniform.divergence
+    (tmp_path / "plan.json").write_text(json.dumps(few.plan.to_dict()))
+    for name, options in {"by-plan": {"plan": tmp_path / "plan.json"}, "at-once": {"rotations": "auto"}}.items():
+        pairquant.quantize(source, tmp_path / name, config(**options), device="cpu")
+        checkpoint, specs = stored(tmp_path / name)
+        assert specs == few.plan.layers
+        for path in specs:
+            packed = checkpoint.packed(path)
+            assert bool((packed["channel_scales"] == 1).all()) == (specs[path].rotations == 0)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("by-plan", "at-once")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_trainings_leave_what_has_no_transform_so(source, few, tmp_path):
+    options = {"plan": MixedPlan.from_dict(few.plan.to_dict()), "recipe": recipe_with("best", ["refit.epochs=1"], 1)}
+    pairquant.quantize(source, tmp_path / "out", config(**options), device="cpu")
+    checkpoint, specs = stored(tmp_path / "out")
+    bare = [checkpoint.packed(path) for path, spec in specs.items() if not spec.rotations]
+    assert bare
+    assert all((packed["channel_scales"] == 1).all() for packed in bare)
+
+
+def test_measurements_with_and_without_scales_alone_are_not_mixed_up(source, few):
+    with pytest.raises(ConfigError, match="measured with --rotations auto, this plan is made without"):
+        plan(source, config(target=Target(5.0)), device="cpu", measured=few.plan)
 
 
 def test_measurements_serve_other_sizes(source, made, monkeypatch):

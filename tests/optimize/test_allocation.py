@@ -48,6 +48,35 @@ def test_the_choice_is_the_best_of_all(offered, budget):
     assert choice.divergence <= min(sum(cost for _, cost in c) for c in fitting) * (1 + 1e-4) + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5), st.integers(0, 5), st.integers(8, 60)
+)
+def test_of_few_transforms_the_choice_is_the_best(costs, rotated, budget):
+    units = [
+        Unit((f"layers.{i}.q",), None, 8, (Form(Spec(rotations=0), 8, bare), Form(Spec(rotations=8), 10, turned)))
+        for i, (bare, turned) in enumerate(costs)
+    ]
+    every = [
+        sum(cost[turned] for cost, turned in zip(costs, choice, strict=True))
+        for choice in product((0, 1), repeat=len(costs))
+        if sum(choice) <= rotated and 8 * len(costs) + 2 * sum(choice) <= budget
+    ]
+    assume(every)
+    choice = allocate(units, budget, rotated)
+    assert choice.rotated <= rotated
+    assert choice.bits <= budget
+    assert choice.divergence <= min(every) * (1 + 1e-4) + 1e-9
+
+
+def test_more_inputs_than_may_be_cannot_do_without_a_transform():
+    turned = Unit(("layers.0.q",), None, 8, (Form(Spec(rotations=8), 8),))
+    either = Unit(("layers.1.q",), None, 8, (Form(Spec(rotations=0), 8), Form(Spec(rotations=8), 8)))
+    require_reachable([turned, either], 16, Target(rotated=0.5), 0)
+    with pytest.raises(ConfigError, match=r"2 inputs of 3 cannot do without one.* Add rotations:0 to --candidates"):
+        require_reachable([turned, turned, either], 24, Target(rotated=0.5), 0)
+
+
 def test_sizes_out_of_reach_are_refused_with_the_limits():
     units = [unit(0, [(16, 1.0), (32, 0.1)]), unit(1, [(24, 1.0)])]
     require_reachable(units, 40, Target(2.5), 0)

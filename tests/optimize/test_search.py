@@ -47,6 +47,18 @@ def equal(one: Transform, other: Transform) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("theta", "pairs", "inverse_scales"))
 
 
+def test_weights_without_rotations_have_scales_or_no_transform_at_all(generator):
+    problem = draw_problem(generator)
+    problems = [problem, replace(problem, spec=replace(problem.spec, rotations=0))]
+    alone = FEW_STEPS
+    bare = replace(FEW_STEPS, recipe=replace(FEW_STEPS.recipe, scales_alone=False))
+    (rotated, scaled), (same, nothing) = (fit_transforms(problems, config) for config in (alone, bare))
+    assert equal(rotated, same)
+    assert not (scaled.inverse_scales == 1).all()
+    assert (nothing.inverse_scales == 1).all()
+    assert nothing.theta.numel() == 0
+
+
 def test_losses_and_gradients_of_parts_of_the_rows_add_up(generator):
     problem = draw_problem(generator)
     into, out_of = (torch.randn(2, 64, 64, generator=generator) for _ in range(2))

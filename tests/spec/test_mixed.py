@@ -34,7 +34,14 @@ def test_other_sizes_are_refused(text):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"bits_per_weight": 3.5, "size_bytes": 10}, {"bits_per_weight": -1}, {"bits_per_weight": float("nan")}],
+    [
+        {},
+        {"bits_per_weight": 3.5, "size_bytes": 10},
+        {"bits_per_weight": -1},
+        {"bits_per_weight": float("nan")},
+        {"rotated": 1.5},
+        {"rotated": "half"},
+    ],
 )
 def test_a_target_is_one_positive_number(values):
     with pytest.raises(ConfigError):
@@ -98,6 +105,7 @@ def written(**changes):
         ({"layers": {"q_proj": {"bits": 7}}}, "q_proj: bits is 7"),
         ({"layers": {"re:(": {"bits": 3}}}, "is not a regular expression"),
         ({"default": 4}, "default is 4, must be an object"),
+        ({"scales_alone": "no"}, "scales_alone is 'no', must be true or false"),
     ],
 )
 def test_entries_that_are_wrong_are_named(changes, message):
@@ -134,5 +142,10 @@ def test_options_take_the_plans_default_and_no_second_size():
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="both a plan and a target"):
         QuantConfig(plan=plan, target=Target(3.5))
+    bare = MixedPlan(Spec(4, 64, 8), {"q_proj": Spec(4, 64, 0)}, scales_alone=False)
+    config = QuantConfig(plan=MixedPlan.from_dict(json.loads(json.dumps(bare.to_dict()))))
+    assert config.plan == bare
+    assert not config.recipe.scales_alone
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with_target = QuantConfig(target=Target(size_bytes=10**9), candidates="bits:3|4")
     assert QuantConfig.from_dict(json.loads(json.dumps(with_target.to_dict()))) == with_target

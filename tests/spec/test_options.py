@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pairquant.spec.options import Override, QuantConfig
+from pairquant.spec.mixed import Candidates, Target
+from pairquant.spec.options import ROTATED, Override, QuantConfig
 from pairquant.spec.recipe import PRESETS, Recipe, Refit, Training
 from pairquant.support.errors import ConfigError
 
@@ -102,6 +103,19 @@ def test_a_given_recipe_overrides_the_preset():
 @pytest.mark.parametrize("preset", ["gptq", "rtn"])
 def test_without_a_transform_there_are_no_rotations(preset):
     assert QuantConfig(preset=preset, rotations=8).rotations == 0
+
+
+def test_rotations_auto_is_a_target_of_few_transforms():
+    found = QuantConfig(rotations="auto")
+    assert (found.rotations, found.target, found.recipe.scales_alone) == (8, Target(rotated=ROTATED), False)
+    assert found.candidates == Candidates((), (), (0, 8))
+    assert QuantConfig.from_dict(found.to_dict()) == found
+    sized = QuantConfig(rotations="auto", target=Target(3.5), candidates="bits:3|4,rotations:0|4")
+    assert sized.target == Target(3.5, rotated=ROTATED)
+    assert sized.candidates == Candidates((3, 4), (), (0, 4))
+    assert QuantConfig(preset="gptq", rotations="auto").target is None, "it fits no transform anyway"
+    with pytest.raises(ConfigError, match="rotations is 'some'"):
+        QuantConfig(rotations="some")
 
 
 def test_resolving_auto_changes_the_group_size_only():

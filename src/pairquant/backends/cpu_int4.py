@@ -72,5 +72,5 @@ def _(stored, layout):
     return [
         stored[0].new_empty(known.out_features, known.in_features // 2, dtype=torch.uint8),
         stored[0].new_empty(groups, known.out_features, 2, dtype=torch.bfloat16),
-        stored[0].new_empty(groups, g, g, dtype=torch.float32),
+        stored[0].new_empty(groups, g, g if known.rotations else 1, dtype=torch.float32),
     ]

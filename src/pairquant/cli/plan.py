@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..support.formatting import short_name, size
+from ..support.formatting import counted, short_name, size
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import command_line, progress_bars
 
@@ -19,8 +20,11 @@ SIZE, METHOD, TEXT, RUN = "Size", "Method", "Calibration", "Run"
 COLUMNS = 48
 #: The style of each width in the map.
 STYLES = {2: "red", 3: "yellow", 4: "green", 5: "cyan", 6: "blue", 8: "magenta"}
+#: How many rotations, up to 16, as a character.
+DIGITS = "·123456789abcdefg"
 TARGET_BPW = "Choose each layer's bits for this mean."
 TARGET_SIZE = "The same for a size such as 4.2GB."
+ROTATIONS = "Rotations K, 0 to 16, or auto: none where they buy least."
 CANDIDATES = "Forms to choose from, such as bits:3|4,group_size:64|128, or all."
 
 
@@ -33,7 +37,7 @@ def plan(
     candidates: Annotated[str, option(SIZE, CANDIDATES)] = "bits:2|3|4|5|6|8",
     measured: Annotated[Path | None, option(SIZE, "An earlier plan, to use its measurements.")] = None,
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
-    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
+    rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     ignore: Annotated[
         list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN", rare=True)
     ] = None,
@@ -63,7 +67,7 @@ def plan(
         raise ConfigError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}. Create it first.")
     config = QuantConfig(
         group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
-        rotations=rotations,
+        rotations=rotations_of(rotations),
         samples=samples,
         seq_len=seq_len,
         calibration=tuple(calibration or ("default",)),
@@ -97,6 +101,11 @@ def wanted(bits_per_weight: float | None, text: str | None) -> Any:
     if text is not None:
         return Target.of_size(text)
     return None if bits_per_weight is None else Target(bits_per_weight=bits_per_weight)
+
+
+def rotations_of(text: str) -> Any:
+    """Return the number of --rotations, or its text for the options to judge."""
+    return int(text) if text.isdecimal() else text
 
 
 class PlanBars:
@@ -146,26 +155,33 @@ def plan_shown(result: Any) -> list[Any]:
     return [table, "", *_maps(chosen), "", _outcome(result)]
 
 
-def _maps(chosen: list[tuple[Any, Any]]) -> list[Table]:
-    """Return the bits of every block, a digit each, in a row for each kind of layer."""
-    rows: dict[str, dict[int, int]] = {}
+def _maps(chosen: list[tuple[Any, Any]]) -> list[Any]:
+    """Return the bits of every block, and its rotations if they differ, in a row for each kind of layer."""
+    rows: dict[str, dict[int, Any]] = {}
     for unit, form in chosen:
         block = next((int(part) for part in unit.paths[0].split(".") if part.isdecimal()), 0)
         names = dict.fromkeys("experts " + short_name(p) if unit.pool else short_name(p) for p in unit.paths)
-        rows.setdefault(" ".join(names), {})[block] = form.spec.bits
+        rows.setdefault(" ".join(names), {})[block] = form.spec
+    tables = _map("bits", rows, lambda spec: (str(spec.bits), STYLES[spec.bits]))
+    if len({form.spec.rotations for _, form in chosen}) > 1:
+        tables += ["", *_map("rotations", rows, lambda spec: (DIGITS[spec.rotations], "" if spec.rotations else "dim"))]
+    return tables
+
+
+def _map(title: str, rows: dict[str, dict[int, Any]], shown_as: Callable[[Any], tuple[str, str]]) -> list[Any]:
+    """Return a character for every block, in a row for each kind of layer. shown_as: form → character and style."""
     blocks = sorted({block for row in rows.values() for block in row})
     tables = []
     for start in range(0, len(blocks), COLUMNS):
-        shown = blocks[start : start + COLUMNS]
+        some = blocks[start : start + COLUMNS]
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column(f"bits of blocks {shown[0]} to {shown[-1]}")
+        table.add_column(f"{title} of blocks {some[0]} to {some[-1]}")
         table.add_column("")
         for name, row in rows.items():
-            digits = Text()
-            for block in shown:
-                bits = row.get(block)
-                digits.append(str(bits) if bits else "·", style=STYLES.get(bits or 0, "dim"))
-            table.add_row(name, digits)
+            line = Text()
+            for block in some:
+                line.append(*(shown_as(row[block]) if block in row else (" ", "")))
+            table.add_row(name, line)
         tables.append(table)
     return tables
 
@@ -173,10 +189,12 @@ def _maps(chosen: list[tuple[Any, Any]]) -> list[Table]:
 def _outcome(result: Any) -> str:
     """Say in a sentence what the plan comes to."""
     text = f"{result.bits_per_weight:.3f} bits per weight, {size(result.size_bytes)} in all"
+    if result.choice.rotated < len(result.choice.units):
+        text += f", {result.choice.rotated} of {counted(len(result.choice.units), 'input')} transformed"
     uniform = result.uniform
     if uniform is None or not uniform.divergence:
         return text + "; one form for all layers would not fit"
     common = Counter(form.spec for form in uniform.forms).most_common(1)[0][0]
     ratio = result.choice.divergence / uniform.divergence
     bits = uniform.bits / sum(unit.weights for unit in uniform.units)
-    return f"{text}; predicted change of the output: {ratio:.2f} × that of {common} for all, which take {bits:.3f} bits"
+    return f"{text}; predicted change of the output: {ratio:.3g} × that of {common} for all, which take {bits:.3f} bits"

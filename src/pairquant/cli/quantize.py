@@ -13,7 +13,7 @@ from rich.table import Table
 from ..support.formatting import counted
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import command_line, duration, plain, short_name, size
-from .plan import CANDIDATES, TARGET_BPW, TARGET_SIZE, PlanBars, wanted
+from .plan import CANDIDATES, ROTATIONS, TARGET_BPW, TARGET_SIZE, PlanBars, rotations_of, wanted
 
 OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 
@@ -36,7 +36,7 @@ def quantize(
     head_bits: Annotated[int | None, option(METHOD, "Quantize the output embedding too.")] = None,
     embedding_bits: Annotated[int | None, option(METHOD, "Quantize the input embedding too.", rare=True)] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
-    rotations: Annotated[int, option(METHOD, "Rotations K, 0 to 16.", rare=True)] = 8,
+    rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
     ] = False,
@@ -99,7 +99,7 @@ def quantize(
         preset=preset,
         bits=bits,
         group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
-        rotations=rotations,
+        rotations=rotations_of(rotations),
         samples=samples,
         seq_len=seq_len,
         calibration=tuple(calibration or ("default",)),
@@ -170,8 +170,11 @@ def _require_used(context: typer.Context, plan: Path | None, *targets: float | s
             remedy = "--override changes single layers" if plan else "--candidates limits the bits to choose from"
             typed = name.replace("_", "-")
             raise ConfigError(f"--{typed} has no effect beside {by}, which decides it. Leave it out; {remedy}.")
-    if "candidates" in given and not any(target is not None for target in targets):
-        raise ConfigError("--candidates has no effect without --target-bpw or --target-size. Add one of them.")
+    auto = context.params["rotations"] == "auto"
+    if "candidates" in given and not auto and not any(target is not None for target in targets):
+        raise ConfigError(
+            "--candidates has no effect without --target-bpw, --target-size or --rotations auto. Add one of them."
+        )
 
 
 def _push(output: Path, name: str, private: bool) -> None:

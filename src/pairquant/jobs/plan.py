@@ -21,6 +21,7 @@ from ..optimize.allocation import (
     forms_of,
     mixed_plan,
     require_reachable,
+    rotated_at_most,
     uniform,
     units_of,
 )
@@ -114,10 +115,11 @@ class Planner:
         units = self._units(measured)
         budget = self._budget(target, units)
         require_reachable(units, budget, target, self.rest)
-        choice = allocate(units, budget)
+        choice = allocate(units, budget, rotated_at_most(units, target))
         sizes = sizes_of(self.opened.skeleton, self.opened.names)
         model = {"name": self.opened.files.name, **fingerprint(sizes), "target": str(target)}
-        plan = replace(mixed_plan(choice), model=model, measured=measured.to_dict())
+        alone = self.opened.config.recipe.scales_alone
+        plan = replace(mixed_plan(choice), model=model, measured=measured.to_dict(), scales_alone=alone)
         return Planned(plan, choice, uniform(units, budget), target, choice.bits // 8 + self.rest)
 
     def _units(self, measured: Sensitivity) -> list[Unit]:
@@ -126,6 +128,8 @@ class Planner:
 
     def _budget(self, target: Target, units: list[Unit]) -> int:
         """Return the bits that the codes, scales and transforms may take."""
+        if not target.sized:
+            return sum(max(form.bits for form in unit.forms) for unit in units)
         if target.bits_per_weight is not None:
             return int(target.bits_per_weight * sum(unit.weights for unit in units))
         return 8 * ((target.size_bytes or 0) - self.rest)
@@ -147,7 +151,9 @@ def plan(
     Raises a `PairQuantError` that says what to mend.
     """
     if config.target is None:
-        raise ConfigError("a plan needs a size: give --target-bpw or --target-size")
+        raise ConfigError(
+            "a plan needs a size or fewer transforms: give --target-bpw, --target-size or --rotations auto"
+        )
     progress = progress or Silent()
     target = resolve_device(device)
     opened = Opened.of(model, config, trust_remote_code)
@@ -173,6 +179,11 @@ def _reused(earlier: MixedPlan, planner: Planner) -> Sensitivity:
     """Return the measurements of an earlier plan. Raises `ConfigError` if it lacks some, or is for another model."""
     earlier.require_for(sizes_of(planner.opened.skeleton, planner.opened.names))
     found = Sensitivity.from_dict(earlier.measured, earlier.origin)
+    if earlier.scales_alone != planner.opened.config.recipe.scales_alone:
+        there, here = ("without", "with") if earlier.scales_alone else ("with", "without")
+        raise ConfigError(
+            f"{earlier.origin} was measured {there} --rotations auto, this plan is made {here}. Measure again without it."
+        )
     for path, of in found.divergences.items():
         if missing := [spec for spec in planner.forms.get(path, ()) if spec not in of]:
             raise ConfigError(

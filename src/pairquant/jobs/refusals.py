@@ -17,7 +17,7 @@ def needed_bytes(opened: Opened) -> int:
     files, layouts, target = opened.files, opened.plan.layouts.values(), opened.config.target
     weights = sum(layout.in_features * layout.out_features for layout in layouts)
     packed = sum(layout.stored_bits() for layout in layouts) // 8
-    if target is not None:
+    if target is not None and target.sized:
         packed = target.size_bytes or int((target.bits_per_weight or 0) * weights / 8)
     size = files.size_bytes()
     plain = max(size - 2 * weights, size // 10)

@@ -20,7 +20,7 @@ from ..spec.options import QuantConfig
 from ..spec.patterns import matches
 from ..spec.plan import Plan
 from ..support.errors import ConfigError
-from ..support.formatting import size
+from ..support.formatting import counted, size
 
 #: How near to the best sum of divergences the solver must come, as a fraction of it, and how long it may take in seconds.
 GAP, SECONDS = 1e-5, 60
@@ -68,6 +68,11 @@ class Choice:
     @property
     def divergence(self) -> float:
         return sum(form.divergence for form in self.forms)
+
+    @property
+    def rotated(self) -> int:
+        """How many units have a transform: of weights that run as one layer, one launch at run time."""
+        return sum(form.spec.rotations > 0 for form in self.forms)
 
 
 def forms_of(plan: Plan, config: QuantConfig) -> dict[str, list[Spec]]:
@@ -140,7 +145,13 @@ def require_reachable(units: Sequence[Unit], budget: int, target: Target, rest: 
     budget: bits for all units; rest: bytes of everything else in the checkpoint.
     """
     least, most = (sum(pick(form.bits for form in unit.forms) for unit in units) for pick in (min, max))
-    if least <= budget <= 1.001 * most:
+    bare = sum(any(form.spec.rotations == 0 for form in unit.forms) for unit in units)
+    if target.rotated is not None and bare < len(units) - rotated_at_most(units, target):
+        raise ConfigError(
+            f"the target is {target}, but {counted(len(units) - bare, 'input')} of {len(units)} cannot do without one: no "
+            "form of theirs has 0 rotations. Add rotations:0 to --candidates, or change --override."
+        )
+    if not target.sized or least <= budget <= 1.001 * most:
         return
     weights = sum(unit.weights for unit in units)
     if target.bits_per_weight is not None:
@@ -153,8 +164,16 @@ def require_reachable(units: Sequence[Unit], budget: int, target: Target, rest: 
     )
 
 
-def allocate(units: Sequence[Unit], budget: int) -> Choice:
-    """Return the choice with the least divergence among those of at most `budget` bits. Raises `ConfigError` if none is."""
+def rotated_at_most(units: Sequence[Unit], target: Target) -> int:
+    """Return how many units may have a transform."""
+    return len(units) if target.rotated is None else int(target.rotated * len(units))
+
+
+def allocate(units: Sequence[Unit], budget: int, rotated: int | None = None) -> Choice:
+    """Return the choice with the least divergence among those of at most `budget` bits.
+
+    rotated: at most so many units have a transform; None: any number. Raises `ConfigError` if there is no such choice.
+    """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -163,16 +182,22 @@ def allocate(units: Sequence[Unit], budget: int) -> Choice:
     owners = [i for i, unit in enumerate(units) for _ in unit.forms]
     one_each = csr_array((np.ones(len(forms)), (owners, range(len(forms)))), shape=(len(units), len(forms)))
     bits = np.array([form.bits for form in forms], dtype=float)[None]
+    turned = np.array([form.spec.rotations > 0 for form in forms], dtype=float)[None]
     costs = np.array([form.divergence for form in forms])
     result = milp(
         costs / max(costs.max(), 1e-30),
         integrality=np.ones(len(forms)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits / budget, -np.inf, 1)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(bits / budget, -np.inf, 1),
+            LinearConstraint(turned, -np.inf, len(units) if rotated is None else rotated),
+        ],
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if result.x is None:
-        raise ConfigError(f"no choice of forms takes at most {budget / 8e9:.3f} GB ({result.message})")
+        few = "" if rotated is None else f" with {rotated} of {len(units)} inputs transformed"
+        raise ConfigError(f"no choice of forms takes at most {budget / 8e9:.3f} GB{few} ({result.message})")
     chosen = [form for form, share in zip(forms, result.x, strict=True) if share > 0.5]
     return Choice(tuple(units), tuple(chosen))
 

@@ -118,11 +118,17 @@ def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = 
     Several ranks have the same problems, each with rows of its own, and get the same transforms. Problems of one group
     size and number of rotations are searched together.
     """
-    if not config.recipe.transform:
-        return [Transform.identity(p.channels, p.spec.group_size, device=p.weight.device) for p in problems]
     found: dict[int, Transform] = {}
     for alike in alike_in_rotation([problem.spec for problem in problems]):
         chosen = [problems[i] for i in alike]
+        if not config.recipe.transforms(chosen[0].spec.rotations):
+            found |= {
+                i: Transform.identity(
+                    problems[i].channels, problems[i].spec.group_size, device=problems[i].weight.device
+                )
+                for i in alike
+            }
+            continue
         with _fast_products(chosen[0].weight.device):
             search = _Search(chosen, config, ranks)
             search.run()

@@ -269,8 +269,8 @@ def comparing(recipe: Recipe) -> Recipe:
     """
     nearest = recipe.rounding == "nearest" and not recipe.trains
     return replace(
-        PRESETS["quick"], steps=STEPS, transform=recipe.transform, channel_scales=recipe.channel_scales, sweeps=0,
-        rounding="nearest" if nearest else "gptq",
+        PRESETS["quick"], steps=STEPS, transform=recipe.transform, channel_scales=recipe.channel_scales,
+        scales_alone=recipe.scales_alone, sweeps=0, rounding="nearest" if nearest else "gptq",
     )  # fmt: skip
 
 

@@ -137,9 +137,9 @@ class BlockTransforms:
         """Return the trainable angles."""
         return [transforms.theta for _, transforms in self.sets if transforms.rotations]
 
-    def log_scales(self) -> list[Tensor]:
-        """Return the trainable channel scales."""
-        return [transforms.log_scale for _, transforms in self.sets]
+    def log_scales(self, recipe: Recipe) -> list[Tensor]:
+        """Return the channel scales that a recipe trains."""
+        return [transforms.log_scale for _, transforms in self.sets if recipe.scales(transforms.rotations)]
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
         """See `Transforms.matrices`, for all groups."""
@@ -167,8 +167,7 @@ class TransformStage:
         """rate: of learning, for both."""
         self.block, self.groups, self.layouts, self.transforms = block, groups, layouts, transforms
         self.trained = [(theta, rate) for theta in transforms.angles()]
-        if recipe.transform and recipe.channel_scales:
-            self.trained += [(log_scale, rate) for log_scale in transforms.log_scales()]
+        self.trained += [(log_scale, rate) for log_scale in transforms.log_scales(recipe)]
 
     def weights(self) -> dict[str, Tensor]:
         result = {}
@@ -275,8 +274,7 @@ class RefitStage:
         self.trained = [(log_scale, rates.scale_rate) for log_scale in self.log_scales.values()]
         self.trained += [(norm, rates.norm_rate) for norm in self.norms.values()]
         self.trained += [(theta, rates.transform_rate) for theta in self.transforms.angles()]
-        if recipe.transform and recipe.channel_scales:
-            self.trained += [(log_scale, rates.transform_rate) for log_scale in self.transforms.log_scales()]
+        self.trained += [(log_scale, rates.transform_rate) for log_scale in self.transforms.log_scales(recipe)]
 
     def scale(self, path: str) -> Tensor:
         """Group scales [N, G] as they are stored."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..support.errors import ConfigError, did_you_mean
 from ..support.formatting import size
+from .checks import require_between
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .fields import Size
 from .linear import Spec
@@ -38,21 +39,35 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 @dataclass(frozen=True)
 class Target:
-    """The size wanted: either bits per weight of the quantized layers, or bytes of all the checkpoint's weights.
+    """What a plan is to reach: a size, and how few transforms.
 
-    Raises `ConfigError` unless exactly one is given, and for values that are not positive.
+    bits_per_weight: of the quantized layers; size_bytes: of all the checkpoint's weights; rotated: of the inputs that layers
+    read, at most this share is transformed. Raises `ConfigError` unless one is given, for both sizes at once, and for values
+    that are not allowed.
     """
 
     bits_per_weight: float | None = None
     size_bytes: int | None = None
+    rotated: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.bits_per_weight is None) == (self.size_bytes is None):
+        if self.sized and self.bits_per_weight is not None and self.size_bytes is not None:
             raise ConfigError("a target is either bits per weight (--target-bpw) or a size (--target-size), not both")
+        if not self.sized and self.rotated is None:
+            raise ConfigError(
+                "a target needs bits per weight (--target-bpw), a size (--target-size) or --rotations auto"
+            )
+        if self.rotated is not None:
+            require_between("the target's rotated", self.rotated, 0, 1)
         for name in ("bits_per_weight", "size_bytes"):
             value = getattr(self, name)
             if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise ConfigError(f"the target's {name} is {value!r}, allowed: numbers above 0")
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size is wanted."""
+        return self.bits_per_weight is not None or self.size_bytes is not None
 
     @classmethod
     def of_size(cls, text: str) -> Target:
@@ -63,9 +78,10 @@ class Target:
         return cls(size_bytes=round(float(found[1]) * UNITS[found[2].upper()]))
 
     def __str__(self) -> str:
-        if self.bits_per_weight is not None:
-            return f"{self.bits_per_weight:g} bits per weight"
-        return size(self.size_bytes or 0)
+        parts = [f"{self.bits_per_weight:g} bits per weight"] if self.bits_per_weight is not None else []
+        parts += [size(self.size_bytes)] if self.size_bytes is not None else []
+        parts += [f"transforms for {self.rotated:.0%} of the inputs"] if self.rotated is not None else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,7 @@ class MixedPlan:
     default: the form of weights that `layers` does not name; layers: pattern → form (patterns as in `Override`); the last
     that matches counts. model: what it was made for: a `fingerprint` with the model's name and the target; None if it was
     written by hand. measured: what it was made from, as JSON, so that plans of other sizes can be made; see
-    `optimize.sensitivity`.
+    `optimize.sensitivity`. scales_alone: as in `Recipe`, which follows the plan.
     """
 
     default: Spec
@@ -132,6 +148,7 @@ class MixedPlan:
     model: Mapping[str, Any] | None = None
     measured: Mapping[str, Any] | None = field(default=None, compare=False)
     origin: str = field(default="the plan", compare=False)
+    scales_alone: bool = True
 
     def spec_of(self, path: str) -> Spec:
         """Return the form of the weight at `path`."""
@@ -172,6 +189,7 @@ class MixedPlan:
         """Return the part of the JSON object that decides the result: without what the plan was made for and from."""
         return {
             "pairquant_plan": VERSION,
+            **({} if self.scales_alone else {"scales_alone": False}),
             "default": {**vars(self.default)},
             "layers": {name: settings(spec) for name, spec in self.layers.items()},
         }
@@ -200,7 +218,10 @@ class MixedPlan:
         for name in layers:
             require_regular_expression(f"{origin}: layer", name)
         specs = {name: _spec(of, default, f"{origin}: {name}", SETTINGS) for name, of in layers.items()}
-        return cls(default, specs, entries.get("model"), entries.get("measured"), origin)
+        alone = entries.get("scales_alone", True)
+        if not isinstance(alone, bool):
+            raise ConfigError(f"{origin}: scales_alone is {alone!r}, must be true or false")
+        return cls(default, specs, entries.get("model"), entries.get("measured"), origin, alone)
 
     @classmethod
     def read(cls, file: str | Path) -> MixedPlan:

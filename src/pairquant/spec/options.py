@@ -16,6 +16,8 @@ from .patterns import require_regular_expression
 from .recipe import PRESETS, Recipe
 from .rotation import MAX_ROTATIONS
 
+#: K by default, and the share of the inputs that keep their transform with rotations "auto" (docs/decisions.md).
+ROTATIONS, ROTATED = 8, 2 / 3
 PAIR_SELECTIONS = ("random", "magnitude")
 #: Options that records of earlier versions lack.
 ADDED_LATER = ("overrides", "bos", "all_experts", "head_bits", "embedding_bits", "target", "candidates", "plan")
@@ -94,7 +96,8 @@ class QuantConfig:
     preset: a name in `PRESETS`; recipe: used instead of that preset's recipe, for experiments.
     bits: 2, 3, 4, 5, 6 or 8 per weight; symmetric: all zero points are in the middle of the codes, at 2^(b-1).
     group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
-    rotations: K, 0 (channel scales only) to 16; pair_selection: "random" or "magnitude".
+    rotations: K, 0 (channel scales only) to 16, or "auto": 8, and no transform at all for the third of the layers' inputs
+    where it buys least; pair_selection: "random" or "magnitude".
     share_rotations: fit one transform for all linears that read the same input.
     all_experts: fit every expert on all tokens of the text instead of those that its router gives it.
     samples, seq_len: calibrate on `samples` windows of `seq_len` tokens, drawn evenly from the sources in `calibration`.
@@ -113,7 +116,7 @@ class QuantConfig:
     preset: str = "fast"
     bits: int = 4
     group_size: int | Literal["auto"] = 128
-    rotations: int = 8
+    rotations: int | Literal["auto"] = ROTATIONS
     symmetric: bool = False
     pair_selection: str = "random"
     share_rotations: bool = False
@@ -147,7 +150,8 @@ class QuantConfig:
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), SUPPORTED_BITS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
-        require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
+        if self.rotations != "auto":
+            require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
         require_whole("samples", self.samples, 1, 1_000_000)
         require_whole("seq_len", self.seq_len, 2, 1_000_000)
         require_whole("seed", self.seed, 0, 2**63 - 1)
@@ -161,8 +165,12 @@ class QuantConfig:
         self._settle_plan()
         if self.recipe is None:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
+        if self.plan is not None:
+            object.__setattr__(self, "recipe", replace(self.recipe, scales_alone=self.plan.scales_alone))
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
+        if self.rotations == "auto":
+            self._settle_rotations()
         if not self.recipe.transform and any(self.candidates.rotations):
             raise ConfigError(
                 f"candidate rotations are {self.candidates.rotations}, allowed with preset {self.preset!r}: none, because it "
@@ -193,11 +201,22 @@ class QuantConfig:
         for name, value in vars(self.plan.default).items():
             object.__setattr__(self, name, value)
 
+    def _settle_rotations(self) -> None:
+        """Replace "auto" by what it stands for, so that records say it."""
+        target, candidates = self.target, self.candidates
+        if target is None:  # without a size, the largest forms would always be the best
+            candidates = replace(candidates, bits=(), group_size=())
+        sizes = (None, None) if target is None else (target.bits_per_weight, target.size_bytes)
+        object.__setattr__(self, "target", Target(*sizes, rotated=ROTATED))
+        object.__setattr__(self, "candidates", replace(candidates, rotations=candidates.rotations or (0, ROTATIONS)))
+        object.__setattr__(self, "rotations", ROTATIONS)
+        object.__setattr__(self, "recipe", replace(self.recipe, scales_alone=False))
+
     @property
     def spec(self) -> Spec:
         """The default spec. If the group size is "auto", the spec has the largest group size, as a placeholder."""
         size = SUPPORTED_GROUP_SIZES[-1] if self.group_size == "auto" else int(self.group_size)
-        return Spec(self.bits, size, self.rotations, self.symmetric)
+        return Spec(self.bits, size, int(self.rotations), self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dict that JSON can hold; `from_dict` reads it.

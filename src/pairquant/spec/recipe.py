@@ -109,7 +109,8 @@ class Recipe:
     """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
 
     transform: whether to fit channel scales and rotations; if not, the checkpoint has K = 0.
-    channel_scales: whether to fit channel scales as well as rotations.
+    channel_scales: whether to fit channel scales as well as rotations; scales_alone: whether also for weights without any
+    rotations. If not, these have no transform at all, and nothing runs before their product.
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
     refit: train the scales, angles and norm weights of the rounded block a little more.
     end_to_end: when all blocks are rounded, train the same in all of them at once, on the original model's output.
@@ -127,6 +128,7 @@ class Recipe:
 
     transform: bool = True
     channel_scales: bool = True
+    scales_alone: bool = True
     training: Training | None = None
     refit: Refit | None = None
     end_to_end: EndToEnd | None = None
@@ -150,6 +152,14 @@ class Recipe:
             raise ConfigError(f"shrinks is {self.shrinks!r}, allowed: at least one factor above 0, up to 1")
         for name, low, high in (("drift", 0, 1), ("damping", 0, 1), ("final_rate", 0, 1), ("learning_rate", 0, 1000)):
             require_between(name, getattr(self, name), low, high)
+
+    def scales(self, rotations: int) -> bool:
+        """Tell whether a weight with so many rotations gets channel scales."""
+        return self.transform and self.channel_scales and (rotations > 0 or self.scales_alone)
+
+    def transforms(self, rotations: int) -> bool:
+        """Tell whether a weight with so many rotations gets a transform."""
+        return self.scales(rotations) or (self.transform and rotations > 0)
 
     @property
     def needs_text(self) -> bool:

@@ -40,6 +40,18 @@ def test_the_product_is_the_reference_s_at_a_dense_layer_s_noise(group):
     assert torch.equal(without + bias, found)
 
 
+def test_without_rotations_channels_are_scaled_one_by_one():
+    packed = random_packed(32, 128, 64, rotations=0)
+    weights = cpu.CpuWeights.build(packed)
+    assert weights.matrix.shape == (2, 64, 1)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    want = forward(packed, x).double()
+    dense = (x @ decode(packed).bfloat16().T).double()
+    assert (cpu.rotated_linear(x, weights, None, 64).double() - want).norm() < 1.5 * (dense - want).norm()
+    found = cpu.decode(weights, 64)
+    assert (found - decode(packed)).norm() / decode(packed).norm() < 5e-3
+
+
 def test_the_packed_weight_is_decoded_by_its_own_product():
     packed = random_packed(32, 128, 64)
     found, want = cpu.decode(cpu.CpuWeights.build(packed), 64), decode(packed)

@@ -72,6 +72,32 @@ def test_narrow_products(shape, tokens, dtype, generator):
     check_products(shape, tokens, dtype, generator, NARROW)
 
 
+@pytest.mark.parametrize("channels", [256, 160], ids=["whole blocks", "padded"])
+def test_without_a_transform_products_of_few_tokens_read_x_itself(channels, generator, monkeypatch):
+    (packed,), _ = built(((136,), channels, 32, 0))
+    packed["channel_scales"].fill_(1)
+    weights = launch.with_matrix(KernelWeights.build([packed]))
+    assert weights.rotation.idle
+    again = KernelWeights.of_tensors(weights.tensors(), (136,), 32)
+    assert again.rotation.idle
+    launched = []
+    givens = launch._givens
+    monkeypatch.setattr(launch, "_givens", lambda *a, **k: launched.append(k) or givens(*a, **k))
+    for tokens, choice in ((3, NARROW[0]), (18, WIDE[0]), (18, Dense(128))):
+        x = torch.randn(tokens, channels, generator=generator).to(DEVICE, torch.float16)
+        before = len(launched)
+        y = launch.linear(x, again, None, choice)
+        want = exact([packed], x)
+        assert error(y, want) < bound([packed], x, want, torch.float16)
+        assert (len(launched) == before) == (isinstance(choice, Narrow) and channels % 128 == 0)
+
+
+def test_channel_scales_alone_are_a_transform():
+    (packed,), weights = built(((136,), 256, 64, 0))
+    assert not (packed["channel_scales"] == 1).all()
+    assert not weights.rotation.idle
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", WIDE_TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -28,6 +28,7 @@ class CpuWeights:
     packed: the codes as `aten::_convert_weight_to_int4pack_for_cpu` returns them; PyTorch does not document the format.
     grid: bfloat16 [G, N, 2], scale and (8 - z) · scale, because the product computes (q - 8) · scale + zero.
     matrix: float32 [G, g, g], diag(1/a) R. In bfloat16 it would add an error as large as that of rounding the activations.
+    Without rotations it is [G, g, 1], the factors 1/a alone.
     """
 
     packed: Tensor
@@ -39,7 +40,8 @@ class CpuWeights:
         """Prepare a 4-bit linear."""
         transform = transform_of(linear)
         groups, g, _ = transform.matrix.shape
-        return cls(*int4_weights(linear), transform.inverse_scales.view(groups, g, 1) * transform.matrix)
+        factors = transform.inverse_scales.view(groups, g, 1)
+        return cls(*int4_weights(linear), factors * transform.matrix if linear.layout.rotations else factors)
 
     def tensors(self) -> list[Tensor]:
         """Return the three tensors, in the order of the fields."""
@@ -62,7 +64,7 @@ def int4_product(x_rot: Tensor, packed: Tensor, grid: Tensor, group_size: int) -
 
 def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
     """Run a linear on x, bfloat16 [M, C], with its bias if it has one: bfloat16 [M, N]."""
-    x_rot = rotate_dense(x.float(), weights.matrix).to(x.dtype)
+    x_rot = _multiplied(x.float(), weights.matrix).to(x.dtype)
     y = int4_product(x_rot, weights.packed, weights.grid, group_size)
     return y if bias is None else y + bias
 
@@ -71,4 +73,9 @@ def decode(weights: CpuWeights, group_size: int) -> Tensor:
     """Return the dense weight, float32 [N, C]. The packed form is opaque: its product with the identity is the rotated weight."""
     eye = torch.eye(len(weights.matrix) * group_size, dtype=torch.bfloat16)
     rotated = int4_product(eye, weights.packed, weights.grid, group_size).T.float()
-    return rotate_dense(rotated, weights.matrix.mT)
+    return _multiplied(rotated, weights.matrix.mT if weights.matrix.shape[-1] > 1 else weights.matrix)
+
+
+def _multiplied(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply each group of x [M, C] by its matrix, or each channel by its factor."""
+    return rotate_dense(x, matrix) if matrix.shape[-1] > 1 else x * matrix.flatten()

@@ -52,8 +52,11 @@ def dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
 def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tensor:
     """Scale and rotate x [M, C] by all T transforms: [T, M, 128 KB] in x's dtype, with zeros beyond C.
 
-    The channels are in the order in which the kernel of `choice` reads them (see `KernelLayout`).
+    The channels are in the order in which the kernel of `choice` reads them (see `KernelLayout`). Where that is x itself,
+    nothing is launched.
     """
+    if weights.rotation.idle and isinstance(choice, Narrow) and x.shape[1] % 128 == 0 and x.is_contiguous():
+        return x[None]
     overlap = _overlaps(choice, weights.rotation.transforms)
     return rotate_padded(x, weights.rotation, isinstance(choice, Wide), overlap)
 
@@ -67,7 +70,7 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
     width = rotation.coefficients.shape[1] * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
     with current(x.device):
-        if wide and rotation.matrix is not None:
+        if wide and rotation.rotations and rotation.matrix is not None:
             _dense_rotate(x, rotation, rotation.matrix, out, overlap, activation)
         else:
             _givens(x, rotation, out, wide, overlap=overlap, activation=activation)
@@ -132,9 +135,13 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
 
 def with_matrix(weights: KernelWeights) -> KernelWeights:
     """Return the weights with their dense rotation matrix, which rotating many tokens and decoding need."""
+    rotation = weights.rotation
     with current(weights.words.device):
-        matrix = rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
-    return replace(weights, rotation=replace(weights.rotation, matrix=matrix))
+        if rotation.transforms == 1 and not rotation.rotations and bool((rotation.scales == 1).all()):
+            matrix = torch.empty(1, 128, 0, dtype=torch.float16, device=weights.words.device)
+        else:
+            matrix = rotation_blocks(rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
+    return replace(weights, rotation=replace(rotation, matrix=matrix))
 
 
 def _dense_rotate(
@@ -273,7 +280,7 @@ def decode(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
 
 def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
     kind = torch.float32 if dtype == torch.float32 else torch.float16
-    if kind == torch.float16 and weights.rotation.matrix is not None:
+    if kind == torch.float16 and weights.rotation.matrix is not None and not weights.rotation.idle:
         return weights.rotation.matrix
     with current(weights.words.device):
         return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)

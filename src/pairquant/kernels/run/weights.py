@@ -27,7 +27,7 @@ class RotationWeights:
     partners: int32 [T, KB, K, 128], counted from the block's first channel.
     scales: [T, C], the factors 1/a that activations are multiplied by.
     matrix: None until `launch.with_matrix` has built it: float16 [T, 128, 128 KB], diag(1/a) R of each block, its columns
-    in `mma_order`.
+    in `mma_order`; without any columns if the transform leaves x as it is.
     """
 
     coefficients: Tensor
@@ -50,6 +50,11 @@ class RotationWeights:
             coefficients.append(by_channel.view(rotations, 2, (channels + padding) // 128, 128).permute(2, 0, 1, 3))
             partners.append(partner.view(rotations, (channels + padding) // 128, 128).transpose(0, 1))
         return cls(torch.stack(coefficients).contiguous(), torch.stack(partners).contiguous(), scales, group_size)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the transform is known to leave x as it is."""
+        return self.matrix is not None and self.matrix.shape[-1] == 0
 
     @property
     def transforms(self) -> int:
