@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--no-uniform", action="store_true", help="measure mixed plans only")
     parser.add_argument("--candidates", default="bits:2|3|4|5|6|8")
     parser.add_argument("--keep", type=Path, help="file for the sensitivities; read if it exists")
-    parser.add_argument("--rotated", type=float, nargs="+", help="instead of sizes: shares of the inputs with a transform")
+    parser.add_argument(
+        "--rotated", type=float, nargs="+", help="instead of sizes: shares of the inputs with a transform"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
 
@@ -107,7 +109,9 @@ def main() -> None:
             out.write(json.dumps(row) + "\n")
 
     for share in options.rotated or ():
-        choice = allocate(units, sum(max(form.bits for form in unit.forms) for unit in units), round(share * len(units)))
+        choice = allocate(
+            units, sum(max(form.bits for form in unit.forms) for unit in units), round(share * len(units))
+        )
         each = replace(config, target=None, plan=replace(mixed_plan(choice), scales_alone=False))
         run(f"transforms for {choice.rotated} of {len(units)} inputs", each, choice.divergence)
     if options.rotated:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 #: Our recipes; others' recipes in our code; others.
 OURS, OUR_CODE, OTHERS = "#d1495b", "#eec1c7", "#b4bbc7"
+#: Of others' tools, where several are in one figure.
+SYMBOLS = ("circle-open", "square-open", "diamond-open", "triangle-up-open", "cross-open", "x-open", "star-open")
 METHODS = {"fp16": "#8d99ae", "AWQ-Marlin": "#e0a030", "original": "#b8b8b8", "pairquant": OURS}
 #: From few channels to many.
 SHADES = ("#f2c1c7", "#e68f9b", "#d1495b", "#a13546", "#6e2430")
@@ -30,6 +32,7 @@ def main() -> None:
     write("peers", peers(), 960, 400)
     write("kernels", blocks(kernels["blocks"]), 960, 360)
     write("rotation", rotations(kernels["rotate"]), 860, 340)
+    write("sizes", sizes(), 860, 400)
     write("transforms", transforms(json.loads((RESULTS / "transforms-cpu.json").read_text())), 860, 360)
 
 
@@ -67,6 +70,54 @@ def peers() -> go.Figure:
         figure.update_xaxes(title="KL, nats per token", range=[0, 1.3 * max(values)], col=column)
         figure.update_yaxes(autorange="reversed", ticksuffix=" ", col=column)
     return figure.update_layout(showlegend=False, bargap=0.3)
+
+
+def sizes() -> go.Figure:
+    """KL against bits per weight, everything stored counted: one width for all, plans, the last training, and others' tools."""
+    plans = [row for row in lines("mixed-h200.jsonl") if row["preset"] == "fast"]
+    trained = [row for row in lines("end-to-end-h100.jsonl") if row["end_to_end"] and "smol" in row["model"]]
+    found = {
+        "one width for all, fast": [row for row in plans if row["plan"].startswith("uniform")],
+        "by plan, fast": [row for row in plans if row["plan"].startswith("mixed") and "rotations" in row["candidates"]],
+        "best, then trained as a whole": [row for row in trained if row["start"].startswith("best")],
+    }
+    figure = go.Figure()
+    for color, (name, rows) in zip(("#e68f9b", OURS, "#6e2430"), found.items(), strict=True):
+        best = {round(row["bits_per_weight"], 1): row for row in sorted(rows, key=kl, reverse=True)}
+        points = sorted(best.values(), key=lambda row: row["bits_per_weight"])
+        figure.add_scatter(
+            x=[row["bits_per_weight"] for row in points],
+            y=[kl(row) for row in points],
+            name=name,
+            mode="lines+markers" if len(points) > 2 else "markers",
+            marker={"size": 8, "color": color},
+        )
+    rows = rows_of(RESULTS / "peers-h100.jsonl", "SmolLM2-135M-Instruct")
+    measured = [
+        (name_of(peer), mine)
+        for peer in PEERS
+        if peer.runner != "ours"
+        and (mine := [row for bits in (3, 4) if "wikitext2-test" in (row := rows.get((peer.name, bits), {}))])
+    ]
+    for (name, mine), symbol in zip(measured, SYMBOLS, strict=False):
+        figure.add_scatter(
+            x=[row["bits_per_weight"] for row in mine],
+            y=[kl(row) for row in mine],
+            name=name,
+            mode="markers",
+            marker={"size": 9, "color": "#6b7280", "symbol": symbol},
+        )
+    figure.update_xaxes(title="bits per weight, everything stored counted")
+    figure.update_yaxes(LOGARITHMIC, title="KL on WikiText-2, nats per token")
+    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def kl(row: dict[str, Any]) -> float:
+    return row["wikitext2-test"]["kl"]
 
 
 def name_of(peer: Peer) -> str:
