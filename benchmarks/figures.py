@@ -75,11 +75,11 @@ def peers() -> go.Figure:
 def sizes() -> go.Figure:
     """KL against bits per weight, everything stored counted: one width for all, plans, the last training, and others' tools."""
     plans = [row for row in lines("mixed-h200.jsonl") if row["preset"] == "fast"]
-    trained = [row for row in lines("end-to-end-h100.jsonl") if row["end_to_end"] and "smol" in row["model"]]
+    trained = [row for row in lines("end-to-end-h100.jsonl") if row["end_to_end"] == "more=192,epochs=3"]
     found = {
         "one width for all, fast": [row for row in plans if row["plan"].startswith("uniform")],
         "by plan, fast": [row for row in plans if row["plan"].startswith("mixed") and "rotations" in row["candidates"]],
-        "best, then trained as a whole": [row for row in trained if row["start"].startswith("best")],
+        "best, then trained as a whole": [row for row in trained if "smol" in row["model"]],
     }
     figure = go.Figure()
     for color, (name, rows) in zip(("#e68f9b", OURS, "#6e2430"), found.items(), strict=True):

@@ -44,9 +44,10 @@ def opened(name: str, device: torch.device, length: int = 2048) -> tuple[Any, An
 
 def calibration_tokens(tokenizer: Any, config: QuantConfig, more: int = 0) -> Tensor:
     """The windows that these options calibrate on, int64 [samples, seq_len], and so many more after them."""
-    prefix, count = window_prefix(tokenizer, config.bos), config.samples + more
-    drawn = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed, prefix=prefix)
-    return drawn.first(count).tokens
+    prefix = window_prefix(tokenizer, config.bos)
+    return calibrate(
+        tokenizer, config.calibration, config.samples, config.seq_len, config.seed, more=more, prefix=prefix
+    ).tokens
 
 
 def numbers(quality: Quality) -> dict[str, float]:

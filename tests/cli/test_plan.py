@@ -67,8 +67,8 @@ def test_few_transforms_are_shown(directory):
         "plan", directory / "source", "--output", directory / "few.json", *FORM, "--rotations", "auto", *TEXT_OPTIONS
     )
     assert done.exit_code == 0, done.output
-    assert "rotations of blocks 0 to 1" in shown
-    assert "5 of 8 inputs transformed" in shown
+    assert "rotations (· none) of blocks 0 to 1" in shown
+    assert "5 of 8 inputs rotated" in shown
     assert "·" in shown
 
 

@@ -177,7 +177,7 @@ def test_a_training_of_the_whole_model_is_shown(directory):
     assert done.exit_code == 0, done.output
     assert "at the end the whole model is trained in 2 epochs of 352 tokens, which takes longer than all" in shown
     found = re.search(
-        r"whole model: KL to the original on the calibration text epoch 0 (\S+) epoch 1 \S+ epoch 2 (\S+)", shown
+        r"whole model: KL to the original on text held out epoch 0 (\S+) epoch 1 \S+ epoch 2 (\S+)", shown
     )
     assert found, done.output
     assert float(found[2]) < float(found[1])

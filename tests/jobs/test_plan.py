@@ -74,6 +74,17 @@ def test_of_few_transforms_those_are_left_out_that_buy_least(source, few, tmp_pa
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_embeddings_keep_their_transform(source, tmp_path):
+    options = {"rotations": "auto", "target": Target(4.5), "head_bits": 4, "embedding_bits": 4, "samples": 4}
+    pairquant.quantize(source, tmp_path / "out", config(**options), device="cpu")
+    checkpoint, specs = stored(tmp_path / "out")
+    apart = [path for path in specs if "layers" not in path]
+    assert len(apart) == 2
+    for path in apart:
+        assert specs[path].rotations == 8
+        assert not (checkpoint.packed(path)["channel_scales"] == 1).all()
+
+
 def test_trainings_leave_what_has_no_transform_so(source, few, tmp_path):
     options = {"plan": MixedPlan.from_dict(few.plan.to_dict()), "recipe": recipe_with("best", ["refit.epochs=1"], 1)}
     pairquant.quantize(source, tmp_path / "out", config(**options), device="cpu")
@@ -84,8 +95,10 @@ def test_trainings_leave_what_has_no_transform_so(source, few, tmp_path):
 
 
 def test_measurements_with_and_without_scales_alone_are_not_mixed_up(source, few):
-    with pytest.raises(ConfigError, match="measured with --rotations auto, this plan is made without"):
-        plan(source, config(target=Target(5.0)), device="cpu", measured=few.plan)
+    with pytest.raises(
+        ConfigError, match="measured with --rotations auto, and this plan is made without it. Leave out --measured"
+    ):
+        plan(source, config(target=Target(5.0), candidates="bits:4,rotations:0|8"), device="cpu", measured=few.plan)
 
 
 def test_measurements_serve_other_sizes(source, made, monkeypatch):

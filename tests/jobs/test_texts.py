@@ -14,7 +14,7 @@ from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, EndToEnd
 from pairquant.support.errors import ConfigError, TextError
 
-SEQ_LEN = 16
+SEQ_LEN, CPU = 16, torch.device("cpu")
 
 
 class Heard(Silent):
@@ -46,7 +46,7 @@ def draw(source, tmp_path):
             **{"samples": 8, **options},
         )  # fmt: skip
         heard = Heard()
-        return Texts.drawn(Opened.of(source, config), Ranks(0, ranks), heard), heard.notices
+        return Texts.drawn(Opened.of(source, config), Ranks(0, ranks), CPU, heard), heard.notices
 
     return of
 
@@ -77,9 +77,11 @@ def test_nothing_fresh_reads_what_blocks_were_fitted_on(draw):
     assert not told
 
 
-def test_too_few_windows_hold_none_out(draw):
+def test_of_few_windows_one_is_held_out_and_of_one_none(draw):
     texts, _ = draw(100, fresh=1, samples=4)
-    assert (len(texts.whole), texts.held_out) == (4, None)
+    assert (len(texts.whole), len(texts.held_out)) == (3, 1)
+    texts, _ = draw(100, fresh=1, samples=1)
+    assert (len(texts.whole), texts.held_out) == (1, None)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -106,14 +108,22 @@ def test_validation_windows_are_apart_too(draw):
     assert len(texts.validation) == PRESETS["paper"].training.validation_samples
 
 
+def test_blocks_are_fitted_on_the_same_windows_with_and_without_it(source, draw):
+    texts, _ = draw(100)
+    calibration = texts.calibration
+    config = QuantConfig(group_size=32, seq_len=SEQ_LEN, calibration=calibration.sources, bos="never", samples=8)
+    plain = Texts.drawn(Opened.of(source, config), Ranks(), CPU, Silent())
+    assert plain.calibration.digest == calibration.digest
+
+
 def test_a_recipe_without_a_last_training_reads_no_more_than_before(source, draw):
     texts, _ = draw(100)
     config = QuantConfig(group_size=32, samples=8, seq_len=SEQ_LEN)
-    plain = Texts.drawn(Opened.of(source, config), Ranks(), Silent())
+    plain = Texts.drawn(Opened.of(source, config), Ranks(), CPU, Silent())
     assert (plain.whole, plain.held_out) == (None, None)
     assert plain.digests()["whole"] is None
     assert texts.digests()["whole"] is not None
 
 
 def test_a_recipe_without_text_draws_none(source):
-    assert Texts.drawn(Opened.of(source, QuantConfig(preset="rtn", group_size=32)), Ranks(), Silent()) == Texts()
+    assert Texts.drawn(Opened.of(source, QuantConfig(preset="rtn", group_size=32)), Ranks(), CPU, Silent()) == Texts()

@@ -131,6 +131,14 @@ def test_forms_that_a_weight_cannot_have_are_left_out():
     assert {s.rotations for of in without.values() for s in of} == {0}
 
 
+def test_one_form_for_all_leaves_what_an_override_fixed_as_it_would_be():
+    free = Unit(("a",), None, 8, tuple(Form(Spec(4, rotations=k), 8, cost) for k, cost in ((0, 1.0), (8, 0.5))))
+    fixed = Unit(("b",), None, 8, tuple(Form(Spec(8, rotations=k), 16, cost) for k, cost in ((0, 1.5), (8, 0.1))))
+    best = uniform([free, fixed], 100)
+    assert best is not None
+    assert best.divergence == pytest.approx(0.6)
+
+
 def test_a_plan_names_every_layer_and_its_default_is_the_most_common_form():
     units = [unit(0, [(16, 1.0), (32, 0.1)]), unit(1, [(16, 0.2), (32, 0.1)]), unit(2, [(16, 0.2), (32, 0.1)])]
     plan = mixed_plan(allocate(units, 64))
@@ -140,6 +148,7 @@ def test_a_plan_names_every_layer_and_its_default_is_the_most_common_form():
         "layers.1.q": 2,
         "layers.2.q": 2,
     }
+    assert mixed_plan(allocate(units, 64), rotations=4).default == Spec(2, rotations=4)
     best = uniform(units, 64)
     assert best is not None
     assert (best.bits, best.divergence) == (48, pytest.approx(1.4))

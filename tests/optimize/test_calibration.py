@@ -175,12 +175,30 @@ def test_no_window_is_drawn_twice(sources, tiny_tokenizer):
     assert len(drawn.tokens.unique(dim=0)) == 50
 
 
-def test_fewer_windows_will_do_where_they_are_allowed(sources, tiny_tokenizer):
-    names = sources(a=300)  # 30 windows
-    drawn = calibrate(tiny_tokenizer, names, 50, SEQ_LEN, seed=3, least=20)
-    assert len(drawn.tokens.unique(dim=0)) == 30
-    with pytest.raises(TextError, match="40 windows of 10 tokens wanted, 30 there"):
-        calibrate(tiny_tokenizer, names, 50, SEQ_LEN, seed=3, least=40)
+def test_further_windows_leave_the_first_as_they_are(sources, tiny_tokenizer):
+    names = sources(a=500, b=80)  # 50 and 8 windows
+    first = calibrate(tiny_tokenizer, names, 12, SEQ_LEN, seed=3)
+    drawn = calibrate(tiny_tokenizer, names, 12, SEQ_LEN, seed=3, more=20)
+    assert torch.equal(drawn.tokens[:12], first.tokens)
+    assert shares_of(drawn.tokens[:12]) == {"a": 6, "b": 6}
+    assert shares_of(drawn.tokens[12:]) == {"a": 18, "b": 2}, "what is left"
+    assert len(drawn.tokens.unique(dim=0)) == 32
+    assert len(calibrate(tiny_tokenizer, names, 12, SEQ_LEN, seed=3, more=1000).tokens) == 58
+
+
+def test_text_that_is_sampled_takes_the_share_that_the_others_leave(sources, tiny_tokenizer):
+    asked = []
+
+    def sampled(count):
+        asked.append(count)
+        return torch.full((count, SEQ_LEN), 2000) + torch.arange(count)[:, None]
+
+    drawn = calibrate(tiny_tokenizer, ["self", *sources(a=40)], 12, SEQ_LEN, seed=3, more=10, sampled=sampled)
+    assert asked == [18]
+    assert shares_of(drawn.tokens[:12]) == {"c": 8, "a": 4}
+    assert shares_of(drawn.tokens[12:]) == {"c": 10}
+    with pytest.raises(TextError, match="can be calibrated on only"):
+        calibrate(tiny_tokenizer, ["self"], 4, SEQ_LEN, seed=3)
 
 
 def test_sources_are_mixed(sources, tiny_tokenizer):

@@ -114,7 +114,9 @@ def test_rotations_auto_is_a_target_of_few_transforms():
     assert sized.target == Target(3.5, rotated=ROTATED)
     assert sized.candidates == Candidates((3, 4), (), (0, 4))
     assert QuantConfig(preset="gptq", rotations="auto").target is None, "it fits no transform anyway"
-    with pytest.raises(ConfigError, match="rotations is 'some'"):
+    with pytest.raises(ConfigError, match="no size is wanted that would decide"):
+        QuantConfig(rotations="auto", candidates="bits:3|4")
+    with pytest.raises(ConfigError, match="rotations is 'some', allowed: whole numbers from 0 to 16, or auto"):
         QuantConfig(rotations="some")
 
 

@@ -318,7 +318,7 @@ class Checkpoint:
 
     @property
     def trained_whole(self) -> tuple[float, float] | None:
-        """The divergence on the calibration text before and after a training of the whole model; None without one."""
+        """The divergence on text held out before and after a training of the whole model; None without one."""
         curve = self.report.get(END_TO_END)
         return (curve[0], min(curve)) if curve else None
 

@@ -11,7 +11,7 @@ from .files import read_json
 
 #: Written beside the weights.
 REPORT_FILE = "pairquant.json"
-#: Its entry for a training of the whole model: the divergence on the calibration text before it and after each epoch.
+#: Its entry for a training of the whole model: the divergence, on calibration text that it held out, before it and after each epoch.
 END_TO_END = "end_to_end_kl"
 WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
 

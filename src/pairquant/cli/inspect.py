@@ -73,7 +73,7 @@ def inspect(
     if found.checkpoint.trained_whole is not None:
         before, after = found.checkpoint.trained_whole
         table.add_row(
-            "trained as a whole", f"KL {before:.4f} → {after:.4f} on the calibration text; errors are from before it"
+            "trained as a whole", f"KL {before:.4f} → {after:.4f} on text held out; errors are from before it"
         )
     for place, line in enumerate(_run_by(backends(model, device, dtype))):
         table.add_row("" if place else "run here by", escape(line))

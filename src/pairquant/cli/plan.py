@@ -36,6 +36,7 @@ def plan(
     target_size: Annotated[str | None, option(SIZE, TARGET_SIZE)] = None,
     candidates: Annotated[str, option(SIZE, CANDIDATES)] = "bits:2|3|4|5|6|8",
     measured: Annotated[Path | None, option(SIZE, "An earlier plan, to use its measurements.")] = None,
+    bits: Annotated[int, option(METHOD, "Bits of all layers, where no size is wanted.", rare=True)] = 4,
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
     rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     ignore: Annotated[
@@ -44,9 +45,7 @@ def plan(
     override: Annotated[
         list[str] | None, option(METHOD, "Fix the form of some layers; the last wins.", metavar="PATTERN=…")
     ] = None,
-    calibration: Annotated[
-        list[str] | None, option(TEXT, "Text or chats to measure on; repeat.", metavar="TEXT")
-    ] = None,
+    calibration: Annotated[list[str] | None, option(TEXT, "Text to measure on; repeat.", metavar="TEXT")] = None,
     samples: Annotated[int, option(TEXT, "Windows of text.")] = 128,
     seq_len: Annotated[int, option(TEXT, "Tokens per window.", rare=True)] = 2048,
     seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
@@ -66,6 +65,7 @@ def plan(
     if not output.parent.is_dir():
         raise ConfigError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}. Create it first.")
     config = QuantConfig(
+        bits=bits,
         group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
         rotations=rotations_of(rotations),
         samples=samples,
@@ -164,7 +164,10 @@ def _maps(chosen: list[tuple[Any, Any]]) -> list[Any]:
         rows.setdefault(" ".join(names), {})[block] = form.spec
     tables = _map("bits", rows, lambda spec: (str(spec.bits), STYLES[spec.bits]))
     if len({form.spec.rotations for _, form in chosen}) > 1:
-        tables += ["", *_map("rotations", rows, lambda spec: (DIGITS[spec.rotations], "" if spec.rotations else "dim"))]
+        tables += [
+            "",
+            *_map("rotations (· none)", rows, lambda spec: (DIGITS[spec.rotations], "" if spec.rotations else "dim")),
+        ]
     return tables
 
 
@@ -189,8 +192,8 @@ def _map(title: str, rows: dict[str, dict[int, Any]], shown_as: Callable[[Any], 
 def _outcome(result: Any) -> str:
     """Say in a sentence what the plan comes to."""
     text = f"{result.bits_per_weight:.3f} bits per weight, {size(result.size_bytes)} in all"
-    if result.choice.rotated < len(result.choice.units):
-        text += f", {result.choice.rotated} of {counted(len(result.choice.units), 'input')} transformed"
+    if result.target.rotated is not None:
+        text += f", {result.choice.rotated} of {counted(len(result.choice.units), 'input')} rotated"
     uniform = result.uniform
     if uniform is None or not uniform.divergence:
         return text + "; one form for all layers would not fit"

@@ -61,7 +61,7 @@ def quantize(
         option(METHOD, "Store some otherwise; the last wins.", metavar="PATTERN=…"),
     ] = None,
     calibration: Annotated[
-        list[str] | None, option(CALIBRATION, "Text or chats: a file, a data set; repeat.", metavar="TEXT")
+        list[str] | None, option(CALIBRATION, "Text: a file, a data set, self; repeat.", metavar="TEXT")
     ] = None,
     samples: Annotated[int, option(CALIBRATION, "Windows of text.")] = 128,
     seq_len: Annotated[int, option(CALIBRATION, "Tokens per window.")] = 2048,
@@ -256,7 +256,7 @@ class _BlockProgress(PlanBars):
 
     def trained(self, epoch: int, epochs: int, divergence: float) -> None:
         if epoch == 0:
-            self.bars.console.print("[dim]training of the whole model: KL to the original on the calibration text[/]")
+            self.bars.console.print("[dim]training of the whole model: KL to the original on text held out[/]")
         self.bars.console.print(f"epoch {epoch:>2}  {divergence:.4f}")
         following = f"epoch {epoch + 1}" if epoch < epochs else "finishing"
         self.bars.reset(self.task, total=epochs, completed=epoch, description=following)

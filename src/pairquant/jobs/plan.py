@@ -25,7 +25,6 @@ from ..optimize.allocation import (
     uniform,
     units_of,
 )
-from ..optimize.calibration import calibrator
 from ..optimize.sensitivity import Measurement, Sensitivity
 from ..spec.linear import Spec
 from ..spec.mixed import MixedPlan, Target, fingerprint
@@ -33,13 +32,16 @@ from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError
 from .opened import Opened
+from .progress import Told
+from .texts import draw_for
+
+#: What to do about an earlier plan that does not serve.
+AGAIN = "Leave out --measured, and it is measured again."
 
 
-class PlanProgress(Protocol):
+class PlanProgress(Told, Protocol):
     """What planning tells while it works."""
 
-    def stage(self, text: str) -> None: ...
-    def notice(self, text: str) -> None: ...
     def measuring(self, blocks: int, finished: int) -> None: ...
     def planned(self, result: Planned) -> None: ...
 
@@ -118,8 +120,11 @@ class Planner:
         choice = allocate(units, budget, rotated_at_most(units, target))
         sizes = sizes_of(self.opened.skeleton, self.opened.names)
         model = {"name": self.opened.files.name, **fingerprint(sizes), "target": str(target)}
-        alone = self.opened.config.recipe.scales_alone
-        plan = replace(mixed_plan(choice), model=model, measured=measured.to_dict(), scales_alone=alone)
+        config = self.opened.config
+        plan = replace(
+            mixed_plan(choice, config.spec.rotations), model=model, measured=measured.to_dict(),
+            scales_alone=config.recipe.scales_alone,
+        )  # fmt: skip
         return Planned(plan, choice, uniform(units, budget), target, choice.bits // 8 + self.rest)
 
     def _units(self, measured: Sensitivity) -> list[Unit]:
@@ -166,7 +171,7 @@ def plan(
                 found = _reused(measured, planner)
             else:
                 progress.stage("calibration text")
-                draw = calibrator(opened.skeleton, opened.files.name, opened.tokenizer, config, progress.notice)
+                draw = draw_for(opened, target, progress)
                 found = planner.measure(draw(config.calibration, config.samples).tokens, target, progress)
         finally:
             source.close()
@@ -179,16 +184,15 @@ def _reused(earlier: MixedPlan, planner: Planner) -> Sensitivity:
     """Return the measurements of an earlier plan. Raises `ConfigError` if it lacks some, or is for another model."""
     earlier.require_for(sizes_of(planner.opened.skeleton, planner.opened.names))
     found = Sensitivity.from_dict(earlier.measured, earlier.origin)
-    if earlier.scales_alone != planner.opened.config.recipe.scales_alone:
+    bare = any(spec.rotations == 0 for forms in planner.forms.values() for spec in forms)
+    if bare and earlier.scales_alone != planner.opened.config.recipe.scales_alone:
         there, here = ("without", "with") if earlier.scales_alone else ("with", "without")
         raise ConfigError(
-            f"{earlier.origin} was measured {there} --rotations auto, this plan is made {here}. Measure again without it."
+            f"{earlier.origin} was measured {there} --rotations auto, and this plan is made {here} it. {AGAIN}"
         )
     for path, of in found.divergences.items():
         if missing := [spec for spec in planner.forms.get(path, ()) if spec not in of]:
-            raise ConfigError(
-                f"{earlier.origin} has no measurement of {path} at {missing[0]}. Measure again without it."
-            )
+            raise ConfigError(f"{earlier.origin} has no measurement of {path} at {missing[0]}. {AGAIN}")
     if not found.divergences:
-        raise ConfigError(f"{earlier.origin} holds no measurements. Measure again without it.")
+        raise ConfigError(f"{earlier.origin} holds no measurements. {AGAIN}")
     return found

@@ -125,7 +125,7 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool, fresh: bool) -> QuantizationSummary:
-        self.texts = Texts.drawn(self.opened, self.ranks, self.progress)
+        self.texts = Texts.drawn(self.opened, self.ranks, self.device, self.progress)
         directory = Journal.beside(self.output)
         with self._journal_kept(directory, fresh) as spill:
             self.progress.stage("source weights")
@@ -218,12 +218,16 @@ class Job:
     def _walk(self) -> None:
         share = self._share(self.texts.calibration.tokens if self.texts.calibration else None)
         held_out = self._share(self.texts.validation)
-        memory = demand(self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device)
+        read = sum(len(t) for t in (self._share(self.texts.whole), self._share(self.texts.held_out)) if t is not None)
+        memory = demand(
+            self.opened.skeleton, self.opened.blocks, self.opened.config, share, held_out, self.device,
+            read * self.opened.config.seq_len,
+        )  # fmt: skip
         self.progress.plan(len(self.opened.blocks), len(self.opened.plan.layouts), self.journal.count, memory)
         told = remarks.of_head(self.opened, shares_head(self.opened, self.source))
         how = self.opened.config.recipe.end_to_end
         if how is not None and self.texts.whole is not None:
-            told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), self.device.type == "cpu"))
+            told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), memory))
         for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
             self._notice(line)
         self._log(

@@ -8,6 +8,7 @@ from typing import Any
 from ..core.rounding import POOR_ERROR
 from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
+from ..optimize.memory import Demand
 from ..spec.linear import LinearLayout
 from ..spec.plan import Plan
 from ..support.formatting import counted, percent, size
@@ -85,10 +86,13 @@ def of_embedding(layout: LinearLayout, error: float) -> str:
     )
 
 
-def of_last_training(epochs: int, tokens: int, on_cpu: bool) -> str:
+def of_last_training(epochs: int, tokens: int, memory: Demand) -> str:
     """Return for the user what a training of the whole model will do."""
-    slow = ", which takes longer than all blocks together on a CPU" if on_cpu else ""
-    return f"at the end the whole model is trained in {counted(epochs, 'epoch')} of {tokens:,} tokens{slow}"
+    if memory.on.type == "cpu":
+        cost = ", which takes longer than all blocks together on a CPU"
+    else:
+        cost = f"; their states take {size(memory.host)} of this machine's own memory"
+    return f"at the end the whole model is trained in {counted(epochs, 'epoch')} of {tokens:,} tokens{cost}"
 
 
 def experts_with_few_tokens(opened: Opened, entries: Iterable[Mapping[str, Any]]) -> str | None:

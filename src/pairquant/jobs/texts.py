@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..optimize.calibration import Calibration, calibrator
-from ..optimize.ranks import Ranks
+from ..optimize.calibration import Calibration, Draw, Sampler, calibrator
+from ..optimize.ranks import ALONE, Ranks
 from ..spec.options import QuantConfig
 from ..support.errors import ConfigError
 from ..support.formatting import counted
 from ..support.windows import Notice
 from .opened import Opened
-from .plan import PlanProgress
+from .own_text import OwnText
+from .progress import Told
 
-#: Of the windows that the whole model could be trained on, every so many-th is held out, to choose the epoch.
+#: Of the windows that the whole model could be trained on, every so many-th is held out to choose the epoch, at least one.
 HELD_OUT = 8
 
 
@@ -35,7 +37,7 @@ class Texts:
     held_out: Tensor | None = None
 
     @classmethod
-    def drawn(cls, opened: Opened, ranks: Ranks, progress: PlanProgress) -> Texts:
+    def drawn(cls, opened: Opened, ranks: Ranks, device: torch.device, progress: Told) -> Texts:
         """Draw them as a run's options say.
 
         Raises `TextError` if there is too little text to fit on, and `ConfigError` for windows that cannot be shared out to
@@ -51,8 +53,8 @@ class Texts:
         own = config.samples + inside
         last = config.recipe.end_to_end
         wanted = last.fresh * config.samples if last is not None else 0
-        draw = calibrator(opened.skeleton, opened.files.name, opened.tokenizer, config, progress.notice)
-        every = draw(config.calibration, own + wanted, own)
+        draw = draw_for(opened, device, progress, ranks)
+        every = draw(config.calibration, own, wanted)
         calibration, validation = every.first(config.samples), every.tokens[config.samples : own]
         if chosen_by and config.validation:
             validation = draw(config.validation, chosen_by).tokens
@@ -70,7 +72,7 @@ class Texts:
                     "reads those that blocks were fitted on too. More text (--calibration) makes it more accurate"
                 )
             pool = torch.cat([pool, self.calibration.tokens])
-        held = len(pool) // HELD_OUT // ranks.size * ranks.size
+        held = max(len(pool) // HELD_OUT // ranks.size, 1) * ranks.size if len(pool) >= 2 * ranks.size else 0
         return Texts(self.calibration, self.validation, pool[held:], pool[:held] if held else None)
 
     def digests(self) -> dict[str, str | None]:
@@ -80,6 +82,17 @@ class Texts:
             "validation": _digest(self.validation),
             "whole": _digest(self.whole),
         }
+
+
+def draw_for(opened: Opened, device: torch.device, progress: Told, ranks: Ranks = ALONE) -> Draw:
+    """Return what draws the windows of a run; device: on which the model samples text, if it is asked to."""
+
+    def sampling(prefix: Sequence[int]) -> Sampler:
+        config = opened.config
+        own = OwnText(opened.files, opened.tokenizer, config.seq_len, config.seed, prefix, device, progress, ranks)
+        return own.windows
+
+    return calibrator(opened.skeleton, opened.files.name, opened.tokenizer, opened.config, progress.notice, sampling)
 
 
 def _digest(tokens: Tensor | None) -> str | None:

@@ -15,7 +15,7 @@ POSITION_NAMES = ("wpe", "position", "pos_emb")
 
 def learned_positions(model: Any) -> int | None:
     """Return the number of learned positions of a model; None for a model that has no table of positions."""
-    context, tokens = _context(model), model.get_input_embeddings()
+    context, tokens = stated_context(model), model.get_input_embeddings()
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         named = any(part in name for part in POSITION_NAMES) and "relative" not in name
@@ -26,7 +26,7 @@ def learned_positions(model: Any) -> int | None:
     return None
 
 
-def _context(model: Any) -> int | None:
+def stated_context(model: Any) -> int | None:
     """Return the longest sequence, in tokens, that the model's configuration states; None if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -42,7 +42,7 @@ def check_length(model: Any, seq_len: int) -> str | None:
             f"seq_len is {seq_len}, allowed: up to {positions}, the number of positions that this model has learned. "
             "Lower --seq-len."
         )
-    context = _context(model)
+    context = stated_context(model)
     if positions is None and context is not None and seq_len > context:
         return f"windows of {seq_len} tokens are longer than the {context} that this model was made for"
     return None

@@ -202,24 +202,33 @@ def allocate(units: Sequence[Unit], budget: int, rotated: int | None = None) -> 
     return Choice(tuple(units), tuple(chosen))
 
 
-def mixed_plan(choice: Choice) -> MixedPlan:
-    """Return the plan of a choice. Its default is the form that most weights have."""
+def mixed_plan(choice: Choice, rotations: int | None = None) -> MixedPlan:
+    """Return the plan of a choice. Its default is the form that most weights have, with so many rotations if they are given.
+
+    The default is that of embeddings, whose form is not chosen.
+    """
     weights: Counter[Spec] = Counter()
     for unit, form in zip(choice.units, choice.forms, strict=True):
         weights[form.spec] += unit.weights
     layers = {name: form.spec for unit, form in zip(choice.units, choice.forms, strict=True) for name in unit.names}
-    return MixedPlan(weights.most_common(1)[0][0], layers)
+    common = weights.most_common(1)[0][0]
+    return MixedPlan(common if rotations is None else replace(common, rotations=rotations), layers)
 
 
 def uniform(units: Sequence[Unit], budget: int) -> Choice | None:
     """Return the choice with one form for all units that has the least divergence within the budget; None if none fits.
 
-    Units that cannot have that form, because an override fixes theirs, keep the form that comes first.
+    Units that cannot have that form, because an override fixes theirs, keep the first of theirs with as many rotations.
     """
     specs = dict.fromkeys(form.spec for unit in units for form in unit.forms)
     choices = []
     for spec in specs:
-        forms = tuple(next((f for f in unit.forms if f.spec == spec), unit.forms[0]) for unit in units)
-        choices.append(Choice(tuple(units), forms))
+        choices.append(Choice(tuple(units), tuple(_nearest(unit, spec) for unit in units)))
     fitting = [choice for choice in choices if choice.bits <= budget]
     return min(fitting, key=lambda choice: choice.divergence, default=None)
+
+
+def _nearest(unit: Unit, spec: Spec) -> Form:
+    """Return the unit's form of this spec, or else its first with as many rotations, or else its first."""
+    alike = [form for form in unit.forms if form.spec.rotations == spec.rotations]
+    return next((form for form in unit.forms if form.spec == spec), (alike or unit.forms)[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from ..support.conversations import Conversation
 from ..support.errors import TextError
 from ..support.formatting import size
 from ..support.rows import Pieces
-from ..support.text import documents, expand, size_in_pieces
+from ..support.text import SELF, documents, expand, size_in_pieces
 from ..support.windows import Notice, describe, silent, token_windows, window_prefix
 
 #: Bytes of a large text that are read for a token wanted: four times a token of English.
@@ -49,10 +49,15 @@ class Calibration:
         return replace(self, tokens=self.tokens[:samples].contiguous())
 
 
+#: Gives so many windows of text that the model samples, int64 [count, seq_len]; and what makes one for a prefix of windows.
+Sampler = Callable[[int], Tensor]
+Sampling = Callable[[Sequence[int]], Sampler]
+
+
 class Draw(Protocol):
     """`calibrate` with the options of a run filled in; raises as it does."""
 
-    def __call__(self, sources: Iterable[str], samples: int, least: int | None = None) -> Calibration: ...
+    def __call__(self, sources: Iterable[str], samples: int, more: int = 0) -> Calibration: ...
 
 
 def calibrate(
@@ -62,40 +67,49 @@ def calibrate(
     seq_len: int,
     seed: int,
     *,
-    least: int | None = None,
+    more: int = 0,
     prefix: Sequence[int] = (),
     notice: Notice = silent,
+    sampled: Sampler | None = None,
 ) -> Calibration:
     """Draw `samples` windows, as evenly over the sources as their lengths allow, without repetition.
 
-    least: fewer windows will do if there is no more text, down to so many; None: no fewer. prefix: what each begins with (see
-    `windows.window_prefix`); notice: told of large texts that are read in pieces. Raises `TextError` for a missing or
-    unreadable source, or when all of them together are too short.
+    more: so many others follow them, as far as there is text; the first are the same without. prefix: what each begins with
+    (see `windows.window_prefix`); notice: told of large texts that are read in pieces; sampled: gives the windows of the source
+    "self", which are as many as its share. Raises `TextError` for a missing or unreadable source, or when all of them together
+    are too short.
     """
-    names = [name for source in sources for name in expand(source)]
-    draw = _Draw(tokenizer, samples, seq_len, seed, prefix, notice)
-    windows = {name: draw.windows(name) for name in names}
-    shares = _even_shares([len(w) for w in windows.values()], samples)
-    if sum(shares) < (wanted := samples if least is None else least):
+    names = list(dict.fromkeys(name for source in sources for name in expand(source)))
+    draw = _Draw(tokenizer, samples + more, seq_len, seed, prefix, notice)
+    own = sampled if SELF in names else None
+    windows = {name: draw.windows(name) for name in names if own is None or name != SELF}
+    there = [len(windows[name]) if name in windows else samples + more for name in names]
+    shares = _even_shares(there, samples)
+    if sum(shares) < samples:
         held = ", ".join(f"{name}: {len(w)}" for name, w in windows.items())
         raise TextError(
-            f"calibration text is too short: {wanted} windows of {seq_len} tokens wanted, {sum(shares)} there ({held}). "
+            f"calibration text is too short: {samples} windows of {seq_len} tokens wanted, {sum(shares)} there ({held}). "
             "Add --calibration files, or lower --samples or --seq-len."
         )
+    further = _even_shares([count - share for count, share in zip(there, shares, strict=True)], more)
+    taken = [(share, share + rest) for share, rest in zip(shares, further, strict=True)]
+    if own is not None:
+        windows[SELF] = own(taken[names.index(SELF)][1])
     generator = torch.Generator().manual_seed(seed)
-    chosen = [
-        w[torch.randperm(len(w), generator=generator)[:share]]
-        for w, share in zip(windows.values(), shares, strict=True)
-    ]
-    tokens = torch.cat(chosen)[torch.randperm(sum(shares), generator=generator)].contiguous()
-    return Calibration(tokens, tuple(names), bool(prefix))
+    orders = [torch.randperm(len(windows[name]), generator=generator) for name in names]
+    parts = zip(names, orders, taken, strict=True)
+    first, rest = zip(*((windows[n][order[:i]], windows[n][order[i:j]]) for n, order, (i, j) in parts), strict=True)
+    mixed = [torch.cat(part)[torch.randperm(sum(map(len, part)), generator=generator)] for part in (first, rest)]
+    return Calibration(torch.cat(mixed).contiguous(), tuple(names), bool(prefix))
 
 
-def calibrator(model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice) -> Draw:
-    """Return `calibrate` with a run's options filled in: it takes sources, and how many windows are wanted and needed.
+def calibrator(
+    model: Any, name: str, tokenizer: Any, config: QuantConfig, notice: Notice, sampling: Sampling | None = None
+) -> Draw:
+    """Return `calibrate` with a run's options filled in: it takes sources, and numbers of windows.
 
-    model: may be without weights; name: what errors call it. Raises `ConfigError` for windows that are longer than it can
-    read, and later `SourceError` for tokens that it does not know.
+    model: may be without weights; name: what errors call it; sampling: what makes `sampled`. Raises `ConfigError` for windows
+    that are longer than it can read, and later `SourceError` for tokens that it does not know.
     """
     if unusual := check_length(model, config.seq_len):
         notice(unusual)
@@ -103,10 +117,11 @@ def calibrator(model: Any, name: str, tokenizer: Any, config: QuantConfig, notic
     if prefix:
         notice(describe(tokenizer, prefix))
 
-    def draw(sources: Iterable[str], samples: int, least: int | None = None) -> Calibration:
+    def draw(sources: Iterable[str], samples: int, more: int = 0) -> Calibration:
         drawn = calibrate(
-            tokenizer, sources, samples, config.seq_len, config.seed, least=least, prefix=prefix, notice=notice
-        )
+            tokenizer, sources, samples, config.seq_len, config.seed, more=more, prefix=prefix, notice=notice,
+            sampled=sampling(prefix) if sampling is not None else None,
+        )  # fmt: skip
         check_tokens(model, name, drawn.tokens)
         return drawn
 

@@ -1,7 +1,7 @@
 """Train what is continuous in the whole quantized model, so that its output comes closer to the original's.
 
 The codes are fixed; group scales, channel scales, angles and norm weights are trained. The loss is the divergence
-KL(original ‖ quantized) of the next token, in nats per token of the calibration text. (EfficientQAT, arXiv 2407.11062,
+KL(original ‖ quantized) of the next token, in nats per token. (EfficientQAT, arXiv 2407.11062,
 ends with a training of group scales on the text itself.)
 
 Every step runs the model block by block, forwards and then backwards. The device holds the codes of all blocks, one byte
@@ -83,7 +83,9 @@ class EndToEndTraining:
         streams.quantized.clear()
         students = self._students(streams)
         judged = torch.arange(0 if held_out is None else len(tokens), len(every))
-        with self._end(every, torch.cat(streams.original or [])) as end:
+        leaving = torch.cat(streams.original or [])
+        streams.original = None
+        with self._end(every, leaving) as end:
             whole = _Whole(students, end, entering, max(1, streams.calls[0].batch >> streams.halvings))
             self._descend(whole, len(tokens), judged)
         heads = [] if end.head is None else [end.head.trained()]

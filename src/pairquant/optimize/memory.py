@@ -40,7 +40,8 @@ USUAL_EXPERTS = 8
 class Demand:
     """Bytes. device: at the peak of the largest block; streams: hidden states, part of `device` unless on the host.
 
-    store: where the streams are kept between blocks; available: free memory of the device `on`.
+    store: where the streams are kept between blocks; available: free memory of the device `on`; host: states that a last
+    training keeps in the host's memory, which is the device's on a CPU.
     """
 
     device: int
@@ -48,6 +49,7 @@ class Demand:
     available: int
     store: torch.device
     on: torch.device
+    host: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "store": str(self.store), "on": str(self.on)}
@@ -60,8 +62,12 @@ def demand(
     tokens: Tensor | None,
     validation: Tensor | None,
     device: torch.device,
+    whole: int = 0,
 ) -> Demand:
-    """Predict the peak; streams that the device has no room for are kept on the host."""
+    """Predict the peak; streams that the device has no room for are kept on the host.
+
+    whole: tokens that a last training reads.
+    """
     itemsize = compute_dtype(blocks, config, device).itemsize
     hidden = max((site.size.in_features for site in blocks[0].sites.values()), default=0)
     hidden = getattr(getattr(model, "config", None), "hidden_size", hidden)
@@ -69,15 +75,19 @@ def demand(
     streams = windows * hidden * itemsize * (2 if config.recipe.compares else 1)
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or USUAL_EXPERTS
     work = max(_block_bytes(block, config, tokens, itemsize, device, chosen) for block in blocks)
+    host = states_of(whole, hidden, itemsize)
     if config.recipe.end_to_end is not None and tokens is not None:
         last = _end_to_end_bytes(model, blocks, config, tokens, itemsize, hidden)
-        if device.type == "cpu":  # elsewhere the host holds the states that enter and leave the blocks
-            last += 2 * tokens.numel() * max(1, config.recipe.end_to_end.fresh) * hidden * itemsize
-        work = max(work, last)
+        work = max(work, last + (host if device.type == "cpu" else 0))
     available = free_bytes(device)
     fits = work * MARGIN + streams < available
     store = device if fits else torch.device("cpu")
-    return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device)
+    return Demand(int(work * MARGIN) + (streams if fits else 0), streams, available, store, device, host)
+
+
+def states_of(tokens: int, hidden: int, itemsize: int) -> int:
+    """Return the bytes of the states that enter the first block and leave the last one, which the host holds."""
+    return 2 * tokens * hidden * itemsize
 
 
 def _end_to_end_bytes(

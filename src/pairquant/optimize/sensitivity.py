@@ -81,7 +81,9 @@ class Sensitivity:
             }
             return cls(divergences, [tuple(paths) for paths in entries["readers"]])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{origin}: its measurements cannot be read. Measure again without it.") from error
+            raise ConfigError(
+                f"{origin}: its measurements cannot be read. Leave it out, and it is measured again."
+            ) from error
 
 
 @dataclass

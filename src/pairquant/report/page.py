@@ -206,7 +206,7 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
         cards.append(Card("quantized in", duration(report["seconds"]), plain(provenance.get("tool", ""))))
     if facts.checkpoint.trained_whole is not None:
         before, after = facts.checkpoint.trained_whole
-        cards.append(Card("trained as a whole", f"{after:.4f}", f"KL on the calibration text, before it {before:.4f}"))
+        cards.append(Card("trained as a whole", f"{after:.4f}", f"KL on text held out, before it {before:.4f}"))
     if texts := provenance.get("calibration"):
         cards.append(
             Card(

@@ -150,6 +150,10 @@ class QuantConfig:
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), SUPPORTED_BITS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
+        if isinstance(self.rotations, str) and self.rotations != "auto":
+            raise ConfigError(
+                f"rotations is {self.rotations!r}, allowed: whole numbers from 0 to {MAX_ROTATIONS}, or auto"
+            )
         if self.rotations != "auto":
             require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
         require_whole("samples", self.samples, 1, 1_000_000)
@@ -166,7 +170,9 @@ class QuantConfig:
         if self.recipe is None:
             object.__setattr__(self, "recipe", PRESETS[self.preset])
         if self.plan is not None:
-            object.__setattr__(self, "recipe", replace(self.recipe, scales_alone=self.plan.scales_alone))
+            object.__setattr__(
+                self, "recipe", replace(self.recipe, scales_alone=self.recipe.scales_alone and self.plan.scales_alone)
+            )
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
         if self.rotations == "auto":
@@ -205,7 +211,12 @@ class QuantConfig:
         """Replace "auto" by what it stands for, so that records say it."""
         target, candidates = self.target, self.candidates
         if target is None:  # without a size, the largest forms would always be the best
-            candidates = replace(candidates, bits=(), group_size=())
+            if candidates.bits not in ((), ANY_WIDTH.bits) or candidates.group_size:
+                raise ConfigError(
+                    "candidates name bits or groups, and no size is wanted that would decide between them. Give one "
+                    "(--target-bpw, --target-size), or leave them out of --candidates."
+                )
+            candidates = replace(candidates, bits=())
         sizes = (None, None) if target is None else (target.bits_per_weight, target.size_bytes)
         object.__setattr__(self, "target", Target(*sizes, rotated=ROTATED))
         object.__setattr__(self, "candidates", replace(candidates, rotations=candidates.rotations or (0, ROTATIONS)))

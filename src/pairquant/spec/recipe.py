@@ -86,7 +86,7 @@ class Refit:
 class EndToEnd(Refit):
     """A training of the whole quantized model on the original's output, after all blocks. The codes stay fixed.
 
-    The loss is KL(original ‖ quantized) of the next token on the calibration text. What is trained and the settings are
+    The loss is KL(original ‖ quantized) of the next token. What is trained and the settings are
     those of `Refit`. fresh: so many times `samples` windows are read that no block was fitted on, if there is as much text;
     0 reads those that blocks were fitted on. An eighth of the windows is held out; the epoch with the least loss on them is
     kept.

@@ -19,6 +19,8 @@ from .rows import ROW_READERS, Pieces, plain_text, rows_of
 #: What "default" means for calibration: GSM8K training problems with worked answers (MIT licence) and Grimms' Fairy
 #: Tales (public domain). Both files are part of this package.
 BUNDLED = ("gsm8k-train.jsonl", "grimm.txt")
+#: What calibration calls text that the model samples itself.
+SELF = "self"
 #: Text to evaluate on if the user names none: GSM8K test problems (MIT licence), which "default" does not calibrate on.
 BUNDLED_TEST = "default/gsm8k-test.jsonl"
 #: The data sets that papers use for calibration and evaluation, as `name:config:split`.
@@ -52,6 +54,8 @@ def documents(name: str, pieces: Pieces | None = None) -> Iterator[str | Convers
     pieces: which part of a large file to read; None: all of it. Raises `TextError` if the source does not exist, cannot be
     read, or has a row that is neither text nor chat.
     """
+    if name == SELF:
+        raise TextError("'self', text that the model samples itself, can be calibrated on only. Name other text.")
     if name.startswith("default/"):
         with resources.as_file(_bundled(name)) as path:
             yield from _file_documents(path, pieces)

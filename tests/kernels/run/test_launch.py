@@ -92,6 +92,18 @@ def test_without_a_transform_products_of_few_tokens_read_x_itself(channels, gene
         assert (len(launched) == before) == (isinstance(choice, Narrow) and channels % 128 == 0)
 
 
+def test_linears_that_run_as_one_need_no_launch_either_if_none_has_a_transform(generator, monkeypatch):
+    packed, _ = built(((64, 40, 24), 256, 64, 0))
+    for linear in packed:
+        linear["channel_scales"].fill_(1)
+    weights = launch.with_matrix(KernelWeights.build(packed))
+    assert weights.rotation.idle
+    monkeypatch.setattr(launch, "_givens", None)
+    x = torch.randn(2, 256, generator=generator).to(DEVICE, torch.float16)
+    want = exact(packed, x)
+    assert error(launch.linear(x, weights, None, NARROW[0]), want) < bound(packed, x, want, torch.float16)
+
+
 def test_channel_scales_alone_are_a_transform():
     (packed,), weights = built(((136,), 256, 64, 0))
     assert not (packed["channel_scales"] == 1).all()
