@@ -86,10 +86,14 @@ class OwnText:
                 f"calibration text 'self' is sampled by the whole model, which takes about {size(BESIDE * weights)}; "
                 f"{size(free)} are free on {self.device}. Choose another --device, or name other text by --calibration."
             )
+        wanted = count * (self.seq_len - len(self.prefix))
+        if self.device.type == "cpu":
+            self.progress.notice(
+                f"self: the model samples {wanted:,} tokens, which takes long on a CPU; fewer by --samples or --seq-len"
+            )
         self.progress.stage("loading the model, to sample text")
         dtype = torch.bfloat16 if self.device.type == "cpu" else "auto"
         model = self.files.model(dtype, self.device)
-        wanted = count * (self.seq_len - len(self.prefix))
         tokens: list[int] = []
         chats = ended = 0
         for prompt, answer in self._documents(model):
