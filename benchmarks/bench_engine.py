@@ -2,10 +2,10 @@
 
     python benchmarks/bench_engine.py SHAPE [--contenders ours awq bf16] [--requests 1 8 32 64] [--gpus 1] [--output …] [--profile]
 
-SHAPE: one of SHAPES; all weights are random. The contenders: awq, bf16, and ours in several ways, see OURS. Every contender runs in a process of its own: prompts of 128 tokens, 128
-decoded, the median of `--repeats`; then the time to the first token of prompts of 128 and of 1900 tokens. Ours is written to
-a temporary directory and loaded as users load it; the others have vLLM's dummy weights. With --profile also the GPU's
-microseconds by kernel, of 16 decoded tokens.
+SHAPE: one of SHAPES; all weights are random. The contenders: awq, bf16, and ours in several ways, see OURS. Every contender
+runs in a process of its own: prompts of 128 tokens, 128 decoded, the median of `--repeats`; then the time to the first token
+of prompts of 128 and of 1900 tokens. Ours is written to a temporary directory and loaded as users load it; the others have
+vLLM's dummy weights. With --profile also the GPU's microseconds by kernel, of 16 decoded tokens.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def own(source):
         files = ModelFiles.find(str(source))
         tokenizer = files.tokenizer()
         tokenizer.chat_template = template
-        return OwnText(files, tokenizer, seq_len, seed, prefix, CPU, heard or Heard())
+        return OwnText(files, 100_000, tokenizer, seq_len, seed, prefix, CPU, heard or Heard())
 
     return of
 

@@ -1,7 +1,8 @@
 """Calibration text that the original model samples itself: chats by its own template, thinking included, or plain text.
 
 What a model says is what it will be asked to say again. Nobody asks it anything: it writes the user's question first, as it
-goes on from the beginning of a chat, and then answers it. Both are drawn from its own distribution, at temperature 1.
+goes on from the beginning of a chat, and then answers it, as in Magpie (arXiv 2406.08464). Both are drawn from its own
+distribution, at temperature 1.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ TOGETHER, QUESTION, QUESTION_SHARE = 16, 256, 0.25
 MARK = "the-user-s-words-go-here"
 #: Rounds of chats without a single question before it is given up.
 PATIENCE = 4
-#: What a model takes beside its weights while it samples, as a share of them.
-BESIDE = 1.3
+#: What a model in 16 bits takes while it samples, for each of its parameters.
+PARAMETER_BYTES = 2.6
 
 
 @dataclass(frozen=True)
 class OwnText:
     """Samples windows of text from a model, once: they are kept for the next run with the same options.
 
-    prefix: what each window begins with; seed: of all draws. With the same seed the same device gives the same text.
+    parameters: how many the model has; prefix: what each window begins with; seed: of all draws. With the same seed the same device gives the same text.
     """
 
     files: ModelFiles
+    parameters: int
     tokenizer: Any
     seq_len: int
     seed: int
@@ -80,10 +82,10 @@ class OwnText:
         return Path.home() / ".cache" / "pairquant" / "text" / f"{digest[:32]}.safetensors"
 
     def _sample(self, count: int, file: Path) -> None:
-        weights, free = self.files.size_bytes(), free_bytes(self.device)
-        if BESIDE * weights > free:
+        taken, free = PARAMETER_BYTES * self.parameters, free_bytes(self.device)
+        if taken > free:
             raise ResourceError(
-                f"calibration text 'self' is sampled by the whole model, which takes about {size(BESIDE * weights)}; "
+                f"calibration text 'self' is sampled by the whole model, which takes about {size(taken)}; "
                 f"{size(free)} are free on {self.device}. Choose another --device, or name other text by --calibration."
             )
         wanted = count * (self.seq_len - len(self.prefix))
@@ -103,6 +105,8 @@ class OwnText:
             if len(tokens) >= wanted:
                 break
         del model
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or the blocks that come would not count it as free
         flat = torch.tensor(tokens[:wanted]).view(count, -1)
         begun = torch.tensor([list(self.prefix)], dtype=torch.int64).expand(count, -1)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -89,8 +89,10 @@ def draw_for(opened: Opened, device: torch.device, progress: Told, ranks: Ranks 
 
     def sampling(prefix: Sequence[int]) -> Sampler:
         config = opened.config
-        own = OwnText(opened.files, opened.tokenizer, config.seq_len, config.seed, prefix, device, progress, ranks)
-        return own.windows
+        return OwnText(
+            opened.files, sum(p.numel() for p in opened.skeleton.parameters()), opened.tokenizer, config.seq_len,
+            config.seed, prefix, device, progress, ranks,
+        ).windows  # fmt: skip
 
     return calibrator(opened.skeleton, opened.files.name, opened.tokenizer, opened.config, progress.notice, sampling)
 
