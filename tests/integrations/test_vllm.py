@@ -24,8 +24,12 @@ pytest.importorskip("vllm", reason="needs vLLM")
 WORKER = Path(__file__).parent.parent / "vllm_worker.py"
 #: KL per token against the reference where vLLM runs decoded weights in float32; 2e-8 as measured.
 EXACT = 1e-6
-#: Widths without a kernel, in layers that vLLM merges and in one that it does not.
-MIXED = ("re:.*layers.1.self_attn.[qkv]_proj=bits:5", "o_proj=bits:6,rotations:0")
+#: Widths without a kernel, in layers that vLLM merges and in one that it does not; merged layers without rotations.
+MIXED = (
+    "re:.*layers.1.self_attn.[qkv]_proj=bits:5",
+    "o_proj=bits:6,rotations:0",
+    "re:.*layers.1.mlp.(gate|up)_proj=rotations:0",
+)
 
 
 def quantized(root: Path, family: str, **options) -> Path:
