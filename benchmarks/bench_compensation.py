@@ -10,26 +10,15 @@ fitted on the corrected ones. One JSON line a case; bits_per_weight counts every
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from setting import SETTING, calibration_tokens, numbers, opened
+from experiment import Experiment, parser_of
 from torch import Tensor
 
 from pairquant.core.linear import decode
 from pairquant.core.rounding import proxy_error
-from pairquant.evaluation.quality import measure
-from pairquant.models.planning import plan_model
-from pairquant.optimize import walk as walking
 from pairquant.optimize.strategies import BlockWork, Rounding
-from pairquant.optimize.walk import Walk
-from pairquant.spec.options import QuantConfig
-from pairquant.support.devices import resolve_device
 
 DAMPING = 0.01
 
@@ -64,45 +53,22 @@ class Compensating(Rounding):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--cases", nargs="+", default=["3:0:64", "3:8:64", "3:16:64", "3:0:32", "4:0:64", "4:8:64", "5:0:64"]
-    )
-    parser.add_argument("--preset", default="quick")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    device = resolve_device(options.device)
-    original, tokenizer, texts = opened(options.model, device)
-    texts = {name: windows[: options.windows] for name, windows in texts.items()}
-    setting = SETTING | {"samples": options.samples, "seq_len": options.seq_len}
-    base = QuantConfig(preset=options.preset, **setting)
-    tokens = calibration_tokens(tokenizer, base)
-    for case in options.cases:
+    parser = parser_of(__doc__, samples=32, windows=10)
+    cases = ["3:0:64", "3:8:64", "3:16:64", "3:0:32", "4:0:64", "4:8:64", "5:0:64"]
+    parser.add_argument("--cases", nargs="+", default=cases)
+    experiment = Experiment.of(parser.parse_args())
+    for case in experiment.options.cases:
         bits, rank, group = map(int, case.split(":"))
-        config = replace(base, bits=bits, group_size=group)
-        model, strategy, start = copy.deepcopy(original), Compensating(rank), time.perf_counter()
-        plan, blocks = plan_model(model, config)
-        walking.strategy_for = lambda _, strategy=strategy: strategy
-        for _ in Walk(model, blocks, plan, config, device, tokens).run():
-            pass
+        strategy = Compensating(rank)
+        config = replace(experiment.config, bits=bits, group_size=group)
+        model, plan, seconds = experiment.quantized(config, experiment.tokens, strategy)
         sizes = [(layout.out_features, layout.in_features) for layout in plan.layouts.values()]
         extra = sum(16 * rank * (n + c) for n, c in sizes) / sum(n * c for n, c in sizes)
-        row = {
+        facts = {
             "bits": bits, "rank": rank, "group_size": group, "bits_per_weight": round(plan.bits_per_weight + extra, 4),
-            "error_left": round(sum(strategy.left) / len(strategy.left), 4), "preset": options.preset,
-            "samples": options.samples, "seq_len": options.seq_len, "seconds": round(time.perf_counter() - start, 1),
-            **{text: numbers(measure(model, windows, original)) for text, windows in texts.items()},
-            "model": Path(options.model).name, "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "error_left": round(sum(strategy.left) / len(strategy.left), 4),
         }  # fmt: skip
-        print(case, row["bits_per_weight"], row["error_left"], {t: round(row[t]["kl"], 4) for t in texts}, flush=True)
-        with options.output.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        experiment.note(facts, model, seconds)
 
 
 if __name__ == "__main__":

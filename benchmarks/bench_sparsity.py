@@ -12,26 +12,15 @@ four, or a mask). One JSON line a case. Nothing here runs faster for being spars
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from setting import SETTING, calibration_tokens, numbers, opened
+from experiment import Experiment, parser_of
 from torch import Tensor
 
 from pairquant.core.linear import decode, transform_of
 from pairquant.core.rounding import inverse_factor, proxy_error, search_range
-from pairquant.evaluation.quality import measure
-from pairquant.models.planning import plan_model
-from pairquant.optimize import walk as walking
 from pairquant.optimize.strategies import BlockWork, Rounding
-from pairquant.optimize.walk import Walk
-from pairquant.spec.options import QuantConfig
-from pairquant.support.devices import resolve_device
 
 #: Columns among which "half" chooses, and those of "2:4".
 AMONG = {"half": 64, "2:4": 4}
@@ -81,43 +70,17 @@ class Pruning(Rounding):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = parser_of(__doc__, samples=16, windows=4)
     parser.add_argument("--cases", nargs="+", default=["3:dense", "4:2:4", "4:half", "4:dense"])
-    parser.add_argument("--preset", default="quick")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    device = resolve_device(options.device)
-    original, tokenizer, texts = opened(options.model, device)
-    texts = {name: windows[: options.windows] for name, windows in texts.items()}
-    setting = SETTING | {"samples": options.samples, "seq_len": options.seq_len}
-    base = QuantConfig(preset=options.preset, **setting)
-    tokens = calibration_tokens(tokenizer, base)
-    for case in options.cases:
+    experiment = Experiment.of(parser.parse_args())
+    for case in experiment.options.cases:
         width, _, pattern = case.partition(":")
-        bits = int(width)
-        config = replace(base, bits=bits)
-        model, strategy, start = copy.deepcopy(original), Pruning(pattern), time.perf_counter()
-        plan, blocks = plan_model(model, config)
-        walking.strategy_for = lambda _, strategy=strategy: strategy
-        for _ in Walk(model, blocks, plan, config, device, tokens).run():
-            pass
+        bits, strategy = int(width), Pruning(pattern)
+        model, plan, seconds = experiment.quantized(replace(experiment.config, bits=bits), experiment.tokens, strategy)
         stored = plan.bits_per_weight - (0 if pattern == "dense" else bits / 2 - 1)
-        row = {
-            "bits": bits, "pattern": pattern, "bits_per_weight": round(stored, 4),
-            "error": round(sum(strategy.errors) / len(strategy.errors), 5), "preset": options.preset,
-            "samples": options.samples, "seq_len": options.seq_len, "seconds": round(time.perf_counter() - start, 1),
-            **{text: numbers(measure(model, windows, original)) for text, windows in texts.items()},
-            "model": Path(options.model).name, "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        }  # fmt: skip
-        print(case, row["bits_per_weight"], row["error"], {t: round(row[t]["kl"], 4) for t in texts}, flush=True)
-        with options.output.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        error = sum(strategy.errors) / len(strategy.errors)
+        facts = {"bits": bits, "pattern": pattern, "bits_per_weight": round(stored, 4), "error": round(error, 5)}
+        experiment.note(facts, model, seconds)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(source):
-    def of(template=None, seq_len=48, seed=0, prefix=(), heard=None):
+    def of(template=None, seq_len=48, seed=0, purpose="calibration", prefix=(), heard=None):
         files = ModelFiles.find(str(source))
         tokenizer = files.tokenizer()
         tokenizer.chat_template = template
-        return OwnText(files, 100_000, tokenizer, seq_len, seed, prefix, CPU, heard or Heard())
+        return OwnText(files, 100_000, tokenizer, seq_len, seed, purpose, prefix, CPU, heard or Heard())
 
     return of
 
@@ -55,6 +55,14 @@ def test_windows_are_as_many_as_wanted_and_the_same_for_a_seed(own, template, tm
     monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))
     assert torch.equal(own(template).windows(5), first)
     assert not torch.equal(own(template, seed=1).windows(5), first)
+
+
+def test_other_seeds_and_purposes_share_no_text(own):
+    found = [
+        own(seed=seed, purpose=p).windows(40) for seed, p in ((0, "calibration"), (2, "calibration"), (0, "other"))
+    ]
+    pieces = torch.cat(found).unfold(1, 12, 12).flatten(0, 1)
+    assert len(pieces.unique(dim=0)) == len(pieces)
 
 
 def test_text_is_sampled_once(own, monkeypatch):

@@ -44,7 +44,8 @@ PARAMETER_BYTES = 2.6
 class OwnText:
     """Samples windows of text from a model, once: they are kept for the next run with the same options.
 
-    parameters: how many the model has; prefix: what each window begins with; seed: of all draws. With the same seed the same device gives the same text.
+    parameters: how many the model has; prefix: what each window begins with; seed, purpose: decide all draws: with the same
+    ones the same device gives the same text, and with another purpose quite other text.
     """
 
     files: ModelFiles
@@ -52,6 +53,7 @@ class OwnText:
     tokenizer: Any
     seq_len: int
     seed: int
+    purpose: str
     prefix: Sequence[int]
     device: torch.device
     progress: Told
@@ -76,7 +78,7 @@ class OwnText:
         """Return where windows like these are kept."""
         state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files.weight_files()]
         identity = [
-            state, count, self.seq_len, self.seed, list(self.prefix), self.device.type, self.tokenizer.chat_template, code_digest(),
+            state, count, self.seq_len, self.seed, self.purpose, list(self.prefix), self.device.type, self.tokenizer.chat_template, code_digest(),
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         return Path.home() / ".cache" / "pairquant" / "text" / f"{digest[:32]}.safetensors"
@@ -126,7 +128,7 @@ class OwnText:
         while True:
             prompts = [beginning] * TOGETHER
             if self.tokenizer.chat_template:
-                asked = generate(model, prompts, room, SAMPLED, batch=TOGETHER, seed=self.seed + number)
+                asked = generate(model, prompts, room, SAMPLED, batch=TOGETHER, seed=self._seed("ask", number))
                 prompts = self._questions(asked, longest)
                 failures = 0 if prompts else failures + 1
                 if failures == PATIENCE:
@@ -136,9 +138,14 @@ class OwnText:
                     )
             if prompts:
                 left = longest - max(map(len, prompts))
-                answers = generate(model, prompts, left, SAMPLED, batch=TOGETHER, seed=self.seed + number + 1)
+                answers = generate(model, prompts, left, SAMPLED, batch=TOGETHER, seed=self._seed("answer", number))
                 yield from zip(map(self._bare, prompts), answers, strict=True)
-            number += 2
+            number += 1
+
+    def _seed(self, part: str, number: int) -> int:
+        """Return the seed of a part of a round, which no other seed, purpose, part or round has."""
+        digest = hashlib.sha256(f"{self.seed} {self.purpose} {part} {number}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
 
     def _questions(self, asked: Sequence[Continuation], longest: int) -> list[list[int]]:
         """Return the beginnings of chats with these questions, up to where the answer begins."""

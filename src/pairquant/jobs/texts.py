@@ -57,7 +57,7 @@ class Texts:
         every = draw(config.calibration, own, wanted)
         calibration, validation = every.first(config.samples), every.tokens[config.samples : own]
         if chosen_by and config.validation:
-            validation = draw(config.validation, chosen_by).tokens
+            validation = draw_for(opened, device, progress, ranks, "validation")(config.validation, chosen_by).tokens
         texts = cls(calibration, validation if len(validation) else None)
         return texts if last is None else texts._with_whole(every.tokens[own:], wanted, ranks, progress.notice)
 
@@ -81,17 +81,23 @@ class Texts:
             "calibration": None if self.calibration is None else self.calibration.digest,
             "validation": _digest(self.validation),
             "whole": _digest(self.whole),
+            "held_out": _digest(self.held_out),
         }
 
 
-def draw_for(opened: Opened, device: torch.device, progress: Told, ranks: Ranks = ALONE) -> Draw:
-    """Return what draws the windows of a run; device: on which the model samples text, if it is asked to."""
+def draw_for(
+    opened: Opened, device: torch.device, progress: Told, ranks: Ranks = ALONE, purpose: str = "calibration"
+) -> Draw:
+    """Return what draws the windows of a run.
+
+    device: on which the model samples text, if it is asked to; purpose: the text that it samples for another is another.
+    """
 
     def sampling(prefix: Sequence[int]) -> Sampler:
         config = opened.config
         return OwnText(
             opened.files, sum(p.numel() for p in opened.skeleton.parameters()), opened.tokenizer, config.seq_len,
-            config.seed, prefix, device, progress, ranks,
+            config.seed, purpose, prefix, device, progress, ranks,
         ).windows  # fmt: skip
 
     return calibrator(opened.skeleton, opened.files.name, opened.tokenizer, opened.config, progress.notice, sampling)

@@ -74,10 +74,10 @@ def calibrate(
 ) -> Calibration:
     """Draw `samples` windows, as evenly over the sources as their lengths allow, without repetition.
 
-    more: so many others follow them, as far as there is text; the first are the same without. prefix: what each begins with
-    (see `windows.window_prefix`); notice: told of large texts that are read in pieces; sampled: gives the windows of the source
-    "self", which are as many as its share. Raises `TextError` for a missing or unreadable source, or when all of them together
-    are too short.
+    more: so many others follow them, as far as there is text; the first are the same without, unless a text is so large that
+    pieces of it are read, which are then others. prefix: what each begins with (see `windows.window_prefix`); notice: told of
+    large texts that are read in pieces; sampled: gives the windows of the source "self", which are as many as its share.
+    Raises `TextError` for a missing or unreadable source, or when all of them together are too short.
     """
     names = list(dict.fromkeys(name for source in sources for name in expand(source)))
     draw = _Draw(tokenizer, samples + more, seq_len, seed, prefix, notice)
