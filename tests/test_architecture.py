@@ -15,6 +15,7 @@ FLOORS = {
     "spec": 1,
     "core": 2,
     "kernels": 3,
+    "formats": 3,
     "backends": 4,
     "layers": 5,
     "models": 6,
@@ -43,7 +44,7 @@ DOORS = {
     },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
-    "gguf": {"checkpoint/gguf.py"},
+    "gguf": {f"checkpoint/{name}.py" for name in ("gguf", "gguf_file", "gguf_metadata")},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "safetensors": {

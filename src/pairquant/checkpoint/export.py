@@ -1,28 +1,33 @@
-"""A packed checkpoint as a plain one, for engines that know nothing of rotations: every weight decoded, tensor by tensor."""
+"""A packed checkpoint for other programs: as a plain one, every weight decoded; or, if it has no transforms, in their formats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.linear import decode
+from ..formats.gguf import Gguf
+from ..formats.table import FORMATS
 from ..models.names import Names
 from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
-from ..support.errors import CheckpointError, ConfigError, did_you_mean
+from ..support.errors import ConfigError, did_you_mean
+from .converted import DTYPE, cast, contents_of, converted_entries, kept
 from .describe import README, readme_digest, state_dtype, write_config
 from .files import read_json
+from .gguf_file import require_file_free, write_gguf
 from .original import sites_of
 from .read import Checkpoint, ModelFiles
 from .side_files import copy_side_files
 from .write import Entry, require_apart, require_free, require_space, write_checkpoint
 
 #: What a plain checkpoint can be stored in.
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export(
@@ -33,37 +38,46 @@ def export(
     overwrite: bool = False,
     on_tensors: Callable[[int], Callable[[], None]] | None = None,
 ) -> Path:
-    """Write the plain model that the packed checkpoint `model` stands for to `output`, in the dtype `to`.
+    """Write the packed checkpoint `model` to `output` as other programs load it.
 
-    Decoded are the quantized linears; other floating tensors are cast, but for what a 16-bit model stores in float32
-    (a router's biases, say); all else is kept: tokenizer, generation defaults, custom code. At most one shard is in
-    memory. `on_tensors(count)` is told what is coming and returns what to call after each tensor. Raises `ConfigError` for unknown formats and existing outputs, `CheckpointError` for
-    damaged checkpoints and values that the format cannot hold.
+    to: "bf16", "fp16" or "fp32" for a plain model: quantized linears are decoded; other floating tensors are cast, but for
+    what a 16-bit model stores in float32 (a router's biases, say). "awq", "gptq", "compressed-tensors", "mlx" or "gguf" for a
+    checkpoint without transforms, whose codes stay as they are; the latter is one file. All else is kept: tokenizer,
+    generation defaults, custom code. At most one shard is in memory. `on_tensors(count)` is told what is coming and returns
+    what to call after each tensor. Raises `ConfigError` for unknown formats, existing outputs and weights that the format
+    cannot hold, `CheckpointError` for damaged checkpoints and values that do not fit.
     """
-    dtype, output = _dtype(to), Path(output)
-    require_free(output, overwrite)
+    output = Path(output)
+    require_output(to, output, overwrite)
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
     require_apart(output, files)
-    entries = _entries(checkpoint, dtype, *sites_of(files))
+    form = FORMATS.get(to)
+    contents = None if form is None else contents_of(checkpoint, files, form)
+    if form is not None and contents is not None and to == Gguf.name:
+        return write_gguf(checkpoint, files, contents, output, on_tensors)
+    if form is not None and contents is not None:
+        dtype, entries, added = DTYPE, converted_entries(checkpoint, contents, form), form.entries(contents)
+    else:
+        dtype, added = PLAIN[to], {}
+        entries = _entries(checkpoint, dtype, *sites_of(files))
     require_space(output, sum(entry.field.nbytes for entry in entries.values()))
     if on_tensors is not None:
         entries = _told(entries, on_tensors(len(entries)))
     report = {"exported": {"from": files.name, "to": to}, "provenance": checkpoint.config.provenance}
-    write_checkpoint(output, entries, lambda directory: _describe(checkpoint, directory, dtype), report, overwrite)
+    write_checkpoint(
+        output, entries, lambda directory: _describe(checkpoint, directory, dtype, added), report, overwrite
+    )
     return output
 
 
-def _dtype(to: str) -> torch.dtype:
-    if to in FORMATS:
-        return FORMATS[to]
-    reason = ""
-    if "awq" in to.lower() or "gptq" in to.lower():
-        reason = (
-            ". AWQ and GPTQ have no rotations, and without its rotation a weight is on no 4-bit grid: storing it there "
-            "would round it a second time. Export bf16, which their tools can quantize anew"
-        )
-    raise ConfigError(f"format is {to!r}, allowed: {', '.join(FORMATS)}{did_you_mean(to, FORMATS)}{reason}")
+def require_output(to: str, output: Path, overwrite: bool) -> None:
+    """Raise `ConfigError` for a format that is not known, and for an output that it cannot have."""
+    known = (*PLAIN, *FORMATS)
+    if to not in known:
+        raise ConfigError(f"format is {to!r}, allowed: {', '.join(known)}{did_you_mean(to, known)}")
+    require = require_file_free if to == Gguf.name else require_free
+    require(output, overwrite)
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Site], names: Names) -> dict[str, Entry]:
@@ -87,8 +101,8 @@ def _entries(checkpoint: Checkpoint, dtype: torch.dtype, sites: Mapping[str, Sit
             held = tuple(site.as_held(torch.empty(shape, device="meta")).shape) if site else shape
             entries[f"{path}.weight"] = Entry(Field(dtype, held), partial(_decoded, checkpoint, path, dtype, site))
         elif name not in packed or part == "bias":
-            kept = dtype if field.dtype.is_floating_point and name not in precise else field.dtype
-            entries[name] = Entry(Field(kept, field.shape), partial(_kept, checkpoint, name, kept))
+            stays = dtype if field.dtype.is_floating_point and name not in precise else field.dtype
+            entries[name] = Entry(Field(stays, field.shape), partial(kept, checkpoint, name, stays))
     return entries
 
 
@@ -123,7 +137,7 @@ def _joined(checkpoint: Checkpoint, sites: list[ExpertSite], bias: bool, dtype: 
                 site.bias_taken(held).copy_(packed["bias"])
             else:
                 site.taken(held).copy_(decode(packed))
-        return _cast(sites[0].parameter, held, dtype)
+        return cast(sites[0].parameter, held, dtype)
 
     return Entry(Field(dtype, tuple(whole.shape)), load)
 
@@ -138,20 +152,7 @@ def _wider_on_purpose(plain: dict[str, Field]) -> set[str]:
 
 def _decoded(checkpoint: Checkpoint, path: str, dtype: torch.dtype, site: Site | None) -> Tensor:
     weight = decode(checkpoint.packed(path))
-    return _cast(f"{path}.weight", site.as_held(weight) if site else weight, dtype)
-
-
-def _kept(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    return _cast(name, checkpoint.stored.load(name), dtype)
-
-
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = value.to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(cast).all():
-        raise CheckpointError(
-            f"tensor {name} has values up to {value.abs().max():.3g}, more than {dtype} holds. Choose --to bf16 or fp32."
-        )
-    return cast
+    return cast(f"{path}.weight", site.as_held(weight) if site else weight, dtype)
 
 
 def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entry]:
@@ -166,15 +167,15 @@ def _told(entries: dict[str, Entry], tell: Callable[[], None]) -> dict[str, Entr
     return {name: telling(entry) for name, entry in entries.items()}
 
 
-def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
-    """Write config.json without the quantization, and copy every file that says nothing of packed weights.
+def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, added: Mapping[str, Any]) -> None:
+    """Write config.json with these entries in place of our quantization, and copy every file that says nothing of packed weights.
 
     A model card does, unless it is the source's own.
     """
     config = read_json(checkpoint.directory / "config.json")
     del config["quantization_config"]
     state_dtype(config, dtype)
-    write_config(directory, config)
+    write_config(directory, {**config, **added})
     digest = readme_digest(checkpoint.directory)
     own = digest is not None and digest == checkpoint.report.get("readme_sha256")
     copy_side_files(checkpoint.directory, directory, without=frozenset() if own else frozenset({README}))

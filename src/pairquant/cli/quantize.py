@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..formats.table import OWN
 from ..support.formatting import counted
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import command_line, duration, plain, short_name, size
@@ -22,14 +23,16 @@ OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 def quantize(
     context: typer.Context,
     model: Model,
-    output: Annotated[Path, option(OUTPUT, "Directory to write.")],
+    output: Annotated[Path, option(OUTPUT, "Directory to write, or .gguf file.")],
+    form: Annotated[str, option(OUTPUT, "paroquant, awq, gptq, mlx, gguf, …", "--format")] = OWN,
     overwrite: Annotated[bool, option(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
-    push_to_hub: Annotated[str | None, option(OUTPUT, "Upload it as NAME or OWNER/NAME.")] = None,
+    push_to_hub: Annotated[str | None, option(OUTPUT, "Upload it as NAME or OWNER/NAME.", rare=True)] = None,
     private: Annotated[bool, option(OUTPUT, "Make the uploaded repository private.", "--private", rare=True)] = False,
     log_to: Annotated[str | None, option(OUTPUT, "Also log to tensorboard or wandb.", rare=True)] = None,
     preset: Annotated[str, option(METHOD, "See `pairquant presets`.")] = "fast",
     bits: Annotated[int, option(METHOD, "2, 3, 4, 5, 6 or 8 per weight.")] = 4,
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
+    symmetric: Annotated[bool, option(METHOD, "Codes without zero points.", "--symmetric", rare=True)] = False,
     target_bpw: Annotated[float | None, option(METHOD, TARGET_BPW)] = None,
     target_size: Annotated[str | None, option(METHOD, TARGET_SIZE, rare=True)] = None,
     candidates: Annotated[str, option(METHOD, CANDIDATES, rare=True)] = "bits:2|3|4|5|6|8",
@@ -91,6 +94,7 @@ def quantize(
     from ..support.loggers import logger
 
     _require_used(context, plan, target_bpw, target_size)
+    _require_format(context, form, push_to_hub)
     if head_bits is not None and "lm_head" in (ignore or ()):
         raise ConfigError(
             "--head-bits quantizes the output embedding, and --ignore lm_head leaves it. Leave one of them out."
@@ -100,6 +104,7 @@ def quantize(
         bits=bits,
         group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
         rotations=rotations_of(rotations),
+        symmetric=symmetric,
         samples=samples,
         seq_len=seq_len,
         calibration=tuple(calibration or ("default",)),
@@ -120,7 +125,7 @@ def quantize(
         seed=seed,
     )
     quiet_libraries()
-    from ..jobs.quantize import quantize as run
+    from ..jobs.other_formats import quantize_as as run
 
     leads = os.environ.get("RANK", "0") == "0"
     if push_to_hub and leads:
@@ -129,6 +134,7 @@ def quantize(
         push_to_hub = require_writable(push_to_hub, private)
     with logger(log_to, output) as log, _BlockProgress(leads) as progress:
         summary = run(
+            form,
             model,
             output,
             config,
@@ -152,6 +158,12 @@ def quantize(
     console.print(table)
     if push_to_hub:
         _push(summary.output, push_to_hub, private)
+    if form != OWN:
+        from ..formats.table import FORMATS
+
+        following = FORMATS[form].command.format(summary.output)
+        console.print(f"\nRead by {FORMATS[form].readers}. Next: [bold]{escape(following)}[/]", soft_wrap=True)
+        return
     trust = ["--trust-remote-code"] if trust_remote_code else []
     following = command_line("pairquant", "eval", summary.output, "--reference", model, *trust)
     console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
@@ -174,6 +186,21 @@ def _require_used(context: typer.Context, plan: Path | None, *targets: float | s
     if "candidates" in given and not auto and not any(target is not None for target in targets):
         raise ConfigError(
             "--candidates has no effect without --target-bpw, --target-size or --rotations auto. Add one of them."
+        )
+
+
+def _require_format(context: typer.Context, form: str, push_to_hub: str | None) -> None:
+    """Refuse options that a format of another program cannot have."""
+    from ..support.errors import ConfigError
+
+    if form == OWN:
+        return
+    asked = getattr(context.get_parameter_source("rotations"), "name", "") != "DEFAULT"
+    if asked and context.params["rotations"] != "0":
+        raise ConfigError(f"--rotations has no place beside --format {form}, which holds none. Leave one of them out.")
+    if push_to_hub:
+        raise ConfigError(
+            f"--push-to-hub uploads checkpoints of our own format. Upload {form} with huggingface_hub's `hf upload`."
         )
 
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from ..spec.codes import AWQ_ORDER, columns_per_block
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes, uint8 [rows, N], into words, int32 [rows, N · b / 32]; N must be a multiple of `columns_per_block(bits)`."""
-    columns = _stored_order(codes, bits).long()
+def pack(codes: Tensor, bits: int, natural: bool = False) -> Tensor:
+    """Pack codes, uint8 [rows, N], into words, int32 [rows, N · b / 32]; N must be a multiple of `columns_per_block(bits)`.
+
+    natural: leave the codes in their order at 4 bits too, as other formats do; `unpack` reads what was packed without it.
+    """
+    columns = (codes.view(len(codes), -1, columns_per_block(bits)) if natural else _stored_order(codes, bits)).long()
     rows, blocks, per_block = columns.shape
     words = torch.zeros(rows, blocks, per_block * bits // 32, dtype=torch.int64, device=codes.device)
     for column in range(per_block):

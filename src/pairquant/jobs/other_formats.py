@@ -1,0 +1,82 @@
+"""Quantize a model for programs that know no rotations: into a checkpoint without transforms, then into their format."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.converted import require_held
+from ..checkpoint.export import export, require_output
+from ..checkpoint.gguf_metadata import require_writable
+from ..formats.base import Contents
+from ..formats.gguf import Gguf
+from ..formats.table import FORMATS, OWN
+from ..spec.options import QuantConfig
+from ..support.errors import ConfigError, did_you_mean
+from .opened import Opened
+from .quantize import Progress, QuantizationSummary, quantize
+
+
+def quantize_as(
+    form: str,
+    model: str | Path,
+    output: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    log_to: Callable[[Mapping[str, Any]], None] | None = None,
+) -> QuantizationSummary:
+    """Quantize a model and write it in a format: "paroquant", our own, "awq", "gptq", "compressed-tensors", "mlx" or "gguf".
+
+    The options become what the format holds (see `Format.settled`): no transform, and for GPTQ symmetric codes. What it cannot
+    hold is refused before the work. The rest is as for `quantize`. The checkpoint between, beside the output, is removed in the
+    end; if the last step fails it stays, and the error says how to go on.
+    """
+    output, config = Path(output), config or QuantConfig()
+    how = {
+        "device": device,
+        "fresh": fresh,
+        "trust_remote_code": trust_remote_code,
+        "progress": progress,
+        "log_to": log_to,
+    }
+    if form == OWN:
+        return quantize(model, output, config, overwrite=overwrite, **how)  # type: ignore[arg-type]  # by name
+    if form not in FORMATS:
+        known = (OWN, *FORMATS)
+        raise ConfigError(f"format is {form!r}, allowed: {', '.join(known)}{did_you_mean(form, known)}")
+    require_output(form, output, overwrite)
+    config = FORMATS[form].settled(config)
+    _require_storable(form, model, config, trust_remote_code)
+    between = output.with_name(f"{output.name}.{OWN}")
+    if between.exists():
+        raise ConfigError(
+            f"{str(between)!r} exists: an earlier run was stopped between quantizing and writing {form}. Finish it: pairquant "
+            f"export {between} --to {form} --output {output}; or remove it."
+        )
+    summary = quantize(model, between, config, **how)  # type: ignore[arg-type]  # by name
+    if os.environ.get("RANK", "0") == "0":
+        export(between, output, form, overwrite=overwrite)
+        shutil.rmtree(between)
+    return replace(summary, output=output, size_after=_size(output))
+
+
+def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_remote_code: bool) -> None:
+    """Refuse before the work what could not be written after it."""
+    opened = Opened.of(model, config, trust_remote_code)
+    require_held(Contents(opened.plan.layouts), FORMATS[form], opened.sites, opened.names)
+    if form == Gguf.name:
+        require_writable(opened.files)
+
+
+def _size(output: Path) -> int:
+    files = [output] if output.is_file() else output.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
