@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3M
 from vllm_worker import PROMPT
 
 import pairquant
+from pairquant.formats.table import FORMATS
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import rotated_linears
 
@@ -98,6 +99,29 @@ def checkpoints(root):
     plain = write_original(root / "original", config, byte_tokenizer().save_pretrained)
     assert divergence(reference(plain), reference(load(root / "original"))) < 1e-6, "Transformers reads it otherwise"
     return found | {"original": (root / "original", reference(plain))}
+
+
+@pytest.fixture(scope="module")
+def exported(root):
+    """Format → (the checkpoint without transforms that it was made of, what vLLM answered)."""
+    source, made = save_tiny(root / "plain-source", "qwen2"), {}
+    for symmetric in (False, True):
+        options = {"group_size": 32, "samples": 4, "seq_len": 32, "calibration": (str(TEXT),), "symmetric": symmetric}
+        config = FORMATS["awq"].settled(pairquant.QuantConfig(preset="quick", ignore=("lm_head", "o_proj"), **options))
+        pairquant.quantize(source, root / f"plain-{symmetric}", config, device="cpu")
+    for to, symmetric in {"awq": False, "gptq": True, "compressed-tensors": False}.items():
+        made[to] = root / f"plain-{symmetric}"
+        pairquant.export(made[to], root / to, to)
+    results = run([{"model": str(root / to), "options": {"dtype": "bfloat16"}} for to in made], root)
+    return {to: (made[to], result) for to, result in zip(made, results, strict=True)}
+
+
+@pytest.mark.parametrize("to", ["awq", "gptq", "compressed-tensors"])
+def test_other_formats_run_by_vllms_own_kernels(exported, to):
+    checkpoint, result = exported[to]
+    expected = reference(load(checkpoint))
+    assert "error" not in result, result
+    assert divergence(expected, result["logprobs"]) < allowed(expected, load(checkpoint, torch.bfloat16))
 
 
 @pytest.fixture(scope="module")

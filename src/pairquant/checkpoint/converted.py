@@ -51,7 +51,6 @@ def _unit(checkpoint: Checkpoint, path: str) -> bool:
 
 def require_held(contents: Contents, form: Format, sites: Mapping[str, Site], names: Names) -> None:
     """Raise `ConfigError` for weights that a format does not hold: by their layout, or because they are embeddings or experts."""
-    form.require(contents)
     for path in contents.layouts:
         site = sites.get(path)
         embedding = isinstance(site, EmbeddingSite) or path.rpartition(".")[2] == "lm_head"
@@ -65,6 +64,7 @@ def require_held(contents: Contents, form: Format, sites: Mapping[str, Site], na
                 f"{path} is an expert, which {form.name} does not hold as this model stores it. Choose compressed-tensors, awq "
                 "or gptq for a model that stores its experts one by one; others run with pairquant's own format."
             )
+    form.require(contents)
 
 
 def converted_entries(checkpoint: Checkpoint, contents: Contents, form: Format) -> dict[str, Entry]:

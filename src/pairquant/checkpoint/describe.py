@@ -84,6 +84,23 @@ def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
             state_dtype(inner, dtype)
 
 
+def state_rope(config: dict[str, Any]) -> None:
+    """Also name the parameters of the rotary embedding as Transformers 4 did: other programs would take their own defaults.
+
+    (mlx-lm 0.32 takes a base of 10,000 for LLaMA without `rope_theta`.)
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config:
+        return
+    whole = rope.get("full_attention", rope)
+    if "rope_theta" in whole:
+        config["rope_theta"] = whole["rope_theta"]
+    if whole.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", {name: value for name, value in whole.items() if name != "rope_theta"})
+    if "rope_theta" in rope.get("sliding_attention", {}):
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+
+
 def readme_digest(directory: Path) -> str | None:
     """Return the SHA-256 of the model card, by which the source's is told from one that was written since; None without one."""
     readme = directory / README

@@ -18,7 +18,7 @@ from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
 from ..support.errors import ConfigError, did_you_mean
 from .converted import DTYPE, cast, contents_of, converted_entries, kept
-from .describe import README, readme_digest, state_dtype, write_config
+from .describe import README, readme_digest, state_dtype, state_rope, write_config
 from .files import read_json
 from .gguf_file import require_file_free, write_gguf
 from .original import sites_of
@@ -175,6 +175,7 @@ def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, added
     config = read_json(checkpoint.directory / "config.json")
     del config["quantization_config"]
     state_dtype(config, dtype)
+    state_rope(config)
     write_config(directory, {**config, **added})
     digest = readme_digest(checkpoint.directory)
     own = digest is not None and digest == checkpoint.report.get("readme_sha256")

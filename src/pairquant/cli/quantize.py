@@ -84,7 +84,7 @@ def quantize(
     ] = False,
     help_all: HelpAll = False,
 ) -> None:
-    """Quantize MODEL into a checkpoint that Transformers, vLLM and every ParoQuant reader load.
+    """Quantize MODEL for Transformers and vLLM, or with --format for other programs.
 
     The same command continues a run that was stopped.
     """

@@ -71,6 +71,12 @@ class Format(ABC):
         empty = {n: torch.empty(f.shape, dtype=f.dtype, device="meta") for n, f in layout.fields().items()}
         return {n: Field(t.dtype, tuple(t.shape)) for n, t in self.tensors(PackedLinear(layout, empty)).items()}
 
+    def bits_per_weight(self, contents: Contents) -> float:
+        """Return the bits that the format stores, everything counted but biases, divided by the number of weights."""
+        layouts = contents.layouts.values()
+        stored = sum(field.nbytes * 8 for layout in layouts for field in self.fields(layout).values())
+        return stored / sum(layout.in_features * layout.out_features for layout in layouts)
+
     def settled(self, config: QuantConfig) -> QuantConfig:
         """Return the options for quantizing a model for this format: without transforms, in forms that it holds.
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint.converted import require_held
 from ..checkpoint.export import export, require_output
 from ..checkpoint.gguf_metadata import require_writable
+from ..checkpoint.read import Checkpoint, ModelFiles
 from ..formats.base import Contents
 from ..formats.gguf import Gguf
 from ..formats.table import FORMATS, OWN
@@ -63,10 +64,13 @@ def quantize_as(
             f"export {between} --to {form} --output {output}; or remove it."
         )
     summary = quantize(model, between, config, **how)  # type: ignore[arg-type]  # by name
+    checkpoint = Checkpoint.open(ModelFiles.find(str(between)))
+    layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears()}
+    bits = FORMATS[form].bits_per_weight(Contents(layouts))
     if os.environ.get("RANK", "0") == "0":
         export(between, output, form, overwrite=overwrite)
         shutil.rmtree(between)
-    return replace(summary, output=output, size_after=_size(output))
+    return replace(summary, output=output, size_after=_size(output), bits_per_weight=bits)
 
 
 def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_remote_code: bool) -> None:

@@ -1,0 +1,168 @@
+"""GGUF files: Transformers reads back the weights and the tokenizer that went in."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import TEXT, byte_tokenizer, save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import pairquant
+from pairquant.checkpoint.gguf_metadata import FAMILIES, rope_factors, splitting_of, tokens_of
+from pairquant.formats.table import FORMATS
+from pairquant.support.errors import ConfigError, SourceError
+
+gguf = pytest.importorskip("gguf")
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def merging_tokenizer():
+    """Bytes, and two merges of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{symbol: 3 + i for i, symbol in enumerate(alphabet)}}
+    vocabulary |= {"th": 259, "the": 260}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def unrotated(root, family, **changes):
+    """A tiny checkpoint without transforms."""
+    source = save_tiny(root / "source", family)
+    merging_tokenizer().save_pretrained(source)
+    options = {"group_size": 32, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),), **changes}
+    config = FORMATS["gguf"].settled(pairquant.QuantConfig(preset="quick", **options))
+    pairquant.quantize(source, root / "tiny", config, device="cpu")  # a name that tells Transformers no family
+    return root / "tiny"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_transformers_reads_the_weights_and_the_tokenizer(family, tmp_path):
+    checkpoint = unrotated(tmp_path, family)
+    file = pairquant.export(checkpoint, tmp_path / "out" / "model.gguf", "gguf")
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(pairquant.export(checkpoint, tmp_path / "plain", "fp32")).state_dict()
+    assert read.keys() == plain.keys()
+    for name, expected in plain.items():
+        rounded = 1e-2 if "embed" in name or "lm_head" in name else 1e-3  # 8 bits; a minimum in float16
+        distance = (read[name] - expected).norm()
+        assert distance <= (rounded if expected.dim() == 2 else 1e-6) * expected.norm(), name
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    text = "the other, then"
+    assert tokenizer(text)["input_ids"] == merging_tokenizer()(text)["input_ids"]
+    assert tokenizer.eos_token_id == 2
+
+
+def test_five_bits_and_symmetric_codes_are_types_of_their_own(tmp_path):
+    overrides = ("down_proj=bits:5", "q_proj=bits:8")
+    checkpoint = unrotated(tmp_path, "llama", symmetric=True, overrides=overrides)
+    file = pairquant.export(checkpoint, tmp_path / "model.gguf", "gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q5_0"
+    assert kinds["blk.1.attn_q.weight"] == "Q8_0"
+    assert kinds["blk.1.attn_k.weight"] == "Q4_0"
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == "F32"
+
+
+def test_a_source_in_gguf_gives_its_own_metadata(tmp_path):
+    first = pairquant.export(unrotated(tmp_path, "llama"), tmp_path / "first.gguf", "gguf")
+    config = FORMATS["gguf"].settled(pairquant.QuantConfig(preset="rtn", group_size=32))
+    pairquant.quantize(first, tmp_path / "again", config, device="cpu")
+    second = pairquant.export(tmp_path / "again", tmp_path / "second.gguf", "gguf")
+    own = ("GGUF.", "general.file_type")
+    said = [
+        {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items() if not name.startswith(own)}
+        for file in (first, second)
+    ]
+    assert said[0] == said[1]
+    with pytest.raises(ConfigError, match="is the file that the model was made from"):
+        pairquant.export(tmp_path / "again", first, "gguf", overwrite=True)
+
+
+def test_bad_outputs_and_families_are_refused(tmp_path):
+    checkpoint = unrotated(tmp_path, "llama")
+    with pytest.raises(ConfigError, match=r"is no \.gguf file"):
+        pairquant.export(checkpoint, tmp_path / "directory", "gguf")
+    (tmp_path / "there.gguf").write_text("mine")
+    with pytest.raises(ConfigError, match="exists"):
+        pairquant.export(checkpoint, tmp_path / "there.gguf", "gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+    with pytest.raises(ConfigError, match="family 'phi3'"):
+        pairquant.export(unrotated(tmp_path / "other", "phi3"), tmp_path / "phi3.gguf", "gguf")
+    config = json.loads((checkpoint / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (checkpoint / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    with pytest.raises(SourceError, match="kind 'dynamic'"):
+        pairquant.export(checkpoint, tmp_path / "model.gguf", "gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_stretched_frequencies_are_those_of_transformers(tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    save_tiny(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**entries, "rope_parameters": LLAMA3}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    usual = LLAMA3["rope_theta"] ** -(torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(usual / rope_factors(config), expected)
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert rope_factors(AutoConfig.from_pretrained(tmp_path)) is None
+
+
+def test_rows_of_a_pair_lie_side_by_side():
+    config = AutoConfig.for_model("llama", num_attention_heads=2, num_key_value_heads=1, hidden_size=8)
+    rows = torch.arange(8)[:, None]
+    turned = FAMILIES["llama"].rows("model.layers.0.self_attn.q_proj", rows, config)
+    assert turned.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    for path in ("layers.0.self_attn.v_proj", "model.embed_tokens"):
+        assert torch.equal(FAMILIES["llama"].rows(path, rows, config), rows)
+    assert torch.equal(FAMILIES["qwen2"].rows("layers.0.self_attn.q_proj", rows, config), rows)
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s]+"}, "behavior": "Isolated"}
+
+
+def splits(number):
+    regex = SPLIT["pattern"]["Regex"] % number
+    steps = [{**SPLIT, "pattern": {"Regex": regex}}, {"type": "ByteLevel", "use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+@pytest.mark.parametrize(
+    ("name", "pre_tokenizer"),
+    [
+        ("gpt-2", {"type": "ByteLevel"}),
+        ("llama-bpe", splits(r"\p{N}{1,3}")),
+        ("qwen2", splits(r"\p{N}")),
+        ("smollm", {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"},
+        ]}),
+    ],
+)  # fmt: skip
+def test_ways_of_splitting_are_known_by_their_look(name, pre_tokenizer):
+    assert splitting_of({"model": {"type": "BPE"}, "pre_tokenizer": pre_tokenizer}) == name
+
+
+def test_other_tokenizers_are_refused():
+    with pytest.raises(SourceError, match="splits text in a way that is not known"):
+        splitting_of({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}})
+    with pytest.raises(SourceError, match=r"no tokenizer\.model"):
+        splitting_of({"model": {"type": "BPE", "byte_fallback": True}})
+
+
+def test_kinds_of_tokens():
+    spoken = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    spoken["added_tokens"].append({"id": 261, "content": "<call>", "special": False})
+    tokens, kinds = tokens_of(spoken, 263)
+    assert (tokens[1], kinds[1]) == ("<s>", gguf.TokenType.CONTROL)
+    assert kinds[100] == gguf.TokenType.NORMAL
+    assert (tokens[261], kinds[261]) == ("<call>", gguf.TokenType.USER_DEFINED)
+    assert (tokens[262], kinds[262]) == ("[PAD262]", gguf.TokenType.UNUSED)
