@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .hub.upload import push as push
     from .jobs.evaluate import evaluate as evaluate
     from .jobs.inspect import inspect as inspect
+    from .jobs.other_formats import quantize_as as quantize_as
     from .jobs.plan import plan as plan
     from .jobs.quantize import quantize as quantize
     from .spec.options import QuantConfig as QuantConfig
@@ -31,6 +32,7 @@ _HOME = {
     "Recipe": "spec.recipe",
     "PairQuantError": "support.errors",
     "quantize": "jobs.quantize",
+    "quantize_as": "jobs.other_formats",
     "plan": "jobs.plan",
     "evaluate": "jobs.evaluate",
     "inspect": "jobs.inspect",
