@@ -60,10 +60,11 @@ def outcome_of(name: str, root: Path) -> Outcome:
     packed = after.packed_names()
     assert {n for n in after.fields if n not in packed} <= set(before.fields), "a tensor under a name of its own"
     blocks = find_blocks(AutoModelForCausalLM.from_pretrained(source))
-    sizes = {
-        f"{block.path}.{n}": p.numel() for block in blocks for n, p in block.module.named_parameters() if p.dim() == 2
-    }
-    experts = sum(p.numel() for block in blocks for p in block.module.parameters() if p.dim() == 3 and p.shape[1] > 1)
+    parameters = {
+        id(p): p for block in blocks for p in block.module.parameters()
+    }.values()  # those of several places once
+    matrices = sum(p.numel() for p in parameters if p.dim() == 2)
+    experts = sum(p.numel() for p in parameters if p.dim() == 3 and p.shape[1] > 1)
     quantized = sum(
         layout.in_features * layout.out_features
         for layout in (pairquant.inspect(root / "packed").checkpoint.layout(path) for path in after.linears())
@@ -73,11 +74,11 @@ def outcome_of(name: str, root: Path) -> Outcome:
     )
     expected, found = log_probabilities(source), log_probabilities(root / "packed")
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
-    return Outcome(quantized / (sum(sizes.values()) + experts), kl, plain)
+    return Outcome(quantized / (matrices + experts), kl, plain)
 
 
 def is_matrix(stored: StoredTensors, name: str, packed: set[str]) -> bool:
-    outside = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+    outside = any(part in name for part in ("embed", "lm_head", "wte", "wpe")) or name == "head.weight"
     return name not in packed and len(stored.fields[name].shape) == 2 and not outside
 
 

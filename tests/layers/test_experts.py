@@ -124,7 +124,7 @@ def test_our_kernels_compute_the_same_and_give_the_stored_bits_back(packed, kern
     found = made(tokens.half(), index, weights)
     assert not any("qweight" in name for name, _ in made.named_buffers())
     assert (found.float() - expected).norm() < 0.004 * expected.norm()
-    plain_silu = made.has_gate and made.is_concatenated  # gpt-oss cuts off and adds one, Nemotron-H squares
+    plain_silu = made.form.has_gate and made.form.is_concatenated  # gpt-oss cuts off and adds one, Nemotron-H squares
     assert made._known_activation() == ("silu" if plain_silu else "")
     saved = made.state_dict()
     assert set(saved) == set(state)

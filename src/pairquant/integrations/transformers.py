@@ -62,6 +62,8 @@ class ParoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config.checkpoint
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
+        _sharing().fold_shared(model)
+        _sharing().settle_scales(model)
         quantized = stored.linears() if stored else _by_config(model, config)
         names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
         sites = _sites().stored_sites(model, names)
@@ -188,6 +190,13 @@ def _sites() -> ModuleType:
     from ..models import sites
 
     return sites
+
+
+def _sharing() -> ModuleType:
+    """Return what layers of several places become, loaded as late as `_layers`."""
+    from ..models import sharing
+
+    return sharing
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:

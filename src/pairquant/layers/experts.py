@@ -21,6 +21,7 @@ from ..core.rotation import rotate_dense
 from ..kernels.run.cpu import int4_product, int4_weights
 from ..spec.experts import TRANSFORM, pool_of
 from ..spec.linear import LinearLayout, PackedLinear
+from .expert_form import ExpertForm
 from .merging import offloaded, plain_tensors
 
 #: What our kernels for GPUs hold in another form.
@@ -78,8 +79,8 @@ class RotatedExperts(nn.Module):
     """Packed experts in the place of a module of Transformers that holds them in parameters [E, …].
 
     The buffers have the stored names: `3.gate_proj.qweight`, and for all experts together `gate_up_weight_theta`.
-    forward: as of the module that it replaces, hidden states [T, H] and each token's experts and their weights [T, k] →
-    [T, H]. The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
+    forward: as of the module that it replaces, mostly hidden states [T, H] and each token's experts and their weights [T, k] →
+    [T, H] (`ExpertForm`). The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
     16 bits, by PyTorch's int4 product on CPUs in bfloat16 at 4 bits. Else the weight of an expert that has tokens is decoded
     each time. What our kernels need takes the place of the stored codes, which come back bit for bit when the module is saved
     or moved.
@@ -93,7 +94,9 @@ class RotatedExperts(nn.Module):
     ):
         super().__init__()
         self.plans, self.count = dict(plans), count
-        self.has_gate, self.is_concatenated = source.has_gate, source.is_concatenated
+        form = ExpertForm.of(source)
+        assert form is not None, "the plans are of experts in a known form"
+        self.form, self.has_gate = form, form.has_gate
         source._parameters.clear()
         self._between = [source]  # in a list, so that it is no submodule: it has no tensors any more
         for number in range(count):
@@ -176,16 +179,24 @@ class RotatedExperts(nn.Module):
             for plan in self.plans.values():
                 yield getattr(getattr(self, str(number)), plan.name)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any) -> Tensor:
-        shape = hidden_states.shape
-        hidden, index = hidden_states.flatten(0, -2), top_k_index.flatten(0, -2)
-        weights = top_k_weights.flatten(0, -2)
+    def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
+        flat = hidden_states.flatten(0, -2)
+        hidden, index, weights, rows = self.form.routed(self.count, hidden_states, *routing, **named)
+        output = self._routed(hidden, index, weights)
+        if self.form.returns_input:
+            output = output + hidden * (weights * (index >= self.count)).sum(-1, keepdim=True).to(hidden.dtype)
+        if rows is not None:
+            output = torch.zeros_like(flat).index_copy(0, rows, output)
+        return output.view(hidden_states.shape)
+
+    def _routed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts: states [T, H], experts and their weights [T, k] → [T, H]."""
         trains = torch.is_grad_enabled() and hidden.requires_grad  # our kernels for experts pass no gradients
         if hidden.numel() and not trains and self.prepare(hidden.dtype):
             assert self._prepared is not None, "prepare was called"
             activation = self._known_activation()
             between = None if activation else self._between_products
-            return self._prepared.run(hidden, index, weights, activation, between).view(shape)
+            return self._prepared.run(hidden, index, weights, activation, between)
         output = torch.zeros_like(hidden)
         turned = self._turned("up_proj", hidden)
         for number in torch.unique(index).tolist():
@@ -195,7 +206,7 @@ class RotatedExperts(nn.Module):
             inner = self._inner(number, turned[token])
             y = self._product(number, "down_proj", self._turned("down_proj", inner))
             output.index_add_(0, token, (y * weights[token, place, None]).to(output.dtype))
-        return output.view(shape)
+        return output
 
     def _known_activation(self) -> str:
         """Return which of `ACTIVATIONS` the module that this one replaces computes from gate and up; "" if another."""
@@ -213,11 +224,9 @@ class RotatedExperts(nn.Module):
     def _between_products(self, joined: Tensor) -> Tensor:
         """Return what down reads, of gate and up beside each other."""
         source = self._between[0]
-        if not self.has_gate:
-            return source.act_fn(joined)
-        if not self.is_concatenated:
+        if self.has_gate and not self.form.is_concatenated:
             joined = torch.stack(joined.chunk(2, -1), -1).flatten(-2)
-        return source._apply_gate(joined)
+        return self.form.between(source, joined)
 
     def _inner(self, number: int, turned: Tensor) -> Tensor:
         """Return what the last product of an expert reads, in the basis of the model."""

@@ -17,7 +17,8 @@ from ..core.linear import Transform, decode, encode
 from ..core.range import power_of_two
 from ..core.rounding import proxy_terms, ratio
 from ..kernels.fit.loops import solvers
-from ..models.blocks import Block, Call
+from ..models.blocks import Block
+from ..models.calls import Call
 from ..spec.codes import columns_per_block
 from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
@@ -51,6 +52,7 @@ class BlockWork:
     device: torch.device
     data: Callable[[], BlockData] | None
     kept_as: torch.dtype
+    validation_call: Call | None = None
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class BlockWork:
         assert self.call is not None, "recipes that train a block have text"
         return BlockTask(
             self.block, self.call, self.data(), self.layouts, self.groups, self.seeds, self.config, self.history.append,
-            self.ranks,
+            self.ranks, self.validation_call,
         )  # fmt: skip
 
     @property
