@@ -270,3 +270,31 @@ FAMILIES: dict[str, Family] = {
     "Youtu": _dense("YoutuConfig", WIDE | MLA),
     "MiniCPM3": _dense("MiniCPM3Config", WIDE | MLA),
 }  # fmt: skip
+
+#: What is refused before any work, and by which words: experts in forms of their own, and layers that are parts of larger
+#: tensors in the files.
+REFUSED: dict[str, tuple[Family, str]] = {
+    "DBRX": (
+        Family(
+            "DbrxConfig",
+            {
+                "vocab_size": 288, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+                "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+            } | TOKENS,
+            "experts",
+        ),
+        r"80% of the blocks' weights are in 6 matrices that cannot be quantized yet.*--ignore 're:.*w1\$'",
+    ),
+    "JetMoE": (
+        _experts(
+            "JetMoeConfig", {k: v for k, v in DENSE.items() if k != "num_attention_heads"}, kv_channels=16, num_local_experts=4
+        ),
+        r"93% of the blocks' weights are in 8 matrices that cannot be quantized yet.*input_linear",
+    ),
+    "Doge with experts": (
+        _experts("DogeConfig", DENSE, is_moe=True, num_experts=64, num_experts_per_tok=2),
+        r"of the blocks' weights are in 4 matrices that cannot be quantized yet.*down_embed",
+    ),
+    "HRM-Text": (_dense("HrmTextConfig", HEADS), r"HrmTextForCausalLM, which Transformers cuts into other layers than"),
+}  # fmt: skip

@@ -4,13 +4,14 @@
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, REFUSED, Family
 from tiny_models import TEXT, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -33,10 +34,10 @@ class Outcome:
     plain: tuple[str, ...]
 
 
-def make_source(name: str, directory: Path) -> Path:
+def make_source(name: str, directory: Path, families: Mapping[str, Family] = FAMILIES) -> Path:
     """A random model of the family, its experts' weights not zero, with a tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name].build()).eval().float()
+    model = AutoModelForCausalLM.from_config(families[name].build()).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 3 and parameter.std() == 0:
@@ -89,6 +90,27 @@ def test_a_family_is_packed_close_and_keeps_its_names(name, tmp_path):
     assert found.kl < 1e-3, found
 
 
+@pytest.mark.parametrize(
+    "name", ["Zamba2", "RWKV", "Llama 4 (text)", "LongCat-Flash", "Gemma 3n (text)", "DeepSeek V4"]
+)
+def test_a_family_of_its_own_kind_is_saved_again_and_exported(name, tmp_path):
+    pairquant.quantize(make_source(name, tmp_path / "source"), tmp_path / "packed", CONFIG, device="cpu")
+    expected = log_probabilities(tmp_path / "packed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).save_pretrained(tmp_path / "again")
+    assert torch.equal(log_probabilities(tmp_path / "again"), expected)
+    pairquant.export(tmp_path / "packed", tmp_path / "plain", "fp32")
+    torch.testing.assert_close(log_probabilities(tmp_path / "plain"), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_quantized_is_refused_before_the_work(name, tmp_path):
+    family, words = REFUSED[name]
+    source = make_source(name, tmp_path / "source", {name: family})
+    with pytest.raises(pairquant.PairQuantError, match=words):
+        pairquant.quantize(source, tmp_path / "packed", CONFIG, device="cpu")
+    assert not (tmp_path / "packed").exists()
+
+
 HEADER = """# Families
 
 Every family below was made as a tiny random model, quantized (8 bits, groups of 32, on a CPU), loaded by Transformers {version},
@@ -103,6 +125,15 @@ run of the tests; `python tests/test_families.py > docs/models.md` writes this p
   benchmarks/results/vllm-families-cpu.json and vllm-families-h100.json (benchmarks/vllm_families.py).
 - On an H100 (Transformers 5.17, torch 2.11) Qwen3-MoE, Mixtral, gpt-oss, Granite MoE, Qwen3-Next, Nemotron-H, LFM2-MoE and Jamba were
   quantized and run: within 4e-7 of the CPU's logits in float32.
+- Models that see or hear (`tests/test_towers.py`): LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL with and without experts, Qwen3.5 with and
+  without experts, Gemma 3, Gemma 4, Mistral 3, Llama 4, InternVL, GLM-4.1V, Idefics 3, Aya Vision, Qwen2-Audio, Voxtral: the text
+  part is quantized, towers and projectors stay plain.
+- Zamba and Zamba2: the attention block that several depths use is quantized once, on what it reads at the first of them. Adapters
+  for later depths stay plain (under 1 % of the published models).
+- RWKV: weights are no longer divided for float16's range at the first forward pass, which codes do not allow; run it in bfloat16 or
+  float32.
+- Refused before any work, with the reason: DBRX, JetMoE and Doge with experts, whose experts lie in forms of their own (`--ignore`
+  quantizes the rest), HRM-Text, whose layers are parts of larger tensors in its files, encoder-only models and encoder-decoders.
 
 | family | kind | packed | KL | plain |
 | --- | --- | --- | --- | --- |"""
