@@ -94,7 +94,8 @@ class ParoQuantizer(HfQuantizer):
                 # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
                 model.get_submodule(parent)._is_hf_initialized = True
         for place, found in experts.items():
-            _layers().replace_module(model, place, _sites().packed_experts(list(found.values())))
+            own = stored.has_own_transforms if stored else config.transform_per_expert
+            _layers().replace_module(model, place, _sites().packed_experts(list(found.values()), own))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model

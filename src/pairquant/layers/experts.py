@@ -34,6 +34,8 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 #: What multiplies experts where there is no int4 product.
 DECODED = "decoded"
+#: Why our kernels for GPUs do not run experts with transforms of their own: they rotate the input once for all.
+OWN_TRANSFORMS = "rotates once for all experts, and each of these has a transform of its own"
 
 
 def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> bool:
@@ -41,11 +43,18 @@ def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> 
     return CpuInt4().refusal(layout, device, dtype) is None
 
 
-def explain_experts(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small."""
+def explain_experts(
+    layout: LinearLayout, device: torch.device, dtype: torch.dtype, per_expert: bool = False
+) -> Explanation:
+    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small.
+
+    per_expert: whether each expert has a transform of its own.
+    """
     refusals: dict[str, str] = {}
     for name, refusal in ((TritonKernels.name, experts_refusal), (CpuInt4.name, CpuInt4().refusal)):
         reason = refusal(layout, device, dtype)
+        if per_expert and name == TritonKernels.name:
+            reason = reason or OWN_TRANSFORMS
         if reason is None:
             return Explanation(name, refusals)
         refusals[name] = reason
@@ -86,14 +95,20 @@ class RotatedExperts(nn.Module):
     or moved.
 
     source: the module that is replaced, which says how gate and up are joined and what lies between the products; plans:
-    of "gate_proj" (if there is a gate), "up_proj" and "down_proj".
+    of "gate_proj" (if there is a gate), "up_proj" and "down_proj"; per_expert: each expert has transforms of its own, with names
+    such as `3.gate_up_weight_theta`. No kernel of ours for GPUs runs those.
     """
 
     def __init__(
-        self, source: Any, plans: Mapping[str, PartPlan], count: int, device: torch.device | str | None = None
+        self,
+        source: Any,
+        plans: Mapping[str, PartPlan],
+        count: int,
+        device: torch.device | str | None = None,
+        per_expert: bool = False,
     ):
         super().__init__()
-        self.plans, self.count = dict(plans), count
+        self.plans, self.count, self.per_expert = dict(plans), count, per_expert
         form = ExpertForm.of(source)
         assert form is not None, "the plans are of experts in a known form"
         self.form, self.has_gate = form, form.has_gate
@@ -102,11 +117,12 @@ class RotatedExperts(nn.Module):
         for number in range(count):
             parts = {plan.name: PackedPart(plan.layout, device) for plan in self.plans.values()}
             self.add_module(str(number), nn.ModuleDict(parts))
-        for plan in (self.plans["up_proj"], self.plans["down_proj"]):
-            for name in TRANSFORM:
-                field = plan.layout.fields()[name]
-                tensor = torch.empty(field.shape, dtype=field.dtype, device=device)
-                self.register_buffer(f"{plan.pool}_weight_{name}", tensor)
+        for home in [getattr(self, str(number)) for number in range(count)] if per_expert else [self]:
+            for plan in (self.plans["up_proj"], self.plans["down_proj"]):
+                for name in TRANSFORM:
+                    field = plan.layout.fields()[name]
+                    tensor = torch.empty(field.shape, dtype=field.dtype, device=device)
+                    home.register_buffer(f"{plan.pool}_weight_{name}", tensor)
         self._matrices: dict[str, Tensor] = {}
         self._int4: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._prepared: Experts | None = None
@@ -123,7 +139,8 @@ class RotatedExperts(nn.Module):
         plan = self.plans[part]
         own = getattr(getattr(self, str(number)), plan.name)
         given_up = self._codes(number, part)
-        shared = {name: getattr(self, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
+        home = getattr(self, str(number)) if self.per_expert else self
+        shared = {name: getattr(home, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
         tensors = {name: shared[name] if name in shared else getattr(own, name) for name in plan.layout.fields()}
         return PackedLinear(plan.layout, tensors)
 
@@ -141,8 +158,9 @@ class RotatedExperts(nn.Module):
         for number in range(self.count):
             for part, plan in self.plans.items():
                 name = f"{path}.{number}.{plan.name}"
-                self.packed_part(number, part).check_values(name, transform=plan.pool not in seen)
-                seen.add(plan.pool)
+                transform = pool_of(name, self.per_expert)
+                self.packed_part(number, part).check_values(name, transform=transform not in seen)
+                seen.add(transform)
 
     def prepare(self, dtype: torch.dtype) -> bool:
         """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they can run.
@@ -150,8 +168,10 @@ class RotatedExperts(nn.Module):
         dtype: that of the activations. The first forward pass does this if it was not done before. Warns on a GPU if
         experts are decoded at each use.
         """
-        device = self.get_buffer("down_weight_theta").device
+        device = next(self.buffers()).device
         reasons = (experts_refusal(plan.layout, device, dtype) for plan in self.plans.values())
+        if self.per_expert:
+            reasons = (reason for reason in (OWN_TRANSFORMS,))
         if reason := next(filter(None, reasons), None):
             if device.type == "cuda":
                 warnings.warn(
@@ -198,13 +218,14 @@ class RotatedExperts(nn.Module):
             between = None if activation else self._between_products
             return self._prepared.run(hidden, index, weights, activation, between)
         output = torch.zeros_like(hidden)
-        turned = self._turned("up_proj", hidden)
+        turned = None if self.per_expert else self._turned(0, "up_proj", hidden)
         for number in torch.unique(index).tolist():
             if number >= self.count:  # stands for no expert
                 continue
             token, place = torch.where(index == number)
-            inner = self._inner(number, turned[token])
-            y = self._product(number, "down_proj", self._turned("down_proj", inner))
+            mine = self._turned(number, "up_proj", hidden[token]) if turned is None else turned[token]
+            inner = self._inner(number, mine)
+            y = self._product(number, "down_proj", self._turned(number, "down_proj", inner))
             output.index_add_(0, token, (y * weights[token, place, None]).to(output.dtype))
         return output
 
@@ -235,14 +256,20 @@ class RotatedExperts(nn.Module):
             up = torch.cat((self._product(number, "gate_proj", turned), up), -1)
         return self._between_products(up)
 
-    def _turned(self, part: str, x: Tensor) -> Tensor:
-        """Return x · diag(1/a) · R in x's dtype, computed in float32."""
+    def _turned(self, number: int, part: str, x: Tensor) -> Tensor:
+        """Return x · diag(1/a) · R in x's dtype, computed in float32, with the transform of one expert's part."""
+        if self.per_expert:  # those of all experts would take gigabytes
+            return rotate_dense(x.float(), self._matrix(number, part)).to(x.dtype)
         pool = self.plans[part].pool
         if pool not in self._matrices or self._matrices[pool].device != x.device:
-            transform = transform_of(self.packed_part(0, part))
-            groups, g, _ = transform.matrix.shape
-            self._matrices[pool] = transform.inverse_scales.view(groups, g, 1) * transform.matrix
+            self._matrices[pool] = self._matrix(number, part)
         return rotate_dense(x.float(), self._matrices[pool]).to(x.dtype)
+
+    def _matrix(self, number: int, part: str) -> Tensor:
+        """Return diag(1/a) · R of one expert's part, float32 [G, g, g]."""
+        transform = transform_of(self.packed_part(number, part))
+        groups, g, _ = transform.matrix.shape
+        return transform.inverse_scales.view(groups, g, 1) * transform.matrix
 
     def _product(self, number: int, part: str, turned: Tensor) -> Tensor:
         layout = self.plans[part].layout

@@ -61,6 +61,11 @@ class Site(ABC):
         return None
 
     @property
+    def transform_name(self) -> str | None:
+        """What the transform of an expert's weight is named by: its pool, or its own expert's; None for every other weight."""
+        return None
+
+    @property
     def parameter(self) -> str:
         """The full name of the parameter that holds the weight."""
         return f"{self.place}.weight"
@@ -187,11 +192,13 @@ def _scale_of(module: nn.Module) -> RowScale | None:
 class ExpertSite(Site):
     """One part of one expert, in a module that holds those of all experts in parameters [E, …].
 
-    number: the expert's; part: "gate_proj", "up_proj" or "down_proj", whatever the source calls it.
+    number: the expert's; part: "gate_proj", "up_proj" or "down_proj", whatever the source calls it; own_transform: whether its
+    transform is shared within its expert only.
     """
 
     number: int
     part: str
+    own_transform: bool = False
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
@@ -230,8 +237,12 @@ class ExpertSite(Site):
     def pool(self) -> str:
         return pool_of(self.path)
 
+    @property
+    def transform_name(self) -> str:
+        return pool_of(self.path, self.own_transform)
+
     def stored_name(self, name: str) -> str:
-        return shared_name(self.path, name) or super().stored_name(name)
+        return shared_name(self.path, name, self.own_transform) or super().stored_name(name)
 
     def _rows(self, whole: Tensor) -> Tensor:
         """This part's rows, of the first dimension of what an expert has of the parameter or its bias."""
@@ -300,10 +311,11 @@ def _form(module: nn.Module) -> ExpertForm:
     return form
 
 
-def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedExperts:
+def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]], per_expert: bool = False) -> RotatedExperts:
     """Return what runs the quantized experts of one module in its place, on its device, empty.
 
-    found: every site of the module and its layout, which is the same for all experts. Raises `CheckpointError` for experts
+    found: every site of the module and its layout, which is the same for all experts; per_expert: whether each expert has a
+    transform of its own. Raises `CheckpointError` for experts
     that are missing or differ.
     """
     plans: dict[str, PartPlan] = {}
@@ -318,7 +330,7 @@ def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedE
     if len(found) != whole:
         raise CheckpointError(f"the checkpoint holds {len(found)} weights of the experts of {site.place}, not {whole}")
     device = site.module.get_parameter("down_proj").device
-    return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device)
+    return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device, per_expert)
 
 
 def held_by_parameters(sites: Mapping[str, Site], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

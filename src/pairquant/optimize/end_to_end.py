@@ -155,7 +155,7 @@ def groups_of(block: Block, result: BlockResult) -> Groups:
     """Return the linears of each transform of a quantized block: pools of experts, shared ones, and single ones."""
     pools: dict[str, list[str]] = {}
     for path in result.packed:
-        pools.setdefault(block.sites[path].pool or "", []).append(path)
+        pools.setdefault(block.sites[path].transform_name or "", []).append(path)
     alone = pools.pop("", [])
     shared = [tuple(group) for group in result.shared]
     taken = {path for group in shared for path in group}

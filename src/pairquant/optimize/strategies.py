@@ -76,8 +76,8 @@ class BlockWork:
 
     def group_hessian(self, group: tuple[str, ...], hessians: Mapping[str, Tensor]) -> Tensor:
         """Return the second moments of what the linears of one transform read; hessians: by path."""
-        pool = self.block.sites[group[0]].pool
-        return self.pools[pool].hessian if pool is not None and pool in self.pools else hessians[group[0]]
+        shared = self.block.sites[group[0]].transform_name
+        return self.pools[shared].hessian if shared is not None and shared in self.pools else hessians[group[0]]
 
     def unit(self, path: str) -> int:
         """Return rows of a linear are shared out in multiples of this."""

@@ -264,7 +264,8 @@ class Walk:
         self, index: int, block: Block, moments: list[Moments], streams: Streams | None, held_out: Streams | None
     ) -> BlockWork:
         pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
-        groups = _groups(moments, self.plan.layouts, self.config.share_rotations, pools)
+        named = {path: site.transform_name for path, site in block.sites.items() if site.transform_name is not None}
+        groups = _groups(moments, self.plan.layouts, self.config.share_rotations, named)
         data = None
         if streams is not None and self.config.recipe.trains and not block.head:
             data = partial(_block_data, streams, held_out, self.config, self.ranks)
@@ -307,7 +308,7 @@ def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device
 
 
 def _groups(moments: list[Moments], layouts: Layouts, shared: bool, pools: Mapping[str, str]) -> Groups:
-    """Return the linears of each transform; only those of one spec can share it. pools: of experts' weights, by path."""
+    """Return the linears of each transform; only those of one spec can share it. pools: path → the transform's name, of experts."""
     of_pools: dict[str, list[str]] = {}
     for m in moments:
         for path in m.readers:

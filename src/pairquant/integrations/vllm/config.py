@@ -213,7 +213,9 @@ class PairQuantConfig(QuantizationConfig):
             )
         from .experts import experts_method
 
-        return self._claim(inside, experts_method(inside, home, layer, self.stored_as))
+        return self._claim(
+            inside, experts_method(inside, home, layer, self.stored_as, self.checkpoint.transform_per_expert)
+        )
 
     def _home_of_experts(self, prefix: str) -> str:
         """Return where a layer's packed experts lie: at its prefix, unless vLLM's model calls the layer otherwise there
