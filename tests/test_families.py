@@ -132,6 +132,8 @@ run of the tests; `python tests/test_families.py > docs/models.md` writes this p
   for later depths stay plain (under 1 % of the published models).
 - RWKV: weights are no longer divided for float16's range at the first forward pass, which codes do not allow; run it in bfloat16 or
   float32.
+- In vLLM 0.32 on a CPU: Llama 4 needs `--ignore q_proj --ignore k_proj --ignore v_proj` (then within 5e-7 of Transformers; without, it
+  is refused, since vLLM reorders their rows); Zamba2 does not load there, as its model names adapters otherwise.
 - Refused before any work, with the reason: DBRX, JetMoE and Doge with experts, whose experts lie in forms of their own (`--ignore`
   quantizes the rest), HRM-Text, whose layers are parts of larger tensors in its files, encoder-only models and encoder-decoders.
 
