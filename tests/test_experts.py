@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import DENSE, FAMILIES
 from original_layout import write_original
+from safetensors.torch import load_file, save_file
 from test_families import log_probabilities, make_source
 from tiny_models import TEXT, byte_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -20,6 +21,7 @@ from pairquant.models.blocks import enter, find_blocks
 from pairquant.models.planning import plan_model
 from pairquant.optimize import streams
 from pairquant.optimize.walk import Walk
+from pairquant.spec.experts import bits_per_weight
 from pairquant.spec.recipe import PRESETS, recipe_with
 from pairquant.support.errors import CheckpointError, ConfigError
 
@@ -378,3 +380,77 @@ def test_the_originals_layout_of_experts_gives_the_right_logits(tmp_path):
 
 def test_every_family_with_experts_is_in_the_matrix():
     assert sum("experts" in family.kind for family in FAMILIES.values()) >= 20
+
+
+class TestTransformPerExpert:
+    """Two transforms for each expert, under names of their own, everywhere that experts go."""
+
+    @pytest.fixture(scope="class", params=["Mixtral", "gpt-oss", "Nemotron-H"])
+    def own(self, request, tmp_path_factory):
+        root = tmp_path_factory.mktemp("own")
+        heard = Heard()
+        source = make_source(request.param, root / "source")
+        quantize(source, root / "packed", heard, bits=8, transform_per_expert=True)
+        return root, heard.notices
+
+    def test_each_expert_stores_two(self, own):
+        root, notices = own
+        stored = StoredTensors.of_directory(root / "packed")
+        homes = {path.rpartition(".")[0] for path in stored.pools()}
+        thetas = {name for name in stored.fields if name.endswith("_weight_theta")}
+        assert thetas == {f"{home}.{kind}_weight_theta" for home in homes for kind in ("gate_up", "down")}
+        assert stored.has_own_transforms
+        values = {tuple(stored.load(name).flatten().tolist()) for name in thetas}
+        assert len(values) == len(thetas), "fitted apart"
+        assert (
+            json.loads((root / "packed" / "config.json").read_text())["quantization_config"]["transform_per_expert"]
+            is True
+        )
+        assert sum("no kernel for GPUs runs these" in text for text in notices) == 1
+
+    def test_it_loads_is_saved_again_and_exported(self, own, tmp_path):
+        root, _ = own
+        expected, found = log_probabilities(root / "source"), log_probabilities(root / "packed")
+        assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+        AutoModelForCausalLM.from_pretrained(root / "packed", dtype=torch.float32).save_pretrained(tmp_path / "again")
+        assert torch.equal(log_probabilities(tmp_path / "again"), found)
+        pairquant.export(root / "packed", tmp_path / "plain", "fp32")
+        torch.testing.assert_close(log_probabilities(tmp_path / "plain"), found, rtol=1e-3, atol=2e-3)
+
+    def test_inspection_counts_each_transform_once_an_expert(self, own):
+        root, _ = own
+        checkpoint = pairquant.inspect(root / "packed").checkpoint
+        layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.pools()}
+        weights = sum(layout.in_features * layout.out_features for layout in layouts.values())
+        transforms = {checkpoint.stored.pools()[path]: layout.transform_bits() for path, layout in layouts.items()}
+        codes = sum(layout.stored_bits() - layout.transform_bits() for layout in layouts.values())
+        found = bits_per_weight(layouts, checkpoint.stored.pools())
+        assert found == pytest.approx((codes + sum(transforms.values())) / weights)
+
+    def test_a_missing_transform_is_named(self, own, tmp_path):
+        root, _ = own
+        damaged = shutil.copytree(root / "packed", tmp_path / "damaged")
+        file = damaged / "model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.endswith("1.down_weight_theta"))
+        save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"1\.(down_proj|w2)\.theta.*is missing"):
+            AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_a_transform_per_expert_is_refused_without_experts(tmp_path):
+    source = make_source("Qwen3", tmp_path / "source")
+    with pytest.raises(ConfigError, match="transform_per_expert is True.*no experts.*--transform-per-expert out"):
+        quantize(source, tmp_path / "packed", transform_per_expert=True)
+
+
+@pytest.mark.parametrize("preset", ["best", "paper"])
+def test_a_transform_per_expert_is_trained(preset, tmp_path):
+    source = make_source("Qwen3-MoE", tmp_path / "source")
+    recipe = recipe_with(
+        preset, ["training.epochs=1", "training.weight_epochs=1"] if preset == "paper" else ["refit.epochs=1"]
+    )
+    quantize(source, tmp_path / "packed", bits=8, transform_per_expert=True, recipe=recipe)
+    expected, found = log_probabilities(source), log_probabilities(tmp_path / "packed")
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+    assert StoredTensors.of_directory(tmp_path / "packed").has_own_transforms

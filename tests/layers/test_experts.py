@@ -1,5 +1,7 @@
 """The experts' module against every expert's decoded weight, and its tensors through moves, casts and saving."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.pairs import select_pairs
+from pairquant.layers.experts import explain_experts
 from pairquant.models.sites import ExpertSite, packed_experts, sites_in
 from pairquant.spec.linear import Spec
 from pairquant.spec.recipe import PRESETS
@@ -124,7 +127,7 @@ def test_our_kernels_compute_the_same_and_give_the_stored_bits_back(packed, kern
     found = made(tokens.half(), index, weights)
     assert not any("qweight" in name for name, _ in made.named_buffers())
     assert (found.float() - expected).norm() < 0.004 * expected.norm()
-    plain_silu = made.has_gate and made.is_concatenated  # gpt-oss cuts off and adds one, Nemotron-H squares
+    plain_silu = made.form.has_gate and made.form.is_concatenated  # gpt-oss cuts off and adds one, Nemotron-H squares
     assert made._known_activation() == ("silu" if plain_silu else "")
     saved = made.state_dict()
     assert set(saved) == set(state)
@@ -162,3 +165,64 @@ def test_gradients_pass_to_the_input_where_the_product_has_none(packed, kernels,
         exact = [made(tokens + sign * step, index, weights).sum() for sign in (1, -1)]
     expected = (x.grad.float() * step).sum()
     assert abs((exact[0] - exact[1]) / 2 - expected) < 0.1 * abs(expected)
+
+
+@pytest.fixture(params=["Qwen3-MoE", "gpt-oss"])
+def own(request, generator):
+    """Experts with transforms of their own: the plain module with the decoded weights, and what stands for it."""
+    module, sites = experts_of(request.param)
+    sites = [replace(site, own_transform=True) for site in sites]
+    linears, transforms = {}, {}
+    for site in sites:
+        size = site.size
+        if site.transform_name not in transforms:
+            transforms[site.transform_name] = transform(size.in_features, generator)
+        layout = Spec(4, 32, 2).layout(size.in_features, size.out_features, size.bias)
+        linears[site.path] = encode(
+            site.weight, transforms[site.transform_name], None, layout, PRESETS["rtn"], site.bias
+        )
+        site.put(decode(linears[site.path]))
+    assert len(transforms) == 2 * len(module.down_proj)
+    if sites[0].size.bias:
+        for parameter in (module.gate_up_proj_bias, module.down_proj_bias):
+            parameter.data = parameter.data.half().float()
+    tokens, count = torch.randn(24, sites[0].size.in_features, generator=generator), len(module.down_proj)
+    index = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(24)])
+    weights = torch.rand(24, 2, generator=generator)
+    module.config._experts_implementation = "eager"
+    with torch.no_grad():
+        expected = module(tokens, index, weights)
+    made = packed_experts([(site, linears[site.path].layout) for site in sites], per_expert=True)
+    home = sites[0].place
+    state = {
+        site.stored_name(name).removeprefix(f"{home}."): tensor
+        for site in sites
+        for name, tensor in linears[site.path].tensors.items()
+    }
+    made.load_state_dict(state)
+    return made, state, (tokens, index, weights), expected
+
+
+@torch.no_grad()
+def test_experts_with_transforms_of_their_own(own):
+    made, state, (tokens, index, weights), expected = own
+    torch.testing.assert_close(made(tokens, index, weights), expected, rtol=1e-4, atol=1e-5)
+    assert set(made.state_dict()) == set(state)
+    assert sum(name.endswith("_weight_theta") for name in state) == 2 * made.count
+    made.check_values("home")
+    found = made.to(torch.bfloat16)(tokens.bfloat16(), index, weights)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.state_dict().items()), "bits changed"
+    assert (found.float() - expected).norm() < 0.03 * expected.norm()
+
+
+@torch.no_grad()
+def test_no_kernel_of_ours_takes_experts_with_transforms_of_their_own(own, kernels):
+    made, _, (tokens, index, weights), expected = own
+    assert not made.prepare(torch.float16)
+    found = made(tokens.half(), index, weights)
+    assert (found.float() - expected).norm() < 0.004 * expected.norm()
+    layout, device = made.plans["up_proj"].layout, torch.device("cpu")
+    assert explain_experts(layout, device, torch.float16).backend == TritonKernels.name
+    explained = explain_experts(layout, device, torch.float16, per_expert=True)
+    assert explained.backend == "decoded"
+    assert "transform of its own" in explained.refusals[TritonKernels.name]

@@ -11,7 +11,7 @@ from pairquant.optimize.moments import MomentSum
 from pairquant.optimize.walk import quantize_blocks
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import Recipe
-from pairquant.support.errors import CalibrationError, ConfigError, SourceError
+from pairquant.support.errors import CalibrationError, SourceError
 
 
 @pytest.fixture
@@ -105,14 +105,15 @@ def test_a_linear_that_never_runs_is_named(tokens):
     assert len(first.packed) == 7
 
 
-def test_a_linear_that_runs_twice_is_refused_with_the_remedy(tokens):
+def test_a_linear_that_runs_twice_is_fitted_on_all_of_its_inputs(tokens):
     model = tiny_model()
     mlp = model.model.layers[0].mlp
     plain = mlp.forward
     mlp.forward = lambda x: plain(x) + mlp.up_proj(x * 2).sum() * 0
     config = QuantConfig(group_size=32, recipe=Recipe(steps=1))
-    with pytest.raises(ConfigError, match=r"up_proj runs 2 times.*--ignore model.layers.0.mlp.up_proj"):
-        list(quantize_blocks(model, tokens, config, torch.device("cpu")))
+    first, *_ = quantize_blocks(model, tokens, config, torch.device("cpu"))
+    assert "model.layers.0.mlp.up_proj" in first.packed
+    assert first.errors["model.layers.0.mlp.up_proj"] < 0.1
 
 
 def test_a_block_at_two_places_is_refused():
@@ -149,6 +150,13 @@ def test_blocks_that_run_several_times_are_counted(tokens):
     entry = enter(model, find_blocks(model), tokens, micro_batch=2)
     assert entry.passes == 3
     assert [len(hidden) for hidden in entry.hidden] == [2, 2]
+
+
+def test_blocks_are_those_of_the_part_that_reads_tokens():
+    """A tower for images may hold more weights."""
+    model = tiny_model()
+    model.tower = torch.nn.ModuleList([torch.nn.Linear(512, 512) for _ in range(3)])
+    assert [block.path for block in find_blocks(model)] == ["model.layers.0", "model.layers.1"]
 
 
 def test_activations_that_are_not_finite_name_the_layers(tokens):

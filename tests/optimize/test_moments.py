@@ -5,7 +5,7 @@ import torch
 
 from pairquant.models.inputs import Inputs
 from pairquant.optimize.moments import Moments, MomentSum, pooled, second_moment
-from pairquant.support.errors import CalibrationError, ConfigError
+from pairquant.support.errors import CalibrationError
 
 
 def inputs(*tensors, readers=(("a", "b"), ("c",))):
@@ -28,11 +28,15 @@ def test_sums_over_batches_with_and_without_the_originals(generator):
     torch.testing.assert_close(crossed.moments[1].cross, 6 * other.T @ flat)
 
 
-def test_a_linear_on_two_inputs_is_refused():
+def test_a_linear_that_runs_twice_has_the_sum_over_its_inputs():
     total = MomentSum()
-    total.add(inputs(torch.ones(2, 4), torch.ones(2, 4), readers=(("a",), ("a",))))
-    with pytest.raises(ConfigError, match="a runs 2 times.*--ignore a"):
-        total.checked(["a"])
+    total.add(inputs(torch.ones(2, 4), 2 * torch.ones(3, 4), readers=(("a", "b"), ("a",))))
+    moments, uncalled = total.checked(["a", "b"])
+    assert [m.readers for m in moments] == [["b"], ["a"]]
+    assert not uncalled
+    torch.testing.assert_close(moments[0].hessian, torch.full((4, 4), 2.0))
+    torch.testing.assert_close(moments[1].hessian, torch.full((4, 4), 14.0))
+    assert moments[1].tokens == 5
 
 
 def test_values_that_are_not_finite_name_their_readers():

@@ -44,7 +44,7 @@ def test_a_bad_option_is_refused_with_its_value_and_what_is_allowed(option, valu
     assert allowed in str(caught.value)
 
 
-@pytest.mark.parametrize("option", ["symmetric", "share_rotations", "all_experts"])
+@pytest.mark.parametrize("option", ["symmetric", "share_rotations", "all_experts", "transform_per_expert"])
 @pytest.mark.parametrize("value", ["no", 2, None])
 def test_a_switch_is_refused_unless_true_or_false(option, value):
     with pytest.raises(ConfigError, match=option):
@@ -94,6 +94,15 @@ def test_all_experts_needs_a_preset_that_reads_text():
     assert QuantConfig(preset="gptq", all_experts=True).all_experts
     with pytest.raises(ConfigError, match="all_experts is True.*'rtn'.*without any text"):
         QuantConfig(preset="rtn", all_experts=True)
+
+
+@pytest.mark.parametrize("preset", ["gptq", "rtn"])
+def test_a_transform_per_expert_needs_a_preset_that_fits_one(preset):
+    made = QuantConfig(transform_per_expert=True)
+    assert QuantConfig.from_dict(made.to_dict()) == made
+    assert "transform_per_expert" not in QuantConfig().to_dict()
+    with pytest.raises(ConfigError, match=f"transform_per_expert is True.*'{preset}'.*fits no transform"):
+        QuantConfig(preset=preset, transform_per_expert=True)
 
 
 def test_a_given_recipe_overrides_the_preset():

@@ -20,12 +20,12 @@ def auto_class(config: Any) -> Any:
     """Return the one of Transformers' auto classes that builds the class which config.json names.
 
     That is `AutoModelForCausalLM`, unless only `AutoModelForImageTextToText` knows the class (a language model with a
-    vision tower).
+    vision tower), or `AutoModelForMultimodalLM` (one that hears).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     named = set(config.architectures or ())
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         built: Any = auto._model_mapping.get(type(config), None) or ()
         if named & {each.__name__ for each in (built if isinstance(built, tuple) else (built,))}:
             return auto

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..spec.experts import pool_of, shared_name
+from ..spec.experts import EXPERT, pool_of, shared_name
 from ..spec.fields import Field
 from ..spec.linear import TENSOR_NAMES
 from ..support.errors import CheckpointError
@@ -119,11 +119,9 @@ class StoredTensors:
         """Return where the tensors of one linear lie: `qweight`, … → full name. Experts share a transform's (`spec.experts`)."""
         found = {}
         for name in TENSOR_NAMES:
-            shared = shared_name(path, name)
-            if f"{path}.{name}" in self.fields:
-                found[name] = f"{path}.{name}"
-            elif shared is not None and shared in self.fields:
-                found[name] = shared
+            places = (f"{path}.{name}", shared_name(path, name), shared_name(path, name, per_expert=True))
+            if place := next((place for place in places if place in self.fields), None):
+                found[name] = place
         return found
 
     def fields_of(self, path: str) -> dict[str, Field]:
@@ -139,9 +137,16 @@ class StoredTensors:
         return {full for path in self.linears() for full in self.names_of(path).values()}
 
     def pools(self) -> dict[str, str]:
-        """Return path → pool, of the linears whose transform is stored once for many experts."""
-        own = {path: self.names_of(path) for path in self.linears()}
-        return {path: pool_of(path) for path, names in own.items() if names.get("theta", "").endswith("_weight_theta")}
+        """Return path → what its transform is named by, of the linears whose transform is stored once for several (`pool_of`)."""
+        found = {path: self.names_of(path).get("theta", "") for path in self.linears()}
+        end = "_weight_theta"
+        return {path: theta.removesuffix(end) for path, theta in found.items() if theta.endswith(end)}
+
+    @property
+    def has_own_transforms(self) -> bool:
+        """Whether each expert has a transform of its own."""
+        own = {path: pool_of(path, per_expert=True) for path in self.linears() if EXPERT.fullmatch(path)}
+        return any(f"{pool}_weight_theta" in self.fields for pool in own.values())
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Return one tensor, onto the device."""

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from ..models.names import OWN, Names
+from ..models.sharing import fold_shared, settle_scales
 from ..models.sites import stored_sites
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.experts import bits_per_weight
@@ -240,6 +241,8 @@ class ModelFiles:
         auto = self._build(lambda: auto_class(self.config), "architecture")
         model = self._build(lambda: auto.from_config(self.config, **self._remote), "architecture")
         require_named_class(self.config, model, self.name)
+        fold_shared(model)
+        settle_scales(model)
         return model
 
     def _loaded(self, **kwargs: Any) -> tuple[Any, list[str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.names import OWN, Names
+from ..models.sharing import lenders_of
 from ..models.sites import ExpertSite, Site, sites_in
 from ..spec.fields import Field
 from ..support.errors import SourceError
@@ -130,8 +131,10 @@ class SourceWeights:
         kept = self.originals or self.stored
         replaced: set[str] = set()
         for site in quantized:
+            single = f"{site.path}.weight"  # of an expert that is a tensor of its own
             for parameter in (site.parameter, site.bias_parameter):
-                replaced.update(names.sources.get(parameter, (parameter,)))
+                sources = names.sources.get(parameter, (parameter,))
+                replaced.update((single,) if single in sources else sources)
         return {name: field for name, field in kept.fields.items() if name not in replaced}
 
     def load_stored(self, name: str) -> Tensor:
@@ -174,7 +177,8 @@ class SourceWeights:
 
     def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Load the block's weights onto the device."""
-        self.fill(block.module, block.path, device, dtype)
+        for path, module in ((block.path, block.module), *lenders_of(block.module).items()):
+            self.fill(module, path, device, dtype)
 
     def expect(self, block: Any, device: torch.device) -> None:
         """Begin to read the block that will enter next, in the background."""
@@ -203,7 +207,7 @@ class SourceWeights:
 
     def leave(self, block: Any) -> None:
         """Forget the block's weights."""
-        for module in block.module.modules():
+        for module in (*block.module.modules(), *lenders_of(block.module).values()):
             for name, old in module.named_parameters(recurse=False):
                 _put(module, name, old.data.to("meta"))
 

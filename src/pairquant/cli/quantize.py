@@ -50,6 +50,10 @@ def quantize(
         bool,
         option(METHOD, "Fit every expert on all tokens, whatever its router chooses.", "--all-experts", rare=True),
     ] = False,
+    transform_per_expert: Annotated[
+        bool,
+        option(METHOD, "A transform for each expert; no kernel runs those.", "--transform-per-expert", rare=True),
+    ] = False,
     end_to_end: Annotated[
         int, option(METHOD, "Epochs of a last training, of the whole quantized model.", metavar="N", rare=True)
     ] = 0,
@@ -115,6 +119,7 @@ def quantize(
         recipe=recipe_with(preset, setting or [], end_to_end),
         share_rotations=share_rotations,
         all_experts=all_experts,
+        transform_per_expert=transform_per_expert,
         ignore=(*QuantConfig.ignore, *(ignore or ())),
         overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
         head_bits=head_bits,

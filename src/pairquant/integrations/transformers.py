@@ -62,6 +62,8 @@ class ParoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config.checkpoint
         stored = _stored(model, checkpoint_files) if checkpoint_files else None
+        _sharing().fold_shared(model)
+        _sharing().settle_scales(model)
         quantized = stored.linears() if stored else _by_config(model, config)
         names = _sites().Names.of(model, stored.fields) if stored else _sites().OWN
         sites = _sites().stored_sites(model, names)
@@ -92,7 +94,8 @@ class ParoQuantizer(HfQuantizer):
                 # Some classes initialise their layers' `.weight` when anything is missing; what is missing is refused later.
                 model.get_submodule(parent)._is_hf_initialized = True
         for place, found in experts.items():
-            _layers().replace_module(model, place, _sites().packed_experts(list(found.values())))
+            own = stored.has_own_transforms if stored else config.transform_per_expert
+            _layers().replace_module(model, place, _sites().packed_experts(list(found.values()), own))
         if stored and _is_what_was_saved(model):
             stored.require_fit({name: Field(t.dtype, tuple(t.shape)) for name, t in _tensors(model)})
         return model
@@ -188,6 +191,13 @@ def _sites() -> ModuleType:
     from ..models import sites
 
     return sites
+
+
+def _sharing() -> ModuleType:
+    """Return what layers of several places become, loaded as late as `_layers`."""
+    from ..models import sharing
+
+    return sharing
 
 
 def _stored(model: Any, checkpoint_files: Sequence[str]) -> StoredTensors:

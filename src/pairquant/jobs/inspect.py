@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..backends.table import Explanation, explain
+from ..backends.table import Explanation
 from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.experts import explain_experts
@@ -77,7 +78,8 @@ def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -
     target = resolve_device(device)
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
-    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), explain_experts)
+    explain = partial(explain_experts, per_expert=checkpoint.stored.has_own_transforms)
+    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), explain)
     how |= dict.fromkeys(looked_up(files), lambda *_: Explanation("row lookup", {}))
     kinds: dict[tuple[str, LinearLayout, Explain], int] = {}
     for path in checkpoint.stored.linears():

@@ -14,6 +14,7 @@ from ..models.planning import plan_model
 from ..models.sites import Site, embedding_site
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
+from ..support.errors import SourceError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Opened:
         files.require_loadable()
         tokenizer, skeleton = files.tokenizer(), files.skeleton()
         names = files.names(skeleton)
+        _require_whole(names, skeleton, str(model))
         plan, blocks = plan_model(skeleton, config, names)
         return cls(files, tokenizer, skeleton, names, plan, blocks, config.with_group_size(plan.default.group_size))
 
@@ -54,3 +56,13 @@ class Opened:
     def decoders(self) -> list[Block]:
         """The blocks without the output embedding, whose form a plan does not choose."""
         return [block for block in self.blocks if not block.head]
+
+
+def _require_whole(names: Names, skeleton: Any, model: str) -> None:
+    """Refuse a model whose layers are parts of larger tensors in its files: quantized, they have no names there."""
+    if names.cut:
+        raise SourceError(
+            f"{model!r} is a {type(skeleton).__name__}, which Transformers cuts into other layers than its files hold (such as "
+            f"{names.cut[0]}): quantized, they would have no names in the source's layout. Such models cannot be quantized yet; "
+            "choose one whose layers are stored each on their own."
+        )

@@ -74,7 +74,7 @@ class Outcome:
         """Return the content of pairquant.json: recipe, provenance, and each linear's error and size."""
         files, errors = self.opened.files, self.errors
         layouts = {path: self.opened.plan.layouts[path] for path in errors}
-        pools = {path: site.pool for path, site in self.opened.sites.items() if site.pool is not None}
+        pools = {p: s.transform_name for p, s in self.opened.sites.items() if s.transform_name is not None}
         revised = self.journal.revised or {}
         seconds = sum(entry["seconds"] for entry in self.journal.entries) + revised.get("seconds", 0.0)
         return {
@@ -115,6 +115,7 @@ class Outcome:
             self.opened.plan,
             modules_to_not_convert=tuple(plain),
             shared_rotations=tuple(tuple(group) for entry in self.journal.entries for group in entry["shared"]),
+            transform_per_expert=self.opened.config.transform_per_expert,
             provenance=self._provenance(),
         )
 

@@ -228,7 +228,8 @@ class Job:
         how = self.opened.config.recipe.end_to_end
         if how is not None and self.texts.whole is not None:
             told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), memory))
-        for line in [*remarks.exceptions(self.opened.plan), *remarks.left_plain(self.opened), *told]:
+        told = [*remarks.of_own_transforms(self.opened), *remarks.left_plain(self.opened), *told]
+        for line in [*remarks.exceptions(self.opened.plan), *told]:
             self._notice(line)
         self._log(
             {"event": "start", "blocks": len(self.opened.blocks), "finished": self.journal.count, **memory.to_dict()}

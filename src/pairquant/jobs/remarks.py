@@ -30,6 +30,22 @@ def exceptions(plan: Plan) -> list[str]:
     return lines
 
 
+def of_own_transforms(opened: Opened) -> list[str]:
+    """Return for the user what experts with transforms of their own cost, before the work; nothing without them."""
+    if not opened.config.transform_per_expert:
+        return []
+    shared, own = set(), set()
+    for site in opened.sites.values():
+        if site.transform_name is not None:
+            shared.add(site.pool)
+            own.add(site.transform_name)
+    return [
+        f"{len(own)} transforms for experts instead of {len(shared)}: no kernel for GPUs runs these. Transformers decodes an "
+        "expert at each use, which is slow, and vLLM decodes all on loading, which takes the memory of the unquantized model; "
+        "the original program does not read them"
+    ]
+
+
 def left_plain(opened: Opened) -> list[str]:
     """Return for the user what stays in 16 bits inside the blocks and beside them, and its share, before the work."""
     total = 0

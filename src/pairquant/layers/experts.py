@@ -21,6 +21,7 @@ from ..core.rotation import rotate_dense
 from ..kernels.run.cpu import int4_product, int4_weights
 from ..spec.experts import TRANSFORM, pool_of
 from ..spec.linear import LinearLayout, PackedLinear
+from .expert_form import ExpertForm
 from .merging import offloaded, plain_tensors
 
 #: What our kernels for GPUs hold in another form.
@@ -33,6 +34,8 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 #: What multiplies experts where there is no int4 product.
 DECODED = "decoded"
+#: Why our kernels for GPUs do not run experts with transforms of their own: they rotate the input once for all.
+OWN_TRANSFORMS = "rotates once for all experts, and each of these has a transform of its own"
 
 
 def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,11 +43,18 @@ def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> 
     return CpuInt4().refusal(layout, device, dtype) is None
 
 
-def explain_experts(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small."""
+def explain_experts(
+    layout: LinearLayout, device: torch.device, dtype: torch.dtype, per_expert: bool = False
+) -> Explanation:
+    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small.
+
+    per_expert: whether each expert has a transform of its own.
+    """
     refusals: dict[str, str] = {}
     for name, refusal in ((TritonKernels.name, experts_refusal), (CpuInt4.name, CpuInt4().refusal)):
         reason = refusal(layout, device, dtype)
+        if per_expert and name == TritonKernels.name:
+            reason = reason or OWN_TRANSFORMS
         if reason is None:
             return Explanation(name, refusals)
         refusals[name] = reason
@@ -78,32 +88,41 @@ class RotatedExperts(nn.Module):
     """Packed experts in the place of a module of Transformers that holds them in parameters [E, …].
 
     The buffers have the stored names: `3.gate_proj.qweight`, and for all experts together `gate_up_weight_theta`.
-    forward: as of the module that it replaces, hidden states [T, H] and each token's experts and their weights [T, k] →
-    [T, H]. The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
+    forward: as of the module that it replaces, mostly hidden states [T, H] and each token's experts and their weights [T, k] →
+    [T, H] (`ExpertForm`). The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
     16 bits, by PyTorch's int4 product on CPUs in bfloat16 at 4 bits. Else the weight of an expert that has tokens is decoded
     each time. What our kernels need takes the place of the stored codes, which come back bit for bit when the module is saved
     or moved.
 
     source: the module that is replaced, which says how gate and up are joined and what lies between the products; plans:
-    of "gate_proj" (if there is a gate), "up_proj" and "down_proj".
+    of "gate_proj" (if there is a gate), "up_proj" and "down_proj"; per_expert: each expert has transforms of its own, with names
+    such as `3.gate_up_weight_theta`. No kernel of ours for GPUs runs those.
     """
 
     def __init__(
-        self, source: Any, plans: Mapping[str, PartPlan], count: int, device: torch.device | str | None = None
+        self,
+        source: Any,
+        plans: Mapping[str, PartPlan],
+        count: int,
+        device: torch.device | str | None = None,
+        per_expert: bool = False,
     ):
         super().__init__()
-        self.plans, self.count = dict(plans), count
-        self.has_gate, self.is_concatenated = source.has_gate, source.is_concatenated
+        self.plans, self.count, self.per_expert = dict(plans), count, per_expert
+        form = ExpertForm.of(source)
+        assert form is not None, "the plans are of experts in a known form"
+        self.form, self.has_gate = form, form.has_gate
         source._parameters.clear()
         self._between = [source]  # in a list, so that it is no submodule: it has no tensors any more
         for number in range(count):
             parts = {plan.name: PackedPart(plan.layout, device) for plan in self.plans.values()}
             self.add_module(str(number), nn.ModuleDict(parts))
-        for plan in (self.plans["up_proj"], self.plans["down_proj"]):
-            for name in TRANSFORM:
-                field = plan.layout.fields()[name]
-                tensor = torch.empty(field.shape, dtype=field.dtype, device=device)
-                self.register_buffer(f"{plan.pool}_weight_{name}", tensor)
+        for home in [getattr(self, str(number)) for number in range(count)] if per_expert else [self]:
+            for plan in (self.plans["up_proj"], self.plans["down_proj"]):
+                for name in TRANSFORM:
+                    field = plan.layout.fields()[name]
+                    tensor = torch.empty(field.shape, dtype=field.dtype, device=device)
+                    home.register_buffer(f"{plan.pool}_weight_{name}", tensor)
         self._matrices: dict[str, Tensor] = {}
         self._int4: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._prepared: Experts | None = None
@@ -120,7 +139,8 @@ class RotatedExperts(nn.Module):
         plan = self.plans[part]
         own = getattr(getattr(self, str(number)), plan.name)
         given_up = self._codes(number, part)
-        shared = {name: getattr(self, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
+        home = getattr(self, str(number)) if self.per_expert else self
+        shared = {name: getattr(home, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
         tensors = {name: shared[name] if name in shared else getattr(own, name) for name in plan.layout.fields()}
         return PackedLinear(plan.layout, tensors)
 
@@ -138,8 +158,9 @@ class RotatedExperts(nn.Module):
         for number in range(self.count):
             for part, plan in self.plans.items():
                 name = f"{path}.{number}.{plan.name}"
-                self.packed_part(number, part).check_values(name, transform=plan.pool not in seen)
-                seen.add(plan.pool)
+                transform = pool_of(name, self.per_expert)
+                self.packed_part(number, part).check_values(name, transform=transform not in seen)
+                seen.add(transform)
 
     def prepare(self, dtype: torch.dtype) -> bool:
         """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they can run.
@@ -147,8 +168,10 @@ class RotatedExperts(nn.Module):
         dtype: that of the activations. The first forward pass does this if it was not done before. Warns on a GPU if
         experts are decoded at each use.
         """
-        device = self.get_buffer("down_weight_theta").device
+        device = next(self.buffers()).device
         reasons = (experts_refusal(plan.layout, device, dtype) for plan in self.plans.values())
+        if self.per_expert:
+            reasons = (reason for reason in (OWN_TRANSFORMS,))
         if reason := next(filter(None, reasons), None):
             if device.type == "cuda":
                 warnings.warn(
@@ -176,26 +199,35 @@ class RotatedExperts(nn.Module):
             for plan in self.plans.values():
                 yield getattr(getattr(self, str(number)), plan.name)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any) -> Tensor:
-        shape = hidden_states.shape
-        hidden, index = hidden_states.flatten(0, -2), top_k_index.flatten(0, -2)
-        weights = top_k_weights.flatten(0, -2)
+    def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
+        flat = hidden_states.flatten(0, -2)
+        hidden, index, weights, rows = self.form.routed(self.count, hidden_states, *routing, **named)
+        output = self._routed(hidden, index, weights)
+        if self.form.returns_input:
+            output = output + hidden * (weights * (index >= self.count)).sum(-1, keepdim=True).to(hidden.dtype)
+        if rows is not None:
+            output = torch.zeros_like(flat).index_copy(0, rows, output)
+        return output.view(hidden_states.shape)
+
+    def _routed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts: states [T, H], experts and their weights [T, k] → [T, H]."""
         trains = torch.is_grad_enabled() and hidden.requires_grad  # our kernels for experts pass no gradients
         if hidden.numel() and not trains and self.prepare(hidden.dtype):
             assert self._prepared is not None, "prepare was called"
             activation = self._known_activation()
             between = None if activation else self._between_products
-            return self._prepared.run(hidden, index, weights, activation, between).view(shape)
+            return self._prepared.run(hidden, index, weights, activation, between)
         output = torch.zeros_like(hidden)
-        turned = self._turned("up_proj", hidden)
+        turned = None if self.per_expert else self._turned(0, "up_proj", hidden)
         for number in torch.unique(index).tolist():
             if number >= self.count:  # stands for no expert
                 continue
             token, place = torch.where(index == number)
-            inner = self._inner(number, turned[token])
-            y = self._product(number, "down_proj", self._turned("down_proj", inner))
+            mine = self._turned(number, "up_proj", hidden[token]) if turned is None else turned[token]
+            inner = self._inner(number, mine)
+            y = self._product(number, "down_proj", self._turned(number, "down_proj", inner))
             output.index_add_(0, token, (y * weights[token, place, None]).to(output.dtype))
-        return output.view(shape)
+        return output
 
     def _known_activation(self) -> str:
         """Return which of `ACTIVATIONS` the module that this one replaces computes from gate and up; "" if another."""
@@ -213,11 +245,9 @@ class RotatedExperts(nn.Module):
     def _between_products(self, joined: Tensor) -> Tensor:
         """Return what down reads, of gate and up beside each other."""
         source = self._between[0]
-        if not self.has_gate:
-            return source.act_fn(joined)
-        if not self.is_concatenated:
+        if self.has_gate and not self.form.is_concatenated:
             joined = torch.stack(joined.chunk(2, -1), -1).flatten(-2)
-        return source._apply_gate(joined)
+        return self.form.between(source, joined)
 
     def _inner(self, number: int, turned: Tensor) -> Tensor:
         """Return what the last product of an expert reads, in the basis of the model."""
@@ -226,14 +256,20 @@ class RotatedExperts(nn.Module):
             up = torch.cat((self._product(number, "gate_proj", turned), up), -1)
         return self._between_products(up)
 
-    def _turned(self, part: str, x: Tensor) -> Tensor:
-        """Return x · diag(1/a) · R in x's dtype, computed in float32."""
+    def _turned(self, number: int, part: str, x: Tensor) -> Tensor:
+        """Return x · diag(1/a) · R in x's dtype, computed in float32, with the transform of one expert's part."""
+        if self.per_expert:  # those of all experts would take gigabytes
+            return rotate_dense(x.float(), self._matrix(number, part)).to(x.dtype)
         pool = self.plans[part].pool
         if pool not in self._matrices or self._matrices[pool].device != x.device:
-            transform = transform_of(self.packed_part(0, part))
-            groups, g, _ = transform.matrix.shape
-            self._matrices[pool] = transform.inverse_scales.view(groups, g, 1) * transform.matrix
+            self._matrices[pool] = self._matrix(number, part)
         return rotate_dense(x.float(), self._matrices[pool]).to(x.dtype)
+
+    def _matrix(self, number: int, part: str) -> Tensor:
+        """Return diag(1/a) · R of one expert's part, float32 [G, g, g]."""
+        transform = transform_of(self.packed_part(number, part))
+        groups, g, _ = transform.matrix.shape
+        return transform.inverse_scales.view(groups, g, 1) * transform.matrix
 
     def _product(self, number: int, part: str, turned: Tensor) -> Tensor:
         layout = self.plans[part].layout

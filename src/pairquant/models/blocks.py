@@ -1,6 +1,7 @@
 """Find a model's decoder blocks, and the arguments that each block is called with.
 
-The names of classes play no part: the blocks are the entries of the `nn.ModuleList` that holds most linear weights.
+The names of classes play no part: the blocks are the entries of the `nn.ModuleList` that holds most linear weights, in the
+part of the model that the input embedding is in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..spec.patterns import matches
 from ..support.errors import ConfigError, SourceError
+from .calls import HANDED, Call, Recording, linked, window_axis
 from .names import OWN, Names
 from .sites import Site, embedding_of, site_of, sites_in
 
@@ -36,66 +38,6 @@ class Block:
     head: bool = False
 
 
-@dataclass
-class Call:
-    """The arguments of a block besides the hidden states, such as masks and position embeddings.
-
-    They were recorded for a micro-batch of `batch` windows. They serve every other micro-batch too, because all windows
-    have the same length.
-    """
-
-    args: tuple
-    kwargs: dict
-    batch: int
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run the block on hidden states [B, T, H], where B is at most `batch`, and return [B, T, H]."""
-        args, kwargs = self.args, self.kwargs
-        if hidden.shape[0] < self.batch:
-            args, kwargs = self._first(args, hidden.shape[0]), self._first(kwargs, hidden.shape[0])
-        output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Call:
-        """Return a copy with all tensors on `device` and the floating ones in `dtype`."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, dtype) if x.is_floating_point() else x.to(device)
-
-        return Call(_map_tensors(self.args, move), _map_tensors(self.kwargs, move), self.batch)
-
-    def _first(self, value: Any, count: int) -> Any:
-        return _map_tensors(value, lambda x: x[:count] if x.dim() and x.shape[0] == self.batch else x)
-
-
-class HeadCall(Call):
-    """Lets the output embedding read its input without computing logits: those of a whole text would take gigabytes."""
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the hooks of the output embedding on what it reads, [B, T, H], and return that."""
-        block.forward = lambda x: x  # type: ignore[method-assign]
-        try:
-            block(hidden)
-        finally:
-            del block.forward
-        return hidden
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Call:
-        """Return itself: it has no tensors."""
-        return self
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same structure of dicts, tuples and lists, with `change` applied to every tensor in it."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, change) for item in value)
-    return value
-
-
 def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = OWN) -> list[Block]:
     """Return the decoder blocks in order, each with the sites that `ignore` does not name, by their source's names.
 
@@ -103,7 +45,8 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = O
     """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     weights = {path: sum(site.weight.numel() for site in sites_in(m)) for path, m in stacks}
-    if not any(weights.values()):
+    stacks = _beside_embedding(model, [stack for stack in stacks if weights[stack[0]]])
+    if not stacks:
         raise SourceError(
             f"{type(model).__name__} has no list of blocks with linear layers: nothing to quantize. "
             "Decoder-only Transformers models are supported."
@@ -118,6 +61,17 @@ def find_blocks(model: nn.Module, ignore: tuple[str, ...] = (), names: Names = O
         )
         for i, block in enumerate(stack)
     ]
+
+
+def _beside_embedding(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Return the stacks in the smallest part of the model that has the input embedding too: towers for images may be larger."""
+    embedding = embedding_of(model, "input")
+    place = next((path for path, module in model.named_modules() if module is embedding), "")
+    while place:
+        place = place.rpartition(".")[0]
+        if near := [(path, m) for path, m in stacks if path.startswith(f"{place}." if place else "")]:
+            return near
+    return stacks
 
 
 def head_block(model: nn.Module, names: Names = OWN) -> Block:
@@ -169,7 +123,8 @@ def enter(model: nn.Module, blocks: list[Block], tokens: Tensor, micro_batch: in
     """Run the part of the model before the blocks, and record what enters the blocks. tokens: int64 [samples, T].
 
     The blocks themselves are skipped: what they are called with does not depend on their outputs; their weights may be
-    absent, and those of the output embedding. Whether a block returns its states alone or first in a tuple is tried out.
+    absent, and those of the output embedding. Whether a block returns its states alone or first in a tuple, and of how many, is
+    tried out.
     """
     return _either_way(lambda returned: _entered(model, blocks, tokens, micro_batch, returned))
 
@@ -180,17 +135,19 @@ def _entered(
 ) -> Entry:
     """Do what `enter` does, with blocks that return what `returned` makes of the states."""
     hidden: list[Tensor] = []
-    calls: dict[int, Call] = {}
+    calls: dict[int, Recording] = {}
     runs = [0] * len(blocks)
 
     def skip(index: int) -> Callable[..., Any]:
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
             runs[index] += 1
-            if hidden and states.shape[1:] != hidden[0].shape[1:]:
-                raise ValueError(f"block {index} is given states of shape {list(states.shape)}")
+            axis = window_axis(states, batch)
             if index == 0 and len(hidden) < batches:
-                hidden.append(states.detach())
-            calls.setdefault(index, Call(args, kwargs, states.shape[0]))
+                hidden.append(states.detach().transpose(0, axis))
+            if index not in calls:
+                calls[index] = Recording(args, kwargs, len(batch), axis)
+            elif calls[index].micro_batches < batches:
+                calls[index].add(args, kwargs, len(batch))
             if index == len(blocks) - 1 and batches > 1:
                 raise _Stop  # the first micro-batch goes on, to count the passes
             return returned(states)
@@ -216,7 +173,7 @@ def _entered(
             del block.module.forward
         if handle is not None:
             handle.remove()
-    return Entry(hidden, [calls[i] for i in range(len(blocks))], passes)
+    return Entry(hidden, linked([calls[i].call(block.path, i) for i, block in enumerate(blocks)]), passes)
 
 
 def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tensor) -> Tensor:
@@ -228,9 +185,7 @@ def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tens
 
     def attempt(returned: Callable[[Tensor], Any]) -> Tensor:
         def skip(given: Tensor, *_: Any, **__: Any) -> Any:
-            if given.shape[:2] != tokens.shape:
-                raise ValueError(f"a block is given states of shape {list(given.shape)}")
-            return returned(states)
+            return returned(states.transpose(0, window_axis(given, tokens)))
 
         try:
             for block in blocks:
@@ -301,11 +256,14 @@ def outside_on(device: torch.device, dtype: torch.dtype, model: nn.Module, block
 
 
 def _either_way(attempt: Callable[[Callable[[Tensor], Any]], T]) -> T:
-    """Return what `attempt` makes of a way in which blocks may return their states: alone, or else first in a tuple."""
+    """Return what `attempt` makes of a way in which blocks may return their states: alone, or else first of two or three.
+
+    What comes second may be given to the next block (`Handed`).
+    """
     first: Exception | None = None
-    for returned in (lambda states: states, lambda states: (states, None)):
+    for others in ((), (HANDED,), (None,), (HANDED, None), (None, None)):
         try:
-            return attempt(returned)
+            return attempt(lambda states, others=others: (states, *others) if others else states)  # type: ignore[misc]
         except FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

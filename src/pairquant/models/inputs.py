@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.expert_form import ExpertForm
 from .sites import ExpertSite, Site
 
 
@@ -63,7 +64,8 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts:
 
     def record_experts(mine: list[ExpertSite], module: nn.Module, args: tuple, kwargs: dict) -> None:
         of_experts = _of_all_experts if all_experts else _of_experts
-        for tensor, readers in of_experts(mine, module, *args, **kwargs):
+        hidden, index, *_ = mine[0].form.routed(len(module.get_parameter("down_proj")), *args, **kwargs)
+        for tensor, readers in of_experts(mine, module, hidden.detach(), index):
             inputs.add(tensor, readers, routed=True)
 
     handles = []
@@ -84,11 +86,9 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts:
 
 
 def _of_experts(
-    sites: Iterable[ExpertSite], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, *_: Tensor
+    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, index: Tensor
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """Yield what each expert reads, [its tokens, C], and by which of its parts; experts without tokens read nothing."""
-    hidden = hidden_states.detach().flatten(0, -2)
-    index = top_k_index.flatten(0, -2)
 
     def tokens(number: int) -> Tensor:
         return hidden[(index == number).any(-1)]
@@ -104,10 +104,9 @@ def _of_experts(
 
 
 def _of_all_experts(
-    sites: Iterable[ExpertSite], module: nn.Module, hidden_states: Tensor, *_: Tensor, **__: Tensor
+    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, _: Tensor
 ) -> Iterator[tuple[Tensor | Callable[[], Tensor], list[str]]]:
     """Yield what the experts would read if each of them got every token, [tokens, C], and by which of their parts."""
-    hidden = hidden_states.detach().flatten(0, -2)
     by_number = _by_number(sites)
     if outer := [site.path for mine in by_number.values() for site in mine if site.part != "down_proj"]:
         yield hidden, outer
@@ -127,7 +126,9 @@ def _by_number(sites: Iterable[ExpertSite]) -> dict[int, list[ExpertSite]]:
 @torch.no_grad()
 def inner_activations(module: nn.Module, number: int, x: Tensor) -> Tensor:
     """Return what the last product of an expert reads, [T, I], for its input x [T, H]."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    form = ExpertForm.of(module)
+    assert form is not None, "the sites of a module know its form"
+    name = "gate_up_proj" if form.has_gate else "up_proj"
     weight, bias = module.get_parameter(name)[number], module._parameters.get(f"{name}_bias")
-    y = F.linear(x, weight.T if module.is_transposed else weight, None if bias is None else bias[number])
-    return module._apply_gate(y) if module.has_gate else module.act_fn(y)  # type: ignore[operator]
+    y = F.linear(x, weight.T if form.is_transposed else weight, None if bias is None else bias[number])
+    return form.between(module, y)

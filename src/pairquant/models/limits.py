@@ -14,10 +14,13 @@ POSITION_NAMES = ("wpe", "position", "pos_emb")
 
 
 def learned_positions(model: Any) -> int | None:
-    """Return the number of learned positions of a model; None for a model that has no table of positions."""
+    """Return the number of learned positions of a model; None for a model that has no table of positions.
+
+    The table lies beside the input embedding: those of vision and audio towers limit something else.
+    """
     context, tokens = stated_context(model), model.get_input_embeddings()
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
+    beside = next((dict(module.named_children()) for module in model.modules() if tokens in module.children()), {})
+    for name, module in beside.items():
         named = any(part in name for part in POSITION_NAMES) and "relative" not in name
         if named and isinstance(module, nn.Embedding) and module is not tokens:
             # The first two rows of OPT's table are for padding.

@@ -25,13 +25,14 @@ class Names:
     sources: parameter of the model → the source's tensors that it is made of, in the order in which they are joined;
     unknown: tensors of the source that the model's class does not use, such as heads that predict further tokens; changed:
     parameters whose values Transformers changes on loading, by more than joining tensors; renamed: from a parameter's name
-    to what a source would call it; joins: whether Transformers joins the tensor of this name with others on loading and
+    to what a source would call it; cut: tensors of the source that Transformers cuts into several parameters; joins: whether Transformers joins the tensor of this name with others on loading and
     changes nothing else, as it does with single experts.
     """
 
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     changed: frozenset[str] = frozenset()
+    cut: tuple[str, ...] = ()
     renamed: Callable[[str], str] = lambda name: name
     joins: Callable[[str], bool] = lambda name: False
 
@@ -42,6 +43,7 @@ class Names:
         known = model.state_dict()
         found: dict[str, list[tuple[int, int, str]]] = {}
         changed: set[str] = set()
+        cut: list[str] = []
         for name in stored:
             target, pattern = (name, None) if name in known else rules.forward(name, model.base_model_prefix, known)
             number = NUMBER.search(name)
@@ -49,10 +51,13 @@ class Names:
             found.setdefault(target, []).append(order)
             if pattern is not None and pattern not in rules.joining:
                 changed.add(target)
+            if pattern in rules.cutting:
+                cut.append(name)
         return cls(
             {target: tuple(name for *_, name in sorted(names)) for target, names in found.items()},
             tuple(name for target, names in found.items() if target not in known for *_, name in names),
             frozenset(changed),
+            tuple(cut),
             rules.backward,
             lambda name: rules.forward(name)[1] in rules.joining,
         )
@@ -110,12 +115,14 @@ OWN = Names()
 @dataclass(frozen=True)
 class _Rules:
     """How Transformers converts names for one class. places: pattern of a joined tensor → its place among those it is
-    joined with; joining: the patterns of tensors that are joined and not changed otherwise."""
+    joined with; joining: the patterns of tensors that are joined and not changed otherwise; cutting: of those of which several
+    parameters are made."""
 
     renamings: list[Any]
     converters: list[Any]
     places: dict[str, int]
     joining: frozenset[str]
+    cutting: frozenset[str]
 
     @classmethod
     def of(cls, model: Any) -> _Rules:
@@ -132,6 +139,9 @@ class _Rules:
             converters,
             {pattern: i for rule in converters for i, pattern in enumerate(rule.source_patterns)},
             frozenset(pattern for rule in joining for pattern in rule.source_patterns),
+            frozenset(
+                pattern for rule in converters if len(rule.target_patterns) > 1 for pattern in rule.source_patterns
+            ),
         )
 
     def forward(self, name: str, prefix: str | None = None, known: Any = None) -> tuple[str, str | None]:

@@ -31,7 +31,8 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
 
     Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
     `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
-    that nothing here can quantize, embeddings that cannot be quantized, and `all_experts` where no experts are quantized. With `head_bits` the last of the blocks is the output embedding.
+    that nothing here can quantize, embeddings that cannot be quantized, and `all_experts` or
+    `transform_per_expert` where no experts are quantized. With `head_bits` the last of the blocks is the output embedding.
     """
     if config.plan is not None:
         config.plan.require_for(sizes_of(model, names))
@@ -50,15 +51,18 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
     heads = {path: site.size for block in head for path, site in block.sites.items()}
     plan = plan_for(config, sizes, plain, heads, _embedding(model, config, names))
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
+    if config.transform_per_expert:
+        blocks = [_with_own_transforms(block) for block in blocks]
     every = [site for site in sites_in(model, names=names) if site.pool is not None]
     _require_alike_experts(plan, every)
     if config.plan is not None:
         _require_alike_siblings(plan, config.plan.origin)
-    if config.all_experts and not any(site.pool for site in sites.values()):
-        raise ConfigError(
-            "all_experts is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
-            "--all-experts out."
-        )
+    for option in ("all_experts", "transform_per_expert"):
+        if getattr(config, option) and not any(site.pool for site in sites.values()):
+            raise ConfigError(
+                f"{option} is True, allowed for this model: False, because it has no experts that will be quantized. Leave "
+                f"--{option.replace('_', '-')} out."
+            )
     return plan, [*blocks, *head]
 
 
@@ -91,6 +95,14 @@ def _require_alike_siblings(plan: Plan, origin: str) -> None:
 
 def _with_sites(block: Block, wanted: Callable[[str], bool]) -> Block:
     return replace(block, sites={path: site for path, site in block.sites.items() if wanted(path)})
+
+
+def _with_own_transforms(block: Block) -> Block:
+    """Return the block with experts whose transforms are their own."""
+    every = block.sites.items()
+    return replace(
+        block, sites={p: replace(s, own_transform=True) if isinstance(s, ExpertSite) else s for p, s in every}
+    )
 
 
 def _require_alike_experts(plan: Plan, sites: Iterable[Site]) -> None:

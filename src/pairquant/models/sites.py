@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.embedding import RotatedEmbedding, RowScale
+from ..layers.expert_form import ExpertForm
 from ..layers.experts import PartPlan, RotatedExperts
 from ..layers.linear import RotatedHead, RotatedLinear
 from ..spec.experts import pool_of, shared_name
@@ -57,6 +58,11 @@ class Site(ABC):
     @property
     def pool(self) -> str | None:
         """The pool of an expert's weight, which shares its transform with the others of it; None for every other weight."""
+        return None
+
+    @property
+    def transform_name(self) -> str | None:
+        """What the transform of an expert's weight is named by: its pool, or its own expert's; None for every other weight."""
         return None
 
     @property
@@ -186,24 +192,26 @@ def _scale_of(module: nn.Module) -> RowScale | None:
 class ExpertSite(Site):
     """One part of one expert, in a module that holds those of all experts in parameters [E, …].
 
-    number: the expert's; part: "gate_proj", "up_proj" or "down_proj", whatever the source calls it.
+    number: the expert's; part: "gate_proj", "up_proj" or "down_proj", whatever the source calls it; own_transform: whether its
+    transform is shared within its expert only.
     """
 
     number: int
     part: str
+    own_transform: bool = False
 
     @staticmethod
     def holds(module: nn.Module) -> bool:
-        """Return whether the module is made by Transformers' interface for experts, which states how weights lie in it."""
-        own = module._parameters
-        return hasattr(module, "_apply_gate") and "down_proj" in own and ("gate_up_proj" in own or "up_proj" in own)
+        """Return whether the module holds experts in a form that is known."""
+        return ExpertForm.of(module) is not None
 
     @classmethod
     def within(cls, place: str, module: nn.Module, names: Names) -> Iterator[ExpertSite]:
         """Yield the sites of all experts, expert by expert."""
         home = names.experts(place)
-        outer = {"gate_proj": 0, "up_proj": 1} if module.has_gate else {"up_proj": 0}
-        joined = "gate_up_proj" if module.has_gate else "up_proj"
+        has_gate = _form(module).has_gate
+        outer = {"gate_proj": 0, "up_proj": 1} if has_gate else {"up_proj": 0}
+        joined = "gate_up_proj" if has_gate else "up_proj"
         for number in range(len(module.get_parameter("down_proj"))):
             for part, index in outer.items():
                 path = names.expert(place, number, part, joined, index) or f"{home}.{number}.{part}"
@@ -212,9 +220,14 @@ class ExpertSite(Site):
             yield cls(path, module, place, number, "down_proj")
 
     @property
+    def form(self) -> ExpertForm:
+        """How the module holds its experts."""
+        return _form(self.module)
+
+    @property
     def _own(self) -> str:
         """The name of the parameter that holds this part of all experts."""
-        return "gate_up_proj" if self.part != "down_proj" and self.module.has_gate else self.part
+        return "gate_up_proj" if self.part != "down_proj" and self.form.has_gate else self.part
 
     @property
     def parameter(self) -> str:
@@ -224,20 +237,24 @@ class ExpertSite(Site):
     def pool(self) -> str:
         return pool_of(self.path)
 
+    @property
+    def transform_name(self) -> str:
+        return pool_of(self.path, self.own_transform)
+
     def stored_name(self, name: str) -> str:
-        return shared_name(self.path, name) or super().stored_name(name)
+        return shared_name(self.path, name, self.own_transform) or super().stored_name(name)
 
     def _rows(self, whole: Tensor) -> Tensor:
         """This part's rows, of the first dimension of what an expert has of the parameter or its bias."""
         if self._own != "gate_up_proj":
             return whole
         place = ("gate_proj", "up_proj").index(self.part)
-        if self.module.is_concatenated:
+        if self.form.is_concatenated:
             return whole.chunk(2)[place]
         return whole[place::2]
 
     def as_held(self, weight: Tensor) -> Tensor:
-        return weight.T if self.module.is_transposed else weight
+        return weight.T if self.form.is_transposed else weight
 
     def taken(self, held: Tensor) -> Tensor:
         return self._rows(self.as_held(held[self.number]))
@@ -277,21 +294,28 @@ class ExpertSite(Site):
         Differentiable, with one copy of the weights.
         """
         parts = ("gate_proj", "up_proj", "down_proj")
-        module = weights[0][0].module
+        module, form = weights[0][0].module, weights[0][0].form
         ordered = sorted(weights, key=lambda item: (item[0].number, parts.index(item[0].part)))
         rows = [weight for _, weight in ordered]
         of_one = sum(site.number == ordered[0][0].number for site, _ in ordered)
-        if of_one > 1 and not module.is_concatenated:
+        if of_one > 1 and not form.is_concatenated:
             rows = [torch.stack(rows[i : i + of_one], dim=1).flatten(0, 1) for i in range(0, len(rows), of_one)]
         experts = len(module.get_parameter("down_proj"))
         whole = torch.cat(rows).view(experts, -1, rows[0].shape[-1])
-        return whole.mT if module.is_transposed else whole
+        return whole.mT if form.is_transposed else whole
 
 
-def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedExperts:
+def _form(module: nn.Module) -> ExpertForm:
+    form = ExpertForm.of(module)
+    assert form is not None, f"{type(module).__name__} holds experts"
+    return form
+
+
+def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]], per_expert: bool = False) -> RotatedExperts:
     """Return what runs the quantized experts of one module in its place, on its device, empty.
 
-    found: every site of the module and its layout, which is the same for all experts. Raises `CheckpointError` for experts
+    found: every site of the module and its layout, which is the same for all experts; per_expert: whether each expert has a
+    transform of its own. Raises `CheckpointError` for experts
     that are missing or differ.
     """
     plans: dict[str, PartPlan] = {}
@@ -306,7 +330,7 @@ def packed_experts(found: Sequence[tuple[ExpertSite, LinearLayout]]) -> RotatedE
     if len(found) != whole:
         raise CheckpointError(f"the checkpoint holds {len(found)} weights of the experts of {site.place}, not {whole}")
     device = site.module.get_parameter("down_proj").device
-    return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device)
+    return RotatedExperts(site.module, plans, len(site.module.get_parameter("down_proj")), device, per_expert)
 
 
 def held_by_parameters(sites: Mapping[str, Site], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

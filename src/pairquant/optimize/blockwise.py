@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.blocks import Block, Call
+from ..models.blocks import Block
+from ..models.calls import Call
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.recipe import Refit, Training
@@ -67,7 +68,7 @@ def _silent(_: dict) -> None:
 class BlockTask:
     """What to train: a block, on data.
 
-    call: what the block is called with besides hidden states; layouts: of its linears, by path; groups: the linears
+    call, validation_call: what the block is called with besides hidden states, on the text and on held-out windows; layouts: of its linears, by path; groups: the linears
     (full paths) that share one transform, singletons included; seeds: for pair selection, by the first path of each
     group; report: called with stage, epoch, loss (mean over the epoch's steps; None before training) and validation
     (what chooses the epoch, see `BlockData.held_out`).
@@ -82,6 +83,12 @@ class BlockTask:
     config: QuantConfig
     report: Report = _silent
     ranks: Ranks = ALONE
+    validation_call: Call | None = None
+
+    @property
+    def judging_call(self) -> Call:
+        """What the block is called with on the windows of `BlockData.held_out`."""
+        return self.validation_call if self.data.validation_inputs and self.validation_call is not None else self.call
 
 
 @torch.no_grad()
@@ -130,9 +137,10 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
     data, ranks, report = task.data, task.ranks, task.report
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
     objective = _Objective(task.block, task.call, how.loss)
+    judge = _Objective(task.block, task.judging_call, how.loss)
     descent = Descent(stage.trained, how, how.epochs * math.ceil(len(data.inputs) / per_step))
     generator = torch.Generator().manual_seed(task.config.seed)  # on the CPU: the same order on every device
-    best = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
+    best = ranks.mean(judge.mean(stage.weights(), *data.held_out), judge.device)
     kept = descent.values()
     report({"stage": number, "epoch": 0, "loss": None, "validation": best})
     for epoch in range(1, how.epochs + 1):
@@ -142,7 +150,7 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
             losses.append(_gradients(stage, objective, data, chosen))
             ranks.average(descent.gradients)
             descent.step()
-        measured = ranks.mean(objective.mean(stage.weights(), *data.held_out), objective.device)
+        measured = ranks.mean(judge.mean(stage.weights(), *data.held_out), judge.device)
         if measured < best:
             best, kept = measured, descent.values()
         loss = torch.cat(losses).mean().item()
@@ -157,7 +165,7 @@ def _gradients(stage: Stage, objective: _Objective, data: BlockData, chosen: Ten
     leaves = leaves_of(weights)
     losses = []
     for samples in chosen:
-        loss = objective.of(leaves, *data.micro_batch(samples))
+        loss = objective.of(leaves, *data.micro_batch(samples), samples)
         (loss / len(chosen)).backward()
         losses.append(loss.detach())
     pass_on(weights, leaves)
@@ -172,14 +180,15 @@ class _Objective:
         self.loss = F.smooth_l1_loss if loss == "smooth_l1" else F.mse_loss
         self.device = self.runner.device
 
-    def of(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs, targets: [B, T, H] → float32 scalar."""
-        outputs = self.runner.of(weights, inputs)
+    def of(self, weights: Weights, inputs: Tensor, targets: Tensor, windows: Tensor) -> Tensor:
+        """inputs, targets: [B, T, H] of the windows with these numbers, int64 [B] → float32 scalar."""
+        outputs = self.runner.of(weights, inputs, windows)
         return self.loss(outputs.float(), targets.to(self.device, torch.float32))
 
     def mean(self, weights: Weights, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Return the mean loss over micro-batches of one size, without gradients."""
-        losses = [self.of(weights, hidden, target) for hidden, target in zip(inputs, targets, strict=True)]
+        numbers = torch.arange(sum(map(len, inputs))).split([len(hidden) for hidden in inputs])
+        losses = [self.of(weights, *batch) for batch in zip(inputs, targets, numbers, strict=True)]
         return torch.stack(losses).mean().item()
 
 

@@ -155,7 +155,7 @@ def groups_of(block: Block, result: BlockResult) -> Groups:
     """Return the linears of each transform of a quantized block: pools of experts, shared ones, and single ones."""
     pools: dict[str, list[str]] = {}
     for path in result.packed:
-        pools.setdefault(block.sites[path].pool or "", []).append(path)
+        pools.setdefault(block.sites[path].transform_name or "", []).append(path)
     alone = pools.pop("", [])
     shared = [tuple(group) for group in result.shared]
     taken = {path for group in shared for path in group}
@@ -183,19 +183,19 @@ class _Student:
         replaced = {block.sites[path].parameter for group in stage.groups for path in group}
         self.stage, self.runner = stage, Substituted(block, streams.calls[index], replaced)
 
-    def forwards(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Run micro-batches [B, T, H] through the block, one after the other."""
+    def forwards(self, hidden: Sequence[Tensor], windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Run micro-batches [B, T, H] through the block, one after the other. windows: their numbers, int64 [B] each."""
         weights = self.stage.weights()
-        return (self.runner.of(weights, states) for states in hidden)
+        return (self.runner.of(weights, states, some) for states, some in zip(hidden, windows, strict=True))
 
-    def backwards(self, hidden: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+    def backwards(self, hidden: Sequence[Tensor], slopes: Sequence[Tensor], windows: Sequence[Tensor]) -> list[Tensor]:
         """Gather the gradients of what is trained from those of the outputs; return those of the inputs."""
         with torch.enable_grad():
             weights = self.stage.weights()
             leaves, before = leaves_of(weights), []
-            for states, slope in zip(hidden, slopes, strict=True):
+            for states, slope, some in zip(hidden, slopes, windows, strict=True):
                 leaf = states.detach().requires_grad_()
-                output = self.runner.of(leaves, leaf.clone())  # some blocks change what they are given
+                output = self.runner.of(leaves, leaf.clone(), some)  # some blocks change what they are given
                 torch.autograd.backward(output, slope.to(output))
                 assert leaf.grad is not None, "a block reads its input"
                 before.append(leaf.grad)
@@ -287,8 +287,9 @@ class _Whole:
 
     def _divergences(self, chosen: Tensor) -> list[Tensor]:
         states = self._entering(chosen)
+        parts = chosen.split(self.size)
         for student in self.students:
-            for i, output in enumerate(student.forwards(states)):
+            for i, output in enumerate(student.forwards(states, parts)):
                 states[i] = output
         weights = self.end.weights()
         windows = zip(chosen.tolist(), torch.cat(states), strict=True)
@@ -300,13 +301,13 @@ class _Whole:
 
     def gather(self, chosen: Tensor) -> None:
         """Gather the gradients of the mean divergence of these windows, int64 [n]."""
-        states, entered = self._entering(chosen), []
+        states, entered, parts = self._entering(chosen), [], chosen.split(self.size)
         for student in self.students:
             entered.append(states)
-            states = list(student.forwards(states))
+            states = list(student.forwards(states, parts))
         slopes = self._slopes(chosen, states)
         for student in reversed(self.students):
-            slopes = student.backwards(entered.pop(), slopes)
+            slopes = student.backwards(entered.pop(), slopes, parts)
 
     def _slopes(self, chosen: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the states that leave the last block; gather those of the output embedding."""

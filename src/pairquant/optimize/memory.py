@@ -129,6 +129,8 @@ def _block_bytes(
     weights = sum(math.prod(size) for size in sizes)
     moments = _moment_bytes(block, config)
     fitting = _fitted_together(block) * 4 * FITTING_COPIES
+    if config.transform_per_expert:  # gate and up of every expert lie beside each other until all transforms are found
+        fitting += weights * 4
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
     experts = [site for site in block.sites.values() if site.pool is not None]
@@ -152,9 +154,9 @@ def _fitted_together(block: Block) -> int:
     rows: dict[str, int] = {}
     channels: dict[str, int] = {}
     for path, site in block.sites.items():
-        home = site.pool or path
+        home = site.transform_name or path
         rows[home], channels[home] = rows.get(home, 0) + site.size.out_features, site.size.in_features
-    pools = {site.pool for site in block.sites.values()}
+    pools = {site.transform_name for site in block.sites.values()}
     return max((min(n, SHARED_ROWS) if home in pools else n) * channels[home] for home, n in rows.items())
 
 

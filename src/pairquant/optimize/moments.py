@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models.inputs import Inputs
-from ..support.errors import CalibrationError, ConfigError
+from ..support.errors import CalibrationError
 
 
 @dataclass
@@ -64,22 +64,34 @@ class MomentSum:
     def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
         """Return the sums, and the paths among `paths` that the forward pass never called.
 
-        Raises `ConfigError` for a linear that runs several times, `CalibrationError` for inputs that are not finite.
+        A linear that runs several times in one forward pass has the sum over its inputs. Raises `CalibrationError` for inputs
+        that are not finite.
         """
         runs = Counter(path for moments in self.moments for path in moments.readers)
-        for path, count in runs.items():
-            if count > 1:
-                raise ConfigError(
-                    f"{path} runs {count} times in one forward pass of its block, on inputs that may differ. "
-                    f"Leave it as it is: --ignore {path}"
-                )
-        for moments in self.moments:
+        found = _apart(self.moments, [path for path, count in runs.items() if count > 1])
+        for moments in found:
             if not moments.hessian.isfinite().all():
                 raise CalibrationError(
                     f"the inputs of {', '.join(moments.readers)} are not finite on the calibration text. "
                     "Check the source model, or load it in a wider dtype."
                 )
-        return self.moments, [path for path in paths if path not in runs]
+        return found, [path for path in paths if path not in runs]
+
+
+def _apart(moments: list[Moments], repeated: list[str]) -> list[Moments]:
+    """Return the moments, with those of linears that run several times added up for each of these linears alone."""
+    if not repeated:
+        return moments
+    found = []
+    for each in moments:
+        if once := [path for path in each.readers if path not in repeated]:
+            found.append(replace(each, readers=once))
+    for path in repeated:
+        mine = [each for each in moments for reader in each.readers if reader == path]
+        crosses = [each.cross for each in mine if each.cross is not None]
+        cross = torch.stack(crosses).sum(0) if len(crosses) == len(mine) else None
+        found.append(Moments([path], _sum(mine), cross, sum(each.tokens for each in mine)))
+    return found
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ class Measurement:
         """Run the text through all blocks. Returns its stream, which has left the last one, and what enters each block."""
         places = Places(self.device, torch.device("cpu"), self.dtype)
         streams = Streams.start(self.model, self.blocks, windows, False, places, self.notice)
+        streams.carries["quantized"].lasting = True
         entering = []
         for index, block in enumerate(self.blocks):
             entering.append(list(streams.quantized))
@@ -177,16 +178,18 @@ class Measurement:
         self, index: int, streams: Streams, slopes: list[Tensor], errors: Mapping[str, Mapping[Spec, Tensor]]
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return the sums over windows and rows of ⟨G, E⟩², float64 [forms] by path, and the slopes of what enters the block."""
-        block, call = self.blocks[index], streams.calls[index]
+        block, call = self.blocks[index], streams.call(index)
         sites = {path: block.sites[path] for path in errors}
         names = list(dict.fromkeys(site.parameter for site in sites.values()))
         parameters = [self.model.get_parameter(name) for name in names]
         squares = {path: torch.zeros(len(of), dtype=torch.float64, device=self.device) for path, of in errors.items()}
         before = []
-        for states, slope in zip(torch.cat(streams.quantized), slopes, strict=True):
+        for number, (states, slope) in enumerate(zip(torch.cat(streams.quantized), slopes, strict=True)):
             leaf = states[None].to(self.device).requires_grad_()
             with _trainable(parameters), torch.enable_grad():
-                output = call.run(block.module, leaf.clone())  # some blocks change what they are given
+                output = call.run(
+                    block.module, leaf.clone(), torch.tensor([number])
+                )  # some blocks change what they are given
                 gradients = torch.autograd.grad(output, [leaf, *parameters], slope.to(output), allow_unused=True)
             before.append(gradients[0].cpu())
             by_name = dict(zip(names, gradients[1:], strict=True))

@@ -17,7 +17,8 @@ from ..core.linear import Transform, decode, encode
 from ..core.range import power_of_two
 from ..core.rounding import proxy_terms, ratio
 from ..kernels.fit.loops import solvers
-from ..models.blocks import Block, Call
+from ..models.blocks import Block
+from ..models.calls import Call
 from ..spec.codes import columns_per_block
 from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
@@ -51,6 +52,7 @@ class BlockWork:
     device: torch.device
     data: Callable[[], BlockData] | None
     kept_as: torch.dtype
+    validation_call: Call | None = None
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class BlockWork:
         assert self.call is not None, "recipes that train a block have text"
         return BlockTask(
             self.block, self.call, self.data(), self.layouts, self.groups, self.seeds, self.config, self.history.append,
-            self.ranks,
+            self.ranks, self.validation_call,
         )  # fmt: skip
 
     @property
@@ -74,8 +76,8 @@ class BlockWork:
 
     def group_hessian(self, group: tuple[str, ...], hessians: Mapping[str, Tensor]) -> Tensor:
         """Return the second moments of what the linears of one transform read; hessians: by path."""
-        pool = self.block.sites[group[0]].pool
-        return self.pools[pool].hessian if pool is not None and pool in self.pools else hessians[group[0]]
+        shared = self.block.sites[group[0]].transform_name
+        return self.pools[shared].hessian if shared is not None and shared in self.pools else hessians[group[0]]
 
     def unit(self, path: str) -> int:
         """Return rows of a linear are shared out in multiples of this."""

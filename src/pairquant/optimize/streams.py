@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block, Call, HeadCall, enter, outside_on, read_by_head
+from ..models.blocks import Block, enter, outside_on, read_by_head
+from ..models.calls import Call, Carry, HeadCall
 from ..models.inputs import recorded_inputs
 from ..models.sites import embedding_site
 from .moments import MomentSum
@@ -35,8 +36,9 @@ class Places:
 class Streams:
     """quantized, original: float [B, T, H] per micro-batch, kept on `store`; original is None if not needed.
 
-    device: where blocks run; calls: what each block is called with, and the output embedding after them; notice: called with text for the user, for example
-    when too little memory makes the micro-batches smaller.
+    device: where blocks run; calls: what each block is called with, and the output embedding after them; notice: called with
+    text for the user, for example when too little memory makes the micro-batches smaller; carries: what blocks hand each other
+    beside the states, "quantized" and "original".
     """
 
     calls: list[Call]
@@ -45,6 +47,7 @@ class Streams:
     device: torch.device
     store: torch.device
     notice: Callable[[str], None]
+    carries: dict[str, Carry]
     halvings: int = 0
 
     @classmethod
@@ -71,14 +74,19 @@ class Streams:
                 "first pass alone"
             )
         hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
-        calls = [call.to(places.device, places.dtype) for call in entry.calls]
+        calls = [call.to(places.device, places.dtype, places.store) for call in entry.calls]
         calls.append(HeadCall((), {}, calls[0].batch))
         original = list(hidden) if keep_original else None
         if embedding is not None:
             with _embedding_of(model, embedding):
                 entry = enter(model, blocks, tokens.to(home), micro_batch)
             hidden = [h.to(places.store, places.dtype) for h in entry.hidden]
-        return cls(calls, hidden, original, places.device, places.store, notice)
+        carries = {name: Carry(places.store) for name in ("quantized", "original")}
+        return cls(calls, hidden, original, places.device, places.store, notice, carries)
+
+    def call(self, index: int, stream: str = "quantized", writes: bool = False) -> Call:
+        """Return what a block is called with in one of the streams; writes: whether what it leaves for later blocks is kept."""
+        return self.calls[index].on(self.carries[stream], writes)
 
     def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
@@ -89,44 +97,50 @@ class Streams:
         total = MomentSum()
         for i, hidden in enumerate(self.quantized):
 
-            def once(hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
+            def once(windows: Tensor, hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
                 reference = output = None
                 if original is not None:
                     with recorded_inputs(block.sites, routed=False) as reference:
-                        output = self.calls[index].run(block.module, original)
+                        output = self.call(index, "original", writes=True).run(block.module, original, windows)
                 with recorded_inputs(block.sites, all_experts=all_experts) as inputs:
-                    self.calls[index].run(block.module, hidden)
+                    self.call(index).run(block.module, hidden, windows)
                 total.add(inputs, reference)
                 return output
 
             if self.original is None:
-                self._within_memory(once, hidden)
+                self._within_memory(once, i, hidden)
             else:
-                self.original[i] = self._within_memory(once, hidden, self.original[i])
+                self.original[i] = self._within_memory(once, i, hidden, self.original[i])
         return total
 
     def advance(self, block: Block, index: int) -> None:
         """Carry the quantized stream through the block, which now holds its decoded weights."""
-        self._advance(self.quantized, block, index)
+        self._advance(self.quantized, block, index, "quantized")
 
     def advance_original(self, block: Block, index: int) -> None:
         """Carry the original stream through the block, which still holds its own weights."""
         if self.original is not None:
-            self._advance(self.original, block, index)
+            self._advance(self.original, block, index, "original")
 
     def enter_head(self, model: nn.Module, blocks: list[Block]) -> None:
         """Carry both streams from the last block to what the output embedding reads. blocks: without the output embedding."""
         with outside_on(self.device, self.quantized[0].dtype, model, blocks):
             for stream in filter(None, (self.quantized, self.original)):
                 for i, hidden in enumerate(stream):
-                    stream[i] = self._within_memory(lambda h: read_by_head(model, blocks, h), hidden)
+                    stream[i] = self._within_memory(lambda _, h: read_by_head(model, blocks, h), i, hidden)
 
-    def _advance(self, stream: list[Tensor], block: Block, index: int) -> None:
+    def _advance(self, stream: list[Tensor], block: Block, index: int, name: str) -> None:
+        call = self.call(index, name, writes=True)
         for i, hidden in enumerate(stream):
-            stream[i] = self._within_memory(lambda h: self.calls[index].run(block.module, h), hidden)
+            stream[i] = self._within_memory(lambda w, h: call.run(block.module, h, w), i, hidden)
 
-    def _within_memory(self, work: Callable[..., Tensor | None], *batches: Tensor):
-        """Call `work` on micro-batches as large as memory has allowed so far; when it runs out, halve them from then on."""
+    def _within_memory(self, work: Callable[..., Tensor | None], number: int, *batches: Tensor):
+        """Call `work` on micro-batches as large as memory has allowed so far; when it runs out, halve them from then on.
+
+        work: called with the numbers of the windows, int64 [B], and their states, [B, T, H] each; number: which of the stream's
+        micro-batches the `batches` are.
+        """
+        first = number * self.calls[0].batch
         outputs: list[Any] = []
         start = 0
         while start < len(batches[0]):
@@ -134,7 +148,7 @@ class Streams:
             parts = [batch[start : start + size].to(self.device) for batch in batches]
             output, fits = None, True
             try:
-                output = work(*parts)
+                output = work(torch.arange(len(parts[0])) + first + start, *parts)
             except torch.OutOfMemoryError:
                 fits = False
                 if len(parts[0]) == 1:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..models.blocks import Block, Call
+from ..models.blocks import Block
+from ..models.calls import Call
 
 Weights = dict[str, Tensor]
 
@@ -31,15 +32,15 @@ class Substituted(nn.Module):
         self.held = {} if replaced is None else self._rest(replaced)
         self.held |= self._norms_in_float32() if self.device.type == "cpu" else {}
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, windows: Tensor | None = None) -> Tensor:
         """inputs: [B, T, H] → [B, T, H]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
-            return self.call.run(self.block, inputs.to(self.device, torch.float32))
+            return self.call.run(self.block, inputs.to(self.device, torch.float32), windows)
 
-    def of(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Run the block with these weights."""
+    def of(self, weights: Mapping[str, Tensor], inputs: Tensor, windows: Tensor | None = None) -> Tensor:
+        """Run the block with these weights. inputs: [B, T, H]; windows: their numbers in the text, int64 [B]."""
         named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
-        return functional_call(self, self.held | named, (inputs,))
+        return functional_call(self, self.held | named, (inputs, windows))
 
     def _rest(self, replaced: Collection[str]) -> Weights:
         """Return the block's parameters and buffers except those that are replaced."""

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from ..core.linear import decode
 from ..models.blocks import Block, outside_on, read_by_head
 from ..models.planning import plan_model
+from ..models.sharing import fold_shared, lenders_of, settle_scales
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.errors import ConfigError
 from .blockwise import BlockData
+from .loans import Loans
 from .moments import Moments, MomentSum, pooled
 from .ranks import Ranks
 from .stages import Groups, Layouts
@@ -89,14 +91,16 @@ class InPlace:
     def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None:
         first = next(block.module.parameters())
         self.stored_as = first.device, first.dtype
-        block.module.to(device, dtype)
+        for module in (block.module, *lenders_of(block.module).values()):
+            module.to(device, dtype)
 
     def expect(self, block: Block, device: torch.device) -> None:
         """It is here already."""
 
     def leave(self, block: Block) -> None:
         assert self.stored_as is not None, "a block leaves that never entered"
-        block.module.to(*self.stored_as)
+        for module in (block.module, *lenders_of(block.module).values()):
+            module.to(*self.stored_as)
         self.stored_as = None
 
 
@@ -138,6 +142,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
+        self.loans = Loans(self.blocks)
 
     @torch.no_grad()
     def run(self) -> Iterator[BlockResult]:
@@ -151,9 +156,9 @@ class Walk:
                     stream.enter_head(self.model, self.blocks[:index])
             if index < self.finished.count:
                 result = self.finished.result(index)
-                if streams is not None and index >= first:
+                if streams is not None and (index >= first or self.loans.lends(block)):
                     with self._entered(index):
-                        self._repeat(block, index, result, [s for s in (streams, held_out) if s])
+                        self._repeat(block, index, result, [s for s in (streams, held_out) if s and index >= first])
                 continue
             with self._entered(index):
                 yield self._quantize(index, block, streams, held_out)
@@ -169,6 +174,8 @@ class Walk:
         decoders = [block for block in self.blocks if not block.head]
         compares = self.config.recipe.compares
         streams = Streams.start(self.model, decoders, tokens, compares, places, self.notice, self.embedding)
+        if self.config.recipe.end_to_end is not None:
+            _require_separate(self.model, decoders, streams)
         if len(decoders) < len(
             self.blocks
         ):  # a model that cannot do with a quantized head is refused now, not after hours
@@ -179,8 +186,8 @@ class Walk:
     def _restore(self, streams: Streams | None) -> int:
         """Return the first block that the streams have yet to enter."""
         stored = self.finished.snapshot() if streams is not None and self.finished.count else None
-        if stored is None or streams is None:
-            return 0
+        if stored is None or streams is None or any(call.carries for call in streams.calls):
+            return 0  # what blocks hand each other is not stored
         streams.restore(stored[1])
         return stored[0]
 
@@ -191,7 +198,11 @@ class Walk:
         if index + 1 < len(self.blocks):
             self.home.expect(self.blocks[index + 1], self.device)
         try:
+            self.loans.remember(block, settled=False)
+            self.loans.put(block, settled=False)
             yield
+            self.loans.remember(block, settled=True)
+            self.loans.put(block, settled=True)
         finally:
             self.home.leave(block)
 
@@ -204,6 +215,7 @@ class Walk:
         for path, value in result.parameters.items():
             parameter = block.module.get_parameter(path.removeprefix(f"{block.path}."))
             parameter.data = value.to(parameter.device, parameter.dtype)
+        self.loans.put(block, settled=True)
         for stream in streams:
             stream.advance(block, index)
 
@@ -213,6 +225,7 @@ class Walk:
         moments, uncalled = self._moments(index, block, streams)
         if held_out is not None:
             held_out.advance_original(block, index)
+        self.loans.put(block, settled=True)
         work = self._work(index, block, moments, streams, held_out)
         strategy = (
             Rounding() if block.head else strategy_for(self.config)
@@ -242,14 +255,17 @@ class Walk:
         _add_over_ranks(total, self.ranks)
         moments, uncalled = total.checked(block.sites)
         if uncalled:
-            self.notice(f"{', '.join(uncalled)}: left as they are, since the forward pass never calls them")
+            self.notice(
+                f"{', '.join(uncalled)}: left as they are, since the forward pass of their block never calls them"
+            )
         return moments, uncalled
 
     def _work(
         self, index: int, block: Block, moments: list[Moments], streams: Streams | None, held_out: Streams | None
     ) -> BlockWork:
         pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
-        groups = _groups(moments, self.plan.layouts, self.config.share_rotations, pools)
+        named = {path: site.transform_name for path, site in block.sites.items() if site.transform_name is not None}
+        groups = _groups(moments, self.plan.layouts, self.config.share_rotations, named)
         data = None
         if streams is not None and self.config.recipe.trains and not block.head:
             data = partial(_block_data, streams, held_out, self.config, self.ranks)
@@ -258,7 +274,7 @@ class Walk:
             config = replace(config, recipe=replace(config.recipe, drift=HEAD_DRIFT))
         return BlockWork(
             block=block,
-            call=streams.calls[index] if streams is not None else None,
+            call=streams.call(index) if streams is not None else None,
             layouts=self.plan.layouts,
             moments=moments,
             pools=pooled(moments, pools) if streams is not None else {},
@@ -269,6 +285,7 @@ class Walk:
             device=self.device,
             data=data,
             kept_as=self.home.dtype(block),
+            validation_call=held_out.call(index) if held_out is not None else None,
         )
 
 
@@ -276,6 +293,8 @@ def quantize_blocks(
     model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
 ) -> Iterator[BlockResult]:
     """Quantize a model in memory, in place. tokens: int64 [samples, T]; recipes that look at no text need none."""
+    fold_shared(model)
+    settle_scales(model)
     plan, blocks = plan_model(model, config)
     yield from Walk(model, blocks, plan, config, device, tokens).run()
 
@@ -289,7 +308,7 @@ def compute_dtype(blocks: list[Block], config: QuantConfig, device: torch.device
 
 
 def _groups(moments: list[Moments], layouts: Layouts, shared: bool, pools: Mapping[str, str]) -> Groups:
-    """Return the linears of each transform; only those of one spec can share it. pools: of experts' weights, by path."""
+    """Return the linears of each transform; only those of one spec can share it. pools: path → the transform's name, of experts."""
     of_pools: dict[str, list[str]] = {}
     for m in moments:
         for path in m.readers:
@@ -340,6 +359,17 @@ def _even(stream: list[Tensor], limit: int) -> list[Tensor]:
     windows = sum(len(hidden) for hidden in stream)
     size = max(n for n in range(1, min(limit, max(sizes)) + 1) if windows % n == 0)
     return list(torch.cat(stream).split(size))
+
+
+def _require_separate(model: nn.Module, blocks: list[Block], streams: Streams) -> None:
+    """Refuse to train a whole model whose blocks give each other more than the hidden states."""
+    shares = any(lenders_of(block.module) for block in blocks)
+    if shares or any(call.carries for call in streams.calls):
+        what = "share layers" if shares else "hand each other more than their states, such as keys and values"
+        raise ConfigError(
+            f"blocks of {type(model).__name__} {what}, which the training of the whole model does not follow. Leave "
+            "--end-to-end out."
+        )
 
 
 def _other_parameters(block: Block) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class CheckpointConfig:
     it matches. If several match a path, the first counts.
     modules_to_not_convert: paths of linears that kept their plain weight.
     shared_rotations: groups of paths of linears whose stored transforms are equal.
+    transform_per_expert: whether each expert of a block has a transform of its own, stored as `spec.experts` says.
     provenance: tool version, preset, seed, calibration text and its hash; None for checkpoints from other programs.
 
     Raises `CheckpointError` for an entry of the wrong type.
@@ -51,6 +52,7 @@ class CheckpointConfig:
     overrides: tuple[tuple[str, Spec], ...] = ()
     modules_to_not_convert: tuple[str, ...] = ()
     shared_rotations: tuple[tuple[str, ...], ...] = ()
+    transform_per_expert: bool = False
     provenance: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,8 @@ class CheckpointConfig:
             entries["dynamic"] = dynamic
         if self.shared_rotations:
             entries["shared_rotations"] = [list(group) for group in self.shared_rotations]
+        if self.transform_per_expert:
+            entries["transform_per_expert"] = True
         if self.provenance is not None:
             entries["provenance"] = self.provenance
         return entries
@@ -119,7 +123,10 @@ class CheckpointConfig:
         if zero_point is not None and not isinstance(zero_point, bool):
             raise _bad_entry("zero_point", zero_point, "true or false")
         spec = Spec(**_spec_fields(entries, ""), symmetric=zero_point is False)
-        names = ("modules_to_not_convert", "shared_rotations", "provenance")
+        own = entries.get("transform_per_expert")
+        if own is not None and not isinstance(own, bool):
+            raise _bad_entry("transform_per_expert", own, "true or false")
+        names = ("modules_to_not_convert", "shared_rotations", "transform_per_expert", "provenance")
         given = {name: entries[name] for name in names if entries.get(name) is not None}
         return cls(spec, _overrides(entries.get("dynamic"), spec), **given)
 

@@ -2,7 +2,8 @@
 
 The weights of expert e lie under `HOME.e.PART` (`….mlp.experts.3.gate_proj`), each with codes of its own. All weights
 of a block that read the block's input share one transform, `HOME.gate_up_weight_*`, and all that read the inner
-activations another, `HOME.down_weight_*`.
+activations another, `HOME.down_weight_*`. With a transform for each expert, which the original does not know, these are
+`HOME.e.gate_up_weight_*` and `HOME.e.down_weight_*`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,23 @@ DOWN = ("down_proj", "w2")
 TRANSFORM = ("theta", "pairs", "channel_scales")
 
 
-def pool_of(path: str) -> str:
-    """Return what the shared transform of an expert's weight is named by: "….experts.gate_up" or "….experts.down"."""
+def pool_of(path: str, per_expert: bool = False) -> str:
+    """Return what the transform of an expert's weight is named by: "….experts.gate_up" or "….experts.down".
+
+    per_expert: with a transform for each expert, "….experts.3.gate_up" or "….experts.3.down".
+    """
     found = EXPERT.fullmatch(path)
     assert found is not None, f"{path} is no expert's weight"
-    return f"{found['home']}.{'down' if found['part'] in DOWN else 'gate_up'}"
+    home = f"{found['home']}.{found['number']}" if per_expert else found["home"]
+    return f"{home}.{'down' if found['part'] in DOWN else 'gate_up'}"
 
 
-def shared_name(path: str, name: str) -> str | None:
-    """Return where the tensor `name` of the linear at `path` lies if experts share it; None if it could not be shared."""
-    return f"{pool_of(path)}_weight_{name}" if name in TRANSFORM and EXPERT.fullmatch(path) else None
+def shared_name(path: str, name: str, per_expert: bool = False) -> str | None:
+    """Return where the tensor `name` of the linear at `path` lies if linears share it; None if it could not be shared.
+
+    per_expert: whether each expert has a transform of its own.
+    """
+    return f"{pool_of(path, per_expert)}_weight_{name}" if name in TRANSFORM and EXPERT.fullmatch(path) else None
 
 
 def bits_per_weight(layouts: Mapping[str, LinearLayout], pooled: Mapping[str, str]) -> float:

@@ -20,7 +20,9 @@ from .rotation import MAX_ROTATIONS
 ROTATIONS, ROTATED = 8, 2 / 3
 PAIR_SELECTIONS = ("random", "magnitude")
 #: Options that records of earlier versions lack.
-ADDED_LATER = ("overrides", "bos", "all_experts", "head_bits", "embedding_bits", "target", "candidates", "plan")
+ADDED_LATER = (
+    "overrides", "bos", "all_experts", "transform_per_expert", "head_bits", "embedding_bits", "target", "candidates", "plan",
+)  # fmt: skip
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
 
@@ -100,6 +102,8 @@ class QuantConfig:
     where it buys least; pair_selection: "random" or "magnitude".
     share_rotations: fit one transform for all linears that read the same input.
     all_experts: fit every expert on all tokens of the text instead of those that its router gives it.
+    transform_per_expert: fit a transform for each expert instead of one for all of a block, as the original does; no kernel runs
+    such experts, which are decoded at each use.
     samples, seq_len: calibrate on `samples` windows of `seq_len` tokens, drawn evenly from the sources in `calibration`.
     calibration: files, names of data sets, or "default".
     validation: sources of the windows that choose the best epoch; empty: windows of `calibration` that are not trained on.
@@ -130,6 +134,7 @@ class QuantConfig:
     bos: str = "auto"
     overrides: tuple[Override, ...] = ()
     all_experts: bool = False
+    transform_per_expert: bool = False
     head_bits: int | None = None
     embedding_bits: int | None = None
     target: Target | None = None
@@ -139,7 +144,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         require_choice("preset", self.preset, PRESETS)
-        for name in ("symmetric", "share_rotations", "all_experts"):
+        for name in ("symmetric", "share_rotations", "all_experts", "transform_per_expert"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, allowed: True, False")
         require_choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
@@ -181,6 +186,11 @@ class QuantConfig:
             raise ConfigError(
                 f"candidate rotations are {self.candidates.rotations}, allowed with preset {self.preset!r}: none, because it "
                 "fits no transform. Leave them out of --candidates."
+            )
+        if self.transform_per_expert and not self.recipe.transform:
+            raise ConfigError(
+                f"transform_per_expert is True, allowed with preset {self.preset!r}: False, because it fits no transform. Leave "
+                "--transform-per-expert out."
             )
         if self.all_experts and not self.recipe.needs_text:
             raise ConfigError(

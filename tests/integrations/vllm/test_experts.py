@@ -159,3 +159,22 @@ def test_gates_lie_between_ups_where_the_activation_wants_it():
     joined = torch.nn.Parameter(torch.tensor([[1.0, 2.0, 10.0, 20.0], [3.0, 4.0, 30.0, 40.0]]), requires_grad=False)
     _interleave(joined)
     assert joined.tolist() == [[1.0, 10.0, 2.0, 20.0], [3.0, 30.0, 4.0, 40.0]]
+
+
+def test_experts_with_transforms_of_their_own_are_decoded_and_found_under_their_names(linears, monkeypatch):
+    from pairquant.integrations.vllm import experts
+
+    monkeypatch.setattr(
+        experts, "DecodedExpertsMethod", lambda arrivals, moe: arrivals
+    )  # vLLM's own asks for its settings
+    stored_as = {path: path.replace("model.", "text.", 1) for path in linears}
+    specs = {path: SPEC for path in linears}
+    assert isinstance(experts.experts_method(specs, HOME, Layer(), stored_as), experts.PackedExpertsMethod)
+    arrivals = experts.experts_method(specs, HOME, Layer(), stored_as, per_expert=True)
+    doors = arrivals.doors()
+    for path, linear in linears.items():
+        for name, tensor in linear.tensors.items():
+            place = f"{pool_of(path, per_expert=True)}_weight_{name}" if name in TRANSFORM else f"{path}.{name}"
+            doors[place.replace("model.", "text.", 1)](tensor)
+    path = f"{HOME}.2.down_proj"
+    assert torch.equal(decode(arrivals.packed(path)), decode(linears[path]))

@@ -13,7 +13,7 @@ from packed import random_packed
 from pairquant.core.linear import decode
 from pairquant.spec.checkpoint import CheckpointConfig
 from pairquant.spec.linear import Spec
-from pairquant.support.errors import CheckpointError
+from pairquant.support.errors import CheckpointError, ConfigError
 
 SPEC = Spec(4, 32, 2)
 #: Path in the checkpoint → what is packed there.
@@ -112,3 +112,13 @@ def test_a_head_that_vllm_has_no_layer_for_is_left_out_and_said(config, caplog):
     assert "lm_head.weight" in sorted_out(checkpoint() | head, Model("lm_head"), config), (
         "a plain layer gets it decoded"
     )
+
+
+def test_packed_q_and_k_of_a_model_that_reorders_their_rows_are_refused(config):
+    """Llama 4's loader turns the rows of plain weights alone: it would answer wrongly without an error."""
+    model = torch.nn.Module()
+    model.permute_qk_weight_for_rotary = lambda name, weight: (name, weight)
+    assert not sorted_out({}, model, config)
+    config.stored_as["model.layers.0.self_attn.q_proj"] = "text.layers.0.self_attn.q_proj"
+    with pytest.raises(ConfigError, match=r"reorders the rows of text\.layers\.0\.self_attn\.q_proj.*--ignore q_proj"):
+        sorted_out({}, model, config)

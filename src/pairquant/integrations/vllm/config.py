@@ -15,7 +15,7 @@ from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...spec.patterns import matches
-from ...support.errors import CheckpointError
+from ...support.errors import CheckpointError, ConfigError
 from .compat import QuantizationConfig, follow_checkpoints, is_embedding, is_experts, is_head, tensor_names
 
 if TYPE_CHECKING:
@@ -213,7 +213,9 @@ class PairQuantConfig(QuantizationConfig):
             )
         from .experts import experts_method
 
-        return self._claim(inside, experts_method(inside, home, layer, self.stored_as))
+        return self._claim(
+            inside, experts_method(inside, home, layer, self.stored_as, self.checkpoint.transform_per_expert)
+        )
 
     def _home_of_experts(self, prefix: str) -> str:
         """Return where a layer's packed experts lie: at its prefix, unless vLLM's model calls the layer otherwise there
@@ -236,7 +238,22 @@ def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torc
     )
     if not isinstance(config, PairQuantConfig):
         return weights
+    _require_rows_in_place(model, config)
     from .stream import passed_on
 
     plain = {config.stored_as[path]: spec for path, spec in config.unclaimed(model).items()}
     return passed_on(weights, methods, plain, dtype, config.homeless_heads(plain))
+
+
+def _require_rows_in_place(model: torch.nn.Module, config: PairQuantConfig) -> None:
+    """Refuse packed q and k for models whose loader brings the rows of their plain weights into another order (Llama 4).
+
+    It would leave packed rows where they are, and answer wrongly without an error.
+    """
+    packed = [path for path in config.stored_as.values() if path.rpartition(".")[2] in ("q_proj", "k_proj")]
+    if packed and any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules()):
+        raise ConfigError(
+            f"vLLM reorders the rows of {packed[0]} when it loads a {type(model).__name__}, which it cannot do with packed ones. "
+            "Run the checkpoint with Transformers, export it (`pairquant export MODEL --to bf16`), or quantize the model again "
+            "with --ignore q_proj --ignore k_proj --ignore v_proj."
+        )

@@ -27,15 +27,18 @@ from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod, apply_moe_act
 SHARDS = {"gate_proj": "w1", "w1": "w1", "up_proj": "w3", "w3": "w3", "down_proj": "w2", "w2": "w2"}
 
 
-def experts_method(specs: Mapping[str, Spec], prefix: str, layer: Any, stored_as: Mapping[str, str]) -> Any:
+def experts_method(
+    specs: Mapping[str, Spec], prefix: str, layer: Any, stored_as: Mapping[str, str], per_expert: bool = False
+) -> Any:
     """Return what loads and runs the experts of a layer.
 
-    specs: by path, of every expert's weights; prefix: what the experts are named by; stored_as: path → that in the checkpoint.
+    specs: by path, of every expert's weights; prefix: what the experts are named by; stored_as: path → that in the checkpoint;
+    per_expert: whether each expert has a transform of its own, so that no kernel runs it.
     """
     moe = layer.moe_config
-    arrivals = Arrivals(specs, prefix, stored_as)
+    arrivals = Arrivals(specs, prefix, stored_as, per_expert)
     device, dtype = torch.empty(0).device, moe.in_dtype  # vLLM makes its layers on the device that they run on
-    alike = len(set(specs.values())) == 1 and not moe.has_bias
+    alike = len(set(specs.values())) == 1 and not moe.has_bias and not per_expert
     spec = next(iter(specs.values()))
     if alike and experts_refusal(spec.layout(128, 128), device, dtype) is None:
         return PackedExpertsMethod(arrivals, moe)
@@ -45,11 +48,12 @@ def experts_method(specs: Mapping[str, Spec], prefix: str, layer: Any, stored_as
 class Arrivals:
     """The packed tensors of one block's experts, under their names below `prefix`, until all have been loaded.
 
-    specs: by path in vLLM's model; stored_as: the paths in the checkpoint that belong to those.
+    specs: by path in vLLM's model; stored_as: the paths in the checkpoint that belong to those; per_expert: whether each expert
+    has a transform of its own.
     """
 
-    def __init__(self, specs: Mapping[str, Spec], prefix: str, stored_as: Mapping[str, str]):
-        self.specs, self.prefix, self.stored_as = dict(specs), prefix, stored_as
+    def __init__(self, specs: Mapping[str, Spec], prefix: str, stored_as: Mapping[str, str], per_expert: bool = False):
+        self.specs, self.prefix, self.stored_as, self.per_expert = dict(specs), prefix, stored_as, per_expert
         self.tensors: dict[str, Tensor] = {}
         #: Returns what this rank needs of a tensor, given its name below the prefix; None if nothing.
         self.cut: Callable[[str, Tensor], Tensor | None] = lambda name, tensor: tensor
@@ -58,7 +62,7 @@ class Arrivals:
         """Return what takes in each tensor, by the tensor's name in the checkpoint."""
         found: dict[str, Callable[[Tensor], None]] = {}
         for path, spec in self.specs.items():
-            for stored, own in zip(_names(self.stored_as[path], spec), self._own_names(path), strict=True):
+            for stored, own in zip(self._names(self.stored_as[path], spec), self._own_names(path), strict=True):
                 found[stored] = partial(self._take, own)
             found[f"{self.stored_as[path]}.bias"] = partial(self._take, f"{self._own(path)}.bias")
         return found
@@ -71,7 +75,12 @@ class Arrivals:
         return name.removeprefix(f"{self.prefix}.")
 
     def _own_names(self, path: str) -> list[str]:
-        return [self._own(name) for name in _names(path, self.specs[path])]
+        return [self._own(name) for name in self._names(path, self.specs[path])]
+
+    def _names(self, path: str, spec: Spec) -> list[str]:
+        """Return the names of an expert's tensors, those of its transform too, in the order of their fields."""
+        fields = spec.layout(128, 128).fields()  # the same names at every size
+        return [shared_name(path, field, self.per_expert) or f"{path}.{field}" for field in fields]
 
     def packed(self, path: str) -> PackedLinear:
         """Return one weight. Raises `CheckpointError` naming a tensor that is missing or damaged."""
@@ -100,12 +109,6 @@ class Arrivals:
                 "PairQuant cannot follow: use auto."
             )
         return self.tensors[name]
-
-
-def _names(path: str, spec: Spec) -> list[str]:
-    """Return the names of an expert's tensors, those of the shared transform too, in the order of their fields."""
-    fields = spec.layout(128, 128).fields()  # the same names at every size
-    return [shared_name(path, field) or f"{path}.{field}" for field in fields]
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
