@@ -36,6 +36,7 @@ def quantize(
     head_bits: Annotated[int | None, option(METHOD, "Quantize the output embedding too.")] = None,
     embedding_bits: Annotated[int | None, option(METHOD, "Quantize the input embedding too.", rare=True)] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
+    transform: Annotated[str, option(METHOD, "rotated, folded or none.")] = "rotated",
     rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -72,7 +73,7 @@ def quantize(
         list[str] | None,
         option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.", rare=True),
     ] = None,
-    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1.")] = "auto",
     trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
     compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.", rare=True)] = "auto",
     seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
@@ -117,6 +118,7 @@ def quantize(
         target=wanted(target_bpw, target_size),
         candidates=candidates,  # type: ignore[arg-type]  # read from text
         plan=plan,  # type: ignore[arg-type]  # read from the file
+        transform=transform,
         seed=seed,
     )
     quiet_libraries()
@@ -170,6 +172,8 @@ def _require_used(context: typer.Context, plan: Path | None, *targets: float | s
             remedy = "--override changes single layers" if plan else "--candidates limits the bits to choose from"
             typed = name.replace("_", "-")
             raise ConfigError(f"--{typed} has no effect beside {by}, which decides it. Leave it out; {remedy}.")
+    if "rotations" in given and context.params["transform"] == "none":
+        raise ConfigError("--rotations has no effect with --transform none. Leave one of them out.")
     auto = context.params["rotations"] == "auto"
     if "candidates" in given and not auto and not any(target is not None for target in targets):
         raise ConfigError(
