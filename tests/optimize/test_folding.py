@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 
 from pairquant.models.blocks import enter, find_blocks
 from pairquant.models.foldable import LOOK_TOKENS, Heads, look
-from pairquant.optimize.folding import Learning, fit_shared
+from pairquant.optimize.folding import STREAM_STEPS, Learning, fit_shared
 from pairquant.optimize.search import Problem
 from pairquant.optimize.walk import InPlace
 from pairquant.spec.linear import Spec
@@ -75,7 +75,7 @@ def learned(rotate, rotations=2):
     )
     result = learning.run(tokens)
     assert done == [0, 1]
-    assert steps == list(range(25))
+    assert steps == list(range(25 * STREAM_STEPS))
     return result
 
 

@@ -24,7 +24,7 @@ from ..models.blocks import enter, head_block
 from ..models.foldable import LOOK_TOKENS, Heads, Outside, look, look_outside
 from ..models.folding import Foldable, Transforms, restored
 from ..models.folding import fold as fold_block
-from ..optimize.folding import Learned, Learning
+from ..optimize.folding import STREAM_STEPS, Learned, Learning
 from ..optimize.ranks import Ranks
 from ..spec.fields import Field
 from ..spec.options import QuantConfig
@@ -36,6 +36,8 @@ from .opened import Opened
 from .progress import Told
 from .texts import Texts
 
+#: Where models are looked at: kernels of GPUs round in ways (TF32) that hide what is no rounding. It is a few tokens a block.
+LOOKS_ON = torch.device("cpu")
 #: How the name of a directory ends that holds a copy of a source which cannot be streamed.
 SPILLED = ".source"
 
@@ -159,7 +161,7 @@ class Job:
         if head is not None:
             head_block(opened.skeleton)  # from here on it is no longer the input embedding
         self.source.fill_all_but(opened.skeleton, opened.blocks, head=True)
-        self.outside = look_outside(opened.skeleton, opened.blocks, width, group, self.device)
+        self.outside = look_outside(opened.skeleton, opened.blocks, width, group, LOOKS_ON)
         if opened.names.unknown and self.outside.reason is None:
             reason = (
                 f"{opened.names.unknown[0]}, which {type(opened.skeleton).__name__} does not use, may read the stream"
@@ -169,9 +171,9 @@ class Job:
         calls = enter(opened.skeleton, opened.blocks, tokens, 1).calls
         heads, self.found = Heads.of(opened.skeleton.config), list[Foldable]()
         for index, block in enumerate(opened.blocks):
-            self.source.enter(block, self.device, torch.float32)
+            self.source.enter(block, LOOKS_ON, torch.float32)
             try:
-                call = calls[index].to(self.device, torch.float32)
+                call = calls[index].to(LOOKS_ON, torch.float32)
                 self.found.append(look(block, call, width, heads, group))
             finally:
                 self.source.leave(block)
@@ -227,7 +229,7 @@ class Job:
         if self.texts.calibration is None:
             raise ConfigError("preset 'rtn' uses no text, and transforms are fitted on text. Choose another --preset.")
         self.progress.stage("transforms")
-        blocks, steps = len(self.opened.blocks), self.opened.config.recipe.steps
+        blocks, steps = len(self.opened.blocks), STREAM_STEPS * self.opened.config.recipe.steps
         learning = Learning(
             self.opened.skeleton, self.opened.blocks, self.found, self.rotate, self.opened.config, self.device, self.source,
             self.progress.notice, lambda index: self.progress.advance("blocks", index + 1, blocks),

@@ -35,7 +35,10 @@ from .streams import Places, Streams
 from .walk import Home, compute_dtype, seed_of
 
 #: Most rows of the readers of one norm that its transform is fitted on, evenly spaced.
-ROWS = 4096
+ROWS = 1024
+#: The fit of the stream takes so many times the recipe's steps, and its angles learn at so much of the recipe's rate: with fewer
+#: steps, or at the full rate, one rotation for all blocks comes out no better than scales alone (docs/decisions.md).
+STREAM_STEPS, STREAM_RATE = 3, 0.5
 #: Share of the device's free memory that the problems of all norms may take; beyond it they wait in the host's.
 SHARE = 0.4
 
@@ -84,17 +87,19 @@ def fit_shared(
     device: torch.device,
     method: str = "random",
     one_scale: bool = False,
+    angle_rate: float = 1.0,
     starts: Sequence[Tensor] | None = None,
     told: Callable[[int], None] = lambda step: None,
 ) -> SharedFit:
     """Fit one rotation, of K = `spec.rotations`, and scales to problems that all have C channels.
 
     problems: weight [N, C] and hessian [C, C], floating, on any device: they are moved to `device` one at a time. one_scale: the
-    problems share their scales. starts: the scales that stand for the model as it is, a [C] for each problem, if these are not 1:
+    problems share their scales. angle_rate: the learning rate of the angles, as a multiple of the recipe's. starts: the scales that stand for the model as it is, a [C] for each problem, if these are not 1:
     the fit begins with the better of both.
     told: called after each step.
     """
     search = _Search(problems, spec, recipe, seed, device, method, one_scale)
+    search.optimizer.param_groups[0]["factor"] = angle_rate
     losses = search.measure(slopes=False)
     search.fit.before = float(losses.mean())
     if starts is not None and recipe.channel_scales:
@@ -129,7 +134,8 @@ class _Search:
         self.positions = givens_positions(selection.pairs, spec.group_size)
         self.norms: list[Tensor] = []
         trained = [self.theta, self.log_scales] if recipe.channel_scales else [self.theta]
-        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+        groups = [{"params": [each], "factor": 1.0} for each in trained]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
 
     def measure(self, slopes: bool) -> Tensor:
         """Relative error of each problem [P]; slopes: also the gradients of their sum."""
@@ -172,7 +178,8 @@ class _Search:
     def step(self, step: int) -> None:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.recipe.steps))
         rate = self.recipe.learning_rate * (self.recipe.final_rate + (1 - self.recipe.final_rate) * cosine)
-        self.optimizer.param_groups[0]["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         self.keep(float(self.measure(slopes=True).mean()))
         self.optimizer.step()
@@ -288,8 +295,9 @@ class Learning:
     def _stream(self, transforms: Transforms) -> Learned:
         """Fit R and the scales of all norms, or the scales alone."""
         spec = self._spec() if self.rotate else self._spec(rotations=0)
+        recipe = replace(self.config.recipe, steps=STREAM_STEPS * self.config.recipe.steps)
         fit = fit_shared(
-            self.problems, spec, self.config.recipe, self.config.seed, device=self.device,
+            self.problems, spec, recipe, self.config.seed, angle_rate=STREAM_RATE, device=self.device,
             method=self.config.pair_selection, starts=self.starts if self.rotate else None, told=self.step_done,
         )  # fmt: skip
         transforms.stream = fit.matrices() if self.rotate else None
