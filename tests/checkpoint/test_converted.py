@@ -19,7 +19,7 @@ from pairquant.spec.recipe import PRESETS
 from pairquant.support.errors import CheckpointError, ConfigError
 
 TOKENS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
-OPTIONS = {"group_size": 32, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),)}
+OPTIONS = {"transform": "none", "group_size": 32, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),)}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_transformers_runs_compressed_tensors(root, tmp_path):
 
 def test_transforms_are_refused_with_the_remedies(root, tmp_path):
     source = save_tiny(tmp_path / "source")
-    rotated = pairquant.QuantConfig(preset="quick", rotations=2, **OPTIONS)
+    rotated = pairquant.QuantConfig(preset="quick", rotations=2, **{**OPTIONS, "transform": "rotated"})
     pairquant.quantize(source, tmp_path / "rotated", rotated, device="cpu")
     pairquant.quantize(source, tmp_path / "scaled", replace(rotated, rotations=0), device="cpu")
     for name in ("rotated", "scaled"):

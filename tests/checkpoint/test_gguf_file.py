@@ -34,7 +34,14 @@ def unrotated(root, family, **changes):
     """A tiny checkpoint without transforms."""
     source = save_tiny(root / "source", family)
     merging_tokenizer().save_pretrained(source)
-    options = {"group_size": 32, "samples": 2, "seq_len": 32, "calibration": (str(TEXT),), **changes}
+    options = {
+        "transform": "none",
+        "group_size": 32,
+        "samples": 2,
+        "seq_len": 32,
+        "calibration": (str(TEXT),),
+        **changes,
+    }
     config = FORMATS["gguf"].settled(pairquant.QuantConfig(preset="quick", **options))
     pairquant.quantize(source, root / "tiny", config, device="cpu")  # a name that tells Transformers no family
     return root / "tiny"

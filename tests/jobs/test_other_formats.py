@@ -51,7 +51,6 @@ def test_what_fails_after_the_work_leaves_it(source, tmp_path, monkeypatch):
     [
         ("awk", {}, "did you mean 'awq'"),
         ("awq", {"bits": 3}, "has 3 bits, awq holds 4"),
-        ("awq", {"rotations": 4}, "awq holds none"),
         ("gguf", {"rotations": "auto"}, "gguf holds none"),
         ("gptq", {"target": {"bits_per_weight": 3.5}}, "one form for all"),
         ("awq", {"head_bits": 4}, "quantized embedding"),
@@ -80,6 +79,5 @@ def test_the_command(source, tmp_path):
     result = CliRunner().invoke(app, [*arguments, "--format", "awq"])
     assert result.exit_code == 0, result.output
     assert "vllm serve" in result.output
-    result = CliRunner().invoke(app, [*arguments, "--format", "awq", "--rotations", "8"])
-    assert result.exit_code
-    assert "has no place beside --format awq" in " ".join(str(result.exception or result.output).split())
+    result = CliRunner().invoke(app, [*arguments, "--format", "awq", "--push-to-hub", "me/model", "--overwrite"])
+    assert "Upload awq with" in " ".join(str(result.exception or result.output).split())

@@ -20,9 +20,14 @@ README = "README.md"
 
 
 def describe_copy(
-    source: Path, directory: Path, model: Any, dtype: torch.dtype, quantization: dict[str, Any], untied: bool = False
+    source: Path,
+    directory: Path,
+    model: Any,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None,
+    untied: bool = False,
 ) -> None:
-    """Copy the source's files, and write its config.json key for key with `quantization_config` added.
+    """Copy the source's files, and write its config.json key for key with `quantization_config` added; None: of a plain model.
 
     untied: say that the output embedding is no longer the input embedding.
 
@@ -37,7 +42,8 @@ def describe_copy(
         config["architectures"] = [type(model).__name__]
     if untied:
         untie(config)
-    write_config(directory, config | {"quantization_config": quantization})
+    config.pop("quantization_config", None)
+    write_config(directory, config if quantization is None else config | {"quantization_config": quantization})
 
 
 def untie(config: dict[str, Any]) -> None:
@@ -53,17 +59,19 @@ def describe_anew(
     model: Any,
     tokenizer: Any,
     dtype: torch.dtype,
-    quantization: dict[str, Any],
+    quantization: dict[str, Any] | None,
     untied: bool = False,
 ) -> None:
     """Save what a GGUF file has no files of, with Transformers: configuration, generation defaults, tokenizer.
 
-    untied: as for `describe_copy`.
+    quantization, untied: as for `describe_copy`.
     """
     config = copy.deepcopy(model.config)
     if untied:
         config.tie_word_embeddings = False
-    config.architectures, config.dtype, config.quantization_config = [type(model).__name__], dtype, quantization
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    if quantization is not None:
+        config.quantization_config = quantization
     config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)

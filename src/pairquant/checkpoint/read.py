@@ -223,11 +223,12 @@ class ModelFiles:
         skeleton: Any,
         tokenizer: Any,
         dtype: torch.dtype,
-        quantization: dict,
+        quantization: dict | None,
         untied: bool = False,
     ) -> None:
         """Write all of a checkpoint but its weights: the source's own files; of a GGUF file, what Transformers makes of it.
 
+        quantization: what config.json says of it; None for a plain model.
         untied: the checkpoint has an output embedding of its own, whatever the source says.
         """
         if self.gguf:

@@ -13,6 +13,8 @@ from .files import read_json
 REPORT_FILE = "pairquant.json"
 #: Its entry for a training of the whole model: the divergence, on calibration text that it held out, before it and after each epoch.
 END_TO_END = "end_to_end_kl"
+#: Its entry in a model that `fold` wrote: what was folded into which source.
+FOLDED = "folded"
 WITHOUT_REPORT = "The model runs without this file: delete it to go on without the recorded errors."
 
 

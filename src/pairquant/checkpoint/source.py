@@ -96,15 +96,7 @@ class SourceWeights:
 
     def digest(self) -> str:
         """Tells this source from another or from a changed one, without reading all of it."""
-        total = hashlib.sha256()
-        for file in self.files:
-            size = file.stat().st_size
-            total.update(f"{file.name} {size}".encode())
-            with file.open("rb") as content:
-                for place in range(SAMPLES):
-                    content.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
-                    total.update(content.read(SAMPLE_BYTES))
-        return total.hexdigest()
+        return digest_of(self.files)
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Return one parameter of the model. Raises `SourceError` if its file has changed since this object was made."""
@@ -125,6 +117,12 @@ class SourceWeights:
                 "put the file back to continue, or start over with --fresh."
             )
         return self.stored.load(name, device)
+
+    def as_stored(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Return the tensors, by the names of the files, that hold another value of a parameter of the model; views of it."""
+        if name in self.experts:
+            return {f"{site.path}.weight": site.taken(value) for site in self.experts[name]}
+        return {self._stored_name(name): value}
 
     def plain_fields(self, quantized: Iterable[Site], names: Names) -> dict[str, Field]:
         """Return what a checkpoint keeps of the source, by the source's names: all but what these sites hold."""
@@ -218,6 +216,19 @@ class SourceWeights:
             if not value.isfinite().all():
                 return name, int((~value.isfinite()).sum())
         return None
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Return what tells files from others or from changed ones, from their names, sizes and samples of their content."""
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for place in range(SAMPLES):
+                content.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+                total.update(content.read(SAMPLE_BYTES))
+    return total.hexdigest()
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

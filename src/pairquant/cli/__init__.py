@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..support.errors import PairQuantError
 from ..support.version import __version__
 
-from . import quantize, plan, evaluate, compare, chat, serve, bench, inspect, report, export, push, tune  # isort: skip  # noqa: F401  # in the order of the help
+from . import quantize, plan, fold, evaluate, compare, chat, serve, bench, inspect, report, export, push, tune  # isort: skip  # noqa: F401  # in the order of the help
 from .app import app, console, problems
 
 

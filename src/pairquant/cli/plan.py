@@ -132,6 +132,9 @@ class PlanBars:
     def measuring(self, blocks: int, finished: int) -> None:
         self.bars.update(self.task, description="measuring blocks", total=blocks, completed=finished)
 
+    def advance(self, what: str, done: int, total: int) -> None:
+        self.bars.update(self.task, description=what, total=total, completed=done)
+
     def planned(self, result: Any) -> None:
         for part in plan_shown(result):
             self.bars.console.print(part, soft_wrap=isinstance(part, str))

@@ -39,6 +39,7 @@ def quantize(
     head_bits: Annotated[int | None, option(METHOD, "Quantize the output embedding too.")] = None,
     embedding_bits: Annotated[int | None, option(METHOD, "Quantize the input embedding too.", rare=True)] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
+    transform: Annotated[str, option(METHOD, "rotated, folded or none.")] = "rotated",
     rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -79,7 +80,7 @@ def quantize(
         list[str] | None,
         option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.", rare=True),
     ] = None,
-    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1.")] = "auto",
     trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
     compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.", rare=True)] = "auto",
     seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
@@ -98,7 +99,7 @@ def quantize(
     from ..support.loggers import logger
 
     _require_used(context, plan, target_bpw, target_size)
-    _require_format(context, form, push_to_hub)
+    _require_format(form, push_to_hub)
     if head_bits is not None and "lm_head" in (ignore or ()):
         raise ConfigError(
             "--head-bits quantizes the output embedding, and --ignore lm_head leaves it. Leave one of them out."
@@ -127,6 +128,7 @@ def quantize(
         target=wanted(target_bpw, target_size),
         candidates=candidates,  # type: ignore[arg-type]  # read from text
         plan=plan,  # type: ignore[arg-type]  # read from the file
+        transform=transform,
         seed=seed,
     )
     quiet_libraries()
@@ -187,6 +189,8 @@ def _require_used(context: typer.Context, plan: Path | None, *targets: float | s
             remedy = "--override changes single layers" if plan else "--candidates limits the bits to choose from"
             typed = name.replace("_", "-")
             raise ConfigError(f"--{typed} has no effect beside {by}, which decides it. Leave it out; {remedy}.")
+    if "rotations" in given and context.params["transform"] == "none":
+        raise ConfigError("--rotations has no effect with --transform none. Leave one of them out.")
     auto = context.params["rotations"] == "auto"
     if "candidates" in given and not auto and not any(target is not None for target in targets):
         raise ConfigError(
@@ -194,15 +198,12 @@ def _require_used(context: typer.Context, plan: Path | None, *targets: float | s
         )
 
 
-def _require_format(context: typer.Context, form: str, push_to_hub: str | None) -> None:
+def _require_format(form: str, push_to_hub: str | None) -> None:
     """Refuse options that a format of another program cannot have."""
     from ..support.errors import ConfigError
 
     if form == OWN:
         return
-    asked = getattr(context.get_parameter_source("rotations"), "name", "") != "DEFAULT"
-    if asked and context.params["rotations"] != "0":
-        raise ConfigError(f"--rotations has no place beside --format {form}, which holds none. Leave one of them out.")
     if push_to_hub:
         raise ConfigError(
             f"--push-to-hub uploads checkpoints of our own format. Upload {form} with huggingface_hub's `hf upload`."

@@ -14,7 +14,7 @@ from ..core.packing import unpack
 from ..spec.fields import Field
 from ..spec.linear import LinearLayout, PackedLinear, Spec
 from ..spec.mixed import ANY_WIDTH
-from ..spec.options import ROTATIONS, QuantConfig
+from ..spec.options import QuantConfig
 from ..support.errors import ConfigError
 
 
@@ -78,31 +78,33 @@ class Format(ABC):
         return stored / sum(layout.in_features * layout.out_features for layout in layouts)
 
     def settled(self, config: QuantConfig) -> QuantConfig:
-        """Return the options for quantizing a model for this format: without transforms, in forms that it holds.
+        """Return the options for quantizing a model for this format: transforms are folded into the model, and layers have forms
+        that it holds. Presets that fit no transform, and transform "none", fold none.
 
         Raises `ConfigError` for options that it cannot have.
         """
         target, candidates = config.target, config.candidates
-        rotated = target is not None and target.rotated is not None
-        if config.rotations not in (0, ROTATIONS) or rotated or any(candidates.rotations):
-            raise ConfigError(
-                f"rotations are asked for, and {self.name} holds none. Leave --rotations out, or --format."
-            )
+        if (
+            config.rotations == "auto"
+            or (target is not None and target.rotated is not None)
+            or any(candidates.rotations)
+        ):
+            raise ConfigError(f"layers are to have rotations, and {self.name} holds none. Leave --format out.")
         if target is not None and self.one_form:
             raise ConfigError(
                 f"a size is wanted, which gives layers bits of their own, and {self.name} has one form for all. Leave "
                 "--target-bpw and --target-size out, or choose compressed-tensors, gguf or mlx."
             )
+        transform = config.transform
+        if transform == "rotated":
+            transform = "folded" if config.recipe.transform else "none"
         symmetric, size = config.symmetric or self.symmetric, config.group_size
         if self.group_size < 128:
             size = self.group_size if size == "auto" else min(size, self.group_size)
         held = [bits for bits in self.bits if self.refusal(Spec(bits, 32, 0, symmetric).layout(128, 128)) is None]
         if candidates.bits == ANY_WIDTH.bits:
             candidates = replace(candidates, bits=tuple(held))
-        recipe = replace(config.recipe, scales_alone=False)
-        return replace(
-            config, rotations=0, symmetric=symmetric, group_size=size, candidates=candidates, recipe=recipe
-        )  # fmt: skip
+        return replace(config, transform=transform, symmetric=symmetric, group_size=size, candidates=candidates)
 
     def require(self, contents: Contents) -> None:
         """Raise `ConfigError` for the first weight that cannot be stored exactly, naming it and the reason."""

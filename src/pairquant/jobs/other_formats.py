@@ -37,8 +37,8 @@ def quantize_as(
 ) -> QuantizationSummary:
     """Quantize a model and write it in a format: "paroquant", our own, "awq", "gptq", "compressed-tensors", "mlx" or "gguf".
 
-    The options become what the format holds (see `Format.settled`): no transform, and for GPTQ symmetric codes. What it cannot
-    hold is refused before the work. The rest is as for `quantize`. The checkpoint between, beside the output, is removed in the
+    The options become what the format holds (see `Format.settled`): transforms are folded into the model first, and codes are
+    symmetric for GPTQ. What it cannot hold is refused before the work. The rest is as for `quantize`. The checkpoint between, beside the output, is removed in the
     end; if the last step fails it stays, and the error says how to go on.
     """
     output, config = Path(output), config or QuantConfig()
@@ -75,7 +75,7 @@ def quantize_as(
 
 def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_remote_code: bool) -> None:
     """Refuse before the work what could not be written after it."""
-    opened = Opened.of(model, config, trust_remote_code)
+    opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
     require_held(Contents(opened.plan.layouts), FORMATS[form], opened.sites, opened.names)
     if form == Gguf.name:
         require_writable(opened.files)

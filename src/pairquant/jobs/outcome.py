@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.describe import readme_digest
 from ..checkpoint.files import write_json
 from ..checkpoint.journal import Journal, copy_log
-from ..checkpoint.record import END_TO_END
+from ..checkpoint.record import END_TO_END, FOLDED, REPORT_FILE, read_record
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import Entry, write_checkpoint
 from ..models.sites import is_linear
@@ -124,6 +124,15 @@ class Outcome:
         stored = (self.source.originals or self.source.stored).fields
         return [n for n in self.opened.names.unknown if n.endswith(".weight") and len(stored[n].shape) == 2]
 
+    def _folding(self) -> dict[str, Any]:
+        """Return what the provenance says of a source that `fold` wrote: its own source, and what was folded; else nothing."""
+        files = self.opened.files
+        facts = {} if files.gguf else read_record(files.directory / REPORT_FILE).get(FOLDED)
+        if not isinstance(facts, Mapping) or not isinstance(facts.get("from"), str):
+            return {}
+        kept = {name: facts[name] for name in ("stream", "norms", "pairs", "reason") if name in facts}
+        return {"source": facts["from"], "transform": "folded", FOLDED: kept}
+
     def _provenance(self) -> dict[str, Any]:
         config, calibration = self.opened.config, self.texts.calibration
         provenance = {
@@ -131,6 +140,7 @@ class Outcome:
             "source": self.opened.files.name,
             "preset": config.preset,
             "seed": config.seed,
+            **self._folding(),
         }
         if calibration is not None:
             provenance |= {

@@ -6,6 +6,7 @@ was stopped, however, goes on where it was.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint.files import write_error, write_json
 from ..checkpoint.journal import Journal
+from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import require_apart, require_free, require_space
 from ..core.linear import decode
@@ -27,16 +29,17 @@ from ..models.planning import plan_model
 from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
 from ..optimize.memory import Demand, demand
-from ..optimize.ranks import Ranks, joined
+from ..optimize.ranks import Ranks, joined, processes
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
-from ..support.errors import PairQuantError, ResourceError, SourceError
+from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 from . import remarks
+from .fold import fold, is_there
 from .opened import Opened
 from .outcome import PLAN_FILE, Outcome
 from .plan import Planner, PlanProgress
@@ -51,6 +54,7 @@ class Progress(PlanProgress, Protocol):
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
     def trained(self, epoch: int, epochs: int, divergence: float) -> None: ...
+    def advance(self, what: str, done: int, total: int) -> None: ...
 
 
 class Silent(SilentPlan):
@@ -59,6 +63,7 @@ class Silent(SilentPlan):
     def plan(self, blocks: int, linears: int, finished: int, memory: Demand) -> None: ...
     def block(self, result: BlockResult) -> None: ...
     def trained(self, epoch: int, epochs: int, divergence: float) -> None: ...
+    def advance(self, what: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,21 @@ def quantize(
     """Quantize a model and write the checkpoint to `output`.
 
     model: a Transformers directory, a hub name, or a `.gguf` file; device: "auto", "cpu", "cuda", "cuda:1", …;
+    with transform "folded" the model is first folded (`jobs.fold`) into a directory beside the output, kept until all is done;
     fresh: start over instead of continuing a stopped run; log_to: called with every event of the log.
     Raises a `PairQuantError` that says what to mend; whatever happens, an incomplete output is never left behind.
     Started by torchrun, the processes share the work, and each returns the summary.
     """
     config, output = config or QuantConfig(), Path(output)
     require_free(output, overwrite)
+    if config.transform == "folded":
+        with folded(model, output, config, device, fresh, trust_remote_code, progress or Silent()) as (source, size):
+            plain = replace(config, transform="none")
+            summary = quantize(
+                source, output, plain, device=device, overwrite=overwrite, fresh=fresh, trust_remote_code=trust_remote_code,
+                progress=progress, log_to=log_to,
+            )  # fmt: skip
+        return replace(summary, size_before=size)
     target = resolve_device(device)
     opened = Opened.of(model, config, trust_remote_code)
     require_apart(output, opened.files)
@@ -108,6 +122,36 @@ def quantize(
         if not ranks.leads:
             progress = None
         return Job(opened, output, target, ranks, progress or Silent(), log_to).run(overwrite, fresh)
+
+
+@contextmanager
+def folded(
+    model: str | Path,
+    output: Path,
+    config: QuantConfig,
+    device: str,
+    fresh: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Iterator[tuple[Path, int]]:
+    """Give the model with its transforms folded into it, in a directory beside the output, and the source's size in bytes.
+
+    The directory stays until the context is left without an error, so that a stopped run goes on with it.
+    """
+    if processes() > 1:
+        raise ConfigError(
+            f"transform is 'folded' in {processes()} processes, allowed: 1. Fold first (pairquant fold), then quantize what that "
+            "wrote in all of them with --transform none."
+        )
+    files = ModelFiles.find(str(model), trust_remote_code)
+    require_apart(output, files)
+    home = output.with_name(f".{output.name}.folded")
+    if fresh or not is_there(home, model, config, device, trust_remote_code):
+        fold(model, home, config, device=device, overwrite=True, trust_remote_code=trust_remote_code, progress=progress)
+    else:
+        progress.notice("continuing with the model that an earlier run folded")
+    yield home, files.size_bytes()
+    shutil.rmtree(home)
 
 
 @dataclass

@@ -120,10 +120,15 @@ class Ranks:
 ALONE = Ranks()
 
 
+def processes() -> int:
+    """Return how many processes torchrun started; 1 for one that it did not start."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Connect the ranks that torchrun started; a process that it did not start is alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     if size == 1:
         yield Ranks()
         return

@@ -19,9 +19,12 @@ from .rotation import MAX_ROTATIONS
 #: K by default, and the share of the inputs that keep their transform with rotations "auto" (docs/decisions.md).
 ROTATIONS, ROTATED = 8, 2 / 3
 PAIR_SELECTIONS = ("random", "magnitude")
+#: What is done with the transforms of layers: stored beside each layer, folded into the model before it is quantized, or left out.
+TRANSFORMS = ("rotated", "folded", "none")
 #: Options that records of earlier versions lack.
 ADDED_LATER = (
     "overrides", "bos", "all_experts", "transform_per_expert", "head_bits", "embedding_bits", "target", "candidates", "plan",
+    "transform",
 )  # fmt: skip
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
@@ -113,6 +116,8 @@ class QuantConfig:
     overrides: other bits, group sizes or rotations for the layers that a pattern names; if several match, the last counts.
     target: choose the form of each layer so that the whole has this size, and the output changes least; candidates: the
     forms to choose from. plan: a plan made earlier, or its file; its default replaces bits, group_size, rotations, symmetric.
+    transform: "rotated" stores angles and channel scales beside each layer; "folded" folds them into the weights around it before it
+    is quantized, so that nothing runs before its product, and `rotations` counts those; "none" rounds the weights as they are.
     head_bits, embedding_bits: quantize the output embedding, the input embedding, to so many bits; None leaves it as it is.
     seed: decides every random choice.
     """
@@ -140,6 +145,7 @@ class QuantConfig:
     target: Target | None = None
     candidates: Candidates = ANY_WIDTH
     plan: MixedPlan | None = None
+    transform: str = "rotated"
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -150,6 +156,7 @@ class QuantConfig:
         require_choice("pair_selection", self.pair_selection, PAIR_SELECTIONS)
         require_choice("compute", self.compute, ("auto", "float32", "bfloat16"))
         require_choice("bos", self.bos, BOS_CHOICES)
+        require_choice("transform", self.transform, TRANSFORMS)
         require_choice("bits", self.bits, SUPPORTED_BITS)
         for name in ("head_bits", "embedding_bits"):
             if getattr(self, name) is not None:
@@ -178,6 +185,8 @@ class QuantConfig:
             object.__setattr__(
                 self, "recipe", replace(self.recipe, scales_alone=self.recipe.scales_alone and self.plan.scales_alone)
             )
+        if self.transform != "rotated":
+            self._settle_transform()
         if not self.recipe.transform:
             object.__setattr__(self, "rotations", 0)
         if self.rotations == "auto":
@@ -215,7 +224,30 @@ class QuantConfig:
         if self.target is not None:
             raise ConfigError("both a plan and a target are given; a plan has its size already. Leave one of them out.")
         for name, value in vars(self.plan.default).items():
-            object.__setattr__(self, name, value)
+            if (self.transform, name) != ("folded", "rotations"):  # these are not of the layers
+                object.__setattr__(self, name, value)
+
+    def _settle_transform(self) -> None:
+        """Refuse what asks for rotations beside layers that get none; layers without rotations have no scales either then."""
+        planned = () if self.plan is None else (self.plan.default, *self.plan.layers.values())
+        asking = {
+            "rotations is 'auto'": self.rotations == "auto",
+            "candidates name rotations": any(self.candidates.rotations),
+            "an override names rotations": any(override.rotations for override in self.overrides),
+            "the plan has layers with rotations": any(spec.rotations for spec in planned),
+        }
+        if found := next((what for what, asked in asking.items() if asked), None):
+            raise ConfigError(
+                f"{found}, but transform is {self.transform!r}, which stores none beside any layer. Leave one of them out."
+            )
+        if self.transform == "none":
+            object.__setattr__(self, "rotations", 0)
+        elif not self.recipe.transform:
+            raise ConfigError(
+                f"transform is 'folded', allowed with preset {self.preset!r}: none, because it fits no transform. Choose another "
+                "preset, or leave --transform out."
+            )
+        object.__setattr__(self, "recipe", replace(self.recipe, scales_alone=False))
 
     def _settle_rotations(self) -> None:
         """Replace "auto" by what it stands for, so that records say it."""

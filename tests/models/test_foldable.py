@@ -1,0 +1,184 @@
+"""Every family: what is found foldable, and that a model folded with random transforms gives the same logits."""
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pairquant.core.rotation import rotate_dense
+from pairquant.models.blocks import enter, find_blocks, head_block
+from pairquant.models.foldable import LOOK_TOKENS, Foldable, Heads, look, look_outside, norm_of
+from pairquant.models.folding import Transforms, fold
+
+GROUP = 32
+TOKENS = torch.arange(3, 67).view(2, 32)
+#: Families whose stream cannot be rotated, by what the reason says.
+NOT_ROTATED = {
+    "adds to the stream": ("Gemma 2", "Gemma 3 (text)", "GLM-4", "OLMo 2", "OLMo 3", "EXAONE 4", "FlexOlmo"),
+    "subtracts the mean": (
+        "Phi", "StableLM", "Starcoder2", "GPT-NeoX", "Cohere 2", "Nemotron", "Falcon", "Phi-3.5-MoE",
+    ),
+}  # fmt: skip
+REASONS = {name: reason for reason, names in NOT_ROTATED.items() for name in names}
+
+
+def random_model(name):
+    """With weights of norms and biases that are neither 1 nor 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name].build()).eval().float()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 3 and parameter.std() == 0:
+                parameter.normal_(std=0.02)
+            if path.endswith(("norm.weight", "bias", "norm1.weight")) and parameter.dim() < 3:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    head_block(model)
+    return model
+
+
+def found_in(model):
+    blocks, width = find_blocks(model), model.config.get_text_config().hidden_size
+    calls = enter(model, blocks, torch.arange(3, 3 + LOOK_TOKENS)[None], 1).calls
+    heads = Heads.of(model.config)
+    outside = look_outside(model, blocks, width, GROUP, torch.device("cpu"))
+    return outside, [look(block, call, width, heads, GROUP) for block, call in zip(blocks, calls, strict=True)]
+
+
+def random_transforms(found, width, rotate):
+    def scales(size):
+        return (0.3 * torch.randn(size)).exp()
+
+    def rotation(size):
+        return torch.linalg.qr(torch.randn(size // GROUP, GROUP, GROUP))[0]
+
+    return Transforms(
+        rotation(width) if rotate else None,
+        {norm.place: scales(width) for each in found for norm in each.norms},
+        {
+            pair.name: (rotation(pair.size) if pair.rotates else None, scales(pair.size))
+            for each in found
+            for pair in each.pairs
+        },
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_folded_model_computes_the_same(name):
+    model = random_model(name)
+    before = model(TOKENS, use_cache=False).logits
+    outside, found = found_in(model)
+    reasons = {reason for reason in (outside.reason, *(each.reason for each in found)) if reason}
+    assert bool(reasons) == (name in REASONS), reasons
+    assert not reasons or any(REASONS[name] in reason for reason in reasons)
+    assert any(each.norms or each.pairs for each in found)
+    transforms = random_transforms(found, model.config.get_text_config().hidden_size, rotate=not reasons)
+    for each in found:
+        fold(each, transforms)
+    if transforms.stream is not None:
+        outside.fold(transforms)
+    after = model(TOKENS, use_cache=False).logits
+    assert (after - before).norm() < 1e-4 * before.norm()
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))  # something has been done
+
+
+def pairs_of(found: Foldable):
+    return {
+        (pair.rows.place.rpartition(".")[2], pair.columns.place.rpartition(".")[2]): pair.rotates
+        for pair in found.pairs
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("LLaMA 2, 3", {("v_proj", "o_proj"), ("up_proj", "down_proj")}),
+        ("Phi-3", {("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")}),
+        ("Arcee", {("v_proj", "o_proj")}),  # no gate: the activation lies between
+        ("OLMo 2", {("v_proj", "o_proj"), ("up_proj", "down_proj")}),
+        ("DeepSeek V3, Kimi K2", {("up_proj", "down_proj")}),  # a norm lies between q_a_proj and q_b_proj
+        ("GPT-NeoX", set()),  # its values lie between queries and keys, head by head
+    ],
+)
+def test_pairs_are_those_with_nothing_between_them(name, expected):
+    _, found = found_in(random_model(name))
+    assert set(pairs_of(found[0])) == expected
+
+
+def test_values_of_gated_attention_are_scaled_only_and_others_rotated():
+    config = FAMILIES["LLaMA 2, 3"].build()
+    config.head_dim = 32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert pairs_of(found_in(model)[1][0]) == {("v_proj", "o_proj"): True, ("up_proj", "down_proj"): False}
+    config = FAMILIES["Qwen3.5 (text)"].build()
+    config.head_dim = 32
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert pairs_of(found_in(model)[1][1])[("v_proj", "o_proj")] is False
+
+
+def test_a_reader_that_is_hidden_prevents_the_rotation():
+    model = random_model("LLaMA 2, 3")
+    block = model.model.layers[1]
+
+    class Odd(type(block)):
+        def forward(self, hidden, *args, **kwargs):
+            return super().forward(hidden, *args, **kwargs) + 0.1 * hidden.abs()
+
+    block.__class__ = Odd
+    _, found = found_in(model)
+    assert found[0].reason is None
+    assert "differ" in found[1].reason
+
+
+class Plus(nn.Module):
+    """Gemma's norm: 1 + weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x):
+        return x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt() * (1 + self.weight)
+
+
+class Powered(Plus):
+    """No norm: its weight is an exponent."""
+
+    def forward(self, x):
+        return x.abs().pow(self.weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.RMSNorm(64), (0.0, True)),
+        (Plus(), (1.0, True)),
+        (nn.LayerNorm(64), (0.0, False)),
+        (nn.LayerNorm(64, bias=False), (0.0, False)),
+        (Powered(), None),
+    ],
+    ids=["RMSNorm", "1 + weight", "LayerNorm", "LayerNorm without bias", "none"],
+)
+@torch.no_grad()
+def test_norms_are_known_by_what_they_compute(module, expected):
+    norm = norm_of("norm", module, ())
+    assert (None if norm is None else (norm.added, norm.rotates)) == expected
+
+
+def test_a_stream_that_groups_do_not_divide_is_not_rotated():
+    model = random_model("LLaMA 2, 3")
+    found = look_outside(model, find_blocks(model), 64, 48, torch.device("cpu"))
+    assert found.reason == "64 hidden channels are no multiple of the group size 48"
+
+
+@torch.no_grad()
+def test_what_is_outside_is_rotated_with_the_blocks_left_alone():
+    model = random_model("Granite")
+    outside, _ = found_in(model)
+    rotation = torch.linalg.qr(torch.randn(2, GROUP, GROUP))[0]
+    before = model.get_input_embeddings().weight.clone()
+    outside.fold(Transforms(rotation))
+    assert torch.allclose(model.get_input_embeddings().weight, rotate_dense(before, rotation), atol=1e-6)
+    assert torch.equal(model.model.norm.weight, torch.ones(64))
