@@ -84,11 +84,21 @@ def test_the_folded_model_computes_the_same_from_other_weights(source, tmp_path)
 
 def test_a_shared_output_embedding_is_parted_and_its_size_told(tied, tmp_path):
     heard = Heard()
-    summary = fold(tied, tmp_path / "out", CONFIG, device="cpu", progress=heard)
+    summary = fold(tied, tmp_path / "out", CONFIG, device="cpu", progress=heard, untie=True)
     assert summary.untied == 288 * 128 * 4
     assert any("which adds 0.1 MB to the files" in text for text in heard.notices), heard.notices
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in StoredTensors.of_directory(tmp_path / "out").fields
+    assert difference(tied, tmp_path / "out") < 1e-4
+
+
+def test_a_shared_output_embedding_stays_shared_unless_asked(tied, tmp_path):
+    heard = Heard()
+    summary = fold(tied, tmp_path / "out", CONFIG, device="cpu", progress=heard)
+    assert (summary.rotated, summary.norms, summary.untied) == (False, 4, 0)
+    assert any("would part them, which adds 0.1 MB" in text for text in heard.notices), heard.notices
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert StoredTensors.of_directory(tmp_path / "out").fields == StoredTensors.of_directory(tied).fields
     assert difference(tied, tmp_path / "out") < 1e-4
 
 
@@ -175,7 +185,9 @@ def test_quantize_folded_stores_nothing_beside_the_layers_and_says_where_it_come
     provenance = checkpoint.config.provenance
     assert provenance["source"] == str(tied)
     assert provenance["transform"] == "folded"
-    assert provenance["folded"] == {"stream": True, "norms": 4, "pairs": 4}
+    folded = provenance["folded"]
+    assert (folded["stream"], folded["norms"], folded["pairs"]) == (False, 4, 4)
+    assert "would part them" in folded["reason"]
     assert summary.size_before == ModelFiles.find(str(tied)).size_bytes()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     found, expected = logits(tmp_path / "out"), logits(tied)

@@ -23,6 +23,9 @@ def fold(
     group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
     rotations: Annotated[int, option(METHOD, "Rotations K, 0 (scales alone) to 16.")] = 8,
     steps: Annotated[int, option(METHOD, "Steps of the fit.")] = 150,
+    untie: Annotated[
+        bool, option(METHOD, "Also where this parts the two embeddings, and adds to the size.", "--untie", rare=True)
+    ] = False,
     pair_selection: Annotated[
         str, option(METHOD, "random, or magnitude: the most different first.", rare=True)
     ] = "random",
@@ -72,6 +75,7 @@ def fold(
             config,
             device=device,
             overwrite=overwrite,
+            untie=untie,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -78,13 +78,15 @@ def fold(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    untie: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FoldSummary:
     """Write a plain model to `output` that computes what `model` does, and whose weights are easier to round.
 
     model: a Transformers directory, a hub name, or a `.gguf` file; config: bits, group size, rotations, text and the recipe's
-    steps are used; device: "auto", "cpu", "cuda", … The dtypes are the source's. Raises a `PairQuantError` that says what to
+    steps are used; device: "auto", "cpu", "cuda", …; untie: rotate the stream of a model whose output embedding is its input
+    embedding too, which parts them and makes the files larger. The dtypes are the source's. Raises a `PairQuantError` that says what to
     mend: `ConfigError` for a model in which nothing can be folded; whatever happens, no incomplete output is left behind.
     """
     config, output = fitting(config or QuantConfig()), Path(output)
@@ -94,7 +96,7 @@ def fold(
     require_apart(output, opened.files)
     require_space(output, needed_bytes(opened))
     with current(target):
-        return Job(opened, output, target, progress or Silent()).run(overwrite)
+        return Job(opened, output, target, progress or Silent(), untie).run(overwrite)
 
 
 def fitting(config: QuantConfig) -> QuantConfig:
@@ -119,6 +121,7 @@ class Job:
     output: Path
     device: torch.device
     progress: Progress
+    untie: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, overwrite: bool) -> FoldSummary:
@@ -178,10 +181,20 @@ class Job:
             finally:
                 self.source.leave(block)
             self.progress.advance("looking", index + 1, len(opened.blocks))
-        reasons = [self.outside.reason, *(found.reason for found in self.found)]
+        reasons = [self.outside.reason, *(found.reason for found in self.found), self._tie()]
         self.reason = next((reason for reason in reasons if reason is not None), None)
         self.rotate = self.reason is None and config.spec.rotations > 0
         self._say()
+
+    def _tie(self) -> str | None:
+        """Return why the stream of a model whose embeddings are one is left as it is; None where it need not be."""
+        untied = self._untied()
+        if not untied or self.untie:
+            return None
+        return (
+            f"the output embedding is the input embedding, and a rotation would part them, which adds {size(untied)} to the files "
+            "(pairquant fold --untie does it)"
+        )
 
     def _say(self) -> None:
         """Say what will be folded and what not, before the work; raises `ConfigError` if nothing can be."""
