@@ -15,10 +15,15 @@ def config_from(text: str, **setting: Any) -> QuantConfig:
     """A preset with options of `QuantConfig`, or settings of its recipe, after a colon; `setting`: other defaults."""
     preset, _, options = text.partition(":")
     changes = [option for option in re.split(r",(?![^(]*\))", options) if option]
-    own = {f.name for f in fields(QuantConfig)}
-    values = {name: value for name, _, value in (c.partition("=") for c in changes) if name in own}
-    recipe = recipe_with(preset, [c for c in changes if c.partition("=")[0] not in own])
-    return QuantConfig(**{**setting, "preset": preset, "recipe": recipe, **{n: _value(v) for n, v in values.items()}})
+    own = {change: change.partition("=")[::2] for change in changes if _is_option(change)}
+    recipe = recipe_with(preset, [change for change in changes if change not in own])
+    return QuantConfig(**{**setting, "preset": preset, "recipe": recipe, **{n: _value(v) for n, v in own.values()}})
+
+
+def _is_option(change: str) -> bool:
+    """Whether a change is of `QuantConfig`: a recipe's `transform` is True or False, that of the options a word."""
+    name, _, value = change.partition("=")
+    return name in {f.name for f in fields(QuantConfig)} and not (name == "transform" and value in ("True", "False"))
 
 
 def _value(text: str) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint.export import export as export
     from .hub.upload import push as push
     from .jobs.evaluate import evaluate as evaluate
+    from .jobs.fold import fold as fold
     from .jobs.inspect import inspect as inspect
     from .jobs.other_formats import quantize_as as quantize_as
     from .jobs.plan import plan as plan
@@ -32,6 +33,7 @@ _HOME = {
     "Recipe": "spec.recipe",
     "PairQuantError": "support.errors",
     "quantize": "jobs.quantize",
+    "fold": "jobs.fold",
     "quantize_as": "jobs.other_formats",
     "plan": "jobs.plan",
     "evaluate": "jobs.evaluate",

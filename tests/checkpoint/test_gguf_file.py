@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import pairquant
-from pairquant.checkpoint.gguf_metadata import FAMILIES, rope_factors, splitting_of, tokens_of
+from pairquant.checkpoint.gguf_metadata import FAMILIES, WORDS, rope_factors, splitting_of, tokenizer_of, tokens_of
 from pairquant.formats.table import FORMATS
 from pairquant.support.errors import ConfigError, SourceError
 
@@ -34,6 +34,9 @@ def unrotated(root, family, **changes):
     """A tiny checkpoint without transforms."""
     source = save_tiny(root / "source", family)
     merging_tokenizer().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    windows = {"mistral": {"sliding_window": None}, "gemma3": {"layer_types": ["sliding_attention"] * 2}}
+    (source / "config.json").write_text(json.dumps(config | windows.get(family, {})))  # as llama.cpp has them
     options = {
         "transform": "none",
         "group_size": 32,
@@ -124,6 +127,47 @@ def test_stretched_frequencies_are_those_of_transformers(tmp_path):
     assert rope_factors(AutoConfig.from_pretrained(tmp_path)) is None
 
 
+def test_factors_of_a_source_in_gguf_are_kept(tmp_path):
+    checkpoint = unrotated(tmp_path, "llama")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "rope_parameters": LLAMA3}))
+    first = pairquant.export(checkpoint, tmp_path / "first.gguf", "gguf")
+    pairquant.quantize(first, tmp_path / "again", pairquant.QuantConfig(preset="rtn", group_size=32), device="cpu")
+    second = pairquant.export(tmp_path / "again", tmp_path / "second.gguf", "gguf")
+    factors = [{t.name: t.data for t in gguf.GGUFReader(file).tensors}["rope_freqs.weight"] for file in (first, second)]
+    assert (factors[0] == factors[1]).all()
+    assert factors[0].max() == 8
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_windows_of_attention_that_llama_cpp_lacks_are_refused(family, tmp_path):
+    source = save_tiny(tmp_path / "source", family)  # windows in all blocks; in one of two
+    with pytest.raises(SourceError, match="would compute something else"):
+        pairquant.quantize_as(
+            "gguf", source, tmp_path / "model.gguf", pairquant.QuantConfig(preset="rtn", group_size=32)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_pieces_with_scores(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("the other then\n" * 50)
+    for name, space in (("with", True), ("without", False)):
+        (tmp_path / name).mkdir()
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(tmp_path / name / "tokenizer"), vocab_size=20, model_type="bpe",
+            add_dummy_prefix=space, user_defined_symbols=["<turn>"], minloglevel=2,
+        )  # fmt: skip
+        number = sentencepiece.SentencePieceProcessor(str(tmp_path / name / "tokenizer.model")).PieceToId("<turn>")
+        added = [{"id": number, "content": "<turn>", "special": True}]
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+        found = tokenizer_of(tmp_path / name, 24)
+        assert (found.model, found.prefix) == ("llama", space)
+        assert (found.tokens[number], found.kinds[number]) == (b"<turn>", gguf.TokenType.CONTROL)
+        assert len(found.tokens) == len(found.scores) == 24
+
+
 def test_rows_of_a_pair_lie_side_by_side():
     config = AutoConfig.for_model("llama", num_attention_heads=2, num_key_value_heads=1, hidden_size=8)
     rows = torch.arange(8)[:, None]
@@ -134,12 +178,8 @@ def test_rows_of_a_pair_lie_side_by_side():
     assert torch.equal(FAMILIES["qwen2"].rows("layers.0.self_attn.q_proj", rows, config), rows)
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s]+"}, "behavior": "Isolated"}
-
-
-def splits(number):
-    regex = SPLIT["pattern"]["Regex"] % number
-    steps = [{**SPLIT, "pattern": {"Regex": regex}}, {"type": "ByteLevel", "use_regex": False}]
+def splits(number, words=WORDS):
+    steps = [{"type": "Split", "pattern": {"Regex": words % number}}, {"type": "ByteLevel", "use_regex": False}]
     return {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -159,6 +199,9 @@ def test_ways_of_splitting_are_known_by_their_look(name, pre_tokenizer):
 
 
 def test_other_tokenizers_are_refused():
+    letters = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}]+|%s| ?[^\s\p{L}\p{N}]+"  # by case, as Tekken's
+    with pytest.raises(SourceError, match="splits text in a way that is not known"):
+        splitting_of({"model": {"type": "BPE"}, "pre_tokenizer": splits(r"\p{N}", letters)})
     with pytest.raises(SourceError, match="splits text in a way that is not known"):
         splitting_of({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}})
     with pytest.raises(SourceError, match=r"no tokenizer\.model"):

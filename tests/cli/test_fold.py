@@ -16,7 +16,7 @@ def test_a_plain_model_is_written_and_the_next_command_works(workplace):
     )
     assert "rotation of the stream  folded" in done.stdout
     assert "scales are folded into 4 norms and 4 pairs of layers" in done.stdout
-    assert "--transform none --group-size 32" in done.stdout
+    assert "--transform none --bits 4 --group-size 32" in done.stdout
     packed = pairquant(
         workplace, "quantize", "folded", "--output", "packed", "--transform", "none", "--group-size", 32, "--preset",
         "quick", *OPTIONS,

@@ -18,8 +18,13 @@ from .original import sites_of
 from .read import Checkpoint, ModelFiles
 from .write import Entry
 
-#: What these formats' programs compute in; their scales are float16.
-DTYPE = torch.float16
+#: Families whose activations float16 does not hold; vLLM refuses to run them in it.
+IN_BFLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+
+
+def dtype_for(model_type: str) -> torch.dtype:
+    """Return what a model is to be computed in, and its plain tensors stored in. Scales are float16 in every format."""
+    return torch.bfloat16 if model_type in IN_BFLOAT16 else torch.float16
 
 
 def contents_of(checkpoint: Checkpoint, files: ModelFiles, form: Format) -> Contents:
@@ -67,8 +72,10 @@ def require_held(contents: Contents, form: Format, sites: Mapping[str, Site], na
     form.require(contents)
 
 
-def converted_entries(checkpoint: Checkpoint, contents: Contents, form: Format) -> dict[str, Entry]:
-    """Return every tensor of the checkpoint as the format stores it, in the order of ours; others in float16."""
+def converted_entries(
+    checkpoint: Checkpoint, contents: Contents, form: Format, kept_in: torch.dtype
+) -> dict[str, Entry]:
+    """Return every tensor of the checkpoint as the format stores it, in the order of ours; plain floating ones in `kept_in`."""
     stored, packed = checkpoint.stored, checkpoint.stored.packed_names()
 
     @lru_cache(maxsize=1)
@@ -82,7 +89,7 @@ def converted_entries(checkpoint: Checkpoint, contents: Contents, form: Format) 
             for own, its in form.fields(contents.layouts[path]).items():
                 entries[f"{path}.{own}"] = Entry(its, lambda path=path, own=own: converted(path)[own])  # type: ignore[misc]
         elif name not in packed or part == "bias":
-            dtype = DTYPE if field.dtype.is_floating_point else field.dtype
+            dtype = kept_in if field.dtype.is_floating_point and part != "bias" else field.dtype
             entries[name] = Entry(Field(dtype, field.shape), partial(kept, checkpoint, name, dtype))
     return entries
 
@@ -97,6 +104,6 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     result = value.to(dtype)
     if dtype.is_floating_point and not torch.isfinite(result).all():
         raise CheckpointError(
-            f"tensor {name} has values up to {value.abs().max():.3g}, more than {dtype} holds. Choose --to bf16 or fp32."
+            f"tensor {name} has values up to {value.abs().max():.3g}, more than {dtype} holds. Export the checkpoint to bf16 or fp32 instead."
         )
     return result

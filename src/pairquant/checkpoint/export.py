@@ -17,7 +17,7 @@ from ..models.names import Names
 from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
 from ..support.errors import ConfigError, did_you_mean
-from .converted import DTYPE, cast, contents_of, converted_entries, kept
+from .converted import cast, contents_of, converted_entries, dtype_for, kept
 from .describe import README, readme_digest, state_dtype, state_rope, write_config
 from .files import read_json
 from .gguf_file import require_file_free, write_gguf
@@ -57,7 +57,8 @@ def export(
     if form is not None and contents is not None and to == Gguf.name:
         return write_gguf(checkpoint, files, contents, output, on_tensors)
     if form is not None and contents is not None:
-        dtype, entries, added = DTYPE, converted_entries(checkpoint, contents, form), form.entries(contents)
+        dtype, added = dtype_for(files.config.model_type), form.entries(contents)
+        entries = converted_entries(checkpoint, contents, form, dtype)
     else:
         dtype, added = PLAIN[to], {}
         entries = _entries(checkpoint, dtype, *sites_of(files))

@@ -16,7 +16,15 @@ from ..formats.gguf import BLOCK, Gguf
 from ..spec.linear import LinearLayout
 from ..support.errors import CheckpointError, ConfigError
 from .files import durable
-from .gguf_metadata import Family, copy_metadata, family_of, rope_factors, write_metadata
+from .gguf_metadata import (
+    Family,
+    copy_metadata,
+    family_of,
+    require_describable,
+    rope_factors,
+    rope_factors_in,
+    write_metadata,
+)
 from .read import Checkpoint, ModelFiles
 from .write import require_space
 
@@ -32,6 +40,22 @@ def require_file_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {str(output)!r} is no .gguf file, which gguf writes. Let --output end in .gguf.")
     if output.is_dir() or (output.exists() and not overwrite):
         raise ConfigError(f"output {str(output)!r} exists. Choose another --output, or add --overwrite.")
+
+
+def require_writable(files: ModelFiles, model: Any) -> None:
+    """Refuse a model, which may lack its weights, of which no GGUF file can be written; raises as `write_gguf` does."""
+    require_describable(files)
+    names = _names(family_of(files.config), files.config)
+    for name, _ in model.named_parameters():
+        _named(names, name)
+
+
+def _names(family: Family, config: Any) -> Any:
+    """Return the table of llama.cpp's names for an architecture."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -62,10 +86,10 @@ def write_gguf(
     the GGUF file that the checkpoint was made from, while it is there, else those that config.json and the tokenizer's files
     tell. Raises `ConfigError` for a family that is not known here, `SourceError` for a tokenizer that is not.
     """
-    import gguf  # needed for this format only
+    require_describable(files)
+    import gguf
 
-    config = files.config
-    family = family_of(config)
+    config, family = files.config, family_of(files.config)
     source = _source(checkpoint)
     if source is not None and source.resolve() == output.resolve():
         raise ConfigError(f"output {str(output)!r} is the file that the model was made from. Choose another --output.")
@@ -79,7 +103,7 @@ def write_gguf(
             if source is not None:
                 copy_metadata(writer, source)
             else:
-                write_metadata(writer, files, config, family)
+                write_metadata(writer, files, config, family, _title(checkpoint, files))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{_usual(contents)}"])
             _write_tensors(writer, planned, tell)
@@ -96,6 +120,12 @@ def _source(checkpoint: Checkpoint) -> Path | None:
     name = (checkpoint.config.provenance or {}).get("source")
     found = isinstance(name, str) and name.endswith(".gguf") and Path(name).is_file()
     return Path(name) if found else None  # type: ignore[arg-type]  # found only if it is text
+
+
+def _title(checkpoint: Checkpoint, files: ModelFiles) -> str:
+    """Return what the file calls the model: the name of its source."""
+    source = (checkpoint.config.provenance or {}).get("source")
+    return Path(source).name if isinstance(source, str) and source else files.directory.name
 
 
 def _usual(contents: Contents) -> str:
@@ -124,10 +154,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[_Planned], tell: Callable[[
 
 def _tensors(checkpoint: Checkpoint, contents: Contents, family: Family, config: Any) -> Iterator[_Planned]:
     """Yield the tensors in the order of the checkpoint, the factors of a stretched rope last."""
-    import gguf
-
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names, source = _names(family, config), _source(checkpoint)
     stored, packed = checkpoint.stored, checkpoint.stored.packed_names()
     for name, field in stored.fields.items():
         path, _, part = name.rpartition(".")
@@ -136,7 +163,7 @@ def _tensors(checkpoint: Checkpoint, contents: Contents, family: Family, config:
             yield _of_codes(checkpoint, path, _named(names, f"{path}.weight"), contents.layouts[path], family, config)
         elif name not in packed or (quantized and part == "bias"):
             yield _of_plain(checkpoint, name, _named(names, name), field.shape, family, config)
-    factors = rope_factors(config)
+    factors = rope_factors(config) if source is None else rope_factors_in(source)
     if factors is not None:
         yield _Planned("rope_freqs.weight", tuple(factors.shape), np.float32, "F32", lambda: factors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from .read import ModelFiles
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+#: How digits are cut in the pattern that LLaMA 3's and Qwen's tokenizers share → llama.cpp's name of the whole.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTINGS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
 #: What the writer adds itself.
 OWN_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
@@ -61,14 +65,38 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def require_writable(files: ModelFiles) -> None:
-    """Refuse a model of which no GGUF file can be written; raises as `write_metadata` does, and `family_of`."""
-    family_of(files.config)
+def require_describable(files: ModelFiles) -> None:
+    """Refuse a model of which a GGUF file would say something else; raises as `family_of` and `tokenizer_of` do."""
+    try:
+        import gguf  # noqa: F401  # needed for these files only
+    except ImportError as error:
+        raise ConfigError('GGUF files are written by the package gguf: pip install "pairquant[gguf]"') from error
+    family = family_of(files.config)
     if files.gguf:
         return
     _require_rope(rope_of(files.config))
-    if not (files.directory / "tokenizer.model").is_file():
-        splitting_of(_spoken(files.directory))
+    _require_attention(files.config, family)
+    tokenizer_of(files.directory, files.config.vocab_size)
+
+
+def _require_attention(config: Any, family: Family) -> None:
+    """Refuse windows of attention that llama.cpp does not have for a family: it has one block in six without, for Gemma 3."""
+    kinds = getattr(config, "layer_types", None) or []
+    sliding = ["sliding" in kind for kind in kinds]
+    if family.architecture == "gemma3":
+        fits = sliding == [(index + 1) % 6 != 0 for index in range(len(sliding))]
+        base = config.rope_parameters.get("sliding_attention", {}).get("rope_theta", 10000.0)
+        if fits and base == 10000.0:
+            return
+        what = "windows in other blocks than five of six" if not fits else f"a rotary base of {base:g} in windows"
+    elif any(sliding) or (not kinds and (getattr(config, "sliding_window", None) or 0) > 0):
+        what = "attention in windows"
+    else:
+        return
+    raise SourceError(
+        f"the model has {what}, which llama.cpp does not have for this family: it would compute something else. Choose another "
+        "format, or convert a bf16 export with llama.cpp's own tools."
+    )
 
 
 def copy_metadata(writer: GGUFWriter, source: Path) -> None:
@@ -81,10 +109,11 @@ def copy_metadata(writer: GGUFWriter, source: Path) -> None:
             writer.add_key_value(name, field.contents(), field.types[0], inner)
 
 
-def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: Family) -> None:
-    """Write what config.json and the tokenizer's files say. Raises `SourceError` for what has no place in a GGUF file."""
+def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: Family, name: str) -> None:
+    """Write what config.json and the tokenizer's files say, and the model's name. Raises as `require_describable` does."""
+    require_describable(files)
     writer.add_type("model")
-    writer.add_name(files.directory.name)
+    writer.add_name(name)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_block_count(config.num_hidden_layers)
@@ -101,7 +130,7 @@ def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: F
     if (window := getattr(config, "sliding_window", None)) and family.architecture == "gemma3":
         writer.add_sliding_window(window)
     _write_rope(writer, rope_of(config))
-    _write_tokenizer(writer, files.directory, config.vocab_size)
+    tokenizer_of(files.directory, config.vocab_size).write(writer, files.directory, config.vocab_size)
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -133,6 +162,14 @@ def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
+def rope_factors_in(source: Path) -> Tensor | None:
+    """Return what a GGUF file has the frequencies divided by: Transformers leaves this out of the configuration it makes."""
+    from gguf import GGUFReader
+
+    found = [tensor for tensor in GGUFReader(source).tensors if tensor.name == "rope_freqs.weight"]
+    return torch.from_numpy(found[0].data.copy()) if found else None
+
+
 def rope_factors(config: Any) -> Tensor | None:
     """Return what the frequencies are divided by, float32 [head width / 2]; None unless they are stretched as LLaMA 3.1's.
 
@@ -149,21 +186,41 @@ def rope_factors(config: Any) -> Tensor | None:
     return (1 / ((1 - kept) / factor + kept)).float()
 
 
-def _write_tokenizer(writer: GGUFWriter, directory: Path, size: int) -> None:
-    """Write tokens, their kinds, and what belongs to the kind of tokenizer: scores, or merges and the splitting of words."""
-    from gguf import SpecialVocab
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a GGUF file says of a tokenizer. model: "gpt2" for merges of bytes, "llama" for scores; splitting: how text is cut
+    into words; scores: of the tokens, where there are no merges; prefix: whether a space goes before a text.
+    """
 
+    model: str
+    splitting: str
+    tokens: list[str] | list[bytes]
+    kinds: list[int]
+    scores: list[float] | None = None
+    prefix: bool | None = None
+
+    def write(self, writer: GGUFWriter, directory: Path, size: int) -> None:
+        """Write it, and what the tokenizer's own files say of special tokens, merges and the chat template."""
+        from gguf import SpecialVocab
+
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.splitting)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        if self.prefix is not None:
+            writer.add_add_space_prefix(self.prefix)
+        SpecialVocab(directory, load_merges=self.scores is None, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def tokenizer_of(directory: Path, size: int) -> Tokenizer:
+    """Read a tokenizer with so many tokens; raises `SourceError` for kinds that are not known here."""
     if (directory / "tokenizer.model").is_file():
-        _write_sentencepiece(writer, directory, size)
-        SpecialVocab(directory, n_vocab=size).add_to_gguf(writer, quiet=True)
-        return
+        return _of_sentencepiece(directory, size)
     spoken = _spoken(directory)
-    tokens, kinds = tokens_of(spoken, size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting_of(spoken))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    SpecialVocab(directory, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    splitting = splitting_of(spoken)
+    return Tokenizer("gpt2", splitting, *tokens_of(spoken, size))
 
 
 def _spoken(directory: Path) -> dict[str, Any]:
@@ -174,20 +231,31 @@ def _spoken(directory: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def _write_sentencepiece(writer: GGUFWriter, directory: Path, size: int) -> None:
+def _of_sentencepiece(directory: Path, size: int) -> Tokenizer:
+    """Read tokenizer.model, and the kinds of added tokens from tokenizer.json, if there is one."""
     from gguf import SentencePieceVocab, TokenType
 
     try:
         vocabulary = SentencePieceVocab(directory)
     except RuntimeError as error:
         raise SourceError("tokenizer.model needs the package sentencepiece: pip install sentencepiece") from error
-    tokens = [*vocabulary.all_tokens()][:size]
-    tokens += [(f"[PAD{i}]".encode(), -10000.0, TokenType.UNUSED) for i in range(len(tokens), size)]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([text for text, _, _ in tokens])
-    writer.add_token_scores([score for _, score, _ in tokens])
-    writer.add_token_types([kind for _, _, kind in tokens])
+    entries = [*vocabulary.all_tokens()][:size]
+    entries += [(f"[PAD{i}]".encode(), -10000.0, TokenType.UNUSED) for i in range(len(entries), size)]
+    tokens, kinds = [text for text, _, _ in entries], [int(kind) for _, _, kind in entries]
+    if (directory / "tokenizer.json").is_file():
+        for number, text, kind in _added(_spoken(directory), size):
+            tokens[number], kinds[number] = text.encode(), kind
+    first = vocabulary.sentencepiece_tokenizer.EncodeAsPieces("a")[0]
+    return Tokenizer("llama", "default", tokens, kinds, [score for _, score, _ in entries], first.startswith("\u2581"))
+
+
+def _added(spoken: dict[str, Any], size: int) -> Iterator[tuple[int, str, int]]:
+    """Yield number, text and llama.cpp's kind of the tokens that a tokenizer.json adds to the vocabulary."""
+    from gguf import TokenType
+
+    for added in spoken.get("added_tokens", ()):
+        if (number := added["id"]) < size:
+            yield number, added["content"], int(TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED)
 
 
 def tokens_of(spoken: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -198,10 +266,8 @@ def tokens_of(spoken: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     for text, number in spoken["model"]["vocab"].items():
         if number < size:
             tokens[number], kinds[number] = text, int(TokenType.NORMAL)
-    for added in spoken.get("added_tokens", ()):
-        if (number := added["id"]) < size:
-            kind = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
-            tokens[number], kinds[number] = added["content"], int(kind)
+    for number, text, kind in _added(spoken, size):
+        tokens[number], kinds[number] = text, kind
     return tokens, kinds
 
 
@@ -223,10 +289,8 @@ def splitting_of(spoken: dict[str, Any]) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and "\\p{N}{1,3}" in patterns[0]:
-        return "llama-bpe"
-    if kinds == ["Split", "ByteLevel"] and "|\\p{N}|" in patterns[0]:
-        return "qwen2"
+    if kinds == ["Split", "ByteLevel"] and patterns[0] in SPLITTINGS:
+        return SPLITTINGS[patterns[0]]
     raise SourceError(
         f"the tokenizer splits text in a way that is not known here ({json.dumps(outer)[:200]}). Quantize the model's GGUF file, "
         "whose metadata is copied, or convert a bf16 export with llama.cpp's own tools."

@@ -87,7 +87,18 @@ def fold(
     table.add_row("written to", escape(str(output)))
     console.print(table)
     following = command_line(
-        "pairquant", "quantize", output, "--transform", "none", "--group-size", group_size, "--output", "DIRECTORY"
+        "pairquant",
+        "quantize",
+        output,
+        "--transform",
+        "none",
+        "--bits",
+        str(bits),
+        "--group-size",
+        group_size,
+        "--output",
+        "DIRECTORY",
+        *(["--trust-remote-code"] if trust_remote_code else []),
     )
     console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
 

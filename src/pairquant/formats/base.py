@@ -110,7 +110,8 @@ class Format(ABC):
         """Raise `ConfigError` for the first weight that cannot be stored exactly, naming it and the reason."""
         for path, layout in contents.layouts.items():
             if reason := self.refusal(layout):
-                raise ConfigError(f"{path} {reason}, so it cannot be stored as {self.name}. {REMEDY}")
+                remedy = REMEDY if layout.rotations else "Choose bits that it holds, or another format."
+                raise ConfigError(f"{path} {reason}, so it cannot be stored as {self.name}. {remedy}")
             if self.one_form and layout.spec != contents.common.spec:
                 raise ConfigError(
                     f"{path} is stored with {layout.spec}, other layers with {contents.common.spec}: {self.name} has one form for "

@@ -1,4 +1,4 @@
-"""The block types of GGUF files that hold our weights exactly: 32 weights with a scale, and a minimum unless symmetric."""
+"""The block types of GGUF files that hold our codes: 32 weights with a scale, and unless symmetric a minimum, z·s in float16."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gguf(Format):
 
     def refusal(self, layout: LinearLayout) -> str | None:
         if layout.bits == 8 and not layout.spec.symmetric:
-            return "has 8 bits with zero points, gguf holds 8 symmetric bits"
+            return "has 8 bits with zero points, gguf holds 8 bits without them (--symmetric)"
         return super().refusal(layout)
 
     def tensors(self, packed: PackedLinear) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from ..core.packing import pack
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Contents, Format, codes_of
+
+#: Layers that vLLM merges, by their common name.
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Gptq(Format):
@@ -46,8 +50,21 @@ class Gptq(Format):
             "sym": spec.symmetric, "desc_act": False, "lm_head": False,
         }  # fmt: skip
         if contents.plain:
-            quantization["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in contents.plain}
+            quantization["dynamic"] = {
+                f"-:^{re.escape(path)}$": {} for path in (*contents.plain, *_merged(contents.plain))
+            }
         return {"quantization_config": quantization}
+
+
+def _merged(plain: Sequence[str]) -> list[str]:
+    """Return the names under which vLLM looks layers up that it merges, where all of their parts are plain."""
+    found = []
+    for merged, parts in MERGED.items():
+        for path in plain:
+            place, _, last = path.rpartition(".")
+            if last == parts[0] and all(f"{place}.{part}" in plain for part in parts):
+                found.append(f"{place}.{merged}")
+    return found
 
 
 def _group_of_channel(layout: LinearLayout, device: torch.device) -> Tensor:

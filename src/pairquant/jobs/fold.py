@@ -21,9 +21,11 @@ from ..checkpoint.record import FOLDED, REPORT_FILE, read_record
 from ..checkpoint.source import SourceWeights, digest_of
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..models.blocks import enter, head_block
+from ..models.calls import linked
 from ..models.foldable import LOOK_TOKENS, Heads, Outside, look, look_outside
 from ..models.folding import Foldable, Transforms, restored
 from ..models.folding import fold as fold_block
+from ..models.sharing import lenders_of
 from ..optimize.folding import STREAM_STEPS, Learned, Learning
 from ..optimize.ranks import Ranks
 from ..spec.fields import Field
@@ -171,13 +173,14 @@ class Job:
             )
             self.outside = replace(self.outside, reason=reason)
         tokens = torch.arange(LOOK_TOKENS)[None] % opened.skeleton.get_input_embeddings().weight.shape[0]
-        calls = enter(opened.skeleton, opened.blocks, tokens, 1).calls
+        calls = linked(enter(opened.skeleton, opened.blocks, tokens, 1).calls)
+        lent = {layer for block in opened.blocks for layer in lenders_of(block.module).values()}
         heads, self.found = Heads.of(opened.skeleton.config), list[Foldable]()
         for index, block in enumerate(opened.blocks):
             self.source.enter(block, LOOKS_ON, torch.float32)
             try:
                 call = calls[index].to(LOOKS_ON, torch.float32)
-                self.found.append(look(block, call, width, heads, group))
+                self.found.append(look(block, call, width, heads, group, lent))
             finally:
                 self.source.leave(block)
             self.progress.advance("looking", index + 1, len(opened.blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,13 +12,13 @@ from typing import Any
 
 from ..checkpoint.converted import require_held
 from ..checkpoint.export import export, require_output
-from ..checkpoint.gguf_metadata import require_writable
+from ..checkpoint.gguf_file import require_writable
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..formats.base import Contents
 from ..formats.gguf import Gguf
 from ..formats.table import FORMATS, OWN
 from ..spec.options import QuantConfig
-from ..support.errors import ConfigError, did_you_mean
+from ..support.errors import ConfigError, PairQuantError, did_you_mean
 from .opened import Opened
 from .quantize import Progress, QuantizationSummary, quantize
 
@@ -58,19 +59,32 @@ def quantize_as(
     config = FORMATS[form].settled(config)
     _require_storable(form, model, config, trust_remote_code)
     between = output.with_name(f"{output.name}.{OWN}")
-    if between.exists():
+    leads = os.environ.get("RANK", "0") == "0"
+    if between.exists() and not fresh:
         raise ConfigError(
-            f"{str(between)!r} exists: an earlier run was stopped between quantizing and writing {form}. Finish it: pairquant "
-            f"export {between} --to {form} --output {output}; or remove it."
+            f"{str(between)!r} exists: an earlier run was stopped between quantizing and writing {form}. Finish it: "
+            f"{_finishing(between, form, output, overwrite)}; or begin anew: --fresh."
         )
-    summary = quantize(model, between, config, **how)  # type: ignore[arg-type]  # by name
+    summary = quantize(model, between, config, overwrite=True, **how)  # type: ignore[arg-type]  # by name
+    if not leads:  # the leading process writes the format
+        return summary
     checkpoint = Checkpoint.open(ModelFiles.find(str(between)))
     layouts = {path: checkpoint.layout(path) for path in checkpoint.stored.linears()}
     bits = FORMATS[form].bits_per_weight(Contents(layouts))
-    if os.environ.get("RANK", "0") == "0":
+    try:
         export(between, output, form, overwrite=overwrite)
-        shutil.rmtree(between)
+    except PairQuantError as error:
+        raise type(error)(
+            f"{error} The quantized model stands in {str(between)!r}. To go on: {_finishing(between, form, output, overwrite)}"
+        ) from error
+    shutil.rmtree(between)
     return replace(summary, output=output, size_after=_size(output), bits_per_weight=bits)
+
+
+def _finishing(between: Path, form: str, output: Path, overwrite: bool) -> str:
+    """Return the command that writes the format from the checkpoint between."""
+    more = ["--overwrite"] if overwrite else []
+    return shlex.join(["pairquant", "export", str(between), "--to", form, "--output", str(output), *more])
 
 
 def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_remote_code: bool) -> None:
@@ -78,7 +92,7 @@ def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_r
     opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
     require_held(Contents(opened.plan.layouts), FORMATS[form], opened.sites, opened.names)
     if form == Gguf.name:
-        require_writable(opened.files)
+        require_writable(opened.files, opened.skeleton)
 
 
 def _size(output: Path) -> int:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..checkpoint.files import write_error, write_json
 from ..checkpoint.journal import Journal
-from ..checkpoint.read import ModelFiles
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import require_apart, require_free, require_space
 from ..core.linear import decode
@@ -143,8 +142,12 @@ def folded(
             f"transform is 'folded' in {processes()} processes, allowed: 1. Fold first (pairquant fold), then quantize what that "
             "wrote in all of them with --transform none."
         )
-    files = ModelFiles.find(str(model), trust_remote_code)
+    opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
+    files = opened.files
     require_apart(output, files)
+    require_space(output, 2 * needed_bytes(opened))
+    if config.target is not None:
+        _require_reachable(opened, output)
     home = output.with_name(f".{output.name}.folded")
     if fresh or not is_there(home, model, config, device, trust_remote_code):
         fold(model, home, config, device=device, overwrite=True, trust_remote_code=trust_remote_code, progress=progress)
@@ -152,6 +155,18 @@ def folded(
         progress.notice("continuing with the model that an earlier run folded")
     yield home, files.size_bytes()
     shutil.rmtree(home)
+
+
+def _require_reachable(opened: Opened, output: Path) -> None:
+    """Refuse a size that no choice of forms has, before the model is folded; of a GGUF file, that takes a copy of its weights."""
+    assert opened.config.target is not None, "asked for where a size is wanted"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as spill:
+        source = SourceWeights.open(opened.files, opened.skeleton, opened.names, Path(spill))
+        try:
+            Planner(opened, source).require_reachable(opened.config.target)
+        finally:
+            source.close()
 
 
 @dataclass

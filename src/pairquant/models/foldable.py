@@ -9,17 +9,20 @@ changes the block's output by more than rounding is not folded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.rotation import rotate_dense
+from ..layers.expert_form import ExpertForm
 from ..spec.codes import SUPPORTED_GROUP_SIZES
 from .blocks import Block, Call, enter, outside_on, run_from
 from .folding import Foldable, Matrix, Norm, Pair, Transforms, fold, restored
+from .sharing import lenders_of
 from .sites import ExpertSite, embedding_of, embedding_site, site_of
 
 #: Relative difference between outputs in float32 that is rounding: see docs/decisions.md. Where one half of a transform alone
@@ -40,13 +43,18 @@ class Heads:
     channels: int
 
     @classmethod
-    def of(cls, config: object) -> Heads:
+    def of(cls, config: Any) -> Heads:
         """Read them from a Transformers configuration; one head where it names none."""
         inner = getattr(config, "get_text_config", lambda: config)()
-        queries = getattr(inner, "num_attention_heads", None) or 1
-        values = getattr(inner, "num_key_value_heads", None) or queries
-        channels = getattr(inner, "head_dim", None) or getattr(inner, "hidden_size", queries) // queries
-        return cls(int(queries), int(values), int(channels))
+        entries = inner.to_dict()  # of some models attributes that differ between layers cannot be asked for
+
+        def stated(name: str, otherwise: int) -> int:
+            value = entries.get(name)
+            return value if isinstance(value, int) and value else otherwise
+
+        queries = stated("num_attention_heads", 1)
+        channels = stated("head_dim", stated("hidden_size", queries) // queries)
+        return cls(queries, stated("num_key_value_heads", queries), channels)
 
 
 @dataclass
@@ -58,12 +66,21 @@ class _Trace:
     places: dict[nn.Module, str] = field(default_factory=dict)
 
 
-def look(block: Block, call: Call, width: int, heads: Heads, group: int) -> Foldable:
+def look(block: Block, call: Call, width: int, heads: Heads, group: int, lent: Collection[nn.Module] = ()) -> Foldable:
     """Find out what a block allows. Its weights must be there, in float32.
 
-    call: its arguments for a batch of one window; width: H; group: channels of a group of the stream's rotation.
+    call: its arguments for a batch of one window; width: H; group: channels of a group of the stream's rotation; lent: the layers
+    of all blocks that other blocks use too. Nothing is folded into a block that shares layers with others or hands them more
+    than its states: what a change does to these cannot be seen here.
     """
-    return _Look(block, call, width, heads, group).found()
+    if lenders_of(block.module) or any(module in lent for module in block.module.modules()):
+        return Foldable(reason=f"{block.path} shares layers with other blocks")
+    if call.carries or call.hands or call.axis:
+        return Foldable(reason=f"{block.path} hands other blocks more than its states")
+    try:
+        return _Look(block, call, width, heads, group).found()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return Foldable(reason=f"{block.path} does not run on states of its own ({str(error).splitlines()[0][:80]})")
 
 
 class _Look:
@@ -336,7 +353,7 @@ def _holds_vector(module: nn.Module, width: int) -> bool:
 def _reading(place: str, module: nn.Module, width: int) -> Iterator[Matrix]:
     """Yield the weight of a module whose columns are what it is given."""
     if ExpertSite.holds(module):
-        yield Matrix(place, module, "gate_up_proj" if module.has_gate else "up_proj", _is_turned(module))
+        yield Matrix(place, module, "gate_up_proj" if _form_of(module).has_gate else "up_proj", _is_turned(module))
     elif site_of(place, module):
         yield Matrix(place, module, turned=_is_turned(module))
     elif (weight := module._parameters.get("weight")) is not None and weight.dim() == 2 and weight.shape[-1] == width:
@@ -353,7 +370,13 @@ def _writing(place: str, module: nn.Module) -> Iterator[Matrix]:
 
 def _is_turned(module: nn.Module) -> bool:
     """Tell whether a module's parameter is [..., C, N], as that of Transformers' `Conv1D` and of gpt-oss' experts."""
-    return bool(module.is_transposed) if ExpertSite.holds(module) else not isinstance(module, nn.Linear)
+    return _form_of(module).is_transposed if ExpertSite.holds(module) else not isinstance(module, nn.Linear)
+
+
+def _form_of(module: nn.Module) -> ExpertForm:
+    form = ExpertForm.of(module)
+    assert form is not None, "asked for modules that hold experts"
+    return form
 
 
 @dataclass(frozen=True)
@@ -388,7 +411,10 @@ def look_outside(model: nn.Module, blocks: list[Block], width: int, group: int, 
     tokens = torch.randint(embedding.size.out_features, (1, LOOK_TOKENS), generator=generator)
     rotation = torch.linalg.qr(torch.randn(width // group, group, group, generator=generator))[0]
     with outside_on(device, torch.float32, model, blocks):
-        norm = _last_norm(model, blocks, tokens.to(device), states, head)
+        try:
+            norm = _last_norm(model, blocks, tokens.to(device), states, head)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return Outside(reason=f"what follows the blocks takes other states ({str(error).splitlines()[0][:80]})")
         if norm is None or not norm.rotates:
             kind = "nothing" if norm is None else type(norm.module).__name__
             return Outside(reason=f"the output embedding reads {kind}, where an RMSNorm without bias would allow it")

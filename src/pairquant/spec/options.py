@@ -234,6 +234,8 @@ class QuantConfig:
             "rotations is 'auto'": self.rotations == "auto",
             "candidates name rotations": any(self.candidates.rotations),
             "an override names rotations": any(override.rotations for override in self.overrides),
+            "share_rotations is True": self.share_rotations,
+            "transform_per_expert is True": self.transform_per_expert,
             "the plan has layers with rotations": any(spec.rotations for spec in planned),
         }
         if found := next((what for what, asked in asking.items() if asked), None):
