@@ -62,7 +62,7 @@ def main() -> None:
         setting = {**SETTING, "samples": 8, "seq_len": 512}
         made = {}
         for symmetric in (False, True):
-            config = replace(pairquant.QuantConfig(preset="quick", **setting), symmetric=symmetric)
+            config = replace(pairquant.QuantConfig(preset="quick", **setting), symmetric=symmetric, transform="none")
             made[symmetric] = root / f"ours-{symmetric}"
             pairquant.quantize(options.model, made[symmetric], FORMATS["awq"].settled(config), device="cpu")
         plain = {
