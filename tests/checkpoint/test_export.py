@@ -135,6 +135,8 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(checkpoint, tmp_p
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(pairquant.PairQuantError, match=r"model.norm.weight has values up to 1e\+06.*Export the checkpoint to bf16"):
+    with pytest.raises(
+        pairquant.PairQuantError, match=r"model.norm.weight has values up to 1e\+06.*Export the checkpoint to bf16"
+    ):
         pairquant.export(source, tmp_path / "plain", "fp16")
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
