@@ -109,7 +109,8 @@ def main() -> None:
             note("vllm", form, found, expected[symmetric], dtype="float16")
     versions = {name: version(name) for name in ("torch", "transformers", "compressed-tensors", "gguf")}
     options.output.write_text(
-        json.dumps({"model": Path(files.name).name, "tokens": TOKENS, "rows": rows, "versions": versions}, indent=1) + "\n"
+        json.dumps({"model": Path(files.name).name, "tokens": TOKENS, "rows": rows, "versions": versions}, indent=1)
+        + "\n"
     )
 
 
