@@ -83,6 +83,7 @@ def test_a_source_in_gguf_gives_its_own_metadata(tmp_path):
     first = pairquant.export(unrotated(tmp_path, "llama"), tmp_path / "first.gguf", "gguf")
     config = FORMATS["gguf"].settled(pairquant.QuantConfig(preset="rtn", group_size=32))
     pairquant.quantize(first, tmp_path / "again", config, device="cpu")
+    (tmp_path / "again" / "tokenizer.json").unlink()  # Gemma's, made from such a file, could not be described
     second = pairquant.export(tmp_path / "again", tmp_path / "second.gguf", "gguf")
     own = ("GGUF.", "general.file_type")
     said = [
@@ -90,6 +91,8 @@ def test_a_source_in_gguf_gives_its_own_metadata(tmp_path):
         for file in (first, second)
     ]
     assert said[0] == said[1]
+    with pytest.raises(ConfigError, match="is the source itself"):
+        pairquant.quantize_as("gguf", first, first, config, overwrite=True)
     with pytest.raises(ConfigError, match="is the file that the model was made from"):
         pairquant.export(tmp_path / "again", first, "gguf", overwrite=True)
 

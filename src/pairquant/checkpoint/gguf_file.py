@@ -21,6 +21,7 @@ from .gguf_metadata import (
     copy_metadata,
     family_of,
     require_describable,
+    require_package,
     rope_factors,
     rope_factors_in,
     write_metadata,
@@ -44,7 +45,9 @@ def require_file_free(output: Path, overwrite: bool) -> None:
 
 def require_writable(files: ModelFiles, model: Any) -> None:
     """Refuse a model, which may lack its weights, of which no GGUF file can be written; raises as `write_gguf` does."""
-    require_describable(files)
+    require_package()
+    if not files.gguf:  # a GGUF file's own metadata is copied
+        require_describable(files)
     names = _names(family_of(files.config), files.config)
     for name, _ in model.named_parameters():
         _named(names, name)
@@ -86,7 +89,7 @@ def write_gguf(
     the GGUF file that the checkpoint was made from, while it is there, else those that config.json and the tokenizer's files
     tell. Raises `ConfigError` for a family that is not known here, `SourceError` for a tokenizer that is not.
     """
-    require_describable(files)
+    require_package()
     import gguf
 
     config, family = files.config, family_of(files.config)

@@ -65,17 +65,18 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def require_describable(files: ModelFiles) -> None:
-    """Refuse a model of which a GGUF file would say something else; raises as `family_of` and `tokenizer_of` do."""
+def require_package() -> None:
+    """Raise `ConfigError` if the package gguf is missing, which is needed for these files only."""
     try:
-        import gguf  # noqa: F401  # needed for these files only
+        import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError('GGUF files are written by the package gguf: pip install "pairquant[gguf]"') from error
-    family = family_of(files.config)
-    if files.gguf:
-        return
+
+
+def require_describable(files: ModelFiles) -> None:
+    """Refuse a model that is no GGUF file, and of which one would say something else; raises as `tokenizer_of` does."""
     _require_rope(rope_of(files.config))
-    _require_attention(files.config, family)
+    _require_attention(files.config, family_of(files.config))
     tokenizer_of(files.directory, files.config.vocab_size)
 
 

@@ -8,9 +8,11 @@ import shlex
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -101,3 +103,28 @@ def in_lines(name: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(line.rstrip() for line in lines)
+
+
+class JobBars:
+    """Shows what a job does, how far it is, and what it notices."""
+
+    def __init__(self, visible: bool = True) -> None:
+        self.bars = progress_bars(visible)
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        self.task = self.bars.add_task("reading model", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.update(self.task, visible=False)
+        self.bars.stop()
+
+    def stage(self, text: str) -> None:
+        self.bars.update(self.task, description=text)
+
+    def notice(self, text: str) -> None:
+        self.bars.console.print(f"[yellow]{escape(text)}[/]")
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        self.bars.update(self.task, description=what, total=total, completed=done)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 from rich.markup import escape
 from rich.table import Table
 
 from .app import HelpAll, Model, app, console, option, quiet_libraries
-from .display import command_line, duration, percent, progress_bars
+from .display import JobBars, command_line, duration, percent
 
 OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
 
@@ -68,7 +68,7 @@ def fold(
     quiet_libraries()
     from ..jobs.fold import fold as run
 
-    with FoldBars() as progress:
+    with JobBars() as progress:
         summary = run(
             model,
             output,
@@ -101,28 +101,3 @@ def fold(
         *(["--trust-remote-code"] if trust_remote_code else []),
     )
     console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
-
-
-class FoldBars:
-    """Shows how far the looking and the fitting are."""
-
-    def __init__(self) -> None:
-        self.bars = progress_bars()
-
-    def __enter__(self) -> Self:
-        self.bars.start()
-        self.task = self.bars.add_task("reading model", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.update(self.task, visible=False)
-        self.bars.stop()
-
-    def stage(self, text: str) -> None:
-        self.bars.update(self.task, description=text)
-
-    def notice(self, text: str) -> None:
-        self.bars.console.print(f"[yellow]{escape(text)}[/]")
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        self.bars.update(self.task, description=what, total=total, completed=done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..support.formatting import counted, short_name, size
 from .app import HelpAll, Model, app, console, option, quiet_libraries
-from .display import command_line, progress_bars
+from .display import JobBars, command_line
 
 SIZE, METHOD, TEXT, RUN = "Size", "Method", "Calibration", "Run"
 #: Most blocks that a row of the map of bits shows.
@@ -108,32 +108,11 @@ def rotations_of(text: str) -> Any:
     return int(text) if text.isdecimal() else text
 
 
-class PlanBars:
+class PlanBars(JobBars):
     """Shows how far the measurement is, and the plan that comes of it."""
-
-    def __init__(self, visible: bool = True) -> None:
-        self.bars = progress_bars(visible)
-
-    def __enter__(self) -> Self:
-        self.bars.start()
-        self.task = self.bars.add_task("reading model", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.update(self.task, visible=False)
-        self.bars.stop()
-
-    def stage(self, text: str) -> None:
-        self.bars.update(self.task, description=text)
-
-    def notice(self, text: str) -> None:
-        self.bars.console.print(f"[yellow]{escape(text)}[/]")
 
     def measuring(self, blocks: int, finished: int) -> None:
         self.bars.update(self.task, description="measuring blocks", total=blocks, completed=finished)
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        self.bars.update(self.task, description=what, total=total, completed=done)
 
     def planned(self, result: Any) -> None:
         for part in plan_shown(result):

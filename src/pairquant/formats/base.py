@@ -1,4 +1,4 @@
-"""What a format of another program is: which weights it holds exactly, as which tensors, and what its readers must be told."""
+"""What a format of another program is: which codes it holds, as which tensors, and what its readers must be told."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ..checkpoint.converted import require_held
 from ..checkpoint.export import export, require_output
 from ..checkpoint.gguf_file import require_writable
 from ..checkpoint.read import Checkpoint, ModelFiles
+from ..checkpoint.write import require_apart
 from ..formats.base import Contents
 from ..formats.gguf import Gguf
 from ..formats.table import FORMATS, OWN
@@ -39,8 +40,9 @@ def quantize_as(
     """Quantize a model and write it in a format: "paroquant", our own, "awq", "gptq", "compressed-tensors", "mlx" or "gguf".
 
     The options become what the format holds (see `Format.settled`): transforms are folded into the model first, and codes are
-    symmetric for GPTQ. What it cannot hold is refused before the work. The rest is as for `quantize`. The checkpoint between, beside the output, is removed in the
-    end; if the last step fails it stays, and the error says how to go on.
+    symmetric for GPTQ. What it cannot hold is refused before the work. The rest is as for `quantize`. The checkpoint without
+    transforms is written beside the output first, and removed in the end; if the last step fails it stays, and the error says
+    how to go on.
     """
     output, config = Path(output), config or QuantConfig()
     how = {
@@ -57,7 +59,7 @@ def quantize_as(
         raise ConfigError(f"format is {form!r}, allowed: {', '.join(known)}{did_you_mean(form, known)}")
     require_output(form, output, overwrite)
     config = FORMATS[form].settled(config)
-    _require_storable(form, model, config, trust_remote_code)
+    _require_storable(form, model, output, config, trust_remote_code)
     between = output.with_name(f"{output.name}.{OWN}")
     leads = os.environ.get("RANK", "0") == "0"
     if between.exists() and not fresh:
@@ -87,9 +89,10 @@ def _finishing(between: Path, form: str, output: Path, overwrite: bool) -> str:
     return shlex.join(["pairquant", "export", str(between), "--to", form, "--output", str(output), *more])
 
 
-def _require_storable(form: str, model: str | Path, config: QuantConfig, trust_remote_code: bool) -> None:
+def _require_storable(form: str, model: str | Path, output: Path, config: QuantConfig, trust_remote_code: bool) -> None:
     """Refuse before the work what could not be written after it."""
     opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
+    require_apart(output, opened.files)
     require_held(Contents(opened.plan.layouts), FORMATS[form], opened.sites, opened.names)
     if form == Gguf.name:
         require_writable(opened.files, opened.skeleton)
