@@ -230,3 +230,9 @@ def test_folded_helps_a_model_with_outliers_at_few_bits(tmp_path):
         summary = pairquant.quantize(tmp_path / "source", tmp_path / transform, config, device="cpu")
         errors[transform] = sum(summary.errors.values()) / len(summary.errors)
     assert errors["folded"] < 0.7 * errors["none"]
+
+
+def test_a_size_that_no_choice_has_is_refused_before_folding(source, tmp_path):
+    with pytest.raises(ConfigError, match="target"):
+        pairquant.quantize(source, tmp_path / "out", replace(FOLDED, target={"bits_per_weight": 1.5}), device="cpu")
+    assert not list(tmp_path.iterdir()), "nothing was folded"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint.record import FOLDED, REPORT_FILE, read_record
+from ..checkpoint.record import FOLDED
 from ..checkpoint.source import SourceWeights, digest_of
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..models.blocks import enter, head_block
@@ -306,23 +306,6 @@ def identity(opened: Opened, device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "version": __version__,
     }
-
-
-def is_there(output: Path, model: str | Path, config: QuantConfig, device: str, trust_remote_code: bool) -> bool:
-    """Tell whether `output` holds what `fold` would write there for these arguments."""
-    facts = read_record(output / REPORT_FILE).get(FOLDED)
-    if not isinstance(facts, Mapping) or not (output / "config.json").is_file():
-        return False
-    opened = Opened.of(model, fitting(config), trust_remote_code)
-    wanted = identity(opened, resolve_device(device))
-    return all(_plain(facts.get(name)) == _plain(value) for name, value in wanted.items())
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Rewritten:

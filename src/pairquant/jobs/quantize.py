@@ -6,7 +6,6 @@ was stopped, however, goes on where it was.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,17 +27,17 @@ from ..models.planning import plan_model
 from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
 from ..optimize.memory import Demand, demand
-from ..optimize.ranks import Ranks, joined, processes
+from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
 from ..optimize.walk import BlockResult, Walk
 from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
-from ..support.errors import ConfigError, PairQuantError, ResourceError, SourceError
+from ..support.errors import PairQuantError, ResourceError, SourceError
 from ..support.version import __version__, code_digest
 from . import remarks
-from .fold import fold, is_there
+from .folded import folded
 from .opened import Opened
 from .outcome import PLAN_FILE, Outcome
 from .plan import Planner, PlanProgress
@@ -121,52 +120,6 @@ def quantize(
         if not ranks.leads:
             progress = None
         return Job(opened, output, target, ranks, progress or Silent(), log_to).run(overwrite, fresh)
-
-
-@contextmanager
-def folded(
-    model: str | Path,
-    output: Path,
-    config: QuantConfig,
-    device: str,
-    fresh: bool,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> Iterator[tuple[Path, int]]:
-    """Give the model with its transforms folded into it, in a directory beside the output, and the source's size in bytes.
-
-    The directory stays until the context is left without an error, so that a stopped run goes on with it.
-    """
-    if processes() > 1:
-        raise ConfigError(
-            f"transform is 'folded' in {processes()} processes, allowed: 1. Fold first (pairquant fold), then quantize what that "
-            "wrote in all of them with --transform none."
-        )
-    opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
-    files = opened.files
-    require_apart(output, files)
-    require_space(output, 2 * needed_bytes(opened))
-    if config.target is not None:
-        _require_reachable(opened, output)
-    home = output.with_name(f".{output.name}.folded")
-    if fresh or not is_there(home, model, config, device, trust_remote_code):
-        fold(model, home, config, device=device, overwrite=True, trust_remote_code=trust_remote_code, progress=progress)
-    else:
-        progress.notice("continuing with the model that an earlier run folded")
-    yield home, files.size_bytes()
-    shutil.rmtree(home)
-
-
-def _require_reachable(opened: Opened, output: Path) -> None:
-    """Refuse a size that no choice of forms has, before the model is folded; of a GGUF file, that takes a copy of its weights."""
-    assert opened.config.target is not None, "asked for where a size is wanted"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as spill:
-        source = SourceWeights.open(opened.files, opened.skeleton, opened.names, Path(spill))
-        try:
-            Planner(opened, source).require_reachable(opened.config.target)
-        finally:
-            source.close()
 
 
 @dataclass
