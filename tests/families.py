@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
+
+from pairquant.models.blocks import head_block
 
 #: hidden and intermediate sizes fit groups of 32; everything else is as small as it may be.
 DENSE = {
@@ -298,3 +301,17 @@ REFUSED: dict[str, tuple[Family, str]] = {
     ),
     "HRM-Text": (_dense("HrmTextConfig", HEADS), r"HrmTextForCausalLM, which Transformers cuts into other layers than"),
 }  # fmt: skip
+
+
+def random_model(name: str) -> Any:
+    """Return a model of the family, float32, with weights of norms and biases that are neither 1 nor 0, and a head of its own."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name].build()).eval().float()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 3 and parameter.std() == 0:
+                parameter.normal_(std=0.02)
+            if path.endswith(("norm.weight", "bias", "norm1.weight")) and parameter.dim() < 3:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    head_block(model)
+    return model

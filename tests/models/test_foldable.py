@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pairquant.core.rotation import rotate_dense
-from pairquant.models.blocks import enter, find_blocks, head_block
+from pairquant.models.blocks import enter, find_blocks
 from pairquant.models.calls import linked
-from pairquant.models.foldable import LOOK_TOKENS, Foldable, Heads, look, look_outside, norm_of
+from pairquant.models.foldable import LOOK_TOKENS, Foldable, Heads, look, norm_of
+from pairquant.models.foldable_outside import look_outside
 from pairquant.models.folding import Transforms, fold
 from pairquant.models.sharing import fold_shared, lenders_of
 
@@ -37,20 +37,6 @@ UNTOUCHED = (
     *NOT_ROTATED["hands other blocks more than its states"], *NOT_ROTATED["does not run on states of its own"],
 )  # fmt: skip
 REASONS = {name: reason for reason, names in NOT_ROTATED.items() for name in names}
-
-
-def random_model(name):
-    """With weights of norms and biases that are neither 1 nor 0."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name].build()).eval().float()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.dim() == 3 and parameter.std() == 0:
-                parameter.normal_(std=0.02)
-            if path.endswith(("norm.weight", "bias", "norm1.weight")) and parameter.dim() < 3:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    head_block(model)
-    return model
 
 
 def found_in(model):
@@ -183,20 +169,3 @@ class Powered(Plus):
 def test_norms_are_known_by_what_they_compute(module, expected):
     norm = norm_of("norm", module, ())
     assert (None if norm is None else (norm.added, norm.rotates)) == expected
-
-
-def test_a_stream_that_groups_do_not_divide_is_not_rotated():
-    model = random_model("LLaMA 2, 3")
-    found = look_outside(model, find_blocks(model), 64, 48, torch.device("cpu"))
-    assert found.reason == "64 hidden channels are no multiple of the group size 48"
-
-
-@torch.no_grad()
-def test_what_is_outside_is_rotated_with_the_blocks_left_alone():
-    model = random_model("Granite")
-    outside, _ = found_in(model)
-    rotation = torch.linalg.qr(torch.randn(2, GROUP, GROUP))[0]
-    before = model.get_input_embeddings().weight.clone()
-    outside.fold(Transforms(rotation))
-    assert torch.allclose(model.get_input_embeddings().weight, rotate_dense(before, rotation), atol=1e-6)
-    assert torch.equal(model.model.norm.weight, torch.ones(64))

@@ -22,7 +22,8 @@ from ..checkpoint.source import SourceWeights, digest_of
 from ..checkpoint.write import Entry, require_apart, require_free, require_space, write_checkpoint
 from ..models.blocks import enter, head_block
 from ..models.calls import linked
-from ..models.foldable import LOOK_TOKENS, Heads, Outside, look, look_outside
+from ..models.foldable import LOOK_TOKENS, Heads, look
+from ..models.foldable_outside import Outside, look_outside
 from ..models.folding import Foldable, Transforms, restored
 from ..models.folding import fold as fold_block
 from ..models.sharing import lenders_of

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..core.rotation import rotate_dense
 from ..layers.expert_form import ExpertForm
 from ..spec.codes import SUPPORTED_GROUP_SIZES
-from .blocks import Block, Call, enter, outside_on, run_from
+from .blocks import Block, Call
 from .folding import Foldable, Matrix, Norm, Pair, Transforms, fold, restored
 from .sharing import lenders_of
-from .sites import ExpertSite, embedding_of, embedding_site, site_of
+from .sites import ExpertSite, site_of
 
 #: Relative difference between outputs in float32 that is rounding: see docs/decisions.md. Where one half of a transform alone
 #: changes the output by less than `FELT`, nothing can be told, and it is not folded.
@@ -120,12 +120,10 @@ class _Look:
             for name in matrices:
                 if not name.endswith("bias"):
                     weight = module.get_parameter(name)
-                    spread = weight.std() * math.sqrt(Matrix(place, module, name, _is_turned(module)).weight.shape[-1])
+                    spread = weight.std() * math.sqrt(Matrix(place, module, name, is_turned(module)).weight.shape[-1])
                     weight.data = weight / spread.clamp(min=1e-12)
             for name, value in module._parameters.items():
-                varied = (name.endswith("bias") and matrices) or (
-                    name == "weight" and _holds_vector(module, self.width)
-                )
+                varied = (name.endswith("bias") and matrices) or (name == "weight" and holds_vector(module, self.width))
                 if value is not None and varied:
                     value.data = value + 0.2 * self._random(*value.shape)
 
@@ -152,7 +150,7 @@ class _Look:
         held = {norm.module for norm in norms}
         frozen = self._frozen(trace, norms)
         for module in trace.returned:
-            if _holds_vector(module, self.width) and module not in held and self._writes(trace, module, frozen):
+            if holds_vector(module, self.width) and module not in held and self._writes(trace, module, frozen):
                 return f"{trace.places[module]} normalises what the block adds to the stream"
         if not norms:
             return f"no norm of {self.block.path} has readers that could take its weight"
@@ -191,12 +189,12 @@ class _Look:
     def _norms(self, trace: _Trace) -> Iterator[Norm]:
         """Yield the norms of the stream's width that weights read, each with its readers."""
         for module, out in trace.returned.items():
-            if not _holds_vector(module, self.width) or out.shape[-1] != self.width:
+            if not holds_vector(module, self.width) or out.shape[-1] != self.width:
                 continue
             readers = tuple(
                 matrix
                 for reader, given in trace.given.items()
-                if reader is not module and _same(given, out)
+                if reader is not module and same(given, out)
                 for matrix in _reading(trace.places[reader], reader, self.width)
             )
             kind = norm_of(trace.places[module], module, readers)
@@ -334,7 +332,7 @@ def _traced(block: Block, call: Call, hidden: Tensor) -> _Trace:
     return trace
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Tell whether one tensor is the other but for a factor, perhaps in another shape."""
     if a.numel() != b.numel() or a.shape[-1] != b.shape[-1] or not a.is_floating_point():
         return False
@@ -343,7 +341,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(factor != 0) and float((a - factor * b).norm()) <= 1e-6 * float(a.norm())
 
 
-def _holds_vector(module: nn.Module, width: int) -> bool:
+def holds_vector(module: nn.Module, width: int) -> bool:
     """Tell whether a module has a weight [H], and at most a bias beside it."""
     weight = module._parameters.get("weight")
     own = {name for name, value in module._parameters.items() if value is not None}
@@ -353,9 +351,9 @@ def _holds_vector(module: nn.Module, width: int) -> bool:
 def _reading(place: str, module: nn.Module, width: int) -> Iterator[Matrix]:
     """Yield the weight of a module whose columns are what it is given."""
     if ExpertSite.holds(module):
-        yield Matrix(place, module, "gate_up_proj" if _form_of(module).has_gate else "up_proj", _is_turned(module))
+        yield Matrix(place, module, "gate_up_proj" if _form_of(module).has_gate else "up_proj", is_turned(module))
     elif site_of(place, module):
-        yield Matrix(place, module, turned=_is_turned(module))
+        yield Matrix(place, module, turned=is_turned(module))
     elif (weight := module._parameters.get("weight")) is not None and weight.dim() == 2 and weight.shape[-1] == width:
         yield Matrix(place, module)
 
@@ -363,12 +361,12 @@ def _reading(place: str, module: nn.Module, width: int) -> Iterator[Matrix]:
 def _writing(place: str, module: nn.Module) -> Iterator[Matrix]:
     """Yield the weight of a module whose rows make what it returns."""
     if ExpertSite.holds(module):
-        yield Matrix(place, module, "down_proj", _is_turned(module))
+        yield Matrix(place, module, "down_proj", is_turned(module))
     elif site_of(place, module):
-        yield Matrix(place, module, turned=_is_turned(module))
+        yield Matrix(place, module, turned=is_turned(module))
 
 
-def _is_turned(module: nn.Module) -> bool:
+def is_turned(module: nn.Module) -> bool:
     """Tell whether a module's parameter is [..., C, N], as that of Transformers' `Conv1D` and of gpt-oss' experts."""
     return _form_of(module).is_transposed if ExpertSite.holds(module) else not isinstance(module, nn.Linear)
 
@@ -377,124 +375,3 @@ def _form_of(module: nn.Module) -> ExpertForm:
     form = ExpertForm.of(module)
     assert form is not None, "asked for modules that hold experts"
     return form
-
-
-@dataclass(frozen=True)
-class Outside:
-    """What of the stream lies outside the blocks. reason: why it cannot be rotated; None if it can."""
-
-    embedding: Matrix | None = None
-    norm: Norm | None = None
-    reason: str | None = None
-
-    def fold(self, transforms: Transforms, stored: Mapping[str, torch.dtype] | None = None) -> None:
-        """Rewrite the embedding, the last norm and the head. transforms: with a rotation of the stream."""
-        assert self.embedding is not None, "asked for where the stream can be rotated"
-        assert self.norm is not None, "asked for where the stream can be rotated"
-        self.embedding.transform_columns(transforms.stream, None)
-        fold(Foldable((self.norm,)), transforms, stored)
-
-
-@torch.no_grad()
-def look_outside(model: nn.Module, blocks: list[Block], width: int, group: int, device: torch.device) -> Outside:
-    """Find out whether what precedes and follows the blocks can be folded; its weights must be there.
-
-    The output embedding must not be the input embedding's tensor (`models.blocks.head_block` sees to that).
-    """
-    embedding, head = embedding_site(model), embedding_of(model, "output")
-    if embedding is None or head is None or site_of("head", head) is None:
-        return Outside(reason="there is no input embedding that only looks rows up, or no plain output embedding")
-    if width % group:
-        return Outside(reason=f"{width} hidden channels are no multiple of the group size {group}")
-    generator = torch.Generator().manual_seed(3)
-    states = STATE * torch.randn(1, LOOK_TOKENS, width, generator=generator).to(device)
-    tokens = torch.randint(embedding.size.out_features, (1, LOOK_TOKENS), generator=generator)
-    rotation = torch.linalg.qr(torch.randn(width // group, group, group, generator=generator))[0]
-    with outside_on(device, torch.float32, model, blocks):
-        try:
-            norm = _last_norm(model, blocks, tokens.to(device), states, head)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            return Outside(reason=f"what follows the blocks takes other states ({str(error).splitlines()[0][:80]})")
-        if norm is None or not norm.rotates:
-            kind = "nothing" if norm is None else type(norm.module).__name__
-            return Outside(reason=f"the output embedding reads {kind}, where an RMSNorm without bias would allow it")
-        found = Outside(Matrix(embedding.place, embedding.module), norm)
-        if others := _other_parameters(model, blocks, (embedding.module, norm.module, head)):
-            return Outside(reason=f"{others[0]}, outside the blocks, may read or write the stream")
-        scales = (0.3 * torch.randn(width, generator=generator)).exp()
-        reason = _tried(model, blocks, found, tokens.to(device), states, rotation.to(device), scales.to(device))
-    return replace(found, reason=reason)
-
-
-def _tried(
-    model: nn.Module,
-    blocks: list[Block],
-    found: Outside,
-    tokens: Tensor,
-    states: Tensor,
-    stream: Tensor,
-    scales: Tensor,
-) -> str | None:
-    """Return what goes wrong when what is outside the blocks is folded with random transforms; None if nothing does."""
-    assert found.norm is not None, "found before"
-    before, logits = enter(model, blocks, tokens, 1), run_from(model, blocks, tokens, states)
-    with restored(model):
-        found.fold(Transforms(stream, {found.norm.place: scales}))
-        after, rotated = enter(model, blocks, tokens, 1), run_from(model, blocks, tokens, rotate_dense(states, stream))
-    expected = rotate_dense(before.hidden[0], stream)
-    if (after.hidden[0] - expected).norm() > TOLERANCE * expected.norm():
-        return "what enters the first block is more than the rows of the input embedding"
-    for one, other in zip(before.calls, after.calls, strict=True):
-        if any(not torch.equal(a, b) for a, b in zip(_tensors_of(one), _tensors_of(other), strict=True)):
-            return "the blocks are given more of the stream than the output of the block before"
-    if (rotated - logits).norm() > TOLERANCE * logits.norm():
-        return "the logits differ when the last block's output is rotated"
-    return None
-
-
-def _tensors_of(value: object) -> Iterator[Tensor]:
-    """Yield all tensors among a call's arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Call):
-        yield from _tensors_of((value.args, value.kwargs))
-    elif isinstance(value, dict):
-        yield from _tensors_of(tuple(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_of(item)
-
-
-def _last_norm(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tensor, head: nn.Module) -> Norm | None:
-    """Return the norm whose output the head reads."""
-    inside = {module for block in blocks for module in block.module.modules()}
-    width = states.shape[-1]
-    outputs: dict[nn.Module, Tensor] = {}
-    read: list[Tensor] = []
-    norms = {
-        module: path for path, module in model.named_modules() if module not in inside and _holds_vector(module, width)
-    }
-    handles = [module.register_forward_hook(lambda m, _, out: outputs.update({m: out})) for module in norms]
-    handles.append(head.register_forward_pre_hook(lambda _, args: read.append(args[0])))
-    try:
-        run_from(model, blocks, tokens, states)
-    finally:
-        for handle in handles:
-            handle.remove()
-    place = next(path for path, module in model.named_modules() if module is head)
-    matrix = Matrix(place, head, turned=_is_turned(head))
-    for module, out in outputs.items():
-        if read and _same(read[0], out):
-            return norm_of(norms[module], module, (matrix,))
-    return None
-
-
-def _other_parameters(model: nn.Module, blocks: list[Block], known: Iterable[nn.Module]) -> list[str]:
-    """Return the parameters outside the blocks that belong to none of the known modules."""
-    spared = {module for block in blocks for module in block.module.modules()} | set(known)
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if module not in spared
-        for name, _ in module.named_parameters(recurse=False)
-    ]
