@@ -8,6 +8,7 @@ import pytest
 import torch
 from format_readers import READERS
 from safetensors.torch import load_file
+from test_families import make_source
 from tiny_models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -88,6 +89,33 @@ def test_embeddings_and_experts_without_a_place_are_refused(root, tmp_path):
         pairquant.export(tmp_path / "embeddings", tmp_path / "out", "gptq")
     output = pairquant.export(tmp_path / "embeddings", tmp_path / "mlx", "mlx")
     assert {"model.embed_tokens.scales", "lm_head.biases"} <= load_file(output / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize(("name", "place"), [("Qwen3-MoE", "mlp"), ("Mixtral", "block_sparse_moe")])
+def test_experts_in_one_tensor_lie_where_the_reader_looks(tmp_path, name, place):
+    source, nearest = make_source(name, tmp_path / "source"), pairquant.QuantConfig(preset="rtn", group_size=32)
+    pairquant.quantize(source, tmp_path / "packed", nearest, device="cpu")
+    output = pairquant.export(tmp_path / "packed", tmp_path / "mlx", "mlx")
+    tensors, config = load_file(output / "model.safetensors"), json.loads((output / "config.json").read_text())
+    ours = Checkpoint.open(ModelFiles.find(str(tmp_path / "packed")))
+    assert config["num_experts"] == 4
+    for part, other in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        last = other if name == "Mixtral" else part
+        stack = {n: tensors[f"model.layers.1.{place}.switch_mlp.{part}.{n}"] for n in ("weight", "scales", "biases")}
+        for number in range(4):
+            packed = ours.packed(f"model.layers.1.{place}.experts.{number}.{last}")
+            one = READERS["mlx"]({n: t[number] for n, t in stack.items()}, config["quantization"], packed)
+            assert (one - decode(packed)).norm() <= 1e-3 * decode(packed).norm()
+    assert not [n for n in tensors if ".experts." in n]
+
+
+def test_families_whose_experts_lie_elsewhere_are_refused_before_the_work(tmp_path):
+    config = pairquant.QuantConfig(preset="rtn", group_size=32)
+    with pytest.raises(ConfigError, match=r"family 'ernie4_5_moe' stores it, but of glm4_moe, mixtral, olmoe"):
+        pairquant.quantize_as(
+            "mlx", make_source("ERNIE 4.5 MoE", tmp_path / "it"), tmp_path / "mlx", config, device="cpu"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
 def test_numbers_beyond_float16_are_refused(checkpoint, tmp_path):

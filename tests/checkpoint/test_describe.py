@@ -10,7 +10,7 @@ from tiny_models import SIZES, byte_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 import pairquant
-from pairquant.checkpoint.describe import state_dtype, untie
+from pairquant.checkpoint.describe import state_dtype, state_experts, untie
 from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.support.errors import SourceError
@@ -151,3 +151,9 @@ def test_an_output_embedding_of_its_own_is_stated_for_the_language_model_too():
         "audio": {"tie_word_embeddings": False},
         "tie_word_embeddings": False,
     }
+
+
+def test_the_number_of_experts_has_its_older_name_too():
+    for before, after in (({"num_local_experts": 4}, 4), ({"num_experts": 8}, 8), ({}, None)):
+        state_experts(before)
+        assert before.get("num_experts") == after

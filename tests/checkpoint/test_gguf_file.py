@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_families import make_source
 from tiny_models import TEXT, byte_tokenizer, save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -95,6 +96,66 @@ def test_a_source_in_gguf_gives_its_own_metadata(tmp_path):
         pairquant.quantize_as("gguf", first, first, config, overwrite=True)
     with pytest.raises(ConfigError, match="is the file that the model was made from"):
         pairquant.export(tmp_path / "again", first, "gguf", overwrite=True)
+
+
+def with_experts(root, name, **changes):
+    """A tiny source with experts, which llama.cpp runs as Transformers does."""
+    source = make_source(name, root / "source")
+    merging_tokenizer().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | changes
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shared"),
+    [
+        ("Qwen3-MoE", {"norm_topk_prob": True}, False),
+        ("Qwen2-MoE", {}, True),
+        ("Mixtral", {}, False),
+        ("OLMoE", {}, False),
+    ],
+)
+def test_the_experts_of_a_block_are_one_tensor_of_each_part(name, changes, shared, tmp_path):
+    source = with_experts(tmp_path, name, **changes)
+    nearest = pairquant.QuantConfig(preset="rtn", group_size=32)
+    pairquant.quantize(source, tmp_path / "packed", FORMATS["gguf"].settled(nearest), device="cpu")
+    file = gguf.GGUFReader(pairquant.export(tmp_path / "packed", tmp_path / "model.gguf", "gguf"))
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    model = AutoModelForCausalLM.from_pretrained(pairquant.export(tmp_path / "packed", tmp_path / "plain", "fp32"))
+    experts = model.model.layers[1].mlp.experts
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    for part, expected in (("gate", gate), ("up", up), ("down", experts.down_proj)):
+        tensor = tensors[f"blk.1.ffn_{part}_exps.weight"]
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        assert tensor.tensor_type.name == "Q4_1"
+        assert (found - expected).norm() <= 1e-3 * expected.norm(), part
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    assert ("blk.0.ffn_gate_inp_shexp.weight" in tensors) == shared
+    said = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
+    assert (said["expert_count"], said["expert_used_count"]) == (4, 2)
+
+
+def test_experts_that_llama_cpp_runs_otherwise_are_refused_before_the_work(tmp_path):
+    config = pairquant.QuantConfig(preset="rtn", group_size=32)
+    for number, (name, changes, reason) in enumerate(
+        [
+            ("Qwen3-MoE", {"norm_topk_prob": False}, "weights of experts as they are"),
+            ("Qwen2-MoE", {"norm_topk_prob": True}, "weights of experts divided by their sum"),
+            ("OLMoE", {"clip_qkv": 8.0}, "cut off at 8"),
+        ]
+    ):
+        root = tmp_path / str(number)
+        with pytest.raises(SourceError, match=reason):
+            pairquant.quantize_as(
+                "gguf", with_experts(root, name, **changes), root / "model.gguf", config, device="cpu"
+            )
+        assert [path.name for path in root.iterdir()] == ["source"]
+    pairquant.quantize(tmp_path / "1" / "source", tmp_path / "packed", config, device="cpu")
+    said = json.loads((tmp_path / "packed" / "config.json").read_text()) | {"norm_topk_prob": False}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(said | {"mlp_only_layers": [0]}))
+    with pytest.raises(SourceError, match="blocks without experts"):
+        pairquant.export(tmp_path / "packed", tmp_path / "model.gguf", "gguf")
 
 
 def test_bad_outputs_and_families_are_refused(tmp_path):

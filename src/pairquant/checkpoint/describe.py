@@ -109,6 +109,12 @@ def state_rope(config: dict[str, Any]) -> None:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
 
 
+def state_experts(config: dict[str, Any]) -> None:
+    """Also give the number of experts the name that it had in Transformers 4, by which mlx-lm 0.32 reads it."""
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
+
+
 def readme_digest(directory: Path) -> str | None:
     """Return the SHA-256 of the model card, by which the source's is told from one that was written since; None without one."""
     readme = directory / README

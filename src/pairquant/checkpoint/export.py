@@ -17,8 +17,8 @@ from ..models.names import Names
 from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
 from ..support.errors import ConfigError, did_you_mean
-from .converted import cast, contents_of, converted_entries, dtype_for, kept
-from .describe import README, readme_digest, state_dtype, state_rope, write_config
+from .converted import cast, contents_of, converted_entries, dtype_for, kept, named_as, stacks_of
+from .describe import README, readme_digest, state_dtype, state_experts, state_rope, write_config
 from .files import read_json
 from .gguf_file import require_file_free, write_gguf
 from .original import sites_of
@@ -57,8 +57,9 @@ def export(
     if form is not None and contents is not None and to == Gguf.name:
         return write_gguf(checkpoint, files, contents, output, on_tensors)
     if form is not None and contents is not None:
-        dtype, added = dtype_for(files.config.model_type), form.entries(contents)
-        entries = converted_entries(checkpoint, contents, form, dtype)
+        stacks = stacks_of(contents.layouts, sites_of(files)[0])
+        dtype, added = dtype_for(files.config.model_type), form.entries(named_as(form, contents, stacks))
+        entries = converted_entries(checkpoint, contents, form, dtype, stacks)
     else:
         dtype, added = PLAIN[to], {}
         entries = _entries(checkpoint, dtype, *sites_of(files))
@@ -177,6 +178,7 @@ def _describe(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, added
     del config["quantization_config"]
     state_dtype(config, dtype)
     state_rope(config)
+    state_experts(config)
     write_config(directory, {**config, **added})
     digest = readme_digest(checkpoint.directory)
     own = digest is not None and digest == checkpoint.report.get("readme_sha256")

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..formats.base import Contents
 from ..formats.gguf import BLOCK, Gguf
+from ..models.sites import ExpertSite
 from ..spec.linear import LinearLayout
 from ..support.errors import CheckpointError, ConfigError
+from .converted import Stack, stacked, stacks_of
 from .files import durable
 from .gguf_metadata import (
     Family,
@@ -26,6 +28,7 @@ from .gguf_metadata import (
     rope_factors_in,
     write_metadata,
 )
+from .original import sites_of
 from .read import Checkpoint, ModelFiles
 from .write import require_space
 
@@ -49,8 +52,10 @@ def require_writable(files: ModelFiles, model: Any) -> None:
     if not files.gguf:  # a GGUF file's own metadata is copied
         require_describable(files)
     names = _names(family_of(files.config), files.config)
-    for name, _ in model.named_parameters():
-        _named(names, name)
+    for path, module in model.named_modules():
+        if not ExpertSite.holds(module):  # the plan has the names of experts
+            for name, _ in module.named_parameters(recurse=False):
+                _named(names, f"{path}.{name}")
 
 
 def _names(family: Family, config: Any) -> Any:
@@ -96,7 +101,9 @@ def write_gguf(
     source = _source(checkpoint)
     if source is not None and source.resolve() == output.resolve():
         raise ConfigError(f"output {str(output)!r} is the file that the model was made from. Choose another --output.")
-    planned = list(_tensors(checkpoint, contents, family, config))
+    if source is None:
+        require_describable(files)
+    planned = list(_tensors(checkpoint, files, contents, family))
     require_space(output, sum(tensor.nbytes for tensor in planned))
     tell = on_tensors(len(planned)) if on_tensors is not None else lambda: None
 
@@ -155,14 +162,19 @@ def _write_tensors(writer: GGUFWriter, planned: list[_Planned], tell: Callable[[
         tell()
 
 
-def _tensors(checkpoint: Checkpoint, contents: Contents, family: Family, config: Any) -> Iterator[_Planned]:
+def _tensors(checkpoint: Checkpoint, files: ModelFiles, contents: Contents, family: Family) -> Iterator[_Planned]:
     """Yield the tensors in the order of the checkpoint, the factors of a stretched rope last."""
-    names, source = _names(family, config), _source(checkpoint)
+    config, source = files.config, _source(checkpoint)
+    names, stacks = _names(family, config), stacks_of(contents.layouts, sites_of(files)[0])
+    inside = {path for stack in stacks.values() for path in stack.paths}
     stored, packed = checkpoint.stored, checkpoint.stored.packed_names()
     for name, field in stored.fields.items():
         path, _, part = name.rpartition(".")
         quantized = path in contents.layouts
-        if quantized and part == "qweight":
+        if path in inside:
+            if path in stacks and part == "qweight":
+                yield _of_experts(checkpoint, stacks[path], names, contents.layouts[path])
+        elif quantized and part == "qweight":
             yield _of_codes(checkpoint, path, _named(names, f"{path}.weight"), contents.layouts[path], family, config)
         elif name not in packed or (quantized and part == "bias"):
             yield _of_plain(checkpoint, name, _named(names, name), field.shape, family, config)
@@ -188,6 +200,13 @@ def _of_codes(
     return _Planned(name, FORM.fields(layout)["weight"].shape, np.uint8, FORM.type_of(layout), load)
 
 
+def _of_experts(checkpoint: Checkpoint, stack: Stack, names: Any, layout: LinearLayout) -> _Planned:
+    """Return one part of all experts of a block."""
+    name = _named(names, f"{FORM.stack_name(stack.home, stack.part, stack.stored)}.weight")
+    shape = (len(stack.paths), *FORM.fields(layout)["weight"].shape)
+    return _Planned(name, shape, np.uint8, FORM.type_of(layout), lambda: stacked(checkpoint, FORM, stack)["weight"])
+
+
 def _of_plain(
     checkpoint: Checkpoint, stored: str, name: str, shape: tuple[int, ...], family: Family, config: Any
 ) -> _Planned:
@@ -200,7 +219,9 @@ def _of_plain(
             return value + family.norm_offset
         return family.rows(path, value, config)
 
-    if len(shape) == 1:
+    if len(shape) == 2 and shape[0] == 1:  # the gate of a shared expert, a vector there
+        return _Planned(name, shape[1:], np.float32, "F32", lambda: load()[0])
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):  # which expert is chosen hangs on small differences
         return _Planned(name, shape, np.float32, "F32", load)
     if name in ("token_embd.weight", "output.weight") and shape[-1] % BLOCK == 0:
         return _Planned(name, (shape[0], shape[1] // BLOCK * (BLOCK + 2)), np.uint8, "Q8_0", lambda: eight_bits(load()))

@@ -29,12 +29,14 @@ OWN_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quant
 @dataclass(frozen=True)
 class Family:
     """How llama.cpp holds a family. architecture: its name there; paired: the rows of q_proj and k_proj lie as its rope takes
-    them, both of a pair side by side; norm_offset: what its norm weights have in addition.
+    them, both of a pair side by side; norm_offset: what its norm weights have in addition; shares: whether the
+    weights of a token's experts are divided by their sum there, None for families without experts.
     """
 
     architecture: str
     paired: bool = False
     norm_offset: float = 0.0
+    shares: bool | None = None
 
     def rows(self, path: str, value: Tensor, config: Any) -> Tensor:
         """Return a weight or bias, rows first, with its rows in llama.cpp's order."""
@@ -52,6 +54,10 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "gemma3_text": Family("gemma3", norm_offset=1.0),
+    "mixtral": Family("llama", paired=True, shares=True),
+    "olmoe": Family("olmoe", shares=False),
+    "qwen2_moe": Family("qwen2moe", shares=False),
+    "qwen3_moe": Family("qwen3moe", shares=True),
 }
 
 
@@ -77,6 +83,7 @@ def require_describable(files: ModelFiles) -> None:
     """Refuse a model that is no GGUF file, and of which one would say something else; raises as `tokenizer_of` does."""
     _require_rope(rope_of(files.config))
     _require_attention(files.config, family_of(files.config))
+    _require_experts(files.config, family_of(files.config))
     tokenizer_of(files.directory, files.config.vocab_size)
 
 
@@ -100,6 +107,25 @@ def _require_attention(config: Any, family: Family) -> None:
     )
 
 
+def _require_experts(config: Any, family: Family) -> None:
+    """Refuse experts that llama.cpp would run in another way: it takes every block to have them, and has one rule for their weights."""
+    if family.shares is None:
+        return
+    if getattr(config, "norm_topk_prob", family.shares) != family.shares:
+        other = "as they are" if family.shares else "divided by their sum"
+        what = f"weights of experts {other} (norm_topk_prob is {config.norm_topk_prob})"
+    elif getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        what = "blocks without experts"
+    elif getattr(config, "clip_qkv", None):
+        what = f"queries, keys and values that are cut off at {config.clip_qkv}"
+    else:
+        return
+    raise SourceError(
+        f"the model has {what}, which llama.cpp does not have for this family: it would compute something else. Choose another "
+        "format."
+    )
+
+
 def copy_metadata(writer: GGUFWriter, source: Path) -> None:
     """Copy what a GGUF file says: all but its architecture, which the writer has, and the type of its weights."""
     from gguf import GGUFReader, GGUFValueType
@@ -111,8 +137,7 @@ def copy_metadata(writer: GGUFWriter, source: Path) -> None:
 
 
 def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: Family, name: str) -> None:
-    """Write what config.json and the tokenizer's files say, and the model's name. Raises as `require_describable` does."""
-    require_describable(files)
+    """Write what config.json and the tokenizer's files say, and the model's name; files: that `require_describable` allows."""
     writer.add_type("model")
     writer.add_name(name)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -130,6 +155,8 @@ def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: F
     writer.add_rope_dimension_count(width)
     if (window := getattr(config, "sliding_window", None)) and family.architecture == "gemma3":
         writer.add_sliding_window(window)
+    if family.shares is not None:
+        _write_experts(writer, config)
     _write_rope(writer, rope_of(config))
     tokenizer_of(files.directory, config.vocab_size).write(writer, files.directory, config.vocab_size)
 
@@ -149,6 +176,15 @@ def _require_rope(rope: dict[str, Any]) -> str:
             "another format, or convert a bf16 export with llama.cpp's own tools."
         )
     return kind
+
+
+def _write_experts(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+    if width := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(width)
 
 
 def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:

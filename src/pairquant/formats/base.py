@@ -37,7 +37,8 @@ class Format(ABC):
     name: what the user types; readers: the programs that load it, in words; command: one that does, for a path; bits: those
     that it holds with zero points or without; symmetric: what is quantized for it has its zero points in the middle;
     group_size: the largest, larger ones would save nothing; one_form: all weights must have the same bits and group size;
-    embeddings, experts: it holds quantized embeddings, experts one by one.
+    embeddings: it holds quantized embeddings; stacks: the families whose experts it holds, all of a block in one tensor of
+    each part; None: it holds experts one by one, as the sources of most families do.
     """
 
     name: ClassVar[str]
@@ -48,7 +49,7 @@ class Format(ABC):
     group_size: ClassVar[int] = 128
     one_form: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
-    experts: ClassVar[bool] = True
+    stacks: ClassVar[tuple[str, ...] | None] = None
 
     def refusal(self, layout: LinearLayout) -> str | None:
         """Return why a weight of this layout cannot be stored exactly, in words that follow its name; None if it can."""
@@ -61,6 +62,14 @@ class Format(ABC):
     @abstractmethod
     def tensors(self, packed: PackedLinear) -> dict[str, Tensor]:
         """Return what is stored for a weight, by the last part of its name. The bias is not among them."""
+
+    def stack_name(self, home: str, part: str, stored: str) -> str:
+        """Return the name of the weights of one part of all experts of a block, where it holds them in one tensor.
+
+        home: the source's name of the experts' module; part: "gate_proj", "up_proj" or "down_proj"; stored: the source's
+        name of the part.
+        """
+        return f"{home}.{stored}"
 
     @abstractmethod
     def entries(self, contents: Contents) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Gguf(Format):
     bits = (4, 5, 8)
     group_size = BLOCK
     embeddings = True
-    experts = False
+    stacks = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
     def refusal(self, layout: LinearLayout) -> str | None:
         if layout.bits == 8 and not layout.spec.symmetric:

@@ -20,13 +20,16 @@ class Mlx(Format):
     command = "mlx_lm.chat --model {}"
     bits = (2, 3, 4, 5, 6, 8)
     embeddings = True
-    experts = False
+    stacks = ("glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
     def refusal(self, layout: LinearLayout) -> str | None:
         words = layout.in_features * layout.bits
         if words % 32:
             return f"has {layout.in_features} channels of {layout.bits} bits, which fill no whole words"
         return super().refusal(layout)
+
+    def stack_name(self, home: str, part: str, stored: str) -> str:
+        return f"{home.removesuffix('.experts')}.switch_mlp.{part}"
 
     def tensors(self, packed: PackedLinear) -> dict[str, Tensor]:
         codes, zeros, scales = codes_of(packed)

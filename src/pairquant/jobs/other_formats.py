@@ -93,7 +93,8 @@ def _require_storable(form: str, model: str | Path, output: Path, config: QuantC
     """Refuse before the work what could not be written after it."""
     opened = Opened.of(model, replace(config, transform="none"), trust_remote_code)
     require_apart(output, opened.files)
-    require_held(Contents(opened.plan.layouts), FORMATS[form], opened.sites, opened.names)
+    family = opened.files.config.model_type
+    require_held(Contents(opened.plan.layouts), FORMATS[form], family, opened.sites, opened.names)
     if form == Gguf.name:
         require_writable(opened.files, opened.skeleton)
 
