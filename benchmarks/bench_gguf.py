@@ -7,12 +7,16 @@ order: the residual stream's, the MLPs' and, within each head, the values'. It i
 rounded in blocks before lie in other blocks now; of MODEL itself, which may come from a quantized file, llama.cpp would find
 the old blocks again and lose nothing. All files are read by Transformers, which decodes them, so that only weights differ.
 One JSON line a file.
+
+With --keep DIRECTORY llama.cpp's files stay there, and are not judged; on another machine, which lacks llama.cpp, --judge FILE …
+judges them: the order of the channels is the same everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -120,6 +124,10 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=SETTING["samples"])
     parser.add_argument("--seq-len", type=int, default=SETTING["seq_len"])
+    parser.add_argument("--keep", type=Path, help="write llama.cpp's files there, and judge none of them")
+    parser.add_argument(
+        "--judge", type=Path, nargs="*", default=[], help="files that --keep left, named by their quantizer"
+    )
     parser.add_argument("--windows", type=int, help="evaluate on so many windows of each text only")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -144,12 +152,14 @@ def main() -> None:
             print(kind, row["bytes"], {text: round(row[text]["kl"], 4) for text in texts}, row["seconds"], flush=True)
             with options.output.open("a") as out:
                 out.write(json.dumps(row) + "\n")
-            file.unlink()
 
         for preset in options.presets:
             file, start = Path(place) / "ours.gguf", time.perf_counter()
             quantize_as("gguf", original, file, config_from(preset, **setting), device=str(device))
             note(f"pairquant {preset}", file, time.perf_counter() - start)
+            file.unlink()
+        for file in options.judge:
+            note(f"llama.cpp {file.stem}", file, 0.0)
         if not options.llama:
             return
         weights = Path(place) / "importance.npz"
@@ -170,7 +180,11 @@ def main() -> None:
                     *more,
                 ]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                if options.keep:
+                    shutil.move(file, options.keep / f"{kind}{named}.gguf")
+                    continue
                 note(f"llama.cpp {kind}{named}", file, time.perf_counter() - start)
+                file.unlink()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Recipes on a benchmark's command line: `fast`, `rtn:bits=3`, `paper:training.epochs=2,share_rotations=True`."""
+"""Recipes on a benchmark's command line: `fast`, `rtn:bits=3`, `paper:training.epochs=2,share_rotations=True`,
+`best:end_to_end=2,end_to_end.fresh=7` with a training of the whole model at the end, of two epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def config_from(text: str, **setting: Any) -> QuantConfig:
     preset, _, options = text.partition(":")
     changes = [option for option in re.split(r",(?![^(]*\))", options) if option]
     own = {change: change.partition("=")[::2] for change in changes if _is_option(change)}
-    recipe = recipe_with(preset, [change for change in changes if change not in own])
+    epochs = next((int(change.partition("=")[2]) for change in changes if change.startswith("end_to_end=")), 0)
+    settings = [change for change in changes if change not in own and not change.startswith("end_to_end=")]
+    recipe = recipe_with(preset, settings, epochs)
     return QuantConfig(**{**setting, "preset": preset, "recipe": recipe, **{n: _value(v) for n, v in own.values()}})
 
 
