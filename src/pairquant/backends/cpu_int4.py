@@ -1,4 +1,4 @@
-"""The backend for 4-bit layers in bfloat16 on CPUs: one small matrix per group rotates, PyTorch's int4 product multiplies."""
+"""The backend for 4-bit layers in bfloat16 on CPUs: one small matrix per group rotates, PyTorch's products multiply."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from .base import Backend
 
 
 class CpuInt4(Backend):
-    """PyTorch's int4 product. Linears that read the same input and have the same transform run as one."""
+    """PyTorch's int4 product, and for more tokens decoded tiles of rows (`kernels.run.cpu`).
+
+    Linears that read the same input run at once: those with the same transform as one product, others after one rotation.
+    """
 
     name = "cpu-int4"
+    most = 1_000
     dtypes = (torch.bfloat16,)
+    joins = True
 
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -34,25 +39,46 @@ class CpuInt4(Backend):
         return None
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
-        if all(linear.shares_transform_with(linears[0]) for linear in linears[1:]):
-            return [list(linears)]
-        return [[linear] for linear in linears]
+        if any(self._size(run) % INT4_ROWS for run in _runs(linears)):
+            return [[linear] for linear in linears]
+        return [list(linears)]
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        whole = PackedLinear.joined(linears) if len(linears) > 1 else linears[0]
-        stored = [whole[name] for name in whole.layout.without_bias().fields()]
-        return torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers())
+        parts = []
+        for run in _runs([PackedLinear(linear.layout.without_bias(), linear.tensors) for linear in linears]):
+            whole = PackedLinear.joined(run) if len(run) > 1 else run[0]
+            stored = [whole[name] for name in whole.layout.fields()]
+            parts.append(CpuWeights.of(torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers())))
+        return (cpu.joined(parts) if len(parts) > 1 else parts[0]).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
-        return len(CpuWeights(*tensors).matrix) * group_size
+        return tensors[0].shape[1] * group_size
 
     def compute(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
     ) -> Tensor:
-        return cpu.rotated_linear(x, CpuWeights(*tensors), bias, group_size)
+        return cpu.rotated_linear(x, CpuWeights.of(tensors), bias, group_size)
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
-        return grad @ cpu.decode(CpuWeights(*tensors), group_size).to(grad.dtype)
+        weights = CpuWeights.of(tensors)
+        parts = grad.split([len(codes.packed) for codes in weights.codes], dim=-1)
+        decoded = [cpu.decode(*pair, group_size) for pair in zip(weights.matrix, weights.codes, strict=True)]
+        return sum(part @ weight.to(grad.dtype) for part, weight in zip(parts, decoded, strict=True))
+
+    @staticmethod
+    def _size(run: Sequence[PackedLinear]) -> int:
+        return sum(linear.layout.out_features for linear in run)
+
+
+def _runs(linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
+    """Split linears that read the same input into runs of neighbours that have the same transform."""
+    runs = [[linears[0]]]
+    for linear in linears[1:]:
+        if linear.shares_transform_with(runs[-1][0]):
+            runs[-1].append(linear)
+        else:
+            runs.append([linear])
+    return runs
 
 
 @torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
@@ -62,15 +88,17 @@ def cpu_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
     stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`.
     """
     known = LinearLayout.of_numbers(layout)
-    return CpuWeights.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
+    return cpu.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
 
 
 @cpu_weights.register_fake
 def _(stored, layout):
     known = LinearLayout.of_numbers(layout)
     groups, g = known.num_groups, known.group_size
+    rows = groups * known.out_features if cpu.multiplies_bfloat16() else 0
     return [
+        stored[0].new_empty(1, groups, g, g if known.rotations else 1, dtype=torch.float32),
         stored[0].new_empty(known.out_features, known.in_features // 2, dtype=torch.uint8),
         stored[0].new_empty(groups, known.out_features, 2, dtype=torch.bfloat16),
-        stored[0].new_empty(groups, g, g if known.rotations else 1, dtype=torch.float32),
+        stored[0].new_empty(rows, g // 2 + 4, dtype=torch.uint8),
     ]
