@@ -39,7 +39,7 @@ BACKEND = BY_NAME["cpu-int4"]
 def alternate(calls: dict[str, Callable[[int], object]], seconds: float, quantile: float) -> dict[str, float]:
     """Seconds of each call, which is given the number of its turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call(0)
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 5:
@@ -58,7 +58,8 @@ def random_weights(channels: int, rows: int, group: int) -> list[torch.Tensor]:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     stored = cpu._rows(codes, scales, zeros) if cpu.multiplies_bfloat16() else codes.new_empty(0, group // 2 + 4)
     matrix = torch.linalg.qr(torch.randn(1, channels // group, group, group))[0].contiguous()
-    return cpu.CpuWeights(matrix, (cpu.CpuCodes(packed, cpu._grid(scales, zeros), stored),)).tensors()
+    codes = cpu.CpuCodes(packed, cpu._grid(scales, zeros), stored, torch.empty(0, channels).bfloat16())
+    return cpu.CpuWeights(matrix, (codes,)).tensors()
 
 
 def linears(shape: tuple[int, int, int], seconds: float, quantile: float) -> list[dict[str, float]]:
@@ -147,7 +148,10 @@ def main() -> None:
         "quantile": options.quantile, "unit": "us of linears, ms of models",
     }  # fmt: skip
     results["rows"] = [
-        row for name in options.shapes for shape in SHAPES[name] for row in linears(shape, options.seconds, options.quantile)
+        row
+        for name in options.shapes
+        for shape in SHAPES[name]
+        for row in linears(shape, options.seconds, options.quantile)
     ]
     if options.models:
         results["models"] = models(options.models, options.seconds, options.quantile)

@@ -1,5 +1,7 @@
 """PyTorch's int4 product: which linears it joins, and the weight that its packed form stands for."""
 
+import gc
+
 import pytest
 import torch
 from packed import random_packed
@@ -7,6 +9,7 @@ from packed import random_packed
 from pairquant.backends.cpu_int4 import CpuInt4
 from pairquant.core.linear import decode, forward
 from pairquant.kernels.run.cpu import CpuWeights
+from pairquant.kernels.run.decoded_budget import Budget
 from pairquant.spec.linear import Spec
 
 BACKEND = CpuInt4()
@@ -88,3 +91,39 @@ def test_a_pytorch_without_the_product_is_not_asked_for_it(monkeypatch):
     monkeypatch.setattr("pairquant.backends.cpu_int4.torch.ops", type("Ops", (), {"aten": object()}))
     reason = BACKEND.refusal(Spec(4, 64, 2).layout(128, 64), torch.device("cpu"), torch.bfloat16)
     assert "does not have" in reason
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """A budget of this process for decoded weights, of a CPU that multiplies bfloat16."""
+    found = Budget(2 * 128 * 48)
+    monkeypatch.setattr("pairquant.backends.cpu_int4.budget", lambda: found)
+    monkeypatch.setattr("pairquant.kernels.run.cpu.multiplies_bfloat16", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_decoded_weights_are_kept_within_the_budget_and_multiply_x_itself(limit, shared):
+    packed = linears(shared)
+    kept, not_kept = (BACKEND.prepare(packed, torch.bfloat16) for _ in range(2))
+    assert limit.taken == limit.limit
+    assert all(len(codes.dense) for codes in CpuWeights.of(kept).codes)
+    assert not any(len(codes.dense) for codes in CpuWeights.of(not_kept).codes)
+    assert sum(len(codes.rows) for codes in CpuWeights.of(kept).codes) == 0, "nothing is kept twice"
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    dense = torch.cat([decode(part).bfloat16() for part in packed])
+    assert torch.equal(BACKEND.compute(x, kept, None, [32, 16], 64), torch.nn.functional.linear(x, dense))
+    few = x[:3]
+    assert torch.equal(
+        BACKEND.compute(few, kept, None, [32, 16], 64), BACKEND.compute(few, not_kept, None, [32, 16], 64)
+    )
+    del kept
+    gc.collect()
+    assert limit.taken == 0
+    assert len(CpuWeights.of(BACKEND.prepare(packed, torch.bfloat16)).codes[0].dense)
+
+
+def test_no_decoded_weights_are_kept_where_they_would_be_slower(limit, monkeypatch):
+    monkeypatch.setattr("pairquant.kernels.run.cpu.multiplies_bfloat16", lambda: False)
+    assert len(CpuWeights.of(BACKEND.prepare(linears(True), torch.bfloat16)).codes[0].dense) == 0
+    assert limit.taken == 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.run import cpu
 from ..kernels.run.cpu import INT4_ROWS, CpuWeights
+from ..kernels.run.decoded_budget import budget
 from ..spec.fields import short
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
@@ -44,11 +45,14 @@ class CpuInt4(Backend):
         return [list(linears)]
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
+        keep = self._keeps_decoded(linears)
         parts = []
         for run in _runs([PackedLinear(linear.layout.without_bias(), linear.tensors) for linear in linears]):
             whole = PackedLinear.joined(run) if len(run) > 1 else run[0]
             stored = [whole[name] for name in whole.layout.fields()]
-            parts.append(CpuWeights.of(torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers())))
+            parts.append(CpuWeights.of(torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers(), keep)))
+            if keep:
+                budget().give_back_with(parts[-1].codes[0].dense)
         return (cpu.joined(parts) if len(parts) > 1 else parts[0]).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
@@ -64,6 +68,17 @@ class CpuInt4(Backend):
         parts = grad.split([len(codes.packed) for codes in weights.codes], dim=-1)
         decoded = [cpu.decode(*pair, group_size) for pair in zip(weights.matrix, weights.codes, strict=True)]
         return sum(part @ weight.to(grad.dtype) for part, weight in zip(parts, decoded, strict=True))
+
+    @staticmethod
+    def _keeps_decoded(linears: Sequence[PackedLinear]) -> bool:
+        """Tell whether the decoded weights of these linears are kept, and take their bytes from the budget.
+
+        They are not while torch.compile traces, which would count them in a graph's place, nor where they would be slower.
+        """
+        if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16():
+            return False
+        weights = sum(linear.layout.in_features * linear.layout.out_features for linear in linears)
+        return budget().take(weights * torch.bfloat16.itemsize)
 
     @staticmethod
     def _size(run: Sequence[PackedLinear]) -> int:
@@ -82,23 +97,24 @@ def _runs(linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
 
 
 @torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
-def cpu_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
+def cpu_weights(stored: list[Tensor], layout: list[int], keep_decoded: bool) -> list[Tensor]:
     """Prepare a 4-bit linear for the CPU and return `CpuWeights.tensors()`.
 
-    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`.
+    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`; keep_decoded: see `cpu.build`.
     """
     known = LinearLayout.of_numbers(layout)
-    return cpu.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
+    return cpu.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))), keep_decoded).tensors()
 
 
 @cpu_weights.register_fake
-def _(stored, layout):
+def _(stored, layout, keep_decoded):
     known = LinearLayout.of_numbers(layout)
     groups, g = known.num_groups, known.group_size
-    rows = groups * known.out_features if cpu.multiplies_bfloat16() else 0
+    rows = groups * known.out_features if cpu.multiplies_bfloat16() and not keep_decoded else 0
     return [
         stored[0].new_empty(1, groups, g, g if known.rotations else 1, dtype=torch.float32),
         stored[0].new_empty(known.out_features, known.in_features // 2, dtype=torch.uint8),
         stored[0].new_empty(groups, known.out_features, 2, dtype=torch.bfloat16),
         stored[0].new_empty(rows, g // 2 + 4, dtype=torch.uint8),
+        stored[0].new_empty(known.out_features if keep_decoded else 0, known.in_features, dtype=torch.bfloat16),
     ]

@@ -3,6 +3,7 @@
 Up to `FEW_TOKENS` tokens it is PyTorch's int4 product, which decodes the codes again for every four tokens. For more, the
 codes are decoded once, a cache-sized tile of rows after another, and PyTorch's bfloat16 product (AVX-512 or AMX)
 multiplies by the tile. On CPUs without instructions for bfloat16 the int4 product is faster at every number of tokens.
+Where decoded weights are kept (`decoded_budget`), they multiply more than `FEW_BESIDE_DECODED` tokens.
 
 For one token of 4096 channels on two threads, rotating in K steps takes 226 to 325 us, the product with the matrices 20 to
 36 us.
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.linear import decode as decoded_weight
 from ...core.linear import transform_of
 from ...core.packing import unpack
 from ...core.rotation import rotate_dense
@@ -28,6 +30,9 @@ INT4_ROWS = 16
 #: Up to this many tokens the int4 product is as fast as decoding: 4096 → 14336 on one core of an EPYC 9005, 24 tokens 17 against
 #: 19 ms, 32 tokens 23 against 22; on two cores 32 tokens 11 against 11, 64 tokens 22 against 14.
 FEW_TOKENS = 32
+#: Up to this many tokens the int4 product and its rotation are faster than the decoded weight: 4096 → 14336, 8 tokens 5.7 against
+#: 7.0 ms, 12 tokens 8.7 against 8.3.
+FEW_BESIDE_DECODED = 8
 #: From this many tokens on, activations are rotated in bfloat16: two products of halves, whose preparation costs 40 us.
 MANY_TOKENS = 96
 #: Weights of one decoded tile (4 MB in float32, 2 MB in bfloat16), and the rows that a tile has a multiple of.
@@ -45,12 +50,14 @@ class CpuCodes:
     packed: as `aten::_convert_weight_to_int4pack_for_cpu` returns them; PyTorch does not document the format.
     grid: bfloat16 [G, N, 2], scale and (8 - z) · scale, because the product computes (q - 8) · scale + zero.
     rows: uint8 [N · G, g/2 + 4], what `quantized::embedding_bag_4bit_unpack` decodes: two codes in a byte, the first one in its
-    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where `multiplies_bfloat16` is False.
+    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where `multiplies_bfloat16` is False or `dense` is there.
+    dense: bfloat16 [N, C], the decoded weight in the original basis, if it is kept; else [0, C].
     """
 
     packed: Tensor
     grid: Tensor
     rows: Tensor
+    dense: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,11 @@ class CpuWeights:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> CpuWeights:
         """Return the weights whose `tensors()` these are."""
-        return cls(tensors[0], tuple(CpuCodes(*tensors[i : i + 3]) for i in range(1, len(tensors), 3)))
+        return cls(tensors[0], tuple(CpuCodes(*tensors[i : i + 4]) for i in range(1, len(tensors), 4)))
 
     def tensors(self) -> list[Tensor]:
-        """Return the matrix, then the three tensors of the codes of each transform."""
-        return [self.matrix, *(tensor for part in self.codes for tensor in (part.packed, part.grid, part.rows))]
+        """Return the matrix, then the four tensors of the codes of each transform."""
+        return [self.matrix, *(tensor for c in self.codes for tensor in (c.packed, c.grid, c.rows, c.dense))]
 
 
 @cache
@@ -85,8 +92,8 @@ def multiplies_bfloat16() -> bool:
     return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def build(linear: PackedLinear) -> CpuWeights:
-    """Prepare a 4-bit linear."""
+def build(linear: PackedLinear, keep_decoded: bool = False) -> CpuWeights:
+    """Prepare a 4-bit linear. keep_decoded: also decode the weight, to be kept."""
     transform = transform_of(linear)
     groups, g, _ = transform.matrix.shape
     factors = transform.inverse_scales.view(groups, g, 1)
@@ -96,8 +103,11 @@ def build(linear: PackedLinear) -> CpuWeights:
     codes = unpack(linear["qweight"], 4).T.contiguous()
     zeros = unpack(linear["qzeros"], 4).float()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    rows = _rows(codes, scales / shrink, zeros) if multiplies_bfloat16() else codes.new_empty(0, g // 2 + 4)
-    return CpuWeights((matrix * shrink)[None], (CpuCodes(packed, _grid(scales / shrink, zeros), rows),))
+    tiles = multiplies_bfloat16() and not keep_decoded
+    rows = _rows(codes, scales / shrink, zeros) if tiles else codes.new_empty(0, g // 2 + 4)
+    dense = decoded_weight(linear) if keep_decoded else torch.empty(0, groups * g)
+    found = CpuCodes(packed, _grid(scales / shrink, zeros), rows, dense.bfloat16())
+    return CpuWeights((matrix * shrink)[None], (found,))
 
 
 def joined(parts: Sequence[CpuWeights]) -> CpuWeights:
@@ -181,8 +191,11 @@ def decoded_product(x_rot: Tensor, rows: Tensor, out_features: int) -> Tensor:
 
 def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
     """Run linears that read the same input on x, bfloat16 [M, C], with their bias if they have one: bfloat16 [M, N]."""
-    x_rot = rotated(x, weights.matrix)
-    found = [_product(x_rot[i], codes, group_size) for i, codes in enumerate(weights.codes)]
+    if len(x) > FEW_BESIDE_DECODED and len(weights.codes[0].dense):
+        found = [F.linear(x, codes.dense) for codes in weights.codes]
+    else:
+        x_rot = rotated(x, weights.matrix)
+        found = [_product(x_rot[i], codes, group_size) for i, codes in enumerate(weights.codes)]
     y = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
     return y if bias is None else y.add_(bias)
 
