@@ -73,7 +73,7 @@ def write(directory: Path, shape: str) -> None:
     entries = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and path != "lm_head":
-            fields = packed.layout(module.in_features, module.out_features).fields()
+            fields = packed.layout(path, module.in_features, module.out_features).fields()
         elif path == "lm_head" and config.tie_word_embeddings:
             continue
         else:

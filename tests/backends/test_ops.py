@@ -83,8 +83,25 @@ def test_what_a_linear_keeps_is_traced_without_being_made():
     stored = [packed[name] for name in packed.layout.fields()]
     torch.library.opcheck(torch.ops.pairquant.decode.default, (stored, packed.layout.numbers()))
     fake = [tensor.to("meta") for tensor in stored]
-    made = torch.ops.pairquant.cpu_weights(fake, packed.layout.numbers())
-    assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in prepared(packed)]
+    for keep in (False, True):
+        made = torch.ops.pairquant.cpu_weights(fake, packed.layout.numbers(), keep)
+        real = torch.ops.pairquant.cpu_weights(stored, packed.layout.numbers(), keep)
+        assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in real]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_needs_no_operator_gives_the_same_bits_without_it(trains):
+    packed = random_packed(32, 64, 32)
+    tensors, x = prepared(packed), torch.randn(3, 64).bfloat16().requires_grad_(trains)
+    assert ops._needs_operator(x, None) == trains
+    want = torch.ops.pairquant.rotated_linear(x, tensors, None, [32], 32, "cpu-int4")
+    assert torch.equal(ops.run(CPU_INT4, x, tensors, None, [32], 32), want)
+    with torch.no_grad():
+        assert not ops._needs_operator(x, None)
+
+
+def test_a_bias_that_trains_needs_the_operator():
+    assert ops._needs_operator(torch.zeros(1, 64), torch.zeros(32, requires_grad=True))
 
 
 def test_importing_the_kernels_imports_neither_triton_nor_cuda():

@@ -50,7 +50,7 @@ def test_an_offloaded_layer_holds_nothing_between_forwards(tiny_checkpoint, toke
             assert kept is None
             assert not layer._merged.gathered(), "it would be repacked without its codes"
         else:
-            assert kept is not None
+            assert kept is not None or layer._merged.backend is not None
 
 
 def test_dequantizing_offloaded_layers_says_what_to_do(tiny_checkpoint, tmp_path):

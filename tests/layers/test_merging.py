@@ -163,6 +163,47 @@ def test_nothing_is_repacked_on_a_cpu():
     assert module.q_proj._merged.backend is None
 
 
+class OnCpu(nn.Module):
+    """q, k and v, of rows that PyTorch's int4 product takes; only k has no bias."""
+
+    def __init__(self):
+        super().__init__()
+        for seed, (name, rows) in enumerate((("q_proj", 64), ("k_proj", 32), ("v_proj", 48))):
+            setattr(self, name, RotatedLinear.from_packed(random_packed(rows, 128, 64, 2, seed, bias=name != "k_proj")))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_on_a_cpu_layers_of_one_input_run_at_once_in_bfloat16(trains):
+    module = OnCpu()
+    alone = {name: layer(x) for name, layer in rotated_linears(module) for x in [inputs()]}
+    link_siblings(module)
+    x = inputs().requires_grad_(trains)
+    found = {name: layer(x) for name, layer in rotated_linears(module)}
+    assert module.q_proj._merged.backend is BY_NAME["cpu-int4"]
+    for name, layer in rotated_linears(module):
+        assert torch.equal(found[name].detach(), alone[name].detach())
+        assert layer.qweight.numel(), "stored tensors stay"
+    if trains:
+        sum(y.float().sum() for y in found.values()).backward()
+        want = sum(decode(layer.packed).sum(0) for _, layer in rotated_linears(module)).expand(5, -1)
+        assert error(x.grad, want) < 2e-2
+
+
+def test_on_a_cpu_another_dtype_is_served_beside_what_was_joined():
+    module = OnCpu()
+    link_siblings(module)
+    module.q_proj(inputs())
+    for name, layer in rotated_linears(module):
+        x = torch.randn(3, 128)
+        assert error(layer(x), forward(layer.packed, x)) < 1e-5, name
+    state = module.state_dict()
+    assert all(torch.equal(state[f"q_proj.{name}"], t) for name, t in module.q_proj.packed.tensors.items())
+
+
+def inputs():
+    return torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_without_a_graph_break(dtype):
     layer = RotatedLinear.from_packed(random_packed(32, 128, 64))

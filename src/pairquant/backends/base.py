@@ -21,6 +21,7 @@ class Backend(ABC):
     most: how many linears that read the same input it can run at once.
     dtypes: the dtypes of activations that it accepts.
     opaque: whether torch.compile sees it as a single operator.
+    joins: whether it is worth running layers of one input at once although their stored tensors are not replaced.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Backend(ABC):
     most: int = 1
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     opaque: bool = True
+    joins: bool = False
 
     @abstractmethod
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,4 +1,4 @@
-"""The backend for 4-bit layers in bfloat16 on CPUs: one small matrix per group rotates, PyTorch's int4 product multiplies."""
+"""The backend for 4-bit layers in bfloat16 on CPUs: one small matrix per group rotates, PyTorch's products multiply."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from torch import Tensor
 
 from ..kernels.run import cpu
 from ..kernels.run.cpu import INT4_ROWS, CpuWeights
+from ..kernels.run.decoded_budget import budget
 from ..spec.fields import short
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
 
 
 class CpuInt4(Backend):
-    """PyTorch's int4 product. Linears that read the same input and have the same transform run as one."""
+    """PyTorch's int4 product, and for more tokens decoded tiles of rows (`kernels.run.cpu`).
+
+    Linears that read the same input run at once: those with the same transform as one product, others after one rotation.
+    """
 
     name = "cpu-int4"
+    most = 1_000
     dtypes = (torch.bfloat16,)
+    joins = True
 
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -34,43 +40,81 @@ class CpuInt4(Backend):
         return None
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
-        if all(linear.shares_transform_with(linears[0]) for linear in linears[1:]):
-            return [list(linears)]
-        return [[linear] for linear in linears]
+        if any(self._size(run) % INT4_ROWS for run in _runs(linears)):
+            return [[linear] for linear in linears]
+        return [list(linears)]
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        whole = PackedLinear.joined(linears) if len(linears) > 1 else linears[0]
-        stored = [whole[name] for name in whole.layout.without_bias().fields()]
-        return torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers())
+        keep = self._keeps_decoded(linears)
+        parts = []
+        for run in _runs([PackedLinear(linear.layout.without_bias(), linear.tensors) for linear in linears]):
+            whole = PackedLinear.joined(run) if len(run) > 1 else run[0]
+            stored = [whole[name] for name in whole.layout.fields()]
+            parts.append(CpuWeights.of(torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers(), keep)))
+            if keep:
+                budget().give_back_with(parts[-1].codes[0].dense)
+        return (cpu.joined(parts) if len(parts) > 1 else parts[0]).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
-        return len(CpuWeights(*tensors).matrix) * group_size
+        return tensors[0].shape[1] * group_size
 
     def compute(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
     ) -> Tensor:
-        return cpu.rotated_linear(x, CpuWeights(*tensors), bias, group_size)
+        return cpu.rotated_linear(x, CpuWeights.of(tensors), bias, group_size)
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
-        return grad @ cpu.decode(CpuWeights(*tensors), group_size).to(grad.dtype)
+        weights = CpuWeights.of(tensors)
+        parts = grad.split([len(codes.packed) for codes in weights.codes], dim=-1)
+        decoded = [cpu.decode(*pair, group_size) for pair in zip(weights.matrix, weights.codes, strict=True)]
+        return sum(part @ weight.to(grad.dtype) for part, weight in zip(parts, decoded, strict=True))
+
+    @staticmethod
+    def _keeps_decoded(linears: Sequence[PackedLinear]) -> bool:
+        """Tell whether the decoded weights of these linears are kept, and take their bytes from the budget.
+
+        They are not while torch.compile traces, which would count them in a graph's place, nor where they would be slower.
+        """
+        if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16():
+            return False
+        weights = sum(linear.layout.in_features * linear.layout.out_features for linear in linears)
+        return budget().take(weights * torch.bfloat16.itemsize)
+
+    @staticmethod
+    def _size(run: Sequence[PackedLinear]) -> int:
+        return sum(linear.layout.out_features for linear in run)
+
+
+def _runs(linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
+    """Split linears that read the same input into runs of neighbours that have the same transform."""
+    runs = [[linears[0]]]
+    for linear in linears[1:]:
+        if linear.shares_transform_with(runs[-1][0]):
+            runs[-1].append(linear)
+        else:
+            runs.append([linear])
+    return runs
 
 
 @torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
-def cpu_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
+def cpu_weights(stored: list[Tensor], layout: list[int], keep_decoded: bool) -> list[Tensor]:
     """Prepare a 4-bit linear for the CPU and return `CpuWeights.tensors()`.
 
-    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`.
+    stored: all tensors of its `layout.fields()`, without bias; layout: the layout's `numbers()`; keep_decoded: see `cpu.build`.
     """
     known = LinearLayout.of_numbers(layout)
-    return CpuWeights.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
+    return cpu.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))), keep_decoded).tensors()
 
 
 @cpu_weights.register_fake
-def _(stored, layout):
+def _(stored, layout, keep_decoded):
     known = LinearLayout.of_numbers(layout)
     groups, g = known.num_groups, known.group_size
+    rows = groups * known.out_features if cpu.multiplies_bfloat16() and not keep_decoded else 0
     return [
+        stored[0].new_empty(1, groups, g, g if known.rotations else 1, dtype=torch.float32),
         stored[0].new_empty(known.out_features, known.in_features // 2, dtype=torch.uint8),
         stored[0].new_empty(groups, known.out_features, 2, dtype=torch.bfloat16),
-        stored[0].new_empty(groups, g, g if known.rotations else 1, dtype=torch.float32),
+        stored[0].new_empty(rows, g // 2 + 4, dtype=torch.uint8),
+        stored[0].new_empty(known.out_features if keep_decoded else 0, known.in_features, dtype=torch.bfloat16),
     ]

@@ -21,8 +21,8 @@ class RotatedLinear(HoldsPacked):
 
     `forward` takes x, floating [..., C], and returns [..., N] in x's dtype. The layer is run by the first backend that
     accepts it for x's device and dtype (`backends.table`). The tensors that `triton_kernels` prepares replace stored tensors,
-    which are restored bit for bit when the layer is saved or moved. With the other backends, the layer keeps the prepared
-    tensors in addition to the stored ones.
+    which are restored bit for bit when the layer is saved or moved. With the other backends, the layer, or all that it is
+    merged with, keeps the prepared tensors in addition to the stored ones.
 
     The first forward pass prepares the tensors. If a model is compiled before that, it is compiled twice: once with the
     preparation and once without.
@@ -58,9 +58,11 @@ class RotatedLinear(HoldsPacked):
         return PackedLinear(self.layout, {n: given_up.get(n, getattr(self, n)) for n in self.layout.fields()})
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._merged.backend is not None or (x.is_cuda and self.prepare()):
+        if self._merged.serves(x) or (x.is_cuda and self.prepare()):
             return self._merged.forward(self, x)
         kept = self._kept_for(x)
+        if kept is None:
+            return self._merged.forward(self, x)
         return run(kept.backend, x, kept.tensors, self.bias, [self.out_features], self.layout.group_size)
 
     def prepare(self) -> bool:
@@ -85,7 +87,7 @@ class RotatedLinear(HoldsPacked):
             if not backend.replaces or not self._merged.gathered():
                 return False
             self._merged.build(backend)
-        return True
+        return bool(self._merged.backend and self._merged.backend.replaces)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """Return an `nn.Linear` with the decoded weight in this dtype; its parameters need no gradient."""
@@ -109,16 +111,19 @@ class RotatedLinear(HoldsPacked):
         for member in rest.members:
             member._merged = rest
 
-    def _kept_for(self, x: Tensor) -> _Kept:
+    def _kept_for(self, x: Tensor) -> _Kept | None:
         """Return the tensors that the backend needs to run activations like x, and keep them for the next call.
 
-        This is for backends that do not replace the stored tensors.
+        This is for backends that do not replace the stored tensors. Returns None if the layers that this one is merged with
+        were prepared instead, to run at once.
         """
         kept = self._kept
         if kept is None or not kept.serves(x, self.theta.device):
             backend = choose(self.layout, self.theta.device, x.dtype)
             if backend.replaces:  # its tensors could not replace the stored ones
                 backend = DENSE
+            if self._merged.join(backend):
+                return None
             with plain_tensors():
                 kept = _Kept(backend, x.dtype, self.theta.device, backend.prepare([self.packed], x.dtype))
             self._kept = None if offloaded(self) else kept

@@ -25,7 +25,7 @@ class Merged:
     its own. In inference mode and inside a compiled graph, changes of x cannot be detected: there, x must not be changed in
     place between the calls of two of the layers.
 
-    backend: the backend that runs the layers, after it has replaced their stored tensors; None before.
+    backend: the backend that runs the layers, after it has prepared them; None before.
     """
 
     def __init__(self, members: Sequence[RotatedLinear]):
@@ -55,6 +55,22 @@ class Merged:
         """Tell whether the stored tensors of all layers are on the same device and are not offloaded."""
         devices = {tensor.device for member in self.members for tensor in member.buffers()}
         return len(devices) == 1 and not any(map(offloaded, self.members))
+
+    def serves(self, x: Tensor) -> bool:
+        """Tell whether the layers are prepared, and run x as they are: if their stored tensors are there, others may."""
+        return self.backend is not None and (bool(self.backend.replaces) or x.dtype in self.backend.dtypes)
+
+    def join(self, backend: Backend) -> bool:
+        """Let a backend that replaces no stored tensors prepare all layers to run at once, if it can. Tells whether it did.
+
+        It is not done while torch.compile traces, because the values of the layers' transforms are compared.
+        """
+        if not backend.joins or len(self.members) == 1 or torch.compiler.is_compiling() or not self.gathered():
+            return False
+        if len(backend.batches([member.packed for member in self.members])) > 1:
+            return False
+        self.build(backend)
+        return True
 
     def build(self, backend: Backend) -> None:
         """Let the backend prepare all layers, and free the stored tensors that it replaces."""

@@ -1,0 +1,59 @@
+"""The memory that decoded weights may take on CPUs, beside their codes. An environment variable gives it; by default there is none."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from functools import cache
+
+from torch import Tensor
+
+from ...support.errors import ConfigError
+
+#: In GiB, for each process.
+VARIABLE = "PAIRQUANT_CPU_DECODED_GIB"
+
+
+class Budget:
+    """Counts the bytes of decoded weights that exist. limit: how many there may be at a time."""
+
+    def __init__(self, limit: int):
+        self.limit, self.taken = limit, 0
+        self.lock = threading.Lock()
+
+    def take(self, nbytes: int) -> bool:
+        """Take so many bytes, if they are left; tells whether they were."""
+        with self.lock:
+            if self.taken + nbytes > self.limit:
+                return False
+            self.taken += nbytes
+            return True
+
+    def give_back_with(self, tensor: Tensor) -> None:
+        """Give the bytes of a tensor back when it is freed."""
+        weakref.finalize(tensor, self._give_back, tensor.nbytes)
+
+    def _give_back(self, nbytes: int) -> None:
+        with self.lock:
+            self.taken -= nbytes
+
+
+@cache
+def budget() -> Budget:
+    """Return the budget of this process. Raises `ConfigError` if the variable is not a number of at least 0."""
+    return Budget(limit_of(os.environ.get(VARIABLE, "0")))
+
+
+def limit_of(text: str) -> int:
+    """Return the bytes that a number of GiB means; raises `ConfigError` for anything else."""
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not 0 <= gib < math.inf:
+        raise ConfigError(
+            f"{VARIABLE} is {text!r}, allowed: a number of GiB, 0 or more. Unset it to keep no decoded weights."
+        )
+    return int(gib * 2**30)

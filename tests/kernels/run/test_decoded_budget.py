@@ -1,0 +1,40 @@
+"""The memory that decoded weights may take on CPUs."""
+
+import gc
+
+import pytest
+import torch
+
+from pairquant.kernels.run.decoded_budget import VARIABLE, Budget, budget, limit_of
+from pairquant.support.errors import ConfigError
+
+
+def test_no_more_is_given_than_there_is_and_freed_tensors_give_theirs_back():
+    found = Budget(100)
+    tensor = torch.empty(60, dtype=torch.uint8)
+    assert found.take(tensor.nbytes)
+    found.give_back_with(tensor)
+    assert not found.take(41)
+    assert found.take(40)
+    view = tensor.view(6, 10)
+    del tensor, view
+    gc.collect()
+    assert found.taken == 40
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("0", 0), ("1.5", 3 * 2**29), ("2", 2**31)])
+def test_the_variable_is_in_gib(text, nbytes):
+    assert limit_of(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "2GiB"])
+def test_anything_else_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match=VARIABLE):
+        limit_of(text)
+
+
+def test_by_default_nothing_is_kept(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    budget.cache_clear()
+    assert not budget().take(1)
+    budget.cache_clear()
