@@ -24,10 +24,11 @@ def prepared(packed):
     return CPU_INT4.prepare([packed], torch.bfloat16)
 
 
-def test_pytorch_finds_no_fault_with_the_operator():
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_pytorch_finds_no_fault_with_the_operator(activations):
     packed = random_packed(32, 64, 32)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
-    torch.library.opcheck(ops.rotated_linear, (x, prepared(packed), None, [32], 32, "cpu-int4"))
+    torch.library.opcheck(ops.rotated_linear, (x, prepared(packed), None, [32], 32, "cpu-int4", activations))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -47,9 +47,15 @@ class CpuInt4(Backend):
         return len(CpuWeights(*tensors).matrix) * group_size
 
     def compute(
-        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+        activations: str | None = None,
     ) -> Tensor:
-        return cpu.rotated_linear(x, CpuWeights(*tensors), bias, group_size)
+        return cpu.rotated_linear(x, CpuWeights(*tensors), bias, group_size, activations)
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         return grad @ cpu.decode(CpuWeights(*tensors), group_size).to(grad.dtype)

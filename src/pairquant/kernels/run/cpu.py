@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.activations import rounded
 from ...core.linear import transform_of
 from ...core.packing import unpack
 from ...core.rotation import rotate_dense
@@ -62,10 +63,17 @@ def int4_product(x_rot: Tensor, packed: Tensor, grid: Tensor, group_size: int) -
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x_rot, packed, group_size, grid)
 
 
-def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
-    """Run a linear on x, bfloat16 [M, C], with its bias if it has one: bfloat16 [M, N]."""
-    x_rot = _multiplied(x.float(), weights.matrix).to(x.dtype)
-    y = int4_product(x_rot, weights.packed, weights.grid, group_size)
+def rotated_linear(
+    x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int, activations: str | None = None
+) -> Tensor:
+    """Run a linear on x, bfloat16 [M, C], with its bias if it has one: bfloat16 [M, N].
+
+    activations: the format that the rotated x is rounded to, None for none.
+    """
+    x_rot = _multiplied(x.float(), weights.matrix)
+    if activations is not None:
+        x_rot = rounded(x_rot, activations, group_size)
+    y = int4_product(x_rot.to(x.dtype), weights.packed, weights.grid, group_size)
     return y if bias is None else y + bias
 
 
