@@ -69,6 +69,24 @@ def rounded(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
     return _rounded(x_rot, activations, group_size)
 
 
+#: Format → the share of a span's largest value below which a value's step does not shrink with it. Whole numbers have one step.
+EVEN_STEPS = {"int8": 1.0, "fp8": 2.0**-6 / E4M3_MAX, "int4": 1.0, "mxfp4": 0.25}
+
+
+def noise(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
+    """Return rounded(x_rot) - x_rot, float32 [..., C], as a transform is fitted on it.
+
+    The gradient takes each error as a fixed multiple of its step, and the step as proportional to the largest value of its
+    span or, where the format is a floating one, to the value itself: so it tells how errors shrink with what is rounded.
+    """
+    x = x_rot.float()
+    with torch.no_grad():
+        error = _rounded(x, activations, group_size) - x
+    spans = x.unflatten(-1, (-1, FORMATS[activations].channels(x.shape[-1], group_size))).abs()
+    step = torch.maximum(spans, EVEN_STEPS[activations] * spans.amax(-1, keepdim=True)).flatten(-2)
+    return error / step.detach().clamp(min=MIN_SCALE) * step
+
+
 def _rounded(x: Tensor, activations: str, group_size: int) -> Tensor:
     if activations == "int8":
         codes, scale = rows_int8(x)
