@@ -7,8 +7,8 @@ same with GPTQ; hadamard-fit, the same with all of our rounding; orthogonal, any
 loss; paper, fast and best, the presets. Text is that of setting.py. One JSON line a row; rows that the file has already are
 left out, and a seed's rows are made before the next seed's. Groups: 64 by default, 128 for models such as Gemma.
 
-A row of a row's name such as "int4/fast" is what rounds the activations, and the method. Everything is simulated: products are
-computed in 16 or 32 bits, from rounded values.
+A row's name, such as "int4/fast", is the format and the method. Everything is simulated: products are computed in 32 bits, from
+rounded values.
 """
 
 from __future__ import annotations

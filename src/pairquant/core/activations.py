@@ -2,7 +2,8 @@
 
 For a span of values x with one scale s (x in float32, rounding half to even):
 
-    int8, int4:  s = max|x| / 127 or 7,   q = clamp(round(x / s), ±127 or ±7)
+    int8:        s = max|x| / 127,        q = clamp(round(x / s), ±127)
+    int4:        s = 0.95 · max|x| / 7,   q = clamp(round(x / s), ±7)
     fp8:         s = max|x| / 448,        q = float8_e4m3fn(x / s)
     mxfp4:       s = 2^(floor(log2(max|x|)) - 2),   q = E2M1(x / s), saturating at ±6
                  (OCP Microscaling Formats specification v1.0, section 6.3)
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from ..spec.activations import E2M1_MAX, E4M3_MAX, FORMATS
 
+#: The share of the largest value that int4 reaches. Cutting off the rest makes the steps of all others finer: the error of
+#: layers of SmolLM2 is 8 % lower than with 1, by learned and by random transforms, and rises again below 0.9.
+INT4_REACH = 0.95
 #: The smallest scale of int8, fp8 and int4: far below that of any activation, far above the smallest float32.
 MIN_SCALE = 1e-30
 
 
 def rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round the rows of x, floating [M, C], to int8: codes int8 [M, C] in -127 … 127, and scales float32 [M]."""
-    codes, scale = _whole(x.float(), 127.0)
+    codes, scale = _whole(x.float(), FORMATS["int8"].largest)
     return codes.to(torch.int8), scale[..., 0]
 
 
@@ -37,7 +41,7 @@ def rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def groups_int4(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Round each group of x, floating [M, C], to int4: codes int8 [M, C] in -7 … 7, and scales float32 [M, C / g]."""
-    codes, scale = _whole(x.float().unflatten(-1, (-1, group_size)), FORMATS["int4"].largest)
+    codes, scale = _whole(x.float().unflatten(-1, (-1, group_size)), FORMATS["int4"].largest, INT4_REACH)
     return codes.to(torch.int8).flatten(-2), scale[..., 0]
 
 
@@ -112,9 +116,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None
 
 
-def _whole(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Round spans, the last dimension of x, to whole numbers up to `largest`: float32 codes like x, and scales [..., 1]."""
-    scale = _largest(x).div(largest).clamp(min=MIN_SCALE)
+def _whole(x: Tensor, largest: float, reach: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Round spans, the last dimension of x, to whole numbers up to `largest`: float32 codes like x, and scales [..., 1].
+
+    reach: the share of the largest value of a span that the codes reach.
+    """
+    scale = _largest(x).mul(reach / largest).clamp(min=MIN_SCALE)
     return (x / scale).round().clamp(-largest, largest), scale
 
 

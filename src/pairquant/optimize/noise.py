@@ -25,7 +25,7 @@ from .moments import second_moment
 #: About how many tokens of the text the errors of activations are evaluated on, for each input.
 SAMPLED_TOKENS = 1024
 #: Share of the mean diagonal added to the moments of rounded inputs before solving for the weight that fits them.
-DAMPING = 1e-3
+DAMPING = 1e-2
 
 
 @dataclass
