@@ -4,7 +4,8 @@
 
 Methods: none, no transform, GPTQ; rtn-hadamard, a random Hadamard matrix per group, weights rounded to nearest; hadamard, the
 same with GPTQ; hadamard-fit, the same with all of our rounding; orthogonal, any orthogonal matrix per group, learned on our
-loss; paper, fast and best, the presets. Text is that of setting.py. One JSON line a row; rows that the file has already are
+loss; paper, fast and best, the presets; mx-rtn-hadamard, mx-hadamard and mx-fast, with weights in MXFP4, too, which no checkpoint
+of ours holds. Text is that of setting.py. One JSON line a row; rows that the file has already are
 left out, and a seed's rows are made before the next seed's. Groups: 64 by default, 128 for models such as Gemma.
 
 A row's name, such as "int4/fast", is the format and the method. Everything is simulated: products are computed in 32 bits, from
@@ -25,7 +26,7 @@ import torch
 import transformers
 from experiment import Experiment, parser_of
 from setting import calibration_tokens, numbers
-from transforms import Hadamard, Orthogonal, Plain
+from transforms import Hadamard, MxHadamard, MxWeights, Orthogonal, Plain
 
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
@@ -46,6 +47,9 @@ METHODS: dict[str, tuple[str, dict[str, Any], Callable[[], Rounding] | None]] = 
     "rtn-hadamard": ("rtn", WITH, Hadamard),
     "hadamard-fit": ("fast", {}, lambda: Hadamard(fits=True)),
     "orthogonal": ("fast", {}, Orthogonal),
+    "mx-rtn-hadamard": ("rtn", WITH, lambda: MxHadamard(nearest=True)),
+    "mx-hadamard": ("gptq", WITH, MxHadamard),
+    "mx-fast": ("fast", {}, MxWeights),
 }
 #: Seed → its calibration windows.
 CUT: dict[int, torch.Tensor] = {}
@@ -54,13 +58,9 @@ FORMATS = ("none", "int8", "fp8", "int4", "mxfp4")
 
 def config_of(method: str, activations: str, seed: int, base: QuantConfig) -> QuantConfig:
     """The options of one row; base: has the text and the groups."""
-    preset, changes, strategy = METHODS[method]
+    preset, changes, _ = METHODS[method]
     recipe: Recipe = replace(PRESETS[preset], **changes)
-    rotations = (
-        base.rotations
-        if strategy not in (Hadamard,) and method != "hadamard-fit"
-        else int(base.group_size).bit_length() - 1
-    )
+    rotations = int(base.group_size).bit_length() - 1 if "hadamard" in method else base.rotations
     return replace(
         base,
         preset=preset,
