@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import pairquant
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode
+from pairquant.jobs.inspect import backends, simulated
 from pairquant.jobs.quantize import Silent
 from pairquant.models.blocks import find_blocks
 from pairquant.models.planning import plan_model
@@ -79,6 +80,14 @@ def test_the_stored_model_answers_as_the_one_that_was_fitted(made):
     with torch.no_grad():
         answers = [model(TOKENS).logits for model in (fitted, stored, plain)]
     assert error(answers[1], answers[0]) < 0.5 * error(answers[1], answers[2])
+
+
+def test_tables_say_that_the_format_is_simulated(made):
+    root, _, _ = made
+    assert simulated(root / "int8", "cpu", "bfloat16") == "int8"
+    assert simulated(root / "source", "cpu") is None
+    labels = {row.explanation.label for row in backends(root / "int8", "cpu", "float32")}
+    assert labels == {"decoded (int8 activations simulated)"}
 
 
 def test_a_config_that_names_no_format_is_refused(made, tmp_path):
