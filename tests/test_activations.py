@@ -109,6 +109,13 @@ def test_no_other_format_says_that_activations_are_rounded(made, tmp_path, to):
         pairquant.export(root / "int8", tmp_path / "out", to)
 
 
+def test_the_papers_preset_says_that_it_fits_linears_in_turn(dense, tmp_path):
+    heard, recipe = Heard(), pairquant.spec.recipe.recipe_with("paper", ["steps=2"])
+    config = config_of("paper", recipe=recipe, activations="int4")
+    pairquant.quantize(dense / "source", tmp_path / "out", config, device="cpu", progress=heard)
+    assert any("settings of training have no effect" in text for text in heard.notices)
+
+
 @pytest.mark.parametrize(
     ("preset", "activations"), [("best", "mxfp4"), ("paper", "fp8"), ("gptq", "int4"), ("rtn", "int8")]
 )

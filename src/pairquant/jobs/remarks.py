@@ -44,7 +44,13 @@ def of_activations(opened: Opened, device: torch.device) -> list[str]:
         if running.simulated
         else f"multiplied as such by {running.backend}"
     )
-    return [f"what {counted(len(found), 'layer')} read is rounded to {found[0].activations}, {how}"]
+    lines = [f"what {counted(len(found), 'layer')} read is rounded to {found[0].activations}, {how}"]
+    if opened.config.recipe.training is not None:
+        lines.append(
+            "with rounded activations this preset fits one linear after the other instead of training blocks; settings of "
+            "training have no effect, steps and learning_rate do"
+        )
+    return lines
 
 
 def of_own_transforms(opened: Opened) -> list[str]:

@@ -159,20 +159,6 @@ class BlockTransforms:
         return [found[i] for i in range(self.count)]
 
 
-def input_matrices(
-    block: Block, group: tuple[str, ...], layouts: Layouts, into: Tensor, out_of: Tensor
-) -> dict[str, Tensor]:
-    """Return what the rounding of the inputs of a transform's linears follows from, by name; nothing where none are rounded.
-
-    into, out_of: the matrices of the weights, [G, g, g] (see `Transforms.matrices`).
-    """
-    found: dict[str, Tensor] = {}
-    for path in group:
-        if layouts[path].activations is not None:
-            found |= matrices_of(block.sites[path], into, out_of)
-    return found
-
-
 class TransformStage:
     """Stage 1 (paper, section 4): angles and channel scales, the quantizer's range taken from the rotated weight."""
 
@@ -185,15 +171,14 @@ class TransformStage:
         self.trained += [(log_scale, rate) for log_scale in transforms.log_scales(recipe)]
 
     def weights(self) -> dict[str, Tensor]:
-        result, matrices = {}, {}
+        result = {}
         for group, (into, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
-            matrices.update(input_matrices(self.block, group, self.layouts, into, out_of))
             for path in group:
                 site, spec = self.block.sites[path], self.layouts[path].spec
                 rotated = rotate_dense(site.weight.float(), into)
                 rounded = fake_quantize(rotated, spec.bits, spec.group_size, spec.symmetric)
                 result[path] = rotate_dense(rounded, out_of)
-        return matrices | held_by_parameters(self.block.sites, result)
+        return held_by_parameters(self.block.sites, result)
 
 
 class LearnedQuantize(torch.autograd.Function):
@@ -233,11 +218,6 @@ class WeightStage:
     def __init__(self, block: Block, groups: Groups, layouts: Layouts, transforms: list[Transform], rates: Training):
         self.block, self.layouts = block, layouts
         self.transforms = {p: t for group, t in zip(groups, transforms, strict=True) for p in group}
-        self.matrices: dict[str, Tensor] = {}
-        for group, transform in zip(groups, transforms, strict=True):
-            inverse = transform.inverse_scales.view(-1, transform.matrix.shape[-1])
-            into, out_of = transform.matrix / inverse[:, :, None], transform.matrix.mT * inverse[:, None, :]
-            self.matrices.update(input_matrices(block, group, layouts, into, out_of))
         self.rotated = {p: t.weight_in(block.sites[p].weight.float()) for p, t in self.transforms.items()}
         grids = {p: self._spanning(w, layouts[p].spec) for p, w in self.rotated.items()}
         self.scales = {p: grid.scale for p, grid in grids.items()}
@@ -261,7 +241,7 @@ class WeightStage:
         for path, transform in self.transforms.items():
             rounded = LearnedQuantize.apply(self.rotated[path], *self.grid(path), self.layouts[path].bits)
             result[path] = transform.weight_out(rounded)
-        return self.matrices | held_by_parameters(self.block.sites, result)
+        return held_by_parameters(self.block.sites, result)
 
     def packed(self) -> dict[str, PackedLinear]:
         result = {}
@@ -305,10 +285,10 @@ class RefitStage:
     def weights(self) -> dict[str, Tensor]:
         norms = {name: straight_through(norm, self.as_kept(norm)) for name, norm in self.norms.items()}
         result, matrices = {}, {}
-        layouts = {path: packed.layout for path, packed in self.start.items()}
         for group, (into, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
-            matrices.update(input_matrices(self.block, group, layouts, into, out_of))
             for path in group:
+                if self.start[path].layout.activations is not None:
+                    matrices.update(matrices_of(self.block.sites[path], into, out_of))
                 rotated = (self.steps[path] * self.scale(path)[..., None]).flatten(1)
                 result[path] = rotate_dense(rotated, out_of)
         return norms | matrices | held_by_parameters(self.block.sites, result)
