@@ -63,7 +63,7 @@ class MomentSum:
             cross = None
             if originals is not None and number in counterparts:
                 cross = second_moment(originals.tensor(counterparts[number]), x)
-            sample = x[:: self.sampled].float() if self.sampled else None
+            sample = x[:: self.sampled].to(torch.float32, copy=True) if self.sampled else None
             products.append(Moments(readers, second_moment(x, x), cross, len(x), sample))
         return products
 
