@@ -18,9 +18,11 @@ def error(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def random_packed(out_features, in_features, group_size, rotations=8, seed=0, bias=False, bits=4) -> PackedLinear:
+def random_packed(
+    out_features, in_features, group_size, rotations=8, seed=0, bias=False, bits=4, activations=None
+) -> PackedLinear:
     """A linear of random codes, zero points, scales and rotations."""
-    layout = Spec(bits, group_size, rotations).layout(in_features, out_features, bias)
+    layout = Spec(bits, group_size, rotations, activations=activations).layout(in_features, out_features, bias)
     fields = layout.fields()
     g = torch.Generator().manual_seed(seed)
     words = {

@@ -51,13 +51,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `pairquant quantize`. calibration: instead of the model's."""
+    """Options of `pairquant quantize`. calibration: instead of the model's; activations: what they are rounded to."""
 
     preset: str
     samples: int = 2048
     rotations: int = 8
     settings: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    activations: str = ""
 
     def options(self, model: Model) -> tuple[str, ...]:
         samples, length = model.windows or (self.samples, 2048)
@@ -66,7 +67,9 @@ class Recipe:
             samples, settings = samples // 2, settings + HALVED
         rotations = ("--rotations", str(self.rotations)) if self.rotations != 8 else ()
         changes = (part for setting in settings for part in ("--set", setting))
-        return ("--preset", self.preset, "--samples", str(samples), "--seq-len", str(length), *rotations, *changes)
+        rounded = ("--activations", self.activations) if self.activations else ()
+        how = ("--preset", self.preset, "--samples", str(samples), "--seq-len", str(length))
+        return (*how, *rotations, *rounded, *changes)
 
 
 #: The paper's section A.4 on its 70B model: half the batch and the rates.
@@ -92,6 +95,11 @@ RECIPES: dict[str, Recipe | None] = {
     "128 windows": Recipe("paper", 128),
     "512 windows": Recipe("paper", 512),
     "RedPajama alone": Recipe("paper", calibration=("redpajama",)),
+    **{
+        f"{preset}, {activations} activations": Recipe(preset, 128, activations=activations)
+        for activations in ("int4", "mxfp4")
+        for preset in ("paper", "best")
+    },
 }
 
 #: lm-eval's task → the paper's name.
@@ -211,7 +219,7 @@ class Experiment:
     """One of the paper's tables or figures.
 
     of: which; models and recipes: its rows, measured by `steps`; scripts: benchmarks of the repository that measure it
-    on something else, namely `on`; missing: why it cannot be run.
+    on something else, namely `on`.
     """
 
     title: str
@@ -221,7 +229,6 @@ class Experiment:
     steps: Callable[[Case], list[Step]] | None = None
     scripts: tuple[tuple[str, ...], ...] = ()
     on: str = "the embedded model"
-    missing: str = ""
 
 
 OURS = ("original", "paper", "fast", "best")
@@ -258,8 +265,11 @@ EXPERIMENTS = {
         perplexity, ((*ABLATIONS, "samples", "rotations", "text"),),
     ),
     "w4a4": Experiment(
-        "Four-bit weights and activations", "tables A2 and A3",
-        missing="PairQuant quantizes weights alone; activations stay in 16 bits",
+        "Four-bit weights and activations", "tables A2 and A3", ("qwen3-8b", "embedded"),
+        ("original", "paper, int4 activations", "best, int4 activations", "paper, mxfp4 activations",
+         "best, mxfp4 activations"),
+        perplexity,
+        (("python", "benchmarks/bench_activations.py", EMBEDDED_FILE, "--output", "paper-runs/activations.jsonl"),),
     ),
     "quantization-time": Experiment(
         "Time to quantize", "table A5",

@@ -24,10 +24,11 @@ def prepared(packed):
     return CPU_INT4.prepare([packed], torch.bfloat16)
 
 
-def test_pytorch_finds_no_fault_with_the_operator():
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_pytorch_finds_no_fault_with_the_operator(activations):
     packed = random_packed(32, 64, 32)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
-    torch.library.opcheck(ops.rotated_linear, (x, prepared(packed), None, [32], 32, "cpu-int4"))
+    torch.library.opcheck(ops.rotated_linear, (x, prepared(packed), None, [32], 32, "cpu-int4", activations))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -94,7 +95,7 @@ def test_what_needs_no_operator_gives_the_same_bits_without_it(trains):
     packed = random_packed(32, 64, 32)
     tensors, x = prepared(packed), torch.randn(3, 64).bfloat16().requires_grad_(trains)
     assert ops._needs_operator(x, None) == trains
-    want = torch.ops.pairquant.rotated_linear(x, tensors, None, [32], 32, "cpu-int4")
+    want = torch.ops.pairquant.rotated_linear(x, tensors, None, [32], 32, "cpu-int4", None)
     assert torch.equal(ops.run(CPU_INT4, x, tensors, None, [32], 32), want)
     with torch.no_grad():
         assert not ops._needs_operator(x, None)

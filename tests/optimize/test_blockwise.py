@@ -294,7 +294,8 @@ def test_experts_compute_in_bfloat16_where_the_other_linears_do():
     x = torch.randn(2, 16, 64)
     for dtype in (torch.float32, torch.bfloat16):
         block.module.to(dtype)
-        _Objective(block, call, "mse").of(weights, x, x, torch.arange(2)).backward()
+        task = BlockTask(block, call, BlockData([x], [x], [], []), {}, [], {}, QuantConfig())
+        _Objective(task, call, "mse").of(weights, x, x, torch.arange(2)).backward()
         assert seen[-1] == dtype
         (leaf,) = weights.values()
         assert leaf.grad.dtype == torch.float32

@@ -76,3 +76,13 @@ def test_experts_without_any_tokens_count_all_channels_alike():
     moments = [Moments(["experts.0.up_proj"], torch.zeros(4, 4))]
     pooled(moments, {"experts.0.up_proj": "experts.gate_up"})
     torch.testing.assert_close(moments[0].hessian, 4 * torch.eye(4))
+
+
+def test_a_sample_of_the_inputs_is_kept_where_it_is_asked_for():
+    x = torch.randn(40, 8)
+    total = MomentSum(sampled=8)
+    for part in x.split(20):
+        total.add(Inputs([part], [["a"]]))
+    (found,), _ = total.checked(["a"])
+    assert torch.equal(found.sample, x[[0, 8, 16, 20, 28, 36]])
+    assert MomentSum().sampled == 0

@@ -18,6 +18,10 @@ FOREIGN = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8,
         CheckpointConfig(Spec(4, 128, 8)),
         CheckpointConfig(Spec(3, 32, 0, symmetric=True)),
         CheckpointConfig(
+            Spec(4, 64, 8, activations="int8"),
+            ((r"^a\.q_proj$", Spec(4, 64, 8)), (r"^a\.k_proj$", Spec(8, 64, 8, activations="mxfp4"))),
+        ),
+        CheckpointConfig(
             Spec(4, 128, 8),
             modules_to_not_convert=("lm_head",),
             shared_rotations=(("a.q_proj", "a.k_proj"), ("a.gate_proj", "a.up_proj")),
@@ -164,3 +168,18 @@ def test_overrides_come_back_from_json_and_say_only_what_differs():
 def test_a_damaged_override_is_named(dynamic, said):
     with pytest.raises(CheckpointError, match=said):
         CheckpointConfig.from_dict(FOREIGN | {"dynamic": dynamic})
+
+
+def test_activations_are_named_only_where_they_are_rounded():
+    written = CheckpointConfig(Spec(4, 64, 8, activations="fp8"), (("^a$", Spec(4, 64, 8)),)).to_dict()
+    assert written["activations"] == "fp8"
+    assert written["dynamic"] == {"+:^a$": {"activations": None}}
+    assert (
+        "activations" not in CheckpointConfig(Spec(4, 64, 8), (("^a$", Spec(3, 64, 8)),)).to_dict()["dynamic"]["+:^a$"]
+    )
+
+
+@pytest.mark.parametrize("value", ["int16", 8, ["int8"], True])
+def test_activations_that_are_not_known_are_refused(value):
+    with pytest.raises(CheckpointError, match="quantization_config.activations is .*int8, fp8, int4, mxfp4, or null"):
+        CheckpointConfig.from_dict({**FOREIGN, "activations": value})

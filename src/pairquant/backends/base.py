@@ -51,16 +51,27 @@ class Backend(ABC):
 
     @abstractmethod
     def compute(
-        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+        activations: str | None = None,
     ) -> Tensor:
         """Run the linears on x [M, C]: [M, N] in x's dtype, where N is the sum of all out_features.
 
-        tensors: what `prepare` returned; bias: [N] in x's dtype, or None; sizes: out_features of each linear.
+        tensors: what `prepare` returned; bias: [N] in x's dtype, or None; sizes: out_features of each linear; activations: the
+        format that the rotated x is rounded to (`spec.activations`), None for none.
         """
 
     @abstractmethod
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         """Compute the gradient of the input, grad · Ŵ [M, C], from that of the output, grad [M, N]."""
+
+    def simulates(self, layout: LinearLayout, device: torch.device) -> bool:
+        """Tell whether the activations are rounded to the layer's format, but multiplied in 16 or 32 bits: no faster for it."""
+        return layout.activations is not None
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
         """Split the linears that read the same input into lists of linears that run at once."""
@@ -77,10 +88,12 @@ class Backend(ABC):
 class Prepared:
     """Linears that read the same input, prepared to run at once.
 
-    backend: the name of the backend; tensors: what its `prepare` returned; out_features: of each linear.
+    backend: the name of the backend; tensors: what its `prepare` returned; out_features: of each linear; activations: the
+    format that the rotated input is rounded to, None for none.
     """
 
     backend: str
     tensors: list[Tensor]
     out_features: tuple[int, ...]
     group_size: int
+    activations: str | None = None

@@ -59,9 +59,15 @@ class CpuInt4(Backend):
         return tensors[0].shape[1] * group_size
 
     def compute(
-        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+        activations: str | None = None,
     ) -> Tensor:
-        return cpu.rotated_linear(x, CpuWeights.of(tensors), bias, group_size)
+        return cpu.rotated_linear(x, CpuWeights.of(tensors), bias, group_size, activations)
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         weights = CpuWeights.of(tensors)
@@ -73,9 +79,11 @@ class CpuInt4(Backend):
     def _keeps_decoded(linears: Sequence[PackedLinear]) -> bool:
         """Tell whether the decoded weights of these linears are kept, and take their bytes from the budget.
 
-        They are not while torch.compile traces, which would count them in a graph's place, nor where they would be slower.
+        They are not while torch.compile traces, which would count them in a graph's place, nor where they would be slower or
+        where activations are rounded, which happens in the rotated basis.
         """
-        if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16():
+        rounds = any(linear.layout.activations is not None for linear in linears)
+        if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16() or rounds:
             return False
         weights = sum(linear.layout.in_features * linear.layout.out_features for linear in linears)
         return budget().take(weights * torch.bfloat16.itemsize)

@@ -20,34 +20,46 @@ from .table import BY_NAME
 
 
 def run(
-    backend: Backend, x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+    backend: Backend,
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    group_size: int,
+    activations: str | None = None,
 ) -> Tensor:
     """Run linears that read the same input by this backend: x [..., C] → [..., sum of sizes] in x's dtype.
 
-    tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear. Raises
-    `KernelError` if the backend is opaque and cannot take x's dtype, shape or device.
+    tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear; activations: the
+    format that the rotated x is rounded to, None for none. Raises `KernelError` if the backend is opaque and cannot take x's dtype, shape or device.
     """
     if backend.opaque and _needs_operator(x, bias):
-        return torch.ops.pairquant.rotated_linear(x, tensors, bias, list(sizes), group_size, backend.name)
+        return torch.ops.pairquant.rotated_linear(x, tensors, bias, list(sizes), group_size, backend.name, activations)
     if backend.opaque:
-        return _compute(x, tensors, bias, sizes, group_size, backend)
-    return backend.compute(x, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size)
+        return _compute(x, tensors, bias, sizes, group_size, backend, activations)
+    return backend.compute(x, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size, activations)
 
 
 @torch.library.custom_op("pairquant::rotated_linear", mutates_args=())
 def rotated_linear(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: list[int], group_size: int, backend: str
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    sizes: list[int],
+    group_size: int,
+    backend: str,
+    activations: str | None,
 ) -> Tensor:
     """Run linears that read the same input: x [..., C] → [..., sum of sizes] in x's dtype (for the arguments see `run`).
 
-    Differentiable in x and bias; the weight is frozen. Raises `KernelError` if x has a dtype that the backend does not
+    Differentiable in x and bias; the weight is frozen, and rounding of activations passes gradients unchanged. Raises `KernelError` if x has a dtype that the backend does not
     accept, a last dimension other than C, or another device than the weights.
     """
-    return _compute(x, tensors, bias, sizes, group_size, BY_NAME[backend])
+    return _compute(x, tensors, bias, sizes, group_size, BY_NAME[backend], activations)
 
 
 @rotated_linear.register_fake
-def _(x, tensors, bias, sizes, group_size, backend):
+def _(x, tensors, bias, sizes, group_size, backend, activations):
     return x.new_empty(*x.shape[:-1], sum(sizes))
 
 
@@ -66,7 +78,7 @@ def _(grad, tensors, sizes, group_size, backend, channels):
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, tensors, bias, sizes, group_size, backend = inputs
+    x, tensors, bias, sizes, group_size, backend, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.options, ctx.has_bias = (sizes, group_size, backend, x.shape[-1]), bias is not None
 
@@ -74,7 +86,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad):
     grad_x = torch.ops.pairquant.rotated_linear_backward(grad, list(ctx.saved_tensors), *ctx.options)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None
+    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None, None
 
 
 rotated_linear.register_autograd(_backward, setup_context=_save_for_backward)
@@ -91,13 +103,19 @@ def _needs_operator(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _compute(
-    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int, runner: Backend
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    group_size: int,
+    runner: Backend,
+    activations: str | None,
 ) -> Tensor:
     """Do what `rotated_linear` says."""
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], sum(sizes))
     rows = _rows(x, runner.channels(tensors, group_size), tensors[0].device, runner.dtypes)
-    y = runner.compute(rows, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size)
+    y = runner.compute(rows, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size, activations)
     return y.view(*x.shape[:-1], sum(sizes))
 
 

@@ -30,17 +30,27 @@ def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Ba
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that runs a layer, and why those before it in the list do not. refusals: name → reason."""
+    """The backend that runs a layer, and why those before it in the list do not. refusals: name → reason.
+
+    simulated: the format of activations that are rounded, but multiplied in 16 or 32 bits; None where there is none.
+    """
 
     backend: str
     refusals: dict[str, str]
+    simulated: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The backend's name for users, which says so where the format of the activations is only simulated."""
+        return f"{self.backend} ({self.simulated} activations simulated)" if self.simulated else self.backend
 
 
 def explain(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Explanation:
     """Return the name of the backend that `choose` returns, and the reasons of the backends before it in the list."""
     chosen = choose(layout, device, dtype)
     before = BACKENDS[: BACKENDS.index(chosen)]
-    return Explanation(chosen.name, {b.name: b.refusal(layout, device, dtype) or "" for b in before})
+    simulated = layout.activations if chosen.simulates(layout, device) else None
+    return Explanation(chosen.name, {b.name: b.refusal(layout, device, dtype) or "" for b in before}, simulated)
 
 
 def prepare_all(linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Prepared]:
@@ -53,8 +63,9 @@ def prepare_all(linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Pre
         batches = backend.batches(linears)
         if not any(backend.refusal(_joined_layout(batch), device, dtype) for batch in batches):
             break
+    layout = linears[0].layout
     return [
-        Prepared(backend.name, backend.prepare(batch, dtype), _sizes(backend, batch), batch[0].layout.group_size)
+        Prepared(backend.name, backend.prepare(batch, dtype), _sizes(batch), layout.group_size, layout.activations)
         for batch in batches
     ]
 
@@ -63,5 +74,5 @@ def _joined_layout(batch: Sequence[PackedLinear]) -> LinearLayout:
     return replace(batch[0].layout, out_features=sum(linear.layout.out_features for linear in batch))
 
 
-def _sizes(backend: Backend, batch: Sequence[PackedLinear]) -> tuple[int, ...]:
+def _sizes(batch: Sequence[PackedLinear]) -> tuple[int, ...]:
     return tuple(linear.layout.out_features for linear in batch)

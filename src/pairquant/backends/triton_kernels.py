@@ -24,6 +24,8 @@ class TritonKernels(Backend):
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"runs on NVIDIA GPUs, not on {device.type}"
+        if layout.activations is not None:
+            return f"does not round activations, and the layer's are {layout.activations}"
         return triton_missing()
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
@@ -35,7 +37,13 @@ class TritonKernels(Backend):
         return KernelWeights.of_tensors(tensors, (), group_size).rotation.channels
 
     def compute(
-        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+        activations: str | None = None,
     ) -> Tensor:
         from ..kernels.run.launch import linear
 

@@ -52,6 +52,18 @@ def stacks_of(paths: Iterable[str], sites: Mapping[str, Site]) -> dict[str, Stac
     return stacks
 
 
+def require_plain_activations(activations: str | None, to: str) -> None:
+    """Raise `ConfigError` for a checkpoint whose layers round what they read, which no other format says.
+
+    activations: the format of `spec.activations`, None for none; to: the format that is wanted.
+    """
+    if activations is not None:
+        raise ConfigError(
+            f"the layers round what they read to {activations}, which {to} cannot say: the model would answer otherwise. "
+            "Quantize without --activations for it."
+        )
+
+
 def dtype_for(model_type: str) -> torch.dtype:
     """Return what a model is to be computed in, and its plain tensors stored in. Scales are float16 in every format."""
     return torch.bfloat16 if model_type in IN_BFLOAT16 else torch.float16

@@ -17,7 +17,16 @@ from ..models.names import Names
 from ..models.sites import ExpertSite, Site
 from ..spec.fields import Field
 from ..support.errors import ConfigError, did_you_mean
-from .converted import cast, contents_of, converted_entries, dtype_for, kept, named_as, stacks_of
+from .converted import (
+    cast,
+    contents_of,
+    converted_entries,
+    dtype_for,
+    kept,
+    named_as,
+    require_plain_activations,
+    stacks_of,
+)  # fmt: skip
 from .describe import README, readme_digest, state_dtype, state_experts, state_rope, write_config
 from .files import read_json
 from .gguf_file import require_file_free, write_gguf
@@ -52,6 +61,7 @@ def export(
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
     require_apart(output, files)
+    require_plain_activations(checkpoint.config.spec.activations, to)
     form = FORMATS.get(to)
     contents = None if form is None else contents_of(checkpoint, files, form)
     if form is not None and contents is not None and to == Gguf.name:

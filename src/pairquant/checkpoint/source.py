@@ -173,6 +173,9 @@ class SourceWeights:
         fields = (self.field(f"{block.path}.{name}") for name, _ in block.module.named_parameters())
         return next(field.dtype for field in fields if field is not None)
 
+    #: A block that leaves is empty, and later comes back as the original has it.
+    stays = False
+
     def enter(self, block: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Load the block's weights onto the device."""
         for path, module in ((block.path, block.module), *lenders_of(block.module).items()):

@@ -48,6 +48,7 @@ def bench(
     quiet_libraries()
     from ..evaluation.speed import Workload
     from ..jobs.bench import bench as run
+    from ..jobs.inspect import simulated
 
     require_place(json_file)
     with console.status("looking at the model") as status:
@@ -64,6 +65,10 @@ def bench(
         )
     console.print(_table(results))
     console.print(f"[dim]{escape(_conditions(results))}[/]", soft_wrap=True)
+    if (activations := simulated(model, device, dtype)) is not None:
+        console.print(
+            f"[dim]{activations} activations are simulated on this machine: rounded, but multiplied in 16 or 32 bits[/]"
+        )
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 

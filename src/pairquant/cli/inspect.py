@@ -102,12 +102,13 @@ def _run_by(rows: list[Any]) -> list[str]:
     counts: dict[str, int] = {}
     decoded: set[int] = set()
     for row in rows:
-        counts[row.explanation.backend] = counts.get(row.explanation.backend, 0) + row.count
+        counts[row.explanation.label] = counts.get(row.explanation.label, 0) + row.count
         if row.explanation.backend == DECODED:
             decoded.add(row.layout.bits)
     lines = []
     for name, count in counts.items():
-        widths = f" of {' and '.join(map(str, sorted(decoded)))} bits; --backends says why" if name == DECODED else ""
+        of_decoded = name.partition(" ")[0] == DECODED
+        widths = f" of {' and '.join(map(str, sorted(decoded)))} bits; --backends says why" if of_decoded else ""
         lines.append(f"{name}: {counted(count, 'layer')}{widths}")
     return lines
 
@@ -126,7 +127,7 @@ def _show_backends(rows: list[Any]) -> None:
             mark = reasons.setdefault(f"{name} {reason}", f"({len(reasons) + 1})")
             marks.append(f"{name} {mark}")
         shape = f"{row.layout.in_features} → {row.layout.out_features}"
-        table.add_row(str(row.count), row.names, shape, str(row.layout.bits), row.explanation.backend, ", ".join(marks))
+        table.add_row(str(row.count), row.names, shape, str(row.layout.bits), row.explanation.label, ", ".join(marks))
     console.print(table)
     for reason, mark in reasons.items():
         console.print(f"[dim]{mark} {escape(reason)}[/]")

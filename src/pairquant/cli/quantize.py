@@ -40,6 +40,9 @@ def quantize(
     embedding_bits: Annotated[int | None, option(METHOD, "Quantize the input embedding too.", rare=True)] = None,
     plan: Annotated[Path | None, option(METHOD, "Forms of all layers, from `pairquant plan`.", metavar="FILE")] = None,
     transform: Annotated[str, option(METHOD, "rotated, folded or none.")] = "rotated",
+    activations: Annotated[
+        str | None, option(METHOD, "Round what layers read too: int8, fp8, int4 or mxfp4.", rare=True)
+    ] = None,
     rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -129,6 +132,7 @@ def quantize(
         candidates=candidates,  # type: ignore[arg-type]  # read from text
         plan=plan,  # type: ignore[arg-type]  # read from the file
         transform=transform,
+        activations=activations,
         seed=seed,
     )
     quiet_libraries()
@@ -159,6 +163,8 @@ def quantize(
     among = " and ".join(f"the {name}" for name, given in embeddings.items() if given is not None)
     included = f", {among} among them" if among else ""
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
+    if activations is not None:
+        table.add_row("activations", f"{activations}, dynamic; pairquant inspect says what runs them here")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")
     table.add_row("time", duration(summary.seconds))
     table.add_row("written to", escape(str(summary.output)))

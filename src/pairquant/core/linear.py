@@ -3,6 +3,7 @@
 encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
 decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
 forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     (equal to x Ŵᵀ)
+          With an activation format, what is multiplied is first rounded to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.recipe import Recipe
 from ..support.errors import ConfigError
 from . import rounding
+from .activations import rounded
 from .grid import dequantize
 from .packing import pack, unpack
 from .rotation import rotate, rotate_dense, rotation_matrix
@@ -155,5 +157,7 @@ def forward(packed: PackedLinear, x: Tensor) -> Tensor:
     """Run the layer in float32, one rotation after the other: x [..., C] → [..., N]. Every kernel is tested against this."""
     scaled = x.float() * packed["channel_scales"].float()
     x_rot = rotate(scaled, packed["theta"].float(), packed["pairs"], packed.layout.group_size)
+    if packed.layout.activations is not None:
+        x_rot = rounded(x_rot, packed.layout.activations, packed.layout.group_size)
     y = x_rot @ rotated_weight(packed).T
     return y + packed.bias.float() if packed.bias is not None else y

@@ -105,7 +105,14 @@ def fold(
 def fitting(config: QuantConfig) -> QuantConfig:
     """Return the options by which transforms are fitted: those of blocks in one width, without embeddings and training."""
     recipe = replace(config.recipe, training=None, refit=None, end_to_end=None, drift=0.0)
-    plain = {"head_bits": None, "embedding_bits": None, "target": None, "plan": None, "transform": "rotated"}
+    plain = {
+        "head_bits": None,
+        "embedding_bits": None,
+        "target": None,
+        "plan": None,
+        "transform": "rotated",
+        "activations": None,
+    }
     return replace(config, recipe=recipe, **plain)  # type: ignore[arg-type]
 
 

@@ -67,6 +67,17 @@ class Running:
     explanation: Explanation
 
 
+def simulated(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> str | None:
+    """Return the format of activations that a model has and this machine only simulates; None for none, and for plain models.
+
+    device, dtype: as for `backends`; a dtype of another name is taken as bfloat16.
+    """
+    if not ModelFiles.find(str(model)).is_packed:
+        return None
+    rows = backends(model, device, dtype if dtype in DTYPES else "bfloat16")
+    return next((row.explanation.simulated for row in rows if row.explanation.simulated), None)
+
+
 def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> list[Running]:
     """Return what would run each layer of a packed checkpoint on this machine, and why better backends would not.
 

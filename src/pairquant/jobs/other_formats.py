@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.converted import require_held
+from ..checkpoint.converted import require_held, require_plain_activations
 from ..checkpoint.export import export, require_output
 from ..checkpoint.gguf_file import require_writable
 from ..checkpoint.read import Checkpoint, ModelFiles
@@ -58,6 +58,7 @@ def quantize_as(
         known = (OWN, *FORMATS)
         raise ConfigError(f"format is {form!r}, allowed: {', '.join(known)}{did_you_mean(form, known)}")
     require_output(form, output, overwrite)
+    require_plain_activations(config.activations, form)
     config = FORMATS[form].settled(config)
     _require_storable(form, model, output, config, trust_remote_code)
     between = output.with_name(f"{output.name}.{OWN}")

@@ -240,7 +240,12 @@ class Job:
         how = self.opened.config.recipe.end_to_end
         if how is not None and self.texts.whole is not None:
             told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), memory))
-        told = [*remarks.of_own_transforms(self.opened), *remarks.left_plain(self.opened), *told]
+        told = [
+            *remarks.of_activations(self.opened, self.device),
+            *remarks.of_own_transforms(self.opened),
+            *remarks.left_plain(self.opened),
+            *told,
+        ]
         for line in [*remarks.exceptions(self.opened.plan), *told]:
             self._notice(line)
         self._log(

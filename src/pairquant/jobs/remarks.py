@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
+from ..backends.table import explain
 from ..core.rounding import POOR_ERROR
 from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
@@ -26,6 +29,26 @@ def exceptions(plan: Plan) -> list[str]:
         lines.append(
             f"{', '.join(mixed[0])} differ in bits, group size or rotations. vLLM runs them as one layer and will refuse "
             f"this checkpoint ({counted(len(mixed), 'such group')}); Transformers runs it."
+        )
+    return lines
+
+
+def of_activations(opened: Opened, device: torch.device) -> list[str]:
+    """Return for the user what rounds activations and whether that is simulated here; nothing where none are rounded."""
+    found = [layout for layout in opened.plan.layouts.values() if layout.activations is not None]
+    if not found:
+        return []
+    running = explain(found[0], device, torch.bfloat16)
+    how = (
+        f"simulated on this machine: {running.backend} rounds them, and multiplies in 16 or 32 bits, no faster than without"
+        if running.simulated
+        else f"multiplied as such by {running.backend}"
+    )
+    lines = [f"what {counted(len(found), 'layer')} read is rounded to {found[0].activations}, {how}"]
+    if opened.config.recipe.training is not None:
+        lines.append(
+            "with rounded activations this preset fits one linear after the other instead of training blocks; settings of "
+            "training have no effect, steps and learning_rate do"
         )
     return lines
 

@@ -16,6 +16,7 @@ from ..backends.cpu_int4 import CpuInt4
 from ..backends.experts import ACTIVATIONS, Experts, experts_refusal
 from ..backends.table import Explanation
 from ..backends.triton_kernels import TritonKernels
+from ..core.activations import rounded
 from ..core.linear import rotated_weight, transform_of
 from ..core.rotation import rotate_dense
 from ..kernels.run.cpu import int4_product, int4_weights
@@ -56,9 +57,9 @@ def explain_experts(
         if per_expert and name == TritonKernels.name:
             reason = reason or OWN_TRANSFORMS
         if reason is None:
-            return Explanation(name, refusals)
+            return Explanation(name, refusals, layout.activations)
         refusals[name] = reason
-    return Explanation(DECODED, refusals)
+    return Explanation(DECODED, refusals, layout.activations)
 
 
 @dataclass(frozen=True)
@@ -257,13 +258,21 @@ class RotatedExperts(nn.Module):
         return self._between_products(up)
 
     def _turned(self, number: int, part: str, x: Tensor) -> Tensor:
-        """Return x · diag(1/a) · R in x's dtype, computed in float32, with the transform of one expert's part."""
+        """Return x · diag(1/a) · R in x's dtype, computed in float32, with the transform of one expert's part.
+
+        Where the layer has a format for its activations, they are rounded to it.
+        """
+        layout, pool = self.plans[part].layout, self.plans[part].pool
         if self.per_expert:  # those of all experts would take gigabytes
-            return rotate_dense(x.float(), self._matrix(number, part)).to(x.dtype)
-        pool = self.plans[part].pool
-        if pool not in self._matrices or self._matrices[pool].device != x.device:
-            self._matrices[pool] = self._matrix(number, part)
-        return rotate_dense(x.float(), self._matrices[pool]).to(x.dtype)
+            matrix = self._matrix(number, part)
+        else:
+            if pool not in self._matrices or self._matrices[pool].device != x.device:
+                self._matrices[pool] = self._matrix(number, part)
+            matrix = self._matrices[pool]
+        x_rot = rotate_dense(x.float(), matrix)
+        if layout.activations is not None:
+            x_rot = rounded(x_rot, layout.activations, layout.group_size)
+        return x_rot.to(x.dtype)
 
     def _matrix(self, number: int, part: str) -> Tensor:
         """Return diag(1/a) · R of one expert's part, float32 [G, g, g]."""

@@ -63,7 +63,8 @@ class RotatedLinear(HoldsPacked):
         kept = self._kept_for(x)
         if kept is None:
             return self._merged.forward(self, x)
-        return run(kept.backend, x, kept.tensors, self.bias, [self.out_features], self.layout.group_size)
+        layout = self.layout
+        return run(kept.backend, x, kept.tensors, self.bias, [self.out_features], layout.group_size, layout.activations)
 
     def prepare(self) -> bool:
         """Let the backend's tensors replace the stored ones, here and in the layers that this one is merged with.
@@ -79,8 +80,9 @@ class RotatedLinear(HoldsPacked):
             backend = choose(self.layout, device, self.dtype)
             if backend is DENSE and device.type == "cuda":
                 reasons = explain(self.layout, device, self.dtype).refusals
+                inputs = f" with {self.layout.activations} activations" if self.layout.activations else ""
                 warnings.warn(
-                    f"layers of {self.layout.bits} bits are decoded to run, and take the memory of 16 bits or more: "
+                    f"layers of {self.layout.bits} bits{inputs} are decoded to run, and take the memory of 16 bits or more: "
                     + "; ".join(f"{name} {reason}" for name, reason in reasons.items()),
                     stacklevel=2,
                 )

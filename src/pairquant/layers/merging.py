@@ -99,7 +99,8 @@ class Merged:
 
     def _linear(self, x: Tensor) -> Tensor:
         assert self.backend is not None, "merged layers run once they are built"
-        return run(self.backend, x, self.tensors, self.bias, self.sizes, self.members[0].layout.group_size)
+        layout = self.members[0].layout
+        return run(self.backend, x, self.tensors, self.bias, self.sizes, layout.group_size, layout.activations)
 
 
 @dataclass

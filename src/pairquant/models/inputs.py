@@ -128,7 +128,13 @@ def inner_activations(module: nn.Module, number: int, x: Tensor) -> Tensor:
     """Return what the last product of an expert reads, [T, I], for its input x [T, H]."""
     form = ExpertForm.of(module)
     assert form is not None, "the sites of a module know its form"
+    return inner_product(module, form, number, x)
+
+
+def inner_product(module: nn.Module, form: ExpertForm, number: int, x: Tensor) -> Tensor:
+    """Return what the last product of an expert reads, [T, I], for its input x [T, H]; differentiable."""
     name = "gate_up_proj" if form.has_gate else "up_proj"
-    weight, bias = module.get_parameter(name)[number], module._parameters.get(f"{name}_bias")
-    y = F.linear(x, weight.T if form.is_transposed else weight, None if bias is None else bias[number])
-    return form.between(module, y)
+    held, bias = module._parameters[name], module._parameters.get(f"{name}_bias")
+    assert held is not None, "the form says which parameters there are"
+    weight = held[number].T if form.is_transposed else held[number]
+    return form.between(module, F.linear(x, weight, None if bias is None else bias[number]))

@@ -136,8 +136,8 @@ def fit(stage: Stage, number: int, task: BlockTask, how: Training) -> None:
         return
     data, ranks, report = task.data, task.ranks, task.report
     per_step = _micro_batches_per_step(max(1, how.batch // ranks.size), len(data.inputs[0]))
-    objective = _Objective(task.block, task.call, how.loss)
-    judge = _Objective(task.block, task.judging_call, how.loss)
+    objective = _Objective(task, task.call, how.loss)
+    judge = _Objective(task, task.judging_call, how.loss)
     descent = Descent(stage.trained, how, how.epochs * math.ceil(len(data.inputs) / per_step))
     generator = torch.Generator().manual_seed(task.config.seed)  # on the CPU: the same order on every device
     best = ranks.mean(judge.mean(stage.weights(), *data.held_out), judge.device)
@@ -175,8 +175,8 @@ def _gradients(stage: Stage, objective: _Objective, data: BlockData, chosen: Ten
 class _Objective:
     """The mean loss, over elements, of a block that computes with other weights than its own."""
 
-    def __init__(self, block: Block, call: Call, loss: str):
-        self.runner = Substituted(block, call)
+    def __init__(self, task: BlockTask, call: Call, loss: str):
+        self.runner = Substituted(task.block, call, task.layouts)
         self.loss = F.smooth_l1_loss if loss == "smooth_l1" else F.mse_loss
         self.device = self.runner.device
 

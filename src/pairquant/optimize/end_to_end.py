@@ -181,7 +181,8 @@ class _Student:
 
     def __init__(self, block: Block, stage: RefitStage, streams: Streams, index: int):
         replaced = {block.sites[path].parameter for group in stage.groups for path in group}
-        self.stage, self.runner = stage, Substituted(block, streams.calls[index], replaced)
+        layouts = {path: packed.layout for path, packed in stage.start.items()}
+        self.stage, self.runner = stage, Substituted(block, streams.calls[index], layouts, replaced)
 
     def forwards(self, hidden: Sequence[Tensor], windows: Sequence[Tensor]) -> Iterator[Tensor]:
         """Run micro-batches [B, T, H] through the block, one after the other. windows: their numbers, int64 [B] each."""

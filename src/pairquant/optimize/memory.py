@@ -32,6 +32,8 @@ REFITTED_COPIES = 7
 #: moments, the best; and of a window's logits (SmolLM2, 64 windows of 1024 tokens, an H100: 3.0 GB predicted, 2.8 taken).
 SCALE_COPIES, LOGIT_COPIES = 6, 8
 
+#: Second moments of a linear's own whose input is rounded by its own transform.
+ROUNDED_MOMENTS = 2
 #: Experts of a token, where the configuration does not say.
 USUAL_EXPERTS = 8
 
@@ -170,6 +172,8 @@ def _moment_bytes(block: Block, config: QuantConfig) -> int:
     for path, site in block.sites.items():
         channels = site.size.in_features
         copies = 2 if config.recipe.drift or site.pool else 1
+        if config.activations is not None and site.pool is None:  # each linear rounds its input by its own transform
+            inputs[path, ""] = channels**2 * 4 * ROUNDED_MOMENTS
         of_all = config.all_experts and site.pool is not None and not site.pool.endswith(".down")
         home = "" if of_all else path.rpartition(".")[0]
         inputs[home, site.pool or channels] = channels**2 * 4 * copies

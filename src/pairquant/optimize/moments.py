@@ -17,20 +17,24 @@ from ..support.errors import CalibrationError
 class Moments:
     """Second moments of one distinct input. hessian: XᵀX [C, C] float32; cross: X₀ᵀX, X₀ of the original model.
 
-    tokens: how many rows X has. Inputs that a router chose have no cross moments: it may choose others in the original.
+    tokens: how many rows X has; sample: some of them, [T, C], where activations are to be rounded. Inputs that a router chose
+    have no cross moments: it may choose others in the original.
     """
 
     readers: list[str]
     hessian: Tensor
     cross: Tensor | None = None
     tokens: int = 0
+    sample: Tensor | None = None
 
 
 class MomentSum:
     """Adds up `Moments` over micro-batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, sampled: int = 0) -> None:
+        """sampled: of so many tokens one is kept in the sample; 0 keeps none."""
         self.moments: list[Moments] = []
+        self.sampled = sampled
 
     def add(self, inputs: Inputs, originals: Inputs | None = None) -> None:
         """Add one micro-batch; `originals` are the same linears' inputs in the original model."""
@@ -44,9 +48,10 @@ class MomentSum:
             total.tokens += product.tokens
             if total.cross is not None and product.cross is not None:
                 total.cross += product.cross
+            if total.sample is not None and product.sample is not None:
+                total.sample = torch.cat([total.sample, product.sample])
 
-    @staticmethod
-    def _products(inputs: Inputs, originals: Inputs | None) -> list[Moments]:
+    def _products(self, inputs: Inputs, originals: Inputs | None) -> list[Moments]:
         """Return the moments of one micro-batch; inputs that are functions are computed one after the other."""
         counterparts: dict[int, int] = {}
         if originals is not None:
@@ -58,7 +63,8 @@ class MomentSum:
             cross = None
             if originals is not None and number in counterparts:
                 cross = second_moment(originals.tensor(counterparts[number]), x)
-            products.append(Moments(readers, second_moment(x, x), cross, len(x)))
+            sample = x[:: self.sampled].to(torch.float32, copy=True) if self.sampled else None
+            products.append(Moments(readers, second_moment(x, x), cross, len(x), sample))
         return products
 
     def checked(self, paths: Iterable[str]) -> tuple[list[Moments], list[str]]:
@@ -90,16 +96,22 @@ def _apart(moments: list[Moments], repeated: list[str]) -> list[Moments]:
         mine = [each for each in moments for reader in each.readers if reader == path]
         crosses = [each.cross for each in mine if each.cross is not None]
         cross = torch.stack(crosses).sum(0) if len(crosses) == len(mine) else None
-        found.append(Moments([path], _sum(mine), cross, sum(each.tokens for each in mine)))
+        found.append(Moments([path], _sum(mine), cross, sum(each.tokens for each in mine), _joined_sample(mine)))
     return found
+
+
+def _joined_sample(moments: list[Moments]) -> Tensor | None:
+    samples = [each.sample for each in moments if each.sample is not None]
+    return torch.cat(samples) if samples else None
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What the experts of a block read together. hessian: the sum over them; tokens: of each expert, in order."""
+    """What the experts of a block read together. hessian: the sum over them; tokens: of each expert, in order; sample: [T, C]."""
 
     hessian: Tensor
     tokens: list[int]
+    sample: Tensor | None = None
 
 
 def pooled(moments: Iterable[Moments], pools: Mapping[str, str]) -> dict[str, Pool]:
@@ -121,7 +133,7 @@ def pooled(moments: Iterable[Moments], pools: Mapping[str, str]) -> dict[str, Po
         channels, average = len(total), total / max(1, sum(tokens))
         for each in mine:
             each.hessian += average * max(0, channels - each.tokens)
-        found[pool] = Pool(total, tokens)
+        found[pool] = Pool(total, tokens, _joined_sample(mine))
     return found
 
 

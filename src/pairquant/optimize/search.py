@@ -25,6 +25,7 @@ from ..kernels.fit.loops import fake_quantize
 from ..kernels.fit.matrices import Matrices
 from ..spec.linear import Spec
 from ..spec.options import QuantConfig
+from .noise import InputNoise
 from .ranks import ALONE, Ranks
 
 #: On CUDA a step for up to so many weights is captured after so many ordinary ones, and replayed: launching it anew
@@ -38,13 +39,15 @@ SHARED_ROWS = 32_768
 class Problem:
     """One transform to find, for a weight that will be stored as `spec`.
 
-    weight: float32 [N, C], the rows of all linears that will share it, or this rank's part of them; hessian: [C, C].
+    weight: float32 [N, C], the rows of all linears that will share it, or this rank's part of them; hessian: [C, C]; noise:
+    what rounding the activations adds to the loss, None where they are not rounded.
     """
 
     weight: Tensor
     hessian: Tensor
     seed: int
     spec: Spec
+    noise: InputNoise | None = None
 
     @property
     def channels(self) -> int:
@@ -194,6 +197,9 @@ class _Search:
         self.matrices = Matrices(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
         ranks.add(self.norms)
+        for problem in problems:
+            if problem.noise is not None:
+                ranks.add(problem.noise.gram)
         self.norms.clamp_(min=1e-30)
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
         self.log_scale = torch.zeros(sum(self.sizes), device=device, requires_grad=True)
@@ -225,6 +231,17 @@ class _Search:
             self.problems, self.norms, into.detach().split(counts), out_of.detach().split(counts), strict=True
         ):
             loss, grad_into, grad_out_of = loss_and_gradients(problem, forth, back, slopes)
+            if problem.noise is not None:
+                added, more_into, more_out_of = problem.noise.loss_and_gradients(forth, back, slopes)
+                loss = loss + added / self.ranks.size  # each rank adds its own sample's, of all rows
+                if (
+                    more_into is not None
+                    and more_out_of is not None
+                    and grad_into is not None
+                    and grad_out_of is not None
+                ):
+                    grad_into = grad_into + more_into / self.ranks.size
+                    grad_out_of = grad_out_of + more_out_of / self.ranks.size
             losses.append(loss / norm)
             if grad_into is not None and grad_out_of is not None:
                 grads_into.append(grad_into / norm)

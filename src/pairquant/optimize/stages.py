@@ -22,6 +22,7 @@ from ..core.rounding import Grid, stored
 from ..kernels.fit.matrices import Matrices
 from ..models.blocks import Block
 from ..models.planning import ROUTERS
+from ..models.rounded_inputs import matrices_of
 from ..models.sites import held_by_parameters, is_linear
 from ..spec.linear import LinearLayout, PackedLinear, Spec
 from ..spec.recipe import Recipe, Refit, Training
@@ -283,12 +284,14 @@ class RefitStage:
 
     def weights(self) -> dict[str, Tensor]:
         norms = {name: straight_through(norm, self.as_kept(norm)) for name, norm in self.norms.items()}
-        result = {}
-        for group, (_, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
+        result, matrices = {}, {}
+        for group, (into, out_of) in zip(self.groups, self.transforms.matrices(), strict=True):
             for path in group:
+                if self.start[path].layout.activations is not None:
+                    matrices.update(matrices_of(self.block.sites[path], into, out_of))
                 rotated = (self.steps[path] * self.scale(path)[..., None]).flatten(1)
                 result[path] = rotate_dense(rotated, out_of)
-        return norms | held_by_parameters(self.block.sites, result)
+        return norms | matrices | held_by_parameters(self.block.sites, result)
 
     def as_kept(self, norm: Tensor) -> Tensor:
         return norm.to(self.kept_as).float()

@@ -1,13 +1,13 @@
 """How the linears of one block become packed ones: one strategy object for each kind of recipe.
 
 `Rounding` fits transforms on the quadratic proxy and rounds; `Refitting` trains what is continuous after that;
-`BlockTraining` is the paper's block-wise training. Each leaves every linear with its decoded weight.
+`BlockTraining` is the paper's block-wise training, and `InTurn` what it does where activations are rounded. Each leaves every linear with its decoded weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,14 @@ from ..core.rounding import proxy_terms, ratio
 from ..kernels.fit.loops import solvers
 from ..models.blocks import Block
 from ..models.calls import Call
+from ..models.rounded_inputs import InputRounding, Undo, round_inputs, roundings_of
 from ..spec.codes import columns_per_block
 from ..spec.linear import LinearLayout, PackedLinear
 from ..spec.options import QuantConfig
 from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
 from .moments import Moments, Pool
+from .noise import InputNoise, RoundedMoments
 from .ranks import Ranks
 from .search import Problem, fit_transforms, sampled_rows
 from .stages import Groups
@@ -37,7 +39,8 @@ class BlockWork:
     layouts: of its linears; moments: of their inputs; pools: what the experts of a pool read together, by the pool's name;
     groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
-    block's other parameters are stored in. packed, errors: by path, filled in by `settle`; history: reports of training.
+    block's other parameters are stored in; rounded: runs the text through the block with these inputs rounded, and returns the
+    moments of that; again: the moments of the inputs, and of pools, as they are now that some linears are quantized. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
 
     block: Block
@@ -53,6 +56,8 @@ class BlockWork:
     data: Callable[[], BlockData] | None
     kept_as: torch.dtype
     validation_call: Call | None = None
+    rounded: Callable[[Mapping[str, InputRounding]], dict[str, RoundedMoments]] = lambda roundings: {}
+    again: Callable[[], tuple[list[Moments], dict[str, Pool]]] = lambda: ([], {})
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -78,6 +83,14 @@ class BlockWork:
         """Return the second moments of what the linears of one transform read; hessians: by path."""
         shared = self.block.sites[group[0]].transform_name
         return self.pools[shared].hessian if shared is not None and shared in self.pools else hessians[group[0]]
+
+    def sample(self, group: tuple[str, ...]) -> tuple[Tensor | None, int]:
+        """Return some tokens of what the linears of one transform read, [T, C], and how many tokens the whole text has."""
+        shared = self.block.sites[group[0]].transform_name
+        if shared is not None and shared in self.pools:
+            return self.pools[shared].sample, sum(self.pools[shared].tokens)
+        moments = next(m for m in self.moments if group[0] in m.readers)
+        return moments.sample, moments.tokens
 
     def unit(self, path: str) -> int:
         """Return rows of a linear are shared out in multiples of this."""
@@ -135,7 +148,25 @@ class Rounding:
             targets.update(drift_targets(weights, m, work.config.recipe.drift, work.ranks))
             m.cross = None
         transforms = self._transforms(work, targets)
-        return self._round(work, targets, transforms)
+        hessians = {**work.hessians, **self._fit_to_rounding(work, targets, transforms)}
+        return self._round(work, targets, transforms, hessians)
+
+    def _fit_to_rounding(
+        self, work: BlockWork, targets: dict[str, Tensor], transforms: Mapping[str, Transform]
+    ) -> dict[str, Tensor]:
+        """Let each target answer its rounded inputs as it answered its inputs; return the moments of the rounded inputs.
+
+        For linears whose activations are rounded, by path. Those of experts stay as they are: a router leaves most experts few
+        tokens.
+        """
+        roundings: dict[str, InputRounding] = {}
+        for group in work.groups:
+            if (rounding := InputRounding.of(transforms[group[0]], work.layouts[group[0]])) is not None:
+                roundings.update(dict.fromkeys(group, rounding))
+        moments = work.rounded(roundings) if roundings else {}
+        for path, each in moments.items():
+            targets[path] = each.target(targets[path])
+        return {path: each.hessian for path, each in moments.items()}
 
     def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
         """Fit the transform of each linear. Weights out of fp16's range are divided by a power of two first (see `core.range`)."""
@@ -145,7 +176,8 @@ class Rounding:
             stacked = sampled_rows(rows)
             weight = stacked if factor == 1 else stacked / factor
             hessian = work.group_hessian(group, hessians)
-            problems.append(Problem(weight, hessian, work.seeds[group[0]], work.layouts[group[0]].spec))
+            spec = work.layouts[group[0]].spec
+            problems.append(Problem(weight, hessian, work.seeds[group[0]], spec, self._noise(work, group, weight)))
         found = fit_transforms(problems, work.config, work.ranks)
         return {
             path: transform.times(factor)
@@ -153,11 +185,23 @@ class Rounding:
             for path in group
         }
 
+    def _noise(self, work: BlockWork, group: tuple[str, ...], weight: Tensor) -> InputNoise | None:
+        """Return what rounding the activations adds to the loss of a transform; None where they are not rounded."""
+        spec = work.layouts[group[0]].spec
+        if spec.activations is None:
+            return None
+        sample, tokens = work.sample(group)
+        return InputNoise.of(weight, sample, tokens, spec) if sample is not None and len(sample) else None
+
     def _round(
-        self, work: BlockWork, targets: dict[str, Tensor], transforms: Mapping[str, Transform]
+        self,
+        work: BlockWork,
+        targets: dict[str, Tensor],
+        transforms: Mapping[str, Transform],
+        hessians: Mapping[str, Tensor],
     ) -> dict[str, PackedLinear]:
-        """Round all linears; this rank rounds some, and gets the others. targets: its rows of each."""
-        ranks, owners, hessians = work.ranks, work.owners(), work.hessians
+        """Round all linears; this rank rounds some, and gets the others. targets: its rows of each; hessians: by path."""
+        ranks, owners = work.ranks, work.owners()
         whole = {
             path: ranks.collected(targets.pop(path), work.layouts[path].out_features, work.unit(path), owners[path])
             for path in transforms
@@ -194,6 +238,37 @@ class BlockTraining:
             work.settle(train_block(work.training(), starts(work)), trained=True)
 
 
+class InTurn:
+    """Fit the linears of a block one input after the other, each on what the quantized ones before it put out.
+
+    That is the paper's way with rounded activations (appendix A.3), where its block-wise training does not converge; weights
+    are rounded by GPTQ at the end. Linears of one input are fitted together.
+    """
+
+    def quantize(self, work: BlockWork) -> None:
+        config = replace(work.config, recipe=replace(work.config.recipe, rounding="gptq"))
+        sites, rounds = work.block.sites, Undo()
+        for groups in self._stages(work):
+            paths = {path for group in groups for path in group}
+            moments, pools = work.again()
+            mine = [m for m in moments if paths.intersection(m.readers)]
+            part = replace(work, moments=mine, pools=pools, groups=groups, config=config, packed={}, errors={})
+            Rounding().quantize(part)
+            work.packed |= part.packed
+            work.errors |= part.errors
+            rounds()
+            rounds = round_inputs(sites, roundings_of(sites, work.packed, work.device))
+        rounds()
+
+    def _stages(self, work: BlockWork) -> list[Groups]:
+        """Return the transforms to fit together, in the order in which the block calls their linears."""
+        order = {path: place for place, m in enumerate(work.moments) for path in m.readers}
+        stages: dict[int, Groups] = {}
+        for group in work.groups:
+            stages.setdefault(min(order[path] for path in group), []).append(group)
+        return [stages[place] for place in sorted(stages)]
+
+
 def starts(work: BlockWork) -> list[float]:
     """Return for each group the power of two to divide its weights by, so that fp16 holds their scales.
 
@@ -216,5 +291,5 @@ def starts(work: BlockWork) -> list[float]:
 def strategy_for(config: QuantConfig) -> Strategy:
     """Return the strategy of a recipe."""
     if config.recipe.training is not None:
-        return BlockTraining()
+        return BlockTraining() if config.activations is None else InTurn()
     return Refitting() if config.recipe.refit is not None else Rounding()

@@ -5,7 +5,7 @@ Two streams where the recipe compares: that of the model quantized so far, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..models.blocks import Block, enter, outside_on, read_by_head
 from ..models.calls import Call, Carry, HeadCall
 from ..models.inputs import recorded_inputs
+from ..models.rounded_inputs import InputRounding, rounded_inputs
 from ..models.sites import embedding_site
 from .moments import MomentSum
+from .noise import RoundedMoments, RoundedSum
 
 #: Tokens per forward pass through one block, until memory asks for fewer.
 MICRO_BATCH_TOKENS = 8192
@@ -88,13 +90,21 @@ class Streams:
         """Return what a block is called with in one of the streams; writes: whether what it leaves for later blocks is kept."""
         return self.calls[index].on(self.carries[stream], writes)
 
-    def observe(self, block: Block, index: int, all_experts: bool = False) -> MomentSum:
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of the text."""
+        return sum(len(hidden) * hidden.shape[1] for hidden in self.quantized)
+
+    def observe(
+        self, block: Block, index: int, all_experts: bool = False, sample: int = 0, compare: bool = True
+    ) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
 
         The original stream moves on to the next block with what that gives; the quantized one stays. all_experts: sum the
-        moments of experts as if each got every token.
+        moments of experts as if each got every token; sample: keep about so many tokens of each input; compare: False leaves
+        the original stream out and where it is.
         """
-        total = MomentSum()
+        total = MomentSum(max(1, self.tokens // sample) if sample else 0)
         for i, hidden in enumerate(self.quantized):
 
             def once(windows: Tensor, hidden: Tensor, original: Tensor | None = None) -> Tensor | None:
@@ -107,11 +117,36 @@ class Streams:
                 total.add(inputs, reference)
                 return output
 
-            if self.original is None:
+            if self.original is None or not compare:
                 self._within_memory(once, i, hidden)
             else:
                 self.original[i] = self._within_memory(once, i, hidden, self.original[i])
         return total
+
+    def observe_rounded(
+        self, block: Block, index: int, roundings: Mapping[str, InputRounding]
+    ) -> dict[str, RoundedMoments]:
+        """Run the block on the quantized stream, its inputs rounded, and return the moments of that by path.
+
+        The stream stays. roundings: by path, of the linears to look at; experts round too, but have no moments here.
+        """
+        total = RoundedSum()
+
+        def once(windows: Tensor, hidden: Tensor) -> None:
+            part = RoundedSum()  # running out of memory leaves the sums as they were
+
+            def add(path: str, x: Tensor, rounded: Tensor) -> None:
+                if block.sites[path].pool is None:
+                    part.add(path, x, rounded)
+
+            with rounded_inputs(block.sites, roundings, add):
+                self.call(index).run(block.module, hidden, windows)
+            for path, found in part.total.items():
+                total.include(path, found)
+
+        for i, hidden in enumerate(self.quantized):
+            self._within_memory(once, i, hidden)
+        return total.total
 
     def advance(self, block: Block, index: int) -> None:
         """Carry the quantized stream through the block, which now holds its decoded weights."""

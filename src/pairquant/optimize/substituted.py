@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from ..models.blocks import Block
 from ..models.calls import Call
+from ..models.rounded_inputs import is_matrix, rounded_inputs, roundings_from
+from ..spec.linear import LinearLayout
 
 Weights = dict[str, Tensor]
 
@@ -20,12 +22,19 @@ class Substituted(nn.Module):
     In bfloat16 within the block only, on GPUs and for blocks of that dtype: what is trained is float32.
     """
 
-    def __init__(self, block: Block, call: Call, replaced: Collection[str] | None = None):
-        """replaced: full names of the parameters that will always be given. With them, the block may lose all of its weights:
+    def __init__(
+        self,
+        block: Block,
+        call: Call,
+        layouts: Mapping[str, LinearLayout],
+        replaced: Collection[str] | None = None,
+    ):
+        """layouts: of the block's linears, by path, whose activations may be rounded; replaced: full names of the parameters that will always be given. With them, the block may lose all of its weights:
         what else it computes with is held here.
         """
         super().__init__()
         self.block, self.path, self.call = block.module, block.path, call
+        self.sites, self.layouts = block.sites, layouts
         first = next(block.module.parameters())
         self.device = first.device
         self.low_precision = first.is_cuda or first.dtype == torch.bfloat16
@@ -38,9 +47,17 @@ class Substituted(nn.Module):
             return self.call.run(self.block, inputs.to(self.device, torch.float32), windows)
 
     def of(self, weights: Mapping[str, Tensor], inputs: Tensor, windows: Tensor | None = None) -> Tensor:
-        """Run the block with these weights. inputs: [B, T, H]; windows: their numbers in the text, int64 [B]."""
-        named = {f"block{name.removeprefix(self.path)}": self._operand(weight) for name, weight in weights.items()}
-        return functional_call(self, self.held | named, (inputs, windows))
+        """Run the block with these weights. inputs: [B, T, H]; windows: their numbers in the text, int64 [B].
+
+        The matrices of `matrices_of` among the weights say how its linears round what they read.
+        """
+        named = {
+            f"block{name.removeprefix(self.path)}": self._operand(weight)
+            for name, weight in weights.items()
+            if not is_matrix(name)
+        }
+        with rounded_inputs(self.sites, roundings_from(self.sites, self.layouts, weights)):
+            return functional_call(self, self.held | named, (inputs, windows))
 
     def _rest(self, replaced: Collection[str]) -> Weights:
         """Return the block's parameters and buffers except those that are replaced."""

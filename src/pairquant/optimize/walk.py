@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.linear import decode
 from ..models.blocks import Block, outside_on, read_by_head
 from ..models.planning import plan_model
+from ..models.rounded_inputs import InputRounding, Undo, round_inputs, roundings_of
 from ..models.sharing import fold_shared, lenders_of, settle_scales
 from ..spec.linear import PackedLinear
 from ..spec.options import QuantConfig
@@ -29,7 +30,8 @@ from ..spec.plan import Plan
 from ..support.errors import ConfigError
 from .blockwise import BlockData
 from .loans import Loans
-from .moments import Moments, MomentSum, pooled
+from .moments import Moments, MomentSum, Pool, pooled
+from .noise import SAMPLED_TOKENS, RoundedMoments
 from .ranks import Ranks
 from .stages import Groups, Layouts
 from .strategies import BlockWork, Rounding, strategy_for
@@ -62,7 +64,9 @@ class BlockResult:
 
 
 class Home(Protocol):
-    """Where blocks are when they are not worked on."""
+    """Where blocks are when they are not worked on. stays: whether a block that leaves goes on computing as the quantized one."""
+
+    stays: bool
 
     def dtype(self, block: Block) -> torch.dtype: ...
     def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None: ...
@@ -81,6 +85,8 @@ class Finished(Protocol):
 
 class InPlace:
     """The model holds all its weights; a block goes to the device and comes back."""
+
+    stays = True
 
     def __init__(self) -> None:
         self.stored_as: tuple[torch.device, torch.dtype] | None = None
@@ -143,6 +149,12 @@ class Walk:
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
         self.loans = Loans(self.blocks)
+        self._rounds = Undo()
+        if self.config.activations is not None and any(lenders_of(block.module) for block in self.blocks):
+            raise ConfigError(
+                f"blocks of {type(self.model).__name__} share layers, and activations of shared layers cannot be rounded. Leave "
+                "--activations out."
+            )
 
     @torch.no_grad()
     def run(self) -> Iterator[BlockResult]:
@@ -205,6 +217,12 @@ class Walk:
             self.loans.put(block, settled=True)
         finally:
             self.home.leave(block)
+            if not self.home.stays:
+                self._rounds()
+
+    def _round_inputs(self, block: Block, packed: Mapping[str, PackedLinear]) -> None:
+        """Let a block with decoded weights round what its linears read, as the quantized block does."""
+        self._rounds = round_inputs(block.sites, roundings_of(block.sites, packed, self.device))
 
     def _repeat(self, block: Block, index: int, result: BlockResult, streams: list[Streams]) -> None:
         """Carry the streams through a block that is finished already, as if it had been worked on now."""
@@ -212,6 +230,7 @@ class Walk:
             stream.advance_original(block, index)
         for path, packed in result.packed.items():
             block.sites[path].put(decode(packed.to(self.device)))
+        self._round_inputs(block, result.packed)
         for path, value in result.parameters.items():
             parameter = block.module.get_parameter(path.removeprefix(f"{block.path}."))
             parameter.data = value.to(parameter.device, parameter.dtype)
@@ -231,6 +250,7 @@ class Walk:
             Rounding() if block.head else strategy_for(self.config)
         )  # no outputs of the head are kept to train on
         strategy.quantize(work)
+        self._round_inputs(block, work.packed)
         after = _other_parameters(block)
         return BlockResult(
             index,
@@ -251,7 +271,7 @@ class Walk:
         if streams is None:
             eye = {c: torch.eye(c, device=self.device) for c in {s.size.in_features for s in block.sites.values()}}
             return [Moments([path], eye[site.size.in_features]) for path, site in block.sites.items()], []
-        total = streams.observe(block, index, self.config.all_experts)
+        total = streams.observe(block, index, self.config.all_experts, self._sample)
         _add_over_ranks(total, self.ranks)
         moments, uncalled = total.checked(block.sites)
         if uncalled:
@@ -263,7 +283,6 @@ class Walk:
     def _work(
         self, index: int, block: Block, moments: list[Moments], streams: Streams | None, held_out: Streams | None
     ) -> BlockWork:
-        pools = {path: site.pool for path, site in block.sites.items() if site.pool is not None}
         named = {path: site.transform_name for path, site in block.sites.items() if site.transform_name is not None}
         groups = _groups(moments, self.plan.layouts, self.config.share_rotations, named)
         data = None
@@ -277,7 +296,7 @@ class Walk:
             call=streams.call(index) if streams is not None else None,
             layouts=self.plan.layouts,
             moments=moments,
-            pools=pooled(moments, pools) if streams is not None else {},
+            pools=pooled(moments, _pools(block)) if streams is not None else {},
             groups=groups,
             seeds={group[0]: seed_of(self.config.seed, group[0]) for group in groups},
             config=config,
@@ -286,13 +305,40 @@ class Walk:
             data=data,
             kept_as=self.home.dtype(block),
             validation_call=held_out.call(index) if held_out is not None else None,
+            rounded=partial(self._rounded, index, block, streams),
+            again=partial(self._again, index, block, streams),
         )
+
+    def _again(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], dict[str, Pool]]:
+        """Return the moments of what the block's linears read now, some of them being quantized, and those of its pools."""
+        assert streams is not None, "a recipe that fits linears in turn has text"
+        total = streams.observe(block, index, self.config.all_experts, self._sample, compare=False)
+        _add_over_ranks(total, self.ranks)
+        moments, _ = total.checked(block.sites)
+        return moments, pooled(moments, _pools(block))
+
+    @property
+    def _sample(self) -> int:
+        """How many tokens of each input to keep: those on which the rounding of activations is fitted."""
+        return SAMPLED_TOKENS if self.config.activations is not None and self.config.recipe.transform else 0
+
+    def _rounded(
+        self, index: int, block: Block, streams: Streams | None, roundings: Mapping[str, InputRounding]
+    ) -> dict[str, RoundedMoments]:
+        """Return the moments of the block's rounded inputs, summed over all ranks; nothing without text."""
+        if streams is None:
+            return {}
+        found = streams.observe_rounded(block, index, roundings)
+        for path in sorted(found) if self.ranks.size > 1 else ():
+            self.ranks.add(found[path].hessian)
+            self.ranks.add(found[path].cross)
+        return found
 
 
 def quantize_blocks(
     model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
 ) -> Iterator[BlockResult]:
-    """Quantize a model in memory, in place. tokens: int64 [samples, T]; recipes that look at no text need none."""
+    """Quantize a model in memory, in place: its modules then compute as the quantized layers do. tokens: int64 [samples, T]; recipes that look at no text need none."""
     fold_shared(model)
     settle_scales(model)
     plan, blocks = plan_model(model, config)
@@ -326,6 +372,11 @@ def _groups(moments: list[Moments], layouts: Layouts, shared: bool, pools: Mappi
             alike.setdefault(layouts[path].spec, []).append(path)
         groups += [tuple(paths) for paths in alike.values()]
     return groups
+
+
+def _pools(block: Block) -> dict[str, str]:
+    """Return path → pool of the block's experts."""
+    return {path: site.pool for path, site in block.sites.items() if site.pool is not None}
 
 
 def _add_over_ranks(total: MomentSum, ranks: Ranks) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..support.errors import CheckpointError
+from .activations import FORMATS
 from .checks import are_strings
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .linear import LinearLayout, Spec
@@ -30,7 +31,13 @@ SPEC_ENTRIES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "group_size", _is_one_of(SUPPORTED_GROUP_SIZES), f"one of {', '.join(map(str, SUPPORTED_GROUP_SIZES))}",
     ),
     "krot": ("rotations", _is_one_of(tuple(range(MAX_ROTATIONS + 1))), f"a whole number from 0 to {MAX_ROTATIONS}"),
+    "activations": (
+        "activations", lambda value: value is None or (isinstance(value, str) and value in FORMATS),
+        f"one of {', '.join(FORMATS)}, or null",
+    ),
 }  # fmt: skip
+#: The entries that every checkpoint has; the others are left out where they say nothing.
+REQUIRED = ("bits", "group_size", "krot")
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class CheckpointConfig:
         if not isinstance(entries, dict) or entries.get("quant_method") != QUANT_METHOD:
             method = entries.get("quant_method") if isinstance(entries, dict) else entries
             raise CheckpointError(f"config.json: quant_method is {reprlib.repr(method)}, must be {QUANT_METHOD!r}.")
-        for key in SPEC_ENTRIES:
+        for key in REQUIRED:
             if key not in entries:
                 raise CheckpointError(f"config.json: quantization_config has no {key!r}. The checkpoint is damaged.")
         zero_point = entries.get("zero_point")
@@ -131,16 +138,17 @@ class CheckpointConfig:
         return cls(spec, _overrides(entries.get("dynamic"), spec), **given)
 
 
-def _as_entries(spec: Spec) -> dict[str, int]:
-    return {key: getattr(spec, name) for key, (name, _, _) in SPEC_ENTRIES.items()}
+def _as_entries(spec: Spec) -> dict[str, Any]:
+    entries = {key: getattr(spec, name) for key, (name, _, _) in SPEC_ENTRIES.items()}
+    return {key: value for key, value in entries.items() if key in REQUIRED or value is not None}
 
 
-def _differing(spec: Spec, default: Spec) -> dict[str, int]:
-    usual = _as_entries(default)
-    return {key: value for key, value in _as_entries(spec).items() if value != usual[key]}
+def _differing(spec: Spec, default: Spec) -> dict[str, Any]:
+    names = {key: name for key, (name, _, _) in SPEC_ENTRIES.items()}
+    return {key: getattr(spec, name) for key, name in names.items() if getattr(spec, name) != getattr(default, name)}
 
 
-def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, int]:
+def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Check entries of config.json and return them as fields of `Spec`; prefix: their place in the file, for messages."""
     found = {}
     for key, (name, allowed, words) in SPEC_ENTRIES.items():
@@ -172,12 +180,8 @@ def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
             raise _bad_entry(f"{place}'s pattern", pattern, f"a regular expression ({error})") from error
         if not isinstance(entries, dict):
             raise _bad_entry(place, entries, "an object")
-        found.append((pattern, _changed(default, _spec_fields(entries, f"{place}."))))
+        found.append((pattern, replace(default, **_spec_fields(entries, f"{place}."))))
     return tuple(found)
-
-
-def _changed(default: Spec, changes: Mapping[str, int]) -> Spec:
-    return replace(default, **changes)  # type: ignore[arg-type]  # only whole numbers can differ
 
 
 def _bad_entry(name: str, value: Any, allowed: str) -> CheckpointError:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..support.errors import ConfigError
+from .activations import FORMATS, NAMES
 from .checks import require_choice, require_whole
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, Codes, columns_per_block
 from .fields import CHANNELS, ROWS, Field, Size, damaged, finite, short
@@ -57,13 +58,15 @@ class Spec:
 
     bits: size of a code, 2, 3, 4, 5, 6 or 8; group_size: 32, 64 or 128, the number of channels that share a scale and
     that are rotated with one another; rotations: K, 0 to 16; symmetric: all zero points are in the middle of the codes, at
-    2^(b-1). Raises `ConfigError` for other values.
+    2^(b-1); activations: the format of `spec.activations` that the layer's input is rounded to in the rotated basis when the
+    layer runs, None for none. Raises `ConfigError` for other values.
     """
 
     bits: int = 4
     group_size: int = 128
     rotations: int = 8
     symmetric: bool = False
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("bits", self.bits, SUPPORTED_BITS)
@@ -71,6 +74,8 @@ class Spec:
         require_whole("rotations", self.rotations, 0, MAX_ROTATIONS)
         if not isinstance(self.symmetric, bool):
             raise ConfigError(f"symmetric is {self.symmetric!r}, allowed: True, False")
+        if self.activations is not None:
+            require_choice("activations", self.activations, FORMATS)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -87,7 +92,8 @@ class Spec:
 
     def __str__(self) -> str:
         kind = ", symmetric" if self.symmetric else ""
-        return f"{self.bits} bits, groups of {self.group_size}, {self.rotations} rotations{kind}"
+        inputs = f", {self.activations} activations" if self.activations else ""
+        return f"{self.bits} bits, groups of {self.group_size}, {self.rotations} rotations{kind}{inputs}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,10 @@ class LinearLayout:
     @property
     def rotations(self) -> int:
         return self.spec.rotations
+
+    @property
+    def activations(self) -> str | None:
+        return self.spec.activations
 
     @property
     def num_groups(self) -> int:
@@ -149,13 +159,15 @@ class LinearLayout:
         Whether the codes are symmetric is left out: it makes no difference to reading them.
         """
         spec = self.spec
-        return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations]
+        activations = 0 if spec.activations is None else NAMES.index(spec.activations) + 1
+        return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations, activations]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> LinearLayout:
         """Return the layout, without bias, from the numbers that `numbers` returned."""
-        in_features, out_features, bits, group_size, rotations = numbers
-        return cls(Spec(bits, group_size, rotations), in_features, out_features)
+        in_features, out_features, bits, group_size, rotations, activations = numbers
+        spec = Spec(bits, group_size, rotations, activations=NAMES[activations - 1] if activations else None)
+        return cls(spec, in_features, out_features)
 
 
 @lru_cache(maxsize=1024)

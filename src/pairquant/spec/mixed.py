@@ -190,7 +190,7 @@ class MixedPlan:
         return {
             "pairquant_plan": VERSION,
             **({} if self.scales_alone else {"scales_alone": False}),
-            "default": {**vars(self.default)},
+            "default": {**settings(self.default), "symmetric": self.default.symmetric},
             "layers": {name: settings(spec) for name, spec in self.layers.items()},
         }
 

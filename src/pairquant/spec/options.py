@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..support.errors import ConfigError, did_you_mean
+from .activations import FORMATS
 from .checks import are_strings, require_choice, require_whole
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .linear import Spec
@@ -24,7 +25,7 @@ TRANSFORMS = ("rotated", "folded", "none")
 #: Options that records of earlier versions lack.
 ADDED_LATER = (
     "overrides", "bos", "all_experts", "transform_per_expert", "head_bits", "embedding_bits", "target", "candidates", "plan",
-    "transform",
+    "transform", "activations",
 )  # fmt: skip
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
@@ -119,6 +120,8 @@ class QuantConfig:
     transform: "rotated" stores angles and channel scales beside each layer; "folded" folds them into the weights around it before it
     is quantized, so that nothing runs before its product, and `rotations` counts those; "none" rounds the weights as they are.
     head_bits, embedding_bits: quantize the output embedding, the input embedding, to so many bits; None leaves it as it is.
+    activations: round what the layers of the blocks read, in the rotated basis, to this format of `spec.activations`; None
+    leaves it in 16 bits. Embeddings read theirs as it is.
     seed: decides every random choice.
     """
 
@@ -146,6 +149,7 @@ class QuantConfig:
     candidates: Candidates = ANY_WIDTH
     plan: MixedPlan | None = None
     transform: str = "rotated"
+    activations: str | None = None
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -161,6 +165,8 @@ class QuantConfig:
         for name in ("head_bits", "embedding_bits"):
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), SUPPORTED_BITS)
+        if self.activations is not None:
+            require_choice("activations", self.activations, FORMATS)
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         if isinstance(self.rotations, str) and self.rotations != "auto":
             raise ConfigError(
@@ -224,7 +230,8 @@ class QuantConfig:
         if self.target is not None:
             raise ConfigError("both a plan and a target are given; a plan has its size already. Leave one of them out.")
         for name, value in vars(self.plan.default).items():
-            if (self.transform, name) != ("folded", "rotations"):  # these are not of the layers
+            # A plan says nothing of activations, and the rotations of a folded transform are not of the layers.
+            if name != "activations" and (self.transform, name) != ("folded", "rotations"):
                 object.__setattr__(self, name, value)
 
     def _settle_transform(self) -> None:
@@ -271,7 +278,7 @@ class QuantConfig:
     def spec(self) -> Spec:
         """The default spec. If the group size is "auto", the spec has the largest group size, as a placeholder."""
         size = SUPPORTED_GROUP_SIZES[-1] if self.group_size == "auto" else int(self.group_size)
-        return Spec(self.bits, size, int(self.rotations), self.symmetric)
+        return Spec(self.bits, size, int(self.rotations), self.symmetric, self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dict that JSON can hold; `from_dict` reads it.

@@ -69,7 +69,7 @@ def plan_for(
     default = replace(config.spec, group_size=_group_size(config, sizes))
     specs, reasons = {}, dict(plain)
     for path in sizes:
-        usual = default if config.plan is None else config.plan.spec_of(path)
+        usual = default if config.plan is None else replace(config.plan.spec_of(path), activations=default.activations)
         specs[path] = usual
         if usual != default:
             reasons[path] = PLANNED
@@ -85,7 +85,7 @@ def plan_for(
     _require_fit(layouts, default)
     for kind, found, bits in (("head", head, config.head_bits), ("embedding", embedding, config.embedding_bits)):
         for path, s in (found or {}).items():
-            spec = replace(default, bits=bits or default.bits)
+            spec = replace(default, bits=bits or default.bits, activations=None)
             layouts[path], reasons[path] = (
                 spec.layout(s.in_features, s.out_features, s.bias),
                 f"--{kind}-bits {spec.bits}",

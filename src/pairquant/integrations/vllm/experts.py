@@ -42,6 +42,11 @@ def experts_method(
     spec = next(iter(specs.values()))
     if alike and experts_refusal(spec.layout(128, 128), device, dtype) is None:
         return PackedExpertsMethod(arrivals, moe)
+    if spec.activations is not None:  # decoded ones are vLLM's own layers, which round nothing
+        raise ConfigError(
+            f"{prefix}: these experts round what they read to {spec.activations}, and nothing in vLLM does that here. Run the "
+            "model with Transformers, or quantize it without --activations."
+        )
     return DecodedExpertsMethod(arrivals, moe)
 
 

@@ -202,4 +202,5 @@ class _Ready:
     def run(self, layer: Any, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., C] → [..., N] of one of the prepared."""
         tensors, prepared = [getattr(layer, name) for name in self.names[index]], self.prepared[index]
-        return run(BY_NAME[prepared.backend], x, tensors, bias, prepared.out_features, prepared.group_size)
+        backend, sizes = BY_NAME[prepared.backend], prepared.out_features
+        return run(backend, x, tensors, bias, sizes, prepared.group_size, prepared.activations)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.activations import rounded
 from ...core.linear import decode as decoded_weight
 from ...core.linear import transform_of
 from ...core.packing import unpack
@@ -136,20 +137,25 @@ def _rows(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return torch.cat((pairs[..., 0] | pairs[..., 1] << 4, grid.view(-1, 2).view(torch.uint8)), dim=1)
 
 
-def rotated(x: Tensor, matrix: Tensor) -> Tensor:
-    """Transform x, bfloat16 [M, C], by each of S transforms, float32 [S, G, g, g] or [S, G, g, 1]: bfloat16 [S, M, C]."""
+def rotated(x: Tensor, matrix: Tensor, activations: str | None = None, group_size: int = 0) -> Tensor:
+    """Transform x, bfloat16 [M, C], by each of S transforms, float32 [S, G, g, g] or [S, G, g, 1]: bfloat16 [S, M, C].
+
+    activations: the format that the result is rounded to, from float32, in groups of group_size; None for none.
+    """
     transforms, groups, g, width = matrix.shape
     tokens, channels = x.shape
     if width == 1:
-        return (x.float() * matrix.view(transforms, 1, channels)).bfloat16()
-    turn = _by_parts(matrix) if tokens >= MANY_TOKENS and multiplies_bfloat16() else _by_float32(matrix)
-    result = x.new_empty(transforms, tokens, channels)
+        scaled = x.float() * matrix.view(transforms, 1, channels)
+        return (scaled if activations is None else rounded(scaled, activations, group_size)).bfloat16()
+    by_parts = tokens >= MANY_TOKENS and multiplies_bfloat16() and activations is None
+    turn = _by_parts(matrix) if by_parts else _by_float32(matrix)
+    result = torch.empty(transforms, tokens, channels, dtype=torch.bfloat16 if activations is None else torch.float32)
     step = max(1, ROTATED // (channels * transforms))
     for first in range(0, tokens, step):
         some = x[first : first + step]
         target = result[:, first : first + step].view(transforms, -1, groups, g)
         target.transpose(1, 2).copy_(turn(some.view(-1, groups, g).transpose(0, 1)))
-    return result
+    return result if activations is None else rounded(result, activations, group_size).bfloat16()
 
 
 def _by_float32(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -189,12 +195,17 @@ def decoded_product(x_rot: Tensor, rows: Tensor, out_features: int) -> Tensor:
     return y
 
 
-def rotated_linear(x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int) -> Tensor:
-    """Run linears that read the same input on x, bfloat16 [M, C], with their bias if they have one: bfloat16 [M, N]."""
+def rotated_linear(
+    x: Tensor, weights: CpuWeights, bias: Tensor | None, group_size: int, activations: str | None = None
+) -> Tensor:
+    """Run linears that read the same input on x, bfloat16 [M, C], with their bias if they have one: bfloat16 [M, N].
+
+    activations: the format that the rotated x is rounded to, None for none.
+    """
     if len(x) > FEW_BESIDE_DECODED and len(weights.codes[0].dense):
         found = [F.linear(x, codes.dense) for codes in weights.codes]
     else:
-        x_rot = rotated(x, weights.matrix)
+        x_rot = rotated(x, weights.matrix, activations, group_size)
         found = [_product(x_rot[i], codes, group_size) for i, codes in enumerate(weights.codes)]
     y = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
     return y if bias is None else y.add_(bias)
