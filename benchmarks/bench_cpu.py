@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from pairquant.backends.ops import run
 from pairquant.backends.table import BY_NAME
-from pairquant.kernels.run import cpu
+from pairquant.kernels.run import cpu, cpu_int8
 
 SHAPES = {  # in, out, group
     "small": [(576, 960, 64), (576, 576, 64), (576, 3072, 64), (1536, 576, 64)],  # SmolLM2-135M, transforms shared
@@ -33,7 +33,7 @@ SHAPES = {  # in, out, group
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 BATCHES = (1, 8, 32)
 PROMPT, CONTEXT = 512, 32
-BACKEND = BY_NAME["cpu-int4"]
+BACKEND, INT8 = BY_NAME["cpu-int4"], BY_NAME["cpu-int8"]
 
 
 def alternate(calls: dict[str, Callable[[int], object]], seconds: float, quantile: float) -> dict[str, float]:
@@ -62,12 +62,19 @@ def random_weights(channels: int, rows: int, group: int) -> list[torch.Tensor]:
     return cpu.CpuWeights(matrix, (codes,)).tensors()
 
 
+def with_numbers(tensors: list[torch.Tensor], channels: int, rows: int) -> list[torch.Tensor]:
+    """The same weights as the backend for int8 activations prepares them, with random numbers of 8 bits."""
+    numbers = torch.randint(-127, 128, (channels, rows), dtype=torch.int8)
+    return [*tensors, numbers, torch.rand(rows)]
+
+
 def linears(shape: tuple[int, int, int], seconds: float, quantile: float) -> list[dict[str, float]]:
     """A row for each number of tokens."""
     channels, rows, group = shape
     copies = 2**27 // (channels * rows * 2) + 2
     ours = [random_weights(channels, rows, group) for _ in range(copies)]
     dense = [torch.randn(rows, channels).bfloat16() for _ in range(copies)]
+    whole = [with_numbers(tensors, channels, rows) for tensors in ours] if cpu_int8.products_are_exact() else []
     found = []
     for tokens in TOKENS:
         x = torch.randn(tokens, channels).bfloat16()
@@ -79,6 +86,8 @@ def linears(shape: tuple[int, int, int], seconds: float, quantile: float) -> lis
         }
         if cpu.multiplies_bfloat16():
             calls["decoded"] = lambda i, x=x: cpu.decoded_product(x, ours[(i + 1) % copies][3], rows)
+        if whole:
+            calls["int8 activations"] = lambda i, x=x: run(INT8, x, whole[i % copies], None, [rows], group, "int8")
         micro = {name: value * 1e6 for name, value in alternate(calls, seconds, quantile).items()}
         found.append({"in": channels, "out": rows, "group": group, "tokens": tokens} | _rounded(micro))
         found[-1]["ratio"] = round(micro["pairquant"] / micro["bfloat16"], 2)

@@ -62,13 +62,17 @@ DOORS = {
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {
+        "kernels/run/triton_bytes.py",
         "kernels/run/triton_decode.py",
         "kernels/run/triton_experts.py",
         "kernels/fit/triton_loops.py",
         "kernels/fit/triton_matrices.py",
         "kernels/run/triton_linear.py",
         "kernels/run/triton_rotate.py",
+        "kernels/run/triton_round.py",
+        "kernels/run/triton_row_bytes.py",
         "kernels/run/triton_unpack.py",
+        "kernels/run/triton_wide_bytes.py",
         "kernels/availability.py",
         "kernels/run/tune.py",
     },
@@ -84,9 +88,13 @@ LOGIC = 15
 TESTED_ELSEWHERE = {
     "kernels/fit/triton_loops.py": "Triton kernels, by their launcher: kernels/fit/test_loops.py",
     "kernels/fit/triton_matrices.py": "Triton kernels, by their launcher: kernels/fit/test_matrices.py",
+    "kernels/run/triton_bytes.py": "Triton functions, by the launcher: kernels/run/test_launch_rounded.py",
     "kernels/run/triton_decode.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
     "kernels/run/triton_linear.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
     "kernels/run/triton_rotate.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
+    "kernels/run/triton_round.py": "Triton kernels, by their launcher: kernels/run/test_launch_rounded.py",
+    "kernels/run/triton_row_bytes.py": "Triton kernels, by their launcher: kernels/run/test_launch_rounded.py",
+    "kernels/run/triton_wide_bytes.py": "Triton kernels, by their launcher: kernels/run/test_launch_rounded.py",
 }
 #: Share of the modules with logic that must have their test file.
 TESTED_SHARE = 0.8

@@ -8,6 +8,7 @@ from pairquant.backends.cpu_int4 import CpuInt4
 from pairquant.backends.ops import run
 from pairquant.backends.table import BY_NAME, DENSE, choose, explain, prepare_all
 from pairquant.core.linear import decode, forward
+from pairquant.kernels.run.cpu_int8 import products_are_exact
 from pairquant.spec.activations import FORMATS
 
 CPU = torch.device("cpu")
@@ -53,7 +54,9 @@ def test_the_int4_product_of_cpus_multiplies_rounded_activations(activations):
     x = torch.randn(6, 128).bfloat16()
     found = run(backend, x, backend.prepare([packed], x.dtype), None, [32], 64, activations)
     assert error(found, forward(packed, x)) < 3e-2
-    assert explain(packed.layout, CPU, torch.bfloat16).label == f"cpu-int4 ({activations} activations simulated)"
+    whole_numbers = activations == "int8" and products_are_exact()
+    label = "cpu-int8" if whole_numbers else f"cpu-int4 ({activations} activations simulated)"
+    assert explain(packed.layout, CPU, torch.bfloat16).label == label
 
 
 def test_backends_say_that_a_format_is_only_simulated():
@@ -61,7 +64,7 @@ def test_backends_say_that_a_format_is_only_simulated():
     assert choose(packed.layout, CPU, torch.float32) is DENSE
     assert explain(packed.layout, CPU, torch.float32).label == "decoded (mxfp4 activations simulated)"
     assert explain(random_packed(32, 64, 32, bits=5).layout, CPU, torch.float32).label == "decoded"
-    assert "does not round activations" in BY_NAME["triton"].refusal(packed.layout, torch.device("cuda"), torch.float16)
+    assert "not in float32" in BY_NAME["triton"].refusal(packed.layout, torch.device("cuda"), torch.float32)
 
 
 def test_a_compiled_layer_gives_the_same():

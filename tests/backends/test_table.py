@@ -43,6 +43,7 @@ def test_every_refusal_is_explained():
     assert found.backend == "decoded"
     assert found.refusals == {
         "triton": "runs on NVIDIA GPUs, not on cpu",
+        "cpu-int8": "multiplies int8 activations, the layer's are not rounded",
         "cpu-int4": "multiplies 4-bit weights, the layer has 5",
     }
     rows = explain(Spec(4, 64, 2).layout(128, 24), CPU, torch.bfloat16).refusals["cpu-int4"]
@@ -94,4 +95,4 @@ def test_rows_that_only_fit_together_are_joined_where_the_transform_is_shared():
 
 def test_a_new_backend_is_a_row():
     assert BACKENDS[-1] is DENSE
-    assert set(BY_NAME) == {"triton", "cpu-int4", "decoded"}
+    assert set(BY_NAME) == {"triton", "cpu-int8", "cpu-int4", "decoded"}

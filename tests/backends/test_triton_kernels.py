@@ -6,8 +6,12 @@ from packed import random_packed
 
 pytest.importorskip("triton")
 
+from pairquant.backends.experts import experts_refusal
+from pairquant.backends.ops import run
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
+from pairquant.spec.activations import FORMATS
+from pairquant.spec.linear import Spec
 
 BACKEND = TritonKernels()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,3 +47,52 @@ def test_products_and_gradients(packed, dtype):
     back = BACKEND.input_gradient(grad, tensors, SIZES, 32).float()
     expected = grad.float() @ torch.cat([decode(p) for p in packed])
     assert (back - expected).norm() / expected.norm() < 2e-3
+
+
+@pytest.mark.parametrize("activations", FORMATS)
+@pytest.mark.parametrize(("tokens", "dtype"), [(2, torch.float16), (20, torch.float16), (3, torch.float32)])
+def test_rounded_activations(activations, tokens, dtype):
+    packed = [
+        random_packed(rows, 96, 32, 2, seed, activations=activations).to(DEVICE) for seed, rows in enumerate(SIZES)
+    ]
+    if BACKEND.refusal(packed[0].layout, torch.device("cuda"), dtype):
+        pytest.skip("refused, see below")
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).requires_grad_()
+    y = run(BACKEND, x, BACKEND.prepare(packed, dtype), None, SIZES, 32, activations)
+    want = torch.cat([forward(p, x) for p in packed], -1)
+    assert (y - want).norm() / want.norm() < 2e-2, "numbers between two codes may be rounded to the other one"
+    grad = torch.randn(tokens, sum(SIZES), generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    y.backward(grad)
+    expected = grad.float() @ torch.cat([decode(p) for p in packed])
+    assert (x.grad.float() - expected).norm() / expected.norm() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "said", "simulated"),
+    [
+        (Spec(4, activations="int8"), torch.float32, None, False),
+        (Spec(2, activations="fp8"), torch.bfloat16, None, False),
+        (Spec(5, activations="int8"), torch.bfloat16, None, True),
+        (Spec(5, activations="int8"), torch.float32, "multiplies int8 activations and 5-bit weights in 16 bits", True),
+        (Spec(4, activations="mxfp4"), torch.float16, None, True),
+        (Spec(4, activations="int4"), torch.float32, "multiplies int4 activations and 4-bit weights in 16 bits", True),
+    ],
+)
+def test_which_activations_are_taken_and_which_only_simulated(spec, dtype, said, simulated, monkeypatch):
+    monkeypatch.setattr("pairquant.backends.triton_kernels.has_float8", lambda device: True)
+    layout = spec.layout(128, 64)
+    reason = BACKEND.refusal(layout, torch.device("cuda"), dtype)
+    assert reason is None if said is None else said in reason
+    assert BACKEND.simulates(layout, torch.device("cuda")) == simulated
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setattr("pairquant.backends.triton_kernels.has_float8", lambda device: False)
+    reason = BACKEND.refusal(Spec(4, activations="fp8").layout(128, 64), torch.device("cuda"), torch.float16)
+    assert "compute capability 8.9" in reason
+    assert BACKEND.refusal(Spec(4, activations="int8").layout(128, 64), torch.device("cuda"), torch.float16) is None
+
+
+def test_experts_with_rounded_activations_have_no_kernel():
+    reason = experts_refusal(Spec(4, activations="int8").layout(128, 64), torch.device("cuda"), torch.float16)
+    assert reason == "does not round the activations of experts, and the layer's are int8"

@@ -24,6 +24,8 @@ def experts_refusal(layout: LinearLayout, device: torch.device, dtype: torch.dty
     """Return the reason why there is no kernel for experts of this layout; None if there is. dtype: of the activations."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies experts in 16 bits, the activations are {short(dtype)}"
+    if layout.activations is not None:
+        return f"does not round the activations of experts, and the layer's are {layout.activations}"
     return TritonKernels().refusal(layout, device, dtype)
 
 

@@ -10,12 +10,13 @@ import torch
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend, Prepared
 from .cpu_int4 import CpuInt4
+from .cpu_int8 import CpuInt8
 from .dense import Dense
 from .triton_kernels import TritonKernels
 
 #: A layer is run by the first backend that accepts it; the last one accepts every layer. A new backend needs an entry here
 #: and a file in this folder.
-BACKENDS: tuple[Backend, ...] = (TritonKernels(), CpuInt4(), Dense())
+BACKENDS: tuple[Backend, ...] = (TritonKernels(), CpuInt8(), CpuInt4(), Dense())
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 DENSE = BACKENDS[-1]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.availability import device_class, triton_missing
+from ..kernels.availability import device_class, has_float8, triton_missing
 from ..kernels.run import table
 from ..kernels.run.weights import MAX_SEGMENTS, KernelWeights
 from ..spec.linear import LinearLayout, PackedLinear
@@ -24,14 +24,25 @@ class TritonKernels(Backend):
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"runs on NVIDIA GPUs, not on {device.type}"
-        if layout.activations is not None:
-            return f"does not round activations, and the layer's are {layout.activations}"
+        activations = layout.activations
+        if activations is not None and dtype == torch.float32 and not _eight_bits(layout, device):
+            return f"multiplies {activations} activations and {layout.bits}-bit weights in 16 bits, not in float32"
+        if layout.activations == "fp8" and not has_float8(device):
+            return "rounds to fp8 on NVIDIA GPUs of compute capability 8.9 or newer"
         return triton_missing()
+
+    def simulates(self, layout: LinearLayout, device: torch.device) -> bool:
+        return layout.activations is not None and not _eight_bits(layout, device)
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
         from ..kernels.run.launch import with_matrix
 
-        return with_matrix(KernelWeights.build(linears)).tensors()
+        weights, layout = with_matrix(KernelWeights.build(linears)), linears[0].layout
+        if layout.activations is not None and _eight_bits(layout, weights.words.device):
+            from ..kernels.run.launch_rounded import with_row_scales  # needs a newer Triton than the other kernels
+
+            weights = with_row_scales(weights, layout.activations)
+        return weights.tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
         return KernelWeights.of_tensors(tensors, (), group_size).rotation.channels
@@ -45,13 +56,20 @@ class TritonKernels(Backend):
         group_size: int,
         activations: str | None = None,
     ) -> Tensor:
-        from ..kernels.run.launch import linear
+        from ..kernels.run import launch
 
-        choice: table.Choice = table.DENSE
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
+        if activations is not None:
+            from ..kernels.run import launch_rounded
+
+            if x.dtype == torch.float32:
+                tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
+            chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits)
+            return launch_rounded.linear(x, weights, bias, chosen, activations)
         # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
-        if x.dtype != torch.float32:
-            choice = table.choose(device_class(x.device), sum(sizes), x.shape[1], x.shape[0])
-        return linear(x, KernelWeights.of_tensors(tensors, sizes, group_size), bias, choice)
+        choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)
+        return launch.linear(x, weights, bias, choice)
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         from ..kernels.run.launch import decode
@@ -62,3 +80,9 @@ class TritonKernels(Backend):
         self, tensors: Sequence[Tensor], sizes: Sequence[int], index: int, layout: LinearLayout
     ) -> dict[str, Tensor]:
         return KernelWeights.of_tensors(tensors, sizes, layout.group_size).stored(index, layout)
+
+
+def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:
+    """Tell whether products are of 8 bits; of a GPU that is not there, as on an H100."""
+    there = device.type != "cuda" or torch.cuda.is_available()
+    return table.eight_bits(device_class(device) if there else "sm90", layout.activations or "", layout.bits)

@@ -26,3 +26,10 @@ def device_class(device: torch.device) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+def has_float8(device: torch.device) -> bool:
+    """Tell whether Triton can use float8_e4m3 on this device. Its interpreter can; of a GPU that is not there it is assumed."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)

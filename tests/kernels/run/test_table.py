@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pairquant.kernels.run import table
-from pairquant.kernels.run.table import Dense, Narrow, Wide
+from pairquant.kernels.run.table import Bytes, Dense, Narrow, RowBytes, WholeBytes, Wide
 from pairquant.support.errors import ConfigError
 
 
@@ -85,3 +85,35 @@ def test_measuring_again_replaces_and_leaves_no_half_written_file(home):
     assert table.choose("sm99", 64, 64, 1) == Dense(2)
     assert [file.name for file in path.parent.iterdir()] == ["kernels-sm99.json"]
     assert table.choose("sm98", 64, 64, 1) == table.UNMEASURED[1], "each class of devices has a file of its own"
+
+
+def test_rounded_activations_are_multiplied_in_8_bits_from_9_tokens_on(home):
+    assert isinstance(table.choose_rounded("sm90", 4096, 4096, 8, "int8", 4), Narrow)
+    for tokens in (9, 16, 17, 100, 512):
+        choice = table.choose_rounded("sm90", 4096, 4096, tokens, "int8", 4)
+        assert isinstance(choice, Bytes)
+        assert choice.tokens == min(128, max(16, 1 << (tokens - 1).bit_length()))
+        assert 128 % choice.rows == 0
+    assert isinstance(table.choose_rounded("sm90", 28672, 4096, 512, "fp8", 4), WholeBytes)
+    assert isinstance(table.choose_rounded("sm90", 4096, 4096, 1024, "fp8", 4), RowBytes)
+    assert isinstance(table.choose_rounded("sm80", 4096, 4096, 512, "int8", 4), Wide), "8 bits were not measured there"
+
+
+@pytest.mark.parametrize(("activations", "bits"), [("int8", 5), ("int4", 4), ("mxfp4", 2)])
+def test_what_is_rounded_in_the_rotated_basis_is_never_multiplied_by_a_weight_in_the_original_one(
+    home, activations, bits
+):
+    for tokens in (1, 16, 512, 513, 100_000):
+        choice = table.choose_rounded("sm90", 4096, 14336, tokens, activations, bits)
+        assert isinstance(choice, Narrow if tokens <= 8 else Wide)
+
+
+@pytest.mark.parametrize(
+    ("kind", "activations", "bits", "wanted"),
+    [
+        ("sm90", "int8", 4, True), ("sm90", "fp8", 2, True), ("sm90", "int8", 5, False), ("sm90", "int4", 4, False),
+        ("sm80", "int8", 4, False),
+    ],
+)  # fmt: skip
+def test_which_products_are_of_8_bits(kind, activations, bits, wanted):
+    assert table.eight_bits(kind, activations, bits) == wanted

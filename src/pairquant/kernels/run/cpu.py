@@ -51,7 +51,7 @@ class CpuCodes:
     packed: as `aten::_convert_weight_to_int4pack_for_cpu` returns them; PyTorch does not document the format.
     grid: bfloat16 [G, N, 2], scale and (8 - z) · scale, because the product computes (q - 8) · scale + zero.
     rows: uint8 [N · G, g/2 + 4], what `quantized::embedding_bag_4bit_unpack` decodes: two codes in a byte, the first one in its
-    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where `multiplies_bfloat16` is False or `dense` is there.
+    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where `multiplies_bfloat16` is False, or others multiply many tokens.
     dense: bfloat16 [N, C], the decoded weight in the original basis, if it is kept; else [0, C].
     """
 
@@ -93,8 +93,9 @@ def multiplies_bfloat16() -> bool:
     return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def build(linear: PackedLinear, keep_decoded: bool = False) -> CpuWeights:
-    """Prepare a 4-bit linear. keep_decoded: also decode the weight, to be kept."""
+def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = True) -> CpuWeights:
+    """Prepare a 4-bit linear. keep_decoded: also decode the weight, to be kept; many_tokens: whether it will run more than
+    `FEW_TOKENS`, for which `rows` are needed."""
     transform = transform_of(linear)
     groups, g, _ = transform.matrix.shape
     factors = transform.inverse_scales.view(groups, g, 1)
@@ -104,7 +105,7 @@ def build(linear: PackedLinear, keep_decoded: bool = False) -> CpuWeights:
     codes = unpack(linear["qweight"], 4).T.contiguous()
     zeros = unpack(linear["qzeros"], 4).float()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    tiles = multiplies_bfloat16() and not keep_decoded
+    tiles = multiplies_bfloat16() and many_tokens and not keep_decoded
     rows = _rows(codes, scales / shrink, zeros) if tiles else codes.new_empty(0, g // 2 + 4)
     dense = decoded_weight(linear) if keep_decoded else torch.empty(0, groups * g)
     found = CpuCodes(packed, _grid(scales / shrink, zeros), rows, dense.bfloat16())
@@ -142,20 +143,26 @@ def rotated(x: Tensor, matrix: Tensor, activations: str | None = None, group_siz
 
     activations: the format that the result is rounded to, from float32, in groups of group_size; None for none.
     """
+    if activations is None:
+        return turned(x, matrix, torch.bfloat16)
+    return rounded(turned(x, matrix, torch.float32), activations, group_size).bfloat16()
+
+
+def turned(x: Tensor, matrix: Tensor, kept_as: torch.dtype) -> Tensor:
+    """Transform x, bfloat16 [M, C], as `rotated` does, into bfloat16 or float32: [S, M, C]."""
     transforms, groups, g, width = matrix.shape
     tokens, channels = x.shape
     if width == 1:
-        scaled = x.float() * matrix.view(transforms, 1, channels)
-        return (scaled if activations is None else rounded(scaled, activations, group_size)).bfloat16()
-    by_parts = tokens >= MANY_TOKENS and multiplies_bfloat16() and activations is None
+        return (x.float() * matrix.view(transforms, 1, channels)).to(kept_as)
+    by_parts = tokens >= MANY_TOKENS and multiplies_bfloat16() and kept_as == torch.bfloat16
     turn = _by_parts(matrix) if by_parts else _by_float32(matrix)
-    result = torch.empty(transforms, tokens, channels, dtype=torch.bfloat16 if activations is None else torch.float32)
+    result = torch.empty(transforms, tokens, channels, dtype=kept_as)
     step = max(1, ROTATED // (channels * transforms))
     for first in range(0, tokens, step):
         some = x[first : first + step]
         target = result[:, first : first + step].view(transforms, -1, groups, g)
         target.transpose(1, 2).copy_(turn(some.view(-1, groups, g).transpose(0, 1)))
-    return result if activations is None else rounded(result, activations, group_size).bfloat16()
+    return result
 
 
 def _by_float32(matrix: Tensor) -> Callable[[Tensor], Tensor]:
@@ -223,5 +230,5 @@ def decode(matrix: Tensor, codes: CpuCodes, group_size: int) -> Tensor:
     The packed form is opaque: its product with the identity is the rotated weight.
     """
     eye = torch.eye(len(matrix) * group_size, dtype=torch.bfloat16)
-    turned = int4_product(eye, codes.packed, codes.grid, group_size).T.float()
-    return rotate_dense(turned, matrix.mT) if matrix.shape[-1] > 1 else turned * matrix.flatten()
+    weight = int4_product(eye, codes.packed, codes.grid, group_size).T.float()
+    return rotate_dense(weight, matrix.mT) if matrix.shape[-1] > 1 else weight * matrix.flatten()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...support.devices import current
-from ...support.errors import KernelError
 from .layout import KernelLayout
 from .table import Dense, Narrow, Wide
 from .triton_decode import decode_kernel
@@ -80,6 +79,26 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
     return out
 
 
+#: Up to so many tokens, what is then rounded is rotated in K steps, more by a product with the dense R.
+FEW_TOKENS = 8
+
+
+def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str) -> tuple[Tensor, Tensor]:
+    """Scale and rotate x [M, C], and divide each block of 128 channels by its largest magnitude, so that it can be rounded.
+
+    Returns float16 [T, M, 128 KB], zeros beyond C, the channels in their usual order, and the magnitudes, float32 [T, M, KB].
+    """
+    blocks = rotation.coefficients.shape[1]
+    out = torch.empty(rotation.transforms, len(x), blocks * 128, dtype=torch.float16, device=x.device)
+    peaks = torch.empty(rotation.transforms, len(x), blocks, dtype=torch.float32, device=x.device)
+    with current(x.device):
+        if len(x) > FEW_TOKENS and rotation.rotations and rotation.matrix is not None:
+            _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
+        else:
+            _givens(x, rotation, out, False, activation=activation, peaks=peaks)
+    return out, peaks
+
+
 def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
     """Tell whether rotation and product may start before their predecessors have ended.
 
@@ -98,6 +117,7 @@ def _givens(
     identity: bool = False,
     overlap: bool = True,
     activation: str = "",
+    peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
     rows = 1 if tokens <= 16 else 4
@@ -110,6 +130,7 @@ def _givens(
         rotation.partners,
         rotation.scales,
         out,
+        out if peaks is None else peaks,
         tokens,
         rotation.channels // 32,
         x.stride(0),
@@ -120,6 +141,7 @@ def _givens(
         MMA_ORDER=mma_order,
         IDENTITY=identity,
         ACTIVATION=activation,
+        PEAKS=peaks is not None,
         num_warps=1,
         **dependent(x.device, overlap),
     )
@@ -148,16 +170,23 @@ def with_matrix(weights: KernelWeights) -> KernelWeights:
 
 
 def _dense_rotate(
-    x: Tensor, rotation: RotationWeights, matrix: Tensor, out: Tensor, overlap: bool, activation: str = ""
+    x: Tensor,
+    rotation: RotationWeights,
+    matrix: Tensor,
+    out: Tensor,
+    overlap: bool,
+    activation: str = "",
+    peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     blocks = width // 128 * transforms
-    tiles = cdiv(cdiv(tokens, rows) * blocks, ROTATE_WAVES * _multiprocessors(x.device))
+    tiles = cdiv(cdiv(tokens, rows) * blocks, ROTATE_WAVES * multiprocessors(x.device))
     dense_rotate_kernel[(width // 128, cdiv(tokens, rows * tiles), transforms)](
         x,
         matrix,
         out,
+        out if peaks is None else peaks,
         tokens,
         rotation.channels // 32,
         x.stride(0),
@@ -166,6 +195,7 @@ def _dense_rotate(
         TILES=tiles,
         STAGES=1 if tiles < 4 else 3,
         ACTIVATION=activation,
+        PEAKS=peaks is not None,
         NATIVE=features(x.device)["NATIVE"],
         num_warps=4,
         **dependent(x.device, overlap),
@@ -175,8 +205,7 @@ def _dense_rotate(
 def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
     """Run the linears on x [M, C]: [M, sum of out_features] in x's dtype.
 
-    bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles. Raises `KernelError` if there are
-    too many tokens for the tiles.
+    bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles.
     """
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
@@ -213,7 +242,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
     with current(device):
         if isinstance(choice, Narrow):
             split = choice.split
-            partial = out if split == 1 else _scratch(device, split, tokens, layout.padded_rows)
+            partial = out if split == 1 else scratch(device, split, tokens, layout.padded_rows)
             narrow_kernel[(layout.padded_rows // choice.rows, split)](
                 *before,
                 partial,
@@ -228,12 +257,9 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
             )
         else:
             tiles = layout.padded_rows // choice.rows * cdiv(tokens, choice.tokens)
-            if tiles > weights.arrivals.numel():
-                raise KernelError(
-                    f"{tokens} tokens are too many for tiles of {choice.tokens} tokens ({choice}). Use larger tiles."
-                )
-            programs = min(_multiprocessors(device) * choice.waves, tiles * layout.k_blocks)
-            partial = out if tiles % programs == 0 else _scratch(device, programs, 2, choice.rows, choice.tokens)
+            most = min(multiprocessors(device) * choice.waves, weights.arrivals.numel())
+            programs = min(most, tiles * layout.k_blocks)
+            partial = out if tiles % programs == 0 else scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
     return out
 
@@ -264,13 +290,13 @@ def segments(layout: KernelLayout) -> tuple[int, ...]:
     return starts + sizes
 
 
-def _scratch(device: torch.device, *shape: int) -> Tensor:
+def scratch(device: torch.device, *shape: int) -> Tensor:
     """Allocate memory for partial sums."""
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -56,7 +56,41 @@ class Dense:
     rows: int
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """Tiles of `wide_bytes_kernel`, for activations that were rounded to 8 bits; as `Wide`."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int = 4
+    waves: int = 2
+
+
+@dataclass(frozen=True)
+class WholeBytes:
+    """Tiles of `whole_bytes_kernel`, one program for each: rows, half the tokens, warps, buffered stages."""
+
+    rows: int = 128
+    half: int = 128
+    warps: int = 8
+    stages: int = 4
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """Decode the weight, `step` rows at a time, to 8 bits, and multiply by that; rows, tokens, warps, stages: as of `Wide`."""
+
+    step: int = 16384
+    rows: int = 128
+    tokens: int = 256
+    warps: int = 8
+    stages: int = 4
+
+
 Choice = Narrow | Wide | Dense
+#: Of layers whose activations are rounded.
+RoundedChoice = Narrow | Wide | Bytes | WholeBytes | RowBytes
 
 #: Each entry is for a range of numbers of tokens; these are the largest of each range. For more tokens `DENSE` is used.
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -133,6 +167,48 @@ UNMEASURED = _row(
 def choose(device_class: str, out_features: int, in_features: int, tokens: int) -> Choice:
     """Return the choice for this number of tokens, from the measured shape that is nearest by the logarithms of its sides."""
     return _choices(device_class, out_features, in_features).get(_range_of(tokens), DENSE)
+
+
+#: Device class → tiles for products of 8 bits, each for up to so many tokens. Measured on an H100 with int8 and fp8
+#: (benchmarks/bench_activation_kernels.py). Device classes that are not here multiply in 16 bits.
+BYTES: dict[str, tuple[tuple[float, Bytes], ...]] = {
+    "sm90": ((16, Bytes(64, 16, 4)), (32, Bytes(64, 32, 4)), (64, Bytes(64, 64, 4)), (math.inf, Bytes(64, 128, 4))),
+    "interpreter": ((math.inf, Bytes(64, 16, 4, 2)),),
+}
+#: Fewer tokens are multiplied in 16 bits.
+BYTES_FROM = 9
+#: From so many tiles on, `WholeBytes` keep the multiprocessors of an H100 busy, and are faster: 6144 rows and 512 tokens, 96
+#: tiles, 38.9 us instead of 41.7; 4096 rows and 512 tokens, 64 tiles, 37.3 us instead of 22.0.
+WHOLE_TILES = 96
+#: From so many tokens on the weight is rounded to 8 bits, which pays: 14336 + 14336 rows of 4096 channels take 431 us (int8
+#: 476) instead of 527 (625) for 2048 tokens, and 170 (189) instead of 153 (161) for 512; nothing between was measured. It
+#: adds 0.7 % to the squared error of a 4-bit weight for int8, and 7 % for fp8.
+ROW_BYTES_FROM = {"int8": 1024, "fp8": 1024}
+#: For many tokens in 16 bits, where the table says that decoding the weight is faster.
+MANY_TOKENS = Wide(64, 64, 4, 2, 1)
+
+
+def eight_bits(device_class: str, activations: str, bits: int) -> bool:
+    """Tell whether activations of this format and weights of so many bits are multiplied as 8-bit numbers.
+
+    Wider weights are not: float8_e4m3 holds whole numbers up to 16 only.
+    """
+    return device_class in BYTES and activations in ("int8", "fp8") and bits <= 4
+
+
+def choose_rounded(
+    device_class: str, out_features: int, in_features: int, tokens: int, activations: str, bits: int
+) -> RoundedChoice:
+    """Return the choice for a layer whose activations are rounded to a format of `spec.activations`; bits: of its weight."""
+    if eight_bits(device_class, activations, bits) and tokens >= BYTES_FROM:
+        if device_class == "sm90" and tokens >= ROW_BYTES_FROM[activations]:
+            return RowBytes()
+        if device_class == "sm90" and -(-out_features // 128) * -(-tokens // 256) >= WHOLE_TILES and tokens > 128:
+            return WholeBytes()
+        return next(choice for most, choice in BYTES[device_class] if tokens <= most)
+    # The weight is not decoded for many tokens: that would undo its rotation, and the activations are rounded in it.
+    choice = choose(device_class, out_features, in_features, min(tokens, TOKENS[-1]))
+    return MANY_TOKENS if isinstance(choice, Dense) else choice
 
 
 def _range_of(tokens: int) -> int:

@@ -171,7 +171,7 @@ def wide_kernel(
     bias_ptr,
     out_ptr,
     partial_ptr,  # float32 [programs, 2, BN, BM]
-    arrivals_ptr,  # int32 [tiles], all zero before and after the launch
+    arrivals_ptr,  # int32 [programs], all zero before and after the launch
     tokens,
     k_blocks,
     row_tiles,
@@ -238,14 +238,15 @@ def wide_kernel(
             tl.debug_barrier()
             first_program = (tile * k_blocks) // run
             last_program = (tile * k_blocks + k_blocks - 1) // run
-            arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+            # at most one of the tiles that begin in a program's run goes on in the next one
+            arrived = tl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 acc = tl.zeros((BN, BM), tl.float32)
                 for other in range(first_program, last_program + 1):
                     slot = 2 * other + (other == first_program).to(tl.int32)
                     at = partial_ptr + slot.to(tl.int64) * (BN * BM) + in_tile
                     acc += tl.load(at, cache_modifier=".cg")
-                tl.store(arrivals_ptr + tile, 0)
+                tl.store(arrivals_ptr + first_program, 0)
                 whole = True
         if whole:
             store_rows(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)

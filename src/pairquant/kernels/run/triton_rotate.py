@@ -62,6 +62,18 @@ def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constex
     return x
 
 
+@triton.jit
+def relative(x, peaks_at, here):
+    """Divide the rows of x, float32 [TOKENS, 128], by their largest magnitudes, and store these at `peaks_at` [TOKENS].
+
+    So 16 bits hold what is to be rounded to 8 once the largest of the whole row is known, whatever its range. Rows of
+    zeros stay zero; below 1e-30, whose inverse float32 may not hold, numbers are taken for zeros.
+    """
+    peak = tl.max(tl.abs(x), 1)
+    tl.store(peaks_at, peak, mask=here)
+    return x * (1.0 / tl.where(peak > 1e-30, peak, float("inf")))[:, None]
+
+
 @triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
 def givens_kernel(
     x_ptr,  # [M, C], row stride x_stride, or [M, 2 C] with an activation (`load_input`); not read if IDENTITY
@@ -69,6 +81,7 @@ def givens_kernel(
     partners_ptr,  # int32 [T, KB, K, 128], counted from the block's first channel
     scales_ptr,  # [T, C]: 1/a
     out_ptr,  # [T, M, 128 KB] with zeros beyond C if PADDED, else [T, M, C]
+    peaks_ptr,  # float32 [T, M, KB], written if PEAKS (`relative`)
     tokens,
     runs,  # C / 32: as C is computed from it, the compiler knows that C is a multiple of 32 without a variant for it
     x_stride,
@@ -79,6 +92,7 @@ def givens_kernel(
     MMA_ORDER: tl.constexpr,
     IDENTITY: tl.constexpr,  # rotate the 128 × 128 identity in each block instead of x
     ACTIVATION: tl.constexpr,
+    PEAKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Scale and rotate one block of 128 channels of TOKENS tokens, one rotation after the other."""
@@ -100,6 +114,8 @@ def givens_kernel(
         x = load_input(x_ptr, t.to(tl.int64)[:, None] * x_stride, c[None, :], here, channels, ACTIVATION)
     at = (transform * blocks + block) * K
     x = rotate_block(x * scale[None, :], coefficients_ptr + at * 256, partners_ptr + at * 128, K, TOKENS)
+    if PEAKS:
+        x = relative(x, peaks_ptr + (transform * tokens + t) * blocks + block, t < tokens)
     column = mma_order(c) if MMA_ORDER else c
     row = (transform * tokens + t).to(tl.int64)[:, None] * width
     inside = (t < tokens)[:, None] & (c < width)[None, :]
@@ -110,7 +126,8 @@ def givens_kernel(
 def dense_rotate_kernel(
     x_ptr,  # [M, C], row stride x_stride, or [M, 2 C] with an activation (`load_input`)
     matrix_ptr,  # float16 [T, 128, 128 KB]: R of each block of channels, scales included
-    out_ptr,  # [T, M, 128 KB], zeros beyond C
+    out_ptr,  # [T, M, 128 KB], zeros beyond C; in `mma_order`, or in the usual order if PEAKS
+    peaks_ptr,  # float32 [T, M, KB], written if PEAKS (`relative`)
     tokens,
     runs,  # C / 32
     x_stride,
@@ -119,6 +136,7 @@ def dense_rotate_kernel(
     TILES: tl.constexpr,  # tiles of TOKENS tokens per program
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PEAKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -143,5 +161,10 @@ def dense_rotate_kernel(
         y = dot(x, high, NATIVE)
         if dtype == tl.bfloat16:
             y += dot(x, low, NATIVE)
+        if PEAKS:
+            y = tl.reshape(
+                tl.permute(tl.reshape(y, (TOKENS, 8, 2, 4, 2)), (0, 1, 3, 2, 4)), (TOKENS, 128)
+            )  # i1 t i0 → t i1 i0
+            y = relative(y, peaks_ptr + (transform * tokens + t) * blocks + tl.program_id(0), t < tokens)
         row = (transform * tokens + t).to(tl.int64)[:, None] * out_channels
         tl.store(out_ptr + row + c[None, :], y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None])

@@ -10,7 +10,7 @@ from ...support.errors import ResourceError
 from . import launch, table
 from .layout import KernelLayout
 from .table import Choice, Dense, Narrow, Wide
-from .weights import KernelWeights, RotationWeights
+from .weights import MOST_PROGRAMS, KernelWeights, RotationWeights
 
 #: Measures the milliseconds of one call that starts with an empty L2 cache.
 Timer = Callable[[Callable[[], object]], float]
@@ -60,7 +60,7 @@ def random_weights(
         torch.rand(transforms, channels, device=device).add_(0.5).half(),
         group_size,
     )
-    arrivals = torch.zeros(shape[0] * 4, dtype=torch.int32, device=device)
+    arrivals = torch.zeros(max(MOST_PROGRAMS, shape[0]), dtype=torch.int32, device=device)
     grid = scales.to(torch.int32).bitwise_and_(0xFFFF) | (zeros << 16)
     return launch.with_matrix(KernelWeights(words, grid, arrivals, rotation, out_features))
 

@@ -14,6 +14,8 @@ from ...spec.codes import AWQ_ORDER
 from ...spec.linear import LinearLayout, PackedLinear
 from .layout import KERNEL_ROWS, KernelLayout
 
+#: The most programs of one launch that share tiles: four for each multiprocessor of any GPU.
+MOST_PROGRAMS = 1024
 #: The most linears that one launch of a kernel can run.
 MAX_SEGMENTS = 3
 
@@ -78,6 +80,8 @@ class KernelWeights:
     linear must not run on two streams at the same time.
     rotation: one transform (T = 1) if all linears share it, else one for each linear.
     out_features: of each linear.
+    row_scales: None, or if activations are rounded to 8 bits float32 [NP], scales by which all weights of a row fit into 8 bits
+    (`launch_rounded.with_row_scales`). Only weights with a dense rotation matrix can have them.
     """
 
     words: Tensor
@@ -85,6 +89,7 @@ class KernelWeights:
     arrivals: Tensor
     rotation: RotationWeights
     out_features: tuple[int, ...]
+    row_scales: Tensor | None = None
 
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
@@ -99,7 +104,7 @@ class KernelWeights:
             torch.cat([linear["channel_scales"] for linear in distinct]),
             first.layout.group_size,
         )
-        arrivals = torch.zeros(4 * words.shape[0], dtype=torch.int32, device=words.device)
+        arrivals = torch.zeros(max(MOST_PROGRAMS, words.shape[0]), dtype=torch.int32, device=words.device)
         return cls(words, grid, arrivals, rotation, tuple(linear.layout.out_features for linear in linears))
 
     @property
@@ -124,15 +129,15 @@ class KernelWeights:
     def tensors(self) -> list[Tensor]:
         """Return all tensors in one list, which `pairquant::rotated_linear` takes and `of_tensors` reads."""
         r = self.rotation
-        matrix = [] if r.matrix is None else [r.matrix]
-        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *matrix]
+        optional = [tensor for tensor in (r.matrix, self.row_scales) if tensor is not None]
+        return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *optional]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
         """Return the weights whose `tensors()` is this list."""
-        words, grid, arrivals, coefficients, partners, scales, *matrix = tensors
-        rotation = RotationWeights(coefficients, partners, scales, group_size, *matrix)
-        return cls(words, grid, arrivals, rotation, tuple(out_features))
+        words, grid, arrivals, coefficients, partners, scales, *optional = tensors
+        rotation = RotationWeights(coefficients, partners, scales, group_size, *optional[:1])
+        return cls(words, grid, arrivals, rotation, tuple(out_features), *optional[1:])
 
 
 #: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most at 4 bits, which are
