@@ -14,6 +14,7 @@ from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode
 from pairquant.jobs.inspect import backends, simulated
 from pairquant.jobs.quantize import Silent
+from pairquant.kernels.run.cpu_int8 import products_are_exact
 from pairquant.models.blocks import find_blocks
 from pairquant.models.planning import plan_model
 from pairquant.models.rounded_inputs import round_inputs, roundings_of
@@ -69,7 +70,8 @@ def test_the_checkpoint_says_what_is_rounded(made):
     assert entries["activations"] == "int8"
     checkpoint = Checkpoint.open(ModelFiles.find(str(root / "int8")))
     assert checkpoint.specs() == ["4 bits, groups of 32, 2 rotations, int8 activations"]
-    assert any("read is rounded to int8, simulated on this machine" in text for text in notices)
+    how = "multiplied as such by cpu-int8" if products_are_exact() else "simulated on this machine"
+    assert any(f"read is rounded to int8, {how}" in text for text in notices)
 
 
 def test_the_stored_model_answers_as_the_one_that_was_fitted(made):
