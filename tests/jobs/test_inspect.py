@@ -6,6 +6,7 @@ from tiny_models import save_tiny
 from typer.testing import CliRunner
 
 import pairquant
+from pairquant.backends.table import explain
 from pairquant.cli.app import app
 from pairquant.jobs.inspect import backends
 
@@ -29,6 +30,16 @@ def test_layers_of_one_kind_share_a_row(checkpoint):
     assert found[("o", 2)] == (1, "decoded")
     assert found[("o", 4)] == (1, "cpu-int4")
     assert {row.explanation.backend for row in backends(checkpoint, "cpu", "float32")} == {"decoded"}
+    for row in rows:
+        assert row.explanation == explain(row.layout, torch.device("cpu"), torch.bfloat16)
+
+
+def test_linears_are_not_explained_as_experts(checkpoint, tmp_path):
+    """Experts with rounded activations have no kernel on GPUs; linears do, whatever machine this is."""
+    config = pairquant.QuantConfig(preset="rtn", group_size=32, activations="int4")
+    pairquant.quantize(save_tiny(tmp_path / "source"), tmp_path / "out", config, device="cpu")
+    reasons = {row.explanation.refusals.get("triton", "") for row in backends(tmp_path / "out", "cpu")}
+    assert reasons == {"runs on NVIDIA GPUs, not on cpu"}
 
 
 def test_an_unknown_dtype_is_refused(checkpoint):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..backends.table import Explanation
+from ..backends.table import Explanation, explain
 from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
 from ..layers.experts import explain_experts
@@ -89,8 +89,8 @@ def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -
     target = resolve_device(device)
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
-    explain = partial(explain_experts, per_expert=checkpoint.stored.has_own_transforms)
-    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), explain)
+    of_experts = partial(explain_experts, per_expert=checkpoint.stored.has_own_transforms)
+    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), of_experts)
     how |= dict.fromkeys(looked_up(files), lambda *_: Explanation("row lookup", {}))
     kinds: dict[tuple[str, LinearLayout, Explain], int] = {}
     for path in checkpoint.stored.linears():
