@@ -197,12 +197,19 @@ def noise(checkpoints, adapted):
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoints, adapted, root):
-    """(name, dtype), and "adapter" → log-probabilities from vLLM."""
+def rounding(root):
+    """A checkpoint whose layers round what they read, coarsely, so that it shows."""
+    return quantized(root, "qwen3", activations="int4")
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoints, adapted, rounding, root):
+    """(name, dtype), "rounded" and "adapter" → log-probabilities from vLLM."""
     wanted = [(name, "bfloat16") for name in checkpoints] + [("qwen2", "float32")]
     jobs = [{"model": str(checkpoints[name][0]), "options": {"dtype": dtype}} for name, dtype in wanted]
     lora = {"model": str(checkpoints["llama"][0]), "options": {"dtype": "bfloat16"}, "adapter": str(adapted[0])}
-    return dict(zip([*wanted, "adapter"], run([*jobs, lora], root), strict=True))
+    rounded = {"model": str(rounding), "options": {"dtype": "float32"}}
+    return dict(zip([*wanted, "rounded", "adapter"], run([*jobs, rounded, lora], root), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +220,14 @@ def test_vllm_gives_the_reference_within_the_noise_of_its_dtype(checkpoints, noi
     answer = answers[name, dtype]
     assert "error" not in answer, answer
     assert divergence(checkpoints[name][1], answer["logprobs"]) < (noise[name] if dtype == "bfloat16" else EXACT)
+
+
+def test_vllm_rounds_activations_as_transformers_does(rounding, answers):
+    assert "error" not in answers["rounded"], answers["rounded"]
+    found, expected = answers["rounded"]["logprobs"], reference(load(rounding))
+    assert divergence(expected, found) < EXACT
+    without = reference(load(rounding).dequantize())  # layers that read their input as it is
+    assert divergence(without, found) > 100 * EXACT
 
 
 def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, noise, answers):
