@@ -136,6 +136,14 @@ def test_the_experts_of_a_block_are_one_tensor_of_each_part(name, changes, share
     assert (said["expert_count"], said["expert_used_count"]) == (4, 2)
 
 
+def test_experts_that_stay_plain_are_refused_before_the_work(tmp_path):
+    config = pairquant.QuantConfig(preset="rtn", group_size=32, ignore=("lm_head", "re:.*layers.1.*experts.*"))
+    source = with_experts(tmp_path, "Mixtral")
+    with pytest.raises(ConfigError, match=r"layers\.1.*experts\.0\.w1 is to stay as it is.*--ignore"):
+        pairquant.quantize_as("gguf", source, tmp_path / "model.gguf", config, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_experts_that_llama_cpp_runs_otherwise_are_refused_before_the_work(tmp_path):
     config = pairquant.QuantConfig(preset="rtn", group_size=32)
     for number, (name, changes, reason) in enumerate(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import random_model
 from tiny_models import tiny_model
 from torch import nn
 
@@ -23,6 +24,19 @@ def test_every_linear_is_planned_or_plain_with_its_reason():
     assert set(plan.layouts) == {path for block in blocks for path in block.sites}
     assert plan.plain["lm_head"] == "--ignore lm_head"
     assert plan.plain["model.layers.0.mlp.down_proj"] == "--ignore down_proj"
+
+
+def test_a_linear_whose_weight_engines_take_apart_reads_its_input_as_it_is():
+    model = random_model("DeepSeek V2")
+    plan, _ = plan_model(model, QuantConfig(preset="rtn", group_size=32, activations="int8"))
+    rounded = {path.rpartition(".")[2] for path, layout in plan.layouts.items() if layout.activations == "int8"}
+    assert "kv_b_proj" not in rounded
+    assert {"kv_a_proj_with_mqa", "o_proj", "down_proj"} <= rounded
+    path = "model.layers.0.self_attn.kv_b_proj"
+    assert plan.exceptions[path].activations is None
+    assert plan.reasons[path] == "its input is not rounded: engines take its weight apart"
+    plan, _ = plan_model(model, QuantConfig(preset="rtn", group_size=32))
+    assert path not in plan.reasons
 
 
 def test_a_pattern_that_names_nothing_is_refused_with_a_guess():

@@ -16,7 +16,7 @@ from pairquant.spec.patterns import matches
         ("visual.blocks.0.attn.qkv", "visual", True),
         ("model.layers.10.mlp.gate", "model.layers.1", False),
         ("model.layers.0.mlp.gate_proj", "gate", False),
-        ("model.layers.0.mlp.gate_proj", "mlp", False),
+        ("model.layers.0.mlp.gate_proj", "mlp", True),
         ("xlm_head", "lm_head", False),
         ("model.layers.0.mlp.gate", "", False),
         ("model.layers.0.mlp.gate", "re:model.*gate$", True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats.base import Contents
 from ..formats.gguf import BLOCK, Gguf
-from ..models.sites import ExpertSite
+from ..models.sites import ExpertSite, stored_sites
 from ..spec.linear import LinearLayout
 from ..support.errors import CheckpointError, ConfigError
 from .converted import Stack, stacked, stacks_of
@@ -46,14 +46,23 @@ def require_file_free(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {str(output)!r} exists. Choose another --output, or add --overwrite.")
 
 
-def require_writable(files: ModelFiles, model: Any) -> None:
-    """Refuse a model, which may lack its weights, of which no GGUF file can be written; raises as `write_gguf` does."""
+def require_writable(files: ModelFiles, model: Any, quantized: Container[str]) -> None:
+    """Refuse a model, which may lack its weights, of which no GGUF file can be written; raises as `write_gguf` does.
+
+    quantized: the paths of the weights that will be. Experts must be: they are written as tensors of all of a block.
+    """
     require_package()
     if not files.gguf:  # a GGUF file's own metadata is copied
         require_describable(files)
     names = _names(family_of(files.config), files.config)
+    for site in stored_sites(model, files.names(model)).values():
+        if isinstance(site, ExpertSite) and site.path not in quantized:
+            raise ConfigError(
+                f"the expert {site.path} is to stay as it is, and gguf holds quantized experts only. Take it out of --ignore, or choose "
+                "another format."
+            )
     for path, module in model.named_modules():
-        if not ExpertSite.holds(module):  # the plan has the names of experts
+        if not ExpertSite.holds(module):  # those have the names of their parts
             for name, _ in module.named_parameters(recurse=False):
                 _named(names, f"{path}.{name}")
 

@@ -97,7 +97,7 @@ def _require_storable(form: str, model: str | Path, output: Path, config: QuantC
     family = opened.files.config.model_type
     require_held(Contents(opened.plan.layouts), FORMATS[form], family, opened.sites, opened.names)
     if form == Gguf.name:
-        require_writable(opened.files, opened.skeleton)
+        require_writable(opened.files, opened.skeleton, opened.plan.layouts)
 
 
 def _size(output: Path) -> int:

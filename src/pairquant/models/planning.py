@@ -24,6 +24,9 @@ LARGE_SHARE = 0.05
 #: Last names of linears that choose experts, weigh their results, or set the gates and steps of a state-space layer: small,
 #: and read by kernels as parameters, or every error in them is one of choice.
 ROUTERS = ("gate", "router", "shared_expert_gate", "wg", "in_proj_a", "in_proj_b", "in_proj_ba", "dt_proj")
+#: Last names of linears whose input is never rounded, and why. vLLM's latent attention takes the weight of `kv_b_proj` apart, which it
+#: reads by multiplying the layer with the identity.
+AS_THEY_ARE = {"kv_b_proj": "its input is not rounded: engines take its weight apart"}
 
 
 def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tuple[Plan, list[Block]]:
@@ -49,7 +52,7 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
         model, [*sites.values(), *(site for block in head for site in block.sites.values())], config.ignore, names
     )
     heads = {path: site.size for block in head for path, site in block.sites.items()}
-    plan = plan_for(config, sizes, plain, heads, _embedding(model, config, names))
+    plan = _without_rounding(plan_for(config, sizes, plain, heads, _embedding(model, config, names)))
     blocks = [_with_sites(block, plan.layouts.__contains__) for block in blocks]
     if config.transform_per_expert:
         blocks = [_with_own_transforms(block) for block in blocks]
@@ -64,6 +67,17 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
                 f"--{option.replace('_', '-')} out."
             )
     return plan, [*blocks, *head]
+
+
+def _without_rounding(plan: Plan) -> Plan:
+    """Return the plan with the linears of `AS_THEY_ARE` reading their inputs as they are."""
+    layouts, reasons = dict(plan.layouts), dict(plan.reasons)
+    for path, layout in plan.layouts.items():
+        reason = AS_THEY_ARE.get(path.rpartition(".")[2])
+        if reason is not None and layout.activations is not None:
+            layouts[path] = replace(layout, spec=replace(layout.spec, activations=None))
+            reasons[path] = reason
+    return replace(plan, layouts=layouts, reasons=reasons)
 
 
 def _embedding(model: nn.Module, config: QuantConfig, names: Names) -> dict[str, Size]:

@@ -35,7 +35,7 @@ BOS_CHOICES = ("auto", "never", "always")
 class Override:
     """Changes to the spec of the weights that a pattern names.
 
-    pattern: a path, its first or last parts, or "re:" and a regular expression that is matched from the path's start;
+    pattern: a path, parts of one that follow each other, or "re:" and a regular expression that is matched from the path's start;
     bits, group_size, rotations: as in `Spec`, None keeps the default. Raises `ConfigError` for values that are not allowed.
     """
 
@@ -46,7 +46,7 @@ class Override:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
-            raise ConfigError(f"an override's pattern is {self.pattern!r}, allowed: a path, its end, or re:…")
+            raise ConfigError(f"an override's pattern is {self.pattern!r}, allowed: a path, parts of one, or re:…")
         require_regular_expression("override", self.pattern)
         if not self.changes:
             raise ConfigError(f"override {self.pattern!r} changes nothing. Give {_settings_allowed()}.")

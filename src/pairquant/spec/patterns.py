@@ -1,4 +1,4 @@
-"""Name modules of a model by patterns: a path, its first or last parts, or `re:` and a regular expression."""
+"""Name modules of a model by patterns: a path, parts of one that follow each other, or `re:` and a regular expression."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..support.errors import ConfigError
 def matches(path: str, patterns: Sequence[str]) -> bool:
     """Tell whether one of the patterns names a module's path.
 
-    "down_proj" names every path whose last part it is, "model.layers.3" that path and all paths below it, and "re:.*gate$"
-    every path that the regular expression matches from the start of the path.
+    "down_proj" names every path that has this part, "experts" all that lies in modules of this name, "model.layers.3" that path and all
+    paths below it, and "re:.*gate$" every path that the regular expression matches from the start of the path.
     """
     return any(_matches_one(path, pattern) for pattern in patterns)
 
@@ -20,7 +20,7 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 def _matches_one(path: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], path) is not None
-    return f".{path}.".endswith(f".{pattern}.") or f"{path}.".startswith(f"{pattern}.")
+    return f".{pattern}." in f".{path}."
 
 
 def require_regular_expression(option: str, pattern: str) -> None:
