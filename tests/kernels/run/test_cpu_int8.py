@@ -5,7 +5,7 @@ import torch
 from packed import error, random_packed
 
 from pairquant.core.linear import forward
-from pairquant.kernels.run import cpu_int8
+from pairquant.kernels.run import cpu, cpu_int8
 from pairquant.kernels.run.cpu_int8 import BYTES_FROM, Int8Weights, products_are_exact
 
 needs_exact_products = pytest.mark.skipif(
@@ -25,6 +25,16 @@ def test_the_product_is_the_reference_s(group, tokens, generator):
     assert found.dtype == torch.bfloat16
     # Few tokens: bfloat16 activations and scales. More: weights are rounded to 8 bits.
     assert error(found, forward(packed, x)) < 1e-2
+
+
+@needs_exact_products
+@pytest.mark.parametrize("tokens", [BYTES_FROM - 1, BYTES_FROM, 40])
+def test_scales_whose_zero_points_fp16_cannot_hold(tokens, generator):
+    packed = random_packed(32, 128, 64, activations="int8")
+    packed = packed.with_tensors(scales=(packed["scales"].float() * 1e6).half())
+    assert packed["scales"].max() > cpu.LARGE_SCALE
+    x = torch.randn(tokens, 128, generator=generator).bfloat16()
+    assert error(cpu_int8.rotated_linear(x, Int8Weights.build(packed), None, 64), forward(packed, x)) < 1e-2
 
 
 @needs_exact_products

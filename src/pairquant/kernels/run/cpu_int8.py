@@ -48,6 +48,8 @@ class Int8Weights:
     def build(cls, linear: PackedLinear) -> Int8Weights:
         """Prepare a 4-bit linear."""
         numbers, scales = rows_int8(rotated_weight(linear))
+        # The input is rotated by a matrix that large scales have made `shrink_of` times as large.
+        scales = scales / cpu.shrink_of(linear)
         return cls(cpu.build(linear, many_tokens=False), numbers.T.contiguous(), scales)
 
     def tensors(self) -> list[Tensor]:
