@@ -10,12 +10,22 @@ from pairquant.backends.table import explain, prepare_all
 from pairquant.core.linear import decode, forward
 from pairquant.kernels.run import cpu_int8
 from pairquant.kernels.run.cpu_int8 import products_are_exact
+from pairquant.layers.linear import RotatedLinear
+from pairquant.layers.model import link_siblings
 from pairquant.spec.linear import Spec
 
 BACKEND, CPU = CpuInt8(), torch.device("cpu")
 needs_exact_products = pytest.mark.skipif(
     not products_are_exact(), reason="PyTorch's int8 products overflow on this CPU"
 )
+
+
+def siblings(sizes, shared=True):
+    """Two linears that read the same input."""
+    packed = [random_packed(rows, 128, 64, 2, seed, activations="int8") for seed, rows in enumerate(sizes)]
+    if shared:
+        packed[1] = packed[1].with_tensors(**{n: packed[0][n] for n in ("theta", "pairs", "channel_scales")})
+    return packed
 
 
 @pytest.fixture
@@ -51,13 +61,28 @@ def test_a_cpu_whose_products_overflow_is_refused(monkeypatch):
     assert explained.label == "cpu-int4 (int8 activations simulated)"
 
 
+@pytest.mark.parametrize(("sizes", "count"), [((64, 24), 2), ((40, 24), 1), ((64, 32), 1)])
+def test_rows_that_fill_no_pack_are_not_joined(sizes, count):
+    packed = siblings(sizes)
+    assert len(BACKEND.batches(packed)) == count
+
+
+@pytest.mark.parametrize("sizes", [(64, 24), (40, 24)])
+def test_layers_of_one_input_run_whatever_rows_they_have(sizes, generator):
+    model = torch.nn.Module()
+    packed = siblings(sizes)
+    model.gate_proj, model.up_proj = map(RotatedLinear.from_packed, packed)
+    link_siblings(model)
+    x = torch.randn(20, 128, generator=generator).bfloat16()
+    for layer, linear in zip((model.gate_proj, model.up_proj), packed, strict=True):
+        assert error(layer(x), forward(linear, x)) < 1e-2
+
+
 @needs_exact_products
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_linears_that_read_one_input(shared, tokens, generator):
-    packed = [random_packed(rows, 128, 64, 2, seed, activations="int8") for seed, rows in enumerate((32, 16))]
-    if shared:
-        packed[1] = packed[1].with_tensors(**{n: packed[0][n] for n in ("theta", "pairs", "channel_scales")})
+    packed = siblings((32, 16), shared)
     made = prepare_all(packed, torch.bfloat16)
     assert [one.backend for one in made] == ["cpu-int8"] * (1 if shared else 2)
     x = torch.randn(tokens, 128, generator=generator).bfloat16()

@@ -20,7 +20,7 @@ class CpuInt8(CpuInt4):
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
         if all(linear.shares_transform_with(linears[0]) for linear in linears[1:]):
-            return [list(linears)]
+            return super().batches(linears)
         return [[linear] for linear in linears]
 
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
