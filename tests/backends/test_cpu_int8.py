@@ -78,6 +78,17 @@ def test_layers_of_one_input_run_whatever_rows_they_have(sizes, generator):
         assert error(layer(x), forward(linear, x)) < 1e-2
 
 
+@pytest.mark.parametrize("biased", [0, 1])
+def test_some_of_the_linears_may_have_a_bias(biased):
+    packed = siblings((32, 16))
+    plain = BACKEND.prepare(packed, torch.bfloat16)
+    packed[biased] = random_packed(
+        packed[biased].layout.out_features, 128, 64, 2, bias=True, activations="int8"
+    ).with_tensors(**packed[biased].tensors)
+    for one, other in zip(BACKEND.prepare(packed, torch.bfloat16), plain, strict=True):
+        assert torch.equal(one, other)
+
+
 @needs_exact_products
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tokens", [3, 20])

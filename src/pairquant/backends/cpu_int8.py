@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.run import cpu_int8
 from ..kernels.run.cpu_int8 import Int8Weights
 from ..spec.linear import LinearLayout, PackedLinear
-from .cpu_int4 import CpuInt4
+from .cpu_int4 import CpuInt4, as_one
 
 
 class CpuInt8(CpuInt4):
@@ -34,9 +34,7 @@ class CpuInt8(CpuInt4):
         return False
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        whole = PackedLinear.joined(linears) if len(linears) > 1 else linears[0]
-        stored = [whole[name] for name in whole.layout.without_bias().fields()]
-        return torch.ops.pairquant.cpu_int8_weights(stored, whole.layout.numbers())
+        return torch.ops.pairquant.cpu_int8_weights(*as_one(linears))
 
     def compute(
         self,
