@@ -8,7 +8,7 @@ tokens PyTorch's int4 product is faster, as it reads half the bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +23,18 @@ from .cpu import CpuWeights
 BYTES_FROM = 16
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def products_are_exact() -> bool:
     """Tell whether PyTorch's products of int8 numbers are right on this CPU.
 
     Without VNNI or AMX they add pairs of products in 16 bits, where large ones overflow: at AVX2 such layers had errors of 10 to 20 %.
+    torch.compile takes the answer as a constant, as it could not trace what depends on the values of a product.
     """
+    return _products_are_exact()
+
+
+@cache
+def _products_are_exact() -> bool:
     rows, columns = (torch.full(shape, 127, dtype=torch.int8) for shape in ((BYTES_FROM, 256), (256, 64)))
     return bool((torch._int_mm(rows, columns) == 256 * 127 * 127).all())
 
