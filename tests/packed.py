@@ -18,6 +18,14 @@ def error(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+def with_uneven_groups(packed: PackedLinear, factor: float = 50.0) -> PackedLinear:
+    """The scales of its first group so many times as large, and what that group reads so much smaller: no group matters less."""
+    scales, inverse = packed["scales"].clone(), packed["channel_scales"].clone()
+    scales[0] *= factor
+    inverse[:, : packed.layout.group_size] /= factor
+    return packed.with_tensors(scales=scales, channel_scales=inverse)
+
+
 def random_packed(
     out_features, in_features, group_size, rotations=8, seed=0, bias=False, bits=4, activations=None
 ) -> PackedLinear:

@@ -1,8 +1,10 @@
 """The backend of int8 activations on CPUs: what it takes, and what it gives."""
 
+import warnings
+
 import pytest
 import torch
-from packed import error, random_packed
+from packed import error, random_packed, with_uneven_groups
 
 from pairquant.backends.cpu_int8 import CpuInt8
 from pairquant.backends.ops import run
@@ -99,6 +101,15 @@ def test_linears_that_read_one_input(shared, tokens, generator):
     x = torch.randn(tokens, 128, generator=generator).bfloat16()
     parts = [run(BACKEND, x, one.tensors, None, one.out_features, 64, one.activations) for one in made]
     assert error(torch.cat(parts, -1), torch.cat([forward(p, x) for p in packed], -1)) < 1e-2
+
+
+def test_a_layer_of_uneven_groups_is_prepared_with_a_warning():
+    packed = random_packed(32, 128, 64, activations="int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BACKEND.prepare([packed], torch.bfloat16)
+    with pytest.warns(UserWarning, match="cpu-int8: the scales of a layer's groups differ so much"):
+        BACKEND.prepare([with_uneven_groups(packed)], torch.bfloat16)
 
 
 def test_the_gradient_passes_as_if_nothing_were_rounded(generator):

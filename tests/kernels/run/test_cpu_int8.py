@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed import error, random_packed
+from packed import error, random_packed, with_uneven_groups
 
 from pairquant.core.linear import forward
 from pairquant.kernels.run import cpu, cpu_int8
@@ -35,6 +35,15 @@ def test_scales_whose_zero_points_fp16_cannot_hold(tokens, generator):
     assert packed["scales"].max() > cpu.LARGE_SCALE
     x = torch.randn(tokens, 128, generator=generator).bfloat16()
     assert error(cpu_int8.rotated_linear(x, Int8Weights.build(packed), None, 64), forward(packed, x)) < 1e-2
+
+
+@needs_exact_products
+@pytest.mark.parametrize("tokens", [BYTES_FROM - 1, BYTES_FROM, 40])
+def test_groups_that_one_scale_for_each_row_does_not_suffice_for(tokens, generator):
+    packed = with_uneven_groups(random_packed(48, 384, 64, activations="int8"))
+    weights, x = Int8Weights.build(packed), torch.randn(tokens, 384, generator=generator).bfloat16()
+    assert not weights.suffice
+    assert error(cpu_int8.rotated_linear(x, weights, None, 64), forward(packed, x)) < 1e-2
 
 
 @needs_exact_products
