@@ -24,7 +24,6 @@ from .cpu import CpuWeights
 BYTES_FROM = 16
 
 
-@torch.compiler.assume_constant_result
 def products_are_exact() -> bool:
     """Tell whether PyTorch's products of int8 numbers are right on this CPU.
 
@@ -32,6 +31,10 @@ def products_are_exact() -> bool:
     torch.compile takes the answer as a constant, as it could not trace what depends on the values of a product.
     """
     return _products_are_exact()
+
+
+# What `torch.compiler.assume_constant_result` does, which would import torch._dynamo, and Triton with it, for every user.
+products_are_exact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
