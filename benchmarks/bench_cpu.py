@@ -65,7 +65,7 @@ def random_weights(channels: int, rows: int, group: int) -> list[torch.Tensor]:
 def with_numbers(tensors: list[torch.Tensor], channels: int, rows: int) -> list[torch.Tensor]:
     """The same weights as the backend for int8 activations prepares them, with random numbers of 8 bits."""
     numbers = torch.randint(-127, 128, (channels, rows), dtype=torch.int8)
-    return [*tensors, numbers, torch.rand(rows)]
+    return [*tensors, numbers, torch.rand(rows), torch.tensor(True)]
 
 
 def linears(shape: tuple[int, int, int], seconds: float, quantile: float) -> list[dict[str, float]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from pairquant.core.linear import forward
 from pairquant.spec.linear import PackedLinear, Spec
 
 GPU = torch.cuda.is_available()
@@ -16,6 +19,26 @@ BOUND = {torch.float16: 1.5, torch.bfloat16: 1.5 if GPU else 6.0, torch.float32:
 def error(got, want):
     """The norm of the difference over that of what is wanted."""
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def check_rounded(found, linears, x, bound):
+    """The outputs of these linears, side by side, are within a bound of the reference, which rounds activations, and nearer to
+    it than to what the same weights give for activations that are not rounded: int8 changes these by less than 1 %.
+    """
+    plain = [
+        PackedLinear(replace(one.layout, spec=replace(one.layout.spec, activations=None)), one.tensors)
+        for one in linears
+    ]
+    rounded, exact = (torch.cat([forward(one, x) for one in some], -1) for some in (linears, plain))
+    assert error(found, rounded) < min(bound, error(found, exact))
+
+
+def with_uneven_groups(packed: PackedLinear, factor: float = 50.0) -> PackedLinear:
+    """The scales of its first group so many times as large, and what that group reads so much smaller: no group matters less."""
+    scales, inverse = packed["scales"].clone(), packed["channel_scales"].clone()
+    scales[0] *= factor
+    inverse[:, : packed.layout.group_size] /= factor
+    return packed.with_tensors(scales=scales, channel_scales=inverse)
 
 
 def random_packed(

@@ -123,6 +123,25 @@ def test_decoded_weights_are_kept_within_the_budget_and_multiply_x_itself(limit,
     assert len(CpuWeights.of(BACKEND.prepare(packed, torch.bfloat16)).codes[0].dense)
 
 
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_preparation_that_fails_gives_back_what_it_took(limit, monkeypatch, fails_at):
+    done = []
+
+    def fail(run, keep):
+        if len(done) == fails_at:
+            raise RuntimeError("no memory")
+        done.append(prepared(run, keep))
+        return done[-1]
+
+    prepared = CpuInt4._prepared
+    monkeypatch.setattr(CpuInt4, "_prepared", staticmethod(fail))
+    with pytest.raises(RuntimeError, match="no memory"):
+        BACKEND.prepare(linears(False), torch.bfloat16)
+    done.clear()
+    gc.collect()
+    assert limit.taken == 0
+
+
 def test_no_decoded_weights_are_kept_where_they_would_be_slower(limit, monkeypatch):
     monkeypatch.setattr("pairquant.kernels.run.cpu.multiplies_bfloat16", lambda: False)
     assert len(CpuWeights.of(BACKEND.prepare(linears(True), torch.bfloat16)).codes[0].dense) == 0

@@ -9,8 +9,10 @@ from packed import random_packed
 from pairquant.backends import ops
 from pairquant.backends.table import BACKENDS, BY_NAME, DENSE, choose, explain, prepare_all
 from pairquant.core.linear import forward
+from pairquant.kernels.run.decoded_budget import VARIABLE, budget
 from pairquant.spec.codes import SUPPORTED_BITS
 from pairquant.spec.linear import Spec
+from pairquant.support.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -91,6 +93,18 @@ def test_rows_that_only_fit_together_are_joined_where_the_transform_is_shared():
     packed = [*packed[:2], replace(packed[2])]
     assert packed[2].layout.out_features == 8
     assert prepare_all([*packed, packed[2]], torch.bfloat16)[0].backend == "cpu-int4"
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_setting_that_is_not_allowed_is_refused_whoever_would_run_the_layer(activations, dtype, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "2GiB")
+    budget.cache_clear()
+    packed = random_packed(32, 128, 64, activations=activations)
+    for asked in (lambda: explain(packed.layout, CPU, dtype), lambda: prepare_all([packed], dtype)):
+        with pytest.raises(ConfigError, match=f"{VARIABLE} is '2GiB'"):
+            asked()
+    explain(packed.layout, CUDA, dtype)
 
 
 def test_a_new_backend_is_a_row():

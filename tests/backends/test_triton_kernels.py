@@ -1,8 +1,10 @@
 """Our Triton kernels as a backend: stored tensors come back, three linears at most go together, products are right."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from packed import random_packed
+from packed import check_rounded, random_packed, with_uneven_groups
 
 pytest.importorskip("triton")
 
@@ -10,6 +12,7 @@ from pairquant.backends.experts import experts_refusal
 from pairquant.backends.ops import run
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
+from pairquant.kernels.run.weights import KernelWeights
 from pairquant.spec.activations import FORMATS
 from pairquant.spec.linear import Spec
 
@@ -59,12 +62,27 @@ def test_rounded_activations(activations, tokens, dtype):
         pytest.skip("refused, see below")
     x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).requires_grad_()
     y = run(BACKEND, x, BACKEND.prepare(packed, dtype), None, SIZES, 32, activations)
-    want = torch.cat([forward(p, x) for p in packed], -1)
-    assert (y - want).norm() / want.norm() < 2e-2, "numbers between two codes may be rounded to the other one"
+    check_rounded(y.detach(), packed, x.detach(), 2e-2)  # numbers between two codes may be rounded to the other one
     grad = torch.randn(tokens, sum(SIZES), generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     y.backward(grad)
     expected = grad.float() @ torch.cat([decode(p) for p in packed])
     assert (x.grad.float() - expected).norm() / expected.norm() < 2e-3
+
+
+@pytest.mark.parametrize("uneven", [0, 1, None])
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
+def test_weights_have_scales_of_rows_only_where_these_suffice(activations, uneven):
+    packed = [random_packed(rows, 128, 64, 2, seed, activations=activations) for seed, rows in enumerate((40, 8))]
+    if uneven is not None:
+        packed[uneven] = with_uneven_groups(packed[uneven])
+    packed = [linear.to(DEVICE) for linear in packed]
+    refused = activations == "int8" and uneven is not None  # the steps of fp8 shrink with the weight
+    told = pytest.warns(UserWarning, match="triton: the scales of a layer's groups") if refused else nullcontext()
+    with told:
+        tensors = BACKEND.prepare(packed, torch.float16)
+    assert (KernelWeights.of_tensors(tensors, (40, 8), 64).row_scales is None) == refused
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    check_rounded(BACKEND.compute(x, tensors, None, (40, 8), 64, activations), packed, x, 2e-2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pairquant
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines.transformers import TransformersEngine, finite_logits
+from pairquant.kernels.run.decoded_budget import VARIABLE, budget
 from pairquant.support.errors import ConfigError
 
 CONVERSATION = [{"role": "user", "content": "once upon a time"}]
@@ -76,6 +77,13 @@ def test_each_sequence_of_a_batch_continues_its_own_prompt(engine):
 def test_what_was_loaded_is_told(engine):
     assert (engine.name, engine.dtype, engine.device.type) == ("transformers", "float32", "cpu")
     assert (engine.vocabulary, engine.context) == (288, 128)
+
+
+def test_a_setting_of_the_environment_that_is_not_allowed_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "much")
+    budget.cache_clear()
+    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'much'"):
+        TransformersEngine(None, EngineOptions("cpu", "float32"))
 
 
 def test_an_overflow_is_an_error_that_names_the_remedy(tmp_path):

@@ -204,6 +204,14 @@ def inputs():
     return torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def test_a_layer_of_rounded_activations_compiles_before_its_first_pass():
+    layer = RotatedLinear.from_packed(random_packed(32, 128, 64, activations="int8"))
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch._dynamo.reset()
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert distance(found, layer(x)) <= ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_without_a_graph_break(dtype):
     layer = RotatedLinear.from_packed(random_packed(32, 128, 64))

@@ -46,13 +46,14 @@ class CpuInt4(Backend):
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
         keep = self._keeps_decoded(linears)
-        parts = []
-        for run in _runs([PackedLinear(linear.layout.without_bias(), linear.tensors) for linear in linears]):
-            whole = PackedLinear.joined(run) if len(run) > 1 else run[0]
-            stored = [whole[name] for name in whole.layout.fields()]
-            parts.append(CpuWeights.of(torch.ops.pairquant.cpu_weights(stored, whole.layout.numbers(), keep)))
+        try:
+            parts = [self._prepared(run, keep) for run in _runs(linears)]
+        except BaseException:
             if keep:
-                budget().give_back_with(parts[-1].codes[0].dense)
+                budget().give_back(self._decoded_bytes(linears))
+            raise
+        for part in parts if keep else ():
+            budget().give_back_with(part.codes[0].dense)
         return (cpu.joined(parts) if len(parts) > 1 else parts[0]).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
@@ -76,7 +77,11 @@ class CpuInt4(Backend):
         return sum(part @ weight.to(grad.dtype) for part, weight in zip(parts, decoded, strict=True))
 
     @staticmethod
-    def _keeps_decoded(linears: Sequence[PackedLinear]) -> bool:
+    def _prepared(run: Sequence[PackedLinear], keep: bool) -> CpuWeights:
+        """Prepare linears of the same transform as one; keep: see `cpu_weights`."""
+        return CpuWeights.of(torch.ops.pairquant.cpu_weights(*as_one(run), keep))
+
+    def _keeps_decoded(self, linears: Sequence[PackedLinear]) -> bool:
         """Tell whether the decoded weights of these linears are kept, and take their bytes from the budget.
 
         They are not while torch.compile traces, which would count them in a graph's place, nor where they would be slower or
@@ -85,12 +90,22 @@ class CpuInt4(Backend):
         rounds = any(linear.layout.activations is not None for linear in linears)
         if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16() or rounds:
             return False
-        weights = sum(linear.layout.in_features * linear.layout.out_features for linear in linears)
-        return budget().take(weights * torch.bfloat16.itemsize)
+        return budget().take(self._decoded_bytes(linears))
+
+    def _decoded_bytes(self, linears: Sequence[PackedLinear]) -> int:
+        return self._size(linears) * linears[0].layout.in_features * torch.bfloat16.itemsize
 
     @staticmethod
     def _size(run: Sequence[PackedLinear]) -> int:
         return sum(linear.layout.out_features for linear in run)
+
+
+def as_one(linears: Sequence[PackedLinear]) -> tuple[list[Tensor], list[int]]:
+    """Return the stored tensors, without bias, of linears that have the same transform, as those of one linear, and the
+    `numbers()` of its layout."""
+    parts = [PackedLinear(linear.layout.without_bias(), linear.tensors) for linear in linears]
+    whole = PackedLinear.joined(parts) if len(parts) > 1 else parts[0]
+    return [whole[name] for name in whole.layout.fields()], whole.layout.numbers()
 
 
 def _runs(linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:

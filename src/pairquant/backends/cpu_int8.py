@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..kernels.run import cpu_int8
+from ..kernels.run import cpu_int8, row_scales
 from ..kernels.run.cpu_int8 import Int8Weights
 from ..spec.linear import LinearLayout, PackedLinear
-from .cpu_int4 import CpuInt4
+from .cpu_int4 import CpuInt4, as_one
 
 
 class CpuInt8(CpuInt4):
-    """PyTorch's int8 product. Takes twelve bits a weight: the codes for few tokens, and whole numbers of 8 bits for more."""
+    """PyTorch's int8 product. Takes twelve bits a weight: the codes for few tokens, and whole numbers of 8 bits for more.
+
+    Layers whose group scales differ too much are multiplied by the codes throughout (`kernels.run.row_scales`), with a warning.
+    """
 
     name = "cpu-int8"
 
     def batches(self, linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
         if all(linear.shares_transform_with(linears[0]) for linear in linears[1:]):
-            return [list(linears)]
+            return super().batches(linears)
         return [[linear] for linear in linears]
 
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -34,9 +38,10 @@ class CpuInt8(CpuInt4):
         return False
 
     def prepare(self, linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Tensor]:
-        whole = PackedLinear.joined(linears) if len(linears) > 1 else linears[0]
-        stored = [whole[name] for name in whole.layout.without_bias().fields()]
-        return torch.ops.pairquant.cpu_int8_weights(stored, whole.layout.numbers())
+        tensors = torch.ops.pairquant.cpu_int8_weights(*as_one(linears))
+        if not torch.compiler.is_compiling() and not Int8Weights.of_tensors(tensors).suffice:
+            warnings.warn(f"{self.name}: {row_scales.WARNING}", stacklevel=2)
+        return tensors
 
     def compute(
         self,
@@ -72,4 +77,5 @@ def _(stored, layout):
         stored[0].new_empty(0, known.in_features, dtype=torch.bfloat16),
         stored[0].new_empty(known.in_features, known.out_features, dtype=torch.int8),
         stored[0].new_empty(known.out_features, dtype=torch.float32),
+        stored[0].new_empty((), dtype=torch.bool),
     ]

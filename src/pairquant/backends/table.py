@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.run.decoded_budget import budget
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend, Prepared
 from .cpu_int4 import CpuInt4
@@ -21,8 +22,18 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 DENSE = BACKENDS[-1]
 
 
+def check_settings(device: torch.device) -> None:
+    """Raise `ConfigError` if the environment gives backends of this device a setting that is not allowed.
+
+    It is checked for layers that do not need it, too: else a mistake would be ignored, or found hours later.
+    """
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        budget()
+
+
 def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return the backend that runs a layer on this device; dtype: that of the activations."""
+    """Return the backend that runs a layer on this device; dtype: that of the activations. Raises as `check_settings`."""
+    check_settings(device)
     for backend in BACKENDS:
         if backend.refusal(layout, device, dtype) is None:
             return backend
@@ -57,9 +68,10 @@ def explain(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> E
 def prepare_all(linears: Sequence[PackedLinear], dtype: torch.dtype) -> list[Prepared]:
     """Prepare linears that read the same input, to run in as few steps as their backend allows.
 
-    They must be on the same device and have equal specs. dtype: that of the activations.
+    They must be on the same device and have equal specs. dtype: that of the activations. Raises as `check_settings`.
     """
     device = linears[0]["scales"].device
+    check_settings(device)
     for backend in BACKENDS:
         batches = backend.batches(linears)
         if not any(backend.refusal(_joined_layout(batch), device, dtype) for batch in batches):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.availability import device_class, has_float8, triton_missing
-from ..kernels.run import table
+from ..kernels.run import row_scales, table
 from ..kernels.run.weights import MAX_SEGMENTS, KernelWeights
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
@@ -41,7 +42,10 @@ class TritonKernels(Backend):
         if layout.activations is not None and _eight_bits(layout, weights.words.device):
             from ..kernels.run.launch_rounded import with_row_scales  # needs a newer Triton than the other kernels
 
-            weights = with_row_scales(weights, layout.activations)
+            if all(row_scales.suffice(linear, layout.activations) for linear in linears):
+                weights = with_row_scales(weights, layout.activations)
+            elif not torch.compiler.is_compiling():
+                warnings.warn(f"{self.name}: {row_scales.WARNING}", stacklevel=2)
         return weights.tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
@@ -65,7 +69,8 @@ class TritonKernels(Backend):
 
             if x.dtype == torch.float32:
                 tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
-            chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits)
+            by_row = weights.row_scales is not None
+            chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits, by_row)
             return launch_rounded.linear(x, weights, bias, chosen, activations)
         # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
         choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CompileConfig, LogitsProcessorList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from ..backends.table import check_settings
 from ..checkpoint.read import ModelFiles
 from ..evaluation.speed import Generation
 from ..support.devices import current, resolve_device
@@ -27,8 +28,9 @@ class TransformersEngine:
     version = transformers.__version__
 
     def __init__(self, files: ModelFiles, options: EngineOptions):
-        """Load the model; raises the errors of `ModelFiles` and `resolve_device`."""
+        """Load the model; raises the errors of `ModelFiles`, `resolve_device` and `check_settings`."""
         self.device = self.place(options.device)
+        check_settings(self.device)
         self.tokenizer = files.tokenizer()
         dtype = options.dtype_on(self.device)
         self.model = files.model(dtype if dtype == "auto" else getattr(torch, dtype), self.device)

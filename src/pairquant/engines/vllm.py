@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.table import check_settings
 from ..checkpoint.read import ModelFiles
 from ..evaluation.generation import Continuation
 from ..evaluation.reasoning import AnswerPlan
@@ -52,11 +53,12 @@ class VllmEngine:
     version = vllm.__version__
 
     def __init__(self, files: ModelFiles, options: EngineOptions, load: Callable[..., LLM] = LLM):
-        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device.
+        """Load the model; raises `ConfigError` when vLLM cannot run it, or not on this device, or as `check_settings`.
 
         load: called in place of `LLM`.
         """
         self.device = self.place(options.device)
+        check_settings(self.device)
         asked = arguments(files, options)
         self.compiled = not asked["enforce_eager"]
         self.context = context_of(files.config)

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from packed import error, random_packed
+from packed import check_rounded, random_packed, with_uneven_groups
 
-from pairquant.core.linear import forward
-from pairquant.kernels.run import cpu_int8
+from pairquant.kernels.run import cpu, cpu_int8
 from pairquant.kernels.run.cpu_int8 import BYTES_FROM, Int8Weights, products_are_exact
 
 needs_exact_products = pytest.mark.skipif(
@@ -24,7 +23,26 @@ def test_the_product_is_the_reference_s(group, tokens, generator):
     found = cpu_int8.rotated_linear(x, Int8Weights.build(packed), packed.bias.bfloat16(), group)
     assert found.dtype == torch.bfloat16
     # Few tokens: bfloat16 activations and scales. More: weights are rounded to 8 bits.
-    assert error(found, forward(packed, x)) < 1e-2
+    check_rounded(found, [packed], x, 1e-2)
+
+
+@needs_exact_products
+@pytest.mark.parametrize("tokens", [BYTES_FROM - 1, BYTES_FROM, 40])
+def test_scales_whose_zero_points_fp16_cannot_hold(tokens, generator):
+    packed = random_packed(32, 128, 64, activations="int8")
+    packed = packed.with_tensors(scales=(packed["scales"].float() * 1e6).half())
+    assert packed["scales"].max() > cpu.LARGE_SCALE
+    x = torch.randn(tokens, 128, generator=generator).bfloat16()
+    check_rounded(cpu_int8.rotated_linear(x, Int8Weights.build(packed), None, 64), [packed], x, 1e-2)
+
+
+@needs_exact_products
+@pytest.mark.parametrize("tokens", [BYTES_FROM - 1, BYTES_FROM, 40])
+def test_groups_that_one_scale_for_each_row_does_not_suffice_for(tokens, generator):
+    packed = with_uneven_groups(random_packed(48, 384, 64, activations="int8"))
+    weights, x = Int8Weights.build(packed), torch.randn(tokens, 384, generator=generator).bfloat16()
+    assert not weights.suffice
+    check_rounded(cpu_int8.rotated_linear(x, weights, None, 64), [packed], x, 1e-2)
 
 
 @needs_exact_products

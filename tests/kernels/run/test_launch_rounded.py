@@ -142,19 +142,6 @@ def test_other_widths(bits, generator):
     assert error(launch_rounded.linear(x, weights, None, choice, "int8"), forward(packed, x)) < 5e-3
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("tokens", [3, 18])
-def test_an_activation_is_computed_before_the_rotation(activation, tokens, generator):
-    _, weights = built(((64,), 192, 64, 3), "int8")
-    x = torch.randn(tokens, 384, generator=generator).to(DEVICE)
-    gate, up = x.chunk(2, dim=-1)
-    kind = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh")}
-    want = launch_rounded.codes(kind[activation](gate) * up, weights.rotation, "int8")
-    got = launch_rounded.codes(x, weights.rotation, "int8", activation)
-    assert (got.codes.int() - want.codes.int()).abs().max() <= 1
-    assert torch.allclose(got.scales, want.scales, rtol=1e-4)
-
-
 def test_float32_is_not_multiplied_in_16_bits(generator):
     _, weights = built(((64,), 128, 64, 1), "int4")
     with pytest.raises(

@@ -99,6 +99,13 @@ def test_rounded_activations_are_multiplied_in_8_bits_from_9_tokens_on(home):
     assert isinstance(table.choose_rounded("sm80", 4096, 4096, 512, "int8", 4), Wide), "8 bits were not measured there"
 
 
+@pytest.mark.parametrize(("rows", "kind"), [(4096, WholeBytes), (1024, Bytes)])
+def test_weights_that_need_their_group_scales_keep_them_for_many_tokens(home, rows, kind):
+    assert isinstance(table.choose_rounded("sm90", rows, 4096, 1024, "int8", 4), RowBytes)
+    assert isinstance(table.choose_rounded("sm90", rows, 4096, 1024, "int8", 4, by_row=False), kind)
+    assert isinstance(table.choose_rounded("sm90", rows, 4096, 100_000, "int8", 4, by_row=False), WholeBytes)
+
+
 @pytest.mark.parametrize(("activations", "bits"), [("int8", 5), ("int4", 4), ("mxfp4", 2)])
 def test_what_is_rounded_in_the_rotated_basis_is_never_multiplied_by_a_weight_in_the_original_one(
     home, activations, bits

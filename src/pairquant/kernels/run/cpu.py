@@ -100,8 +100,7 @@ def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = 
     groups, g, _ = transform.matrix.shape
     factors = transform.inverse_scales.view(groups, g, 1)
     matrix = factors * transform.matrix if linear.layout.rotations else factors
-    scales = linear["scales"].float()
-    shrink = SHRINK if bool((scales > LARGE_SCALE).any()) else 1.0
+    scales, shrink = linear["scales"].float(), shrink_of(linear)
     codes = unpack(linear["qweight"], 4).T.contiguous()
     zeros = unpack(linear["qzeros"], 4).float()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
@@ -110,6 +109,11 @@ def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = 
     dense = decoded_weight(linear) if keep_decoded else torch.empty(0, groups * g)
     found = CpuCodes(packed, _grid(scales / shrink, zeros), rows, dense.bfloat16())
     return CpuWeights((matrix * shrink)[None], (found,))
+
+
+def shrink_of(linear: PackedLinear) -> float:
+    """Return what the scales of a linear are divided by, and its matrix is multiplied by; see `LARGE_SCALE`."""
+    return SHRINK if bool((linear["scales"].float() > LARGE_SCALE).any()) else 1.0
 
 
 def joined(parts: Sequence[CpuWeights]) -> CpuWeights:

@@ -33,9 +33,10 @@ class Budget:
 
     def give_back_with(self, tensor: Tensor) -> None:
         """Give the bytes of a tensor back when it is freed."""
-        weakref.finalize(tensor, self._give_back, tensor.nbytes)
+        weakref.finalize(tensor, self.give_back, tensor.nbytes)
 
-    def _give_back(self, nbytes: int) -> None:
+    def give_back(self, nbytes: int) -> None:
+        """Give back so many bytes that were taken."""
         with self.lock:
             self.taken -= nbytes
 

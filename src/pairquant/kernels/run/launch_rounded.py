@@ -41,9 +41,9 @@ class Rounded:
         return self.codes.view(-1, self.codes.shape[-1])
 
 
-def codes(x: Tensor, rotation: RotationWeights, activations: str, activation: str = "") -> Rounded:
-    """Scale, rotate and round x [M, C] to "int8" or "fp8"; activation: of `triton_rotate.load_input`, or ""."""
-    relative, peaks = launch.rotate_relative(x, rotation, activation)
+def codes(x: Tensor, rotation: RotationWeights, activations: str) -> Rounded:
+    """Scale, rotate and round x [M, C] to "int8" or "fp8"."""
+    relative, peaks = launch.rotate_relative(x, rotation)
     out = Rounded(
         torch.empty(relative.shape, dtype=CODES[activations], device=x.device), torch.empty_like(peaks[..., 0])
     )
@@ -51,9 +51,9 @@ def codes(x: Tensor, rotation: RotationWeights, activations: str, activation: st
     return out
 
 
-def values(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool, activation: str = "") -> Tensor:
+def values(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool) -> Tensor:
     """Do as `codes`, but return code · scale, [T, M, 128 KB] in x's dtype, for products of 16 bits."""
-    relative, peaks = launch.rotate_relative(x, rotation, activation)
+    relative, peaks = launch.rotate_relative(x, rotation)
     out = torch.empty(relative.shape, dtype=x.dtype, device=x.device)
     _round(relative, peaks, out, peaks, activations, mma_order)
     return out

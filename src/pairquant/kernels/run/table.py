@@ -182,7 +182,7 @@ BYTES_FROM = 9
 WHOLE_TILES = 96
 #: From so many tokens on the weight is rounded to 8 bits, which pays: 14336 + 14336 rows of 4096 channels take 431 us (int8
 #: 476) instead of 527 (625) for 2048 tokens, and 170 (189) instead of 153 (161) for 512; nothing between was measured. It
-#: adds 0.7 % to the squared error of a 4-bit weight for int8, and 7 % for fp8.
+#: adds 0.7 % to the squared error of a 4-bit weight for int8, and 7 % for fp8. Layers for which it adds much more are spared.
 ROW_BYTES_FROM = {"int8": 1024, "fp8": 1024}
 #: For many tokens in 16 bits, where the table says that decoding the weight is faster.
 MANY_TOKENS = Wide(64, 64, 4, 2, 1)
@@ -197,11 +197,20 @@ def eight_bits(device_class: str, activations: str, bits: int) -> bool:
 
 
 def choose_rounded(
-    device_class: str, out_features: int, in_features: int, tokens: int, activations: str, bits: int
+    device_class: str,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    activations: str,
+    bits: int,
+    by_row: bool = True,
 ) -> RoundedChoice:
-    """Return the choice for a layer whose activations are rounded to a format of `spec.activations`; bits: of its weight."""
+    """Return the choice for a layer whose activations are rounded to a format of `spec.activations`.
+
+    bits: of its weight; by_row: whether its weight may be rounded to 8 bits with one scale for each row (`row_scales`).
+    """
     if eight_bits(device_class, activations, bits) and tokens >= BYTES_FROM:
-        if device_class == "sm90" and tokens >= ROW_BYTES_FROM[activations]:
+        if device_class == "sm90" and tokens >= ROW_BYTES_FROM[activations] and by_row:
             return RowBytes()
         if device_class == "sm90" and -(-out_features // 128) * -(-tokens // 256) >= WHOLE_TILES and tokens > 128:
             return WholeBytes()

@@ -80,8 +80,8 @@ class KernelWeights:
     linear must not run on two streams at the same time.
     rotation: one transform (T = 1) if all linears share it, else one for each linear.
     out_features: of each linear.
-    row_scales: None, or if activations are rounded to 8 bits float32 [NP], scales by which all weights of a row fit into 8 bits
-    (`launch_rounded.with_row_scales`). Only weights with a dense rotation matrix can have them.
+    row_scales: None, or if activations are rounded to 8 bits and such scales suffice (`row_scales`) float32 [NP], scales by which
+    all weights of a row fit into 8 bits (`launch_rounded.with_row_scales`). Only weights with a dense rotation matrix can have them.
     """
 
     words: Tensor
