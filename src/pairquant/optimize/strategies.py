@@ -191,7 +191,7 @@ class Rounding:
         if spec.activations is None:
             return None
         sample, tokens = work.sample(group)
-        return InputNoise.of(weight, sample, tokens, spec) if sample is not None and len(sample) else None
+        return None if sample is None else InputNoise.of(weight, sample, tokens, spec, work.ranks)
 
     def _round(
         self,
