@@ -150,11 +150,6 @@ class Walk:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
         self.loans = Loans(self.blocks)
         self._rounds = Undo()
-        if self.config.activations is not None and any(lenders_of(block.module) for block in self.blocks):
-            raise ConfigError(
-                f"blocks of {type(self.model).__name__} share layers, and activations of shared layers cannot be rounded. Leave "
-                "--activations out."
-            )
 
     @torch.no_grad()
     def run(self) -> Iterator[BlockResult]:
