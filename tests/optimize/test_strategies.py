@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from pairquant.core.linear import decode
+from pairquant.optimize import noise
 from pairquant.optimize.strategies import BlockTraining, Refitting, Rounding, strategy_for
 from pairquant.optimize.walk import quantize_blocks
 from pairquant.spec.linear import Spec
@@ -78,3 +79,26 @@ def test_the_recorded_error_is_that_of_the_weight_in_the_block(tokens):
     config = QuantConfig(group_size=32, recipe=replace(SHORT["rounding"], drift=0.0))
     results = list(quantize_blocks(tiny_model(), tokens, config, CPU))
     assert all(0 < error < 0.05 for result in results for error in result.errors.values())
+
+
+@pytest.mark.parametrize(
+    ("activations", "windows", "corrected"),
+    [
+        ("int4", 32, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
+        ("int4", 31, set()),
+        ("int8", 48, set()),
+    ],
+)
+def test_weights_are_fitted_to_rounded_inputs_where_the_text_is_long_enough(
+    activations, windows, corrected, monkeypatch
+):
+    """32 windows of 128 tokens are 32 tokens for each of 128 channels, but not for the 192 of down_proj."""
+    text = torch.randint(3, 259, (windows, 128), generator=torch.Generator().manual_seed(1))
+    config = QuantConfig(preset="gptq", group_size=32, activations=activations)
+    as_it_is = next(quantize_blocks(tiny_model(), text, config, CPU)).packed
+    monkeypatch.setattr(noise, "CORRECTED", {})
+    without = next(quantize_blocks(tiny_model(), text, config, CPU)).packed
+    differing = {
+        p.rpartition(".")[2] for p in without if not torch.equal(as_it_is[p]["qweight"], without[p]["qweight"])
+    }
+    assert differing == corrected

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.activations import noise
 from ..core.rounding import damped_cholesky
-from ..spec.linear import Spec
+from ..spec.linear import LinearLayout, Spec
 from .moments import second_moment
 from .ranks import ALONE, Ranks
 
@@ -27,6 +27,21 @@ from .ranks import ALONE, Ranks
 SAMPLED_TOKENS = 1024
 #: Share of the mean diagonal added to the moments of rounded inputs before solving for the weight that fits them.
 DAMPING = 1e-2
+#: Format → the fewest tokens of text, for each input channel, on which weights are fitted to rounded inputs: with fewer they
+#: are worse on other text. For int8 and fp8 they are no better even with 52 (docs/decisions.md).
+CORRECTED = {"int4": 32, "mxfp4": 16}
+
+
+def tokens_to_correct(layout: LinearLayout) -> int | None:
+    """Return the fewest tokens of text on which a linear's weight is fitted to its rounded inputs; None for never."""
+    each = CORRECTED.get(layout.activations or "")
+    return None if each is None else each * layout.in_features
+
+
+def is_corrected(layout: LinearLayout, tokens: int) -> bool:
+    """Return whether a linear's weight is fitted to its rounded inputs; tokens: of the text that the linear reads."""
+    needed = tokens_to_correct(layout)
+    return needed is not None and tokens >= needed
 
 
 @dataclass

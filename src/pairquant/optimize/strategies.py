@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from ..spec.options import QuantConfig
 from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
 from .moments import Moments, Pool
-from .noise import InputNoise, RoundedMoments
+from .noise import InputNoise, RoundedMoments, is_corrected
 from .ranks import Ranks
 from .search import Problem, fit_transforms, sampled_rows
 from .stages import Groups
@@ -40,7 +40,7 @@ class BlockWork:
     groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
     block's other parameters are stored in; rounded: runs the text through the block with these inputs rounded, and returns the
-    moments of that; again: the moments of the inputs, and of pools, as they are now that some linears are quantized. packed, errors: by path, filled in by `settle`; history: reports of training.
+    moments of that for the paths given with them; again: the moments of the inputs, and of pools, as they are now that some linears are quantized. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
 
     block: Block
@@ -56,7 +56,7 @@ class BlockWork:
     data: Callable[[], BlockData] | None
     kept_as: torch.dtype
     validation_call: Call | None = None
-    rounded: Callable[[Mapping[str, InputRounding]], dict[str, RoundedMoments]] = lambda roundings: {}
+    rounded: Callable[[Mapping[str, InputRounding], Collection[str]], dict[str, RoundedMoments]] = lambda *_: {}
     again: Callable[[], tuple[list[Moments], dict[str, Pool]]] = lambda: ([], {})
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -156,14 +156,22 @@ class Rounding:
     ) -> dict[str, Tensor]:
         """Let each target answer its rounded inputs as it answered its inputs; return the moments of the rounded inputs.
 
-        For linears whose activations are rounded, by path. Those of experts stay as they are: a router leaves most experts few
-        tokens.
+        By path, for linears whose errors are large and whose text is long enough (`noise.is_corrected`). Those of experts stay
+        as they are: a router leaves most experts few tokens.
         """
+        wanted = {
+            path
+            for m in work.moments
+            for path in m.readers
+            if work.block.sites[path].pool is None and is_corrected(work.layouts[path], m.tokens)
+        }
+        if not wanted:
+            return {}
         roundings: dict[str, InputRounding] = {}
         for group in work.groups:
             if (rounding := InputRounding.of(transforms[group[0]], work.layouts[group[0]])) is not None:
                 roundings.update(dict.fromkeys(group, rounding))
-        moments = work.rounded(roundings) if roundings else {}
+        moments = work.rounded(roundings, wanted)
         for path, each in moments.items():
             targets[path] = each.target(targets[path])
         return {path: each.hessian for path, each in moments.items()}

@@ -5,7 +5,7 @@ Two streams where the recipe compares: that of the model quantized so far, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +124,11 @@ class Streams:
         return total
 
     def observe_rounded(
-        self, block: Block, index: int, roundings: Mapping[str, InputRounding]
+        self, block: Block, index: int, roundings: Mapping[str, InputRounding], wanted: Collection[str]
     ) -> dict[str, RoundedMoments]:
-        """Run the block on the quantized stream, its inputs rounded, and return the moments of that by path.
+        """Run the block on the quantized stream, its inputs rounded, and return the moments of the wanted linears by path.
 
-        The stream stays. roundings: by path, of the linears to look at; experts round too, but have no moments here.
+        The stream stays. roundings: by path, of all linears that round; wanted: the paths of some of these, no experts.
         """
         total = RoundedSum()
 
@@ -136,7 +136,7 @@ class Streams:
             part = RoundedSum()  # running out of memory leaves the sums as they were
 
             def add(path: str, x: Tensor, rounded: Tensor) -> None:
-                if block.sites[path].pool is None:
+                if path in wanted:
                     part.add(path, x, rounded)
 
             with rounded_inputs(block.sites, roundings, add):

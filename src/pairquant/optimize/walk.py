@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -318,12 +318,16 @@ class Walk:
         return SAMPLED_TOKENS if self.config.activations is not None and self.config.recipe.transform else 0
 
     def _rounded(
-        self, index: int, block: Block, streams: Streams | None, roundings: Mapping[str, InputRounding]
+        self,
+        index: int,
+        block: Block,
+        streams: Streams | None,
+        roundings: Mapping[str, InputRounding],
+        wanted: Collection[str],
     ) -> dict[str, RoundedMoments]:
-        """Return the moments of the block's rounded inputs, summed over all ranks; nothing without text."""
-        if streams is None:
-            return {}
-        found = streams.observe_rounded(block, index, roundings)
+        """Return the moments of the rounded inputs of the wanted linears, summed over all ranks."""
+        assert streams is not None, "linears are fitted to rounded inputs on text alone"
+        found = streams.observe_rounded(block, index, roundings, wanted)
         for path in sorted(found) if self.ranks.size > 1 else ():
             self.ranks.add(found[path].hessian)
             self.ranks.add(found[path].cross)
