@@ -40,7 +40,8 @@ class BlockWork:
     groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
     block's other parameters are stored in; rounded: runs the text through the block with these inputs rounded, and returns the
-    moments of that for the paths given with them; again: the moments of the inputs, and of pools, as they are now that some linears are quantized. packed, errors: by path, filled in by `settle`; history: reports of training.
+    moments of that for the paths given with them; again: the moments of the inputs, and of pools, as they are now that some linears are
+    quantized and round what they read as is given by path. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
 
     block: Block
@@ -57,7 +58,7 @@ class BlockWork:
     kept_as: torch.dtype
     validation_call: Call | None = None
     rounded: Callable[[Mapping[str, InputRounding], Collection[str]], dict[str, RoundedMoments]] = lambda *_: {}
-    again: Callable[[], tuple[list[Moments], dict[str, Pool]]] = lambda: ([], {})
+    again: Callable[[Mapping[str, InputRounding]], tuple[list[Moments], dict[str, Pool]]] = lambda _: ([], {})
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -255,18 +256,24 @@ class InTurn:
 
     def quantize(self, work: BlockWork) -> None:
         config = replace(work.config, recipe=replace(work.config.recipe, rounding="gptq"))
-        sites, rounds = work.block.sites, Undo()
-        for groups in self._stages(work):
-            paths = {path for group in groups for path in group}
-            moments, pools = work.again()
-            mine = [m for m in moments if paths.intersection(m.readers)]
-            part = replace(work, moments=mine, pools=pools, groups=groups, config=config, packed={}, errors={})
-            Rounding().quantize(part)
-            work.packed |= part.packed
-            work.errors |= part.errors
+        sites, moments, pools, rounds = work.block.sites, work.moments, work.pools, Undo()
+        roundings: dict[str, InputRounding] = {}
+        try:
+            for groups in self._stages(work):
+                if work.packed:
+                    moments, pools = work.again(roundings)
+                paths = {path for group in groups for path in group}
+                # Later stages know nothing of the original's inputs, so that drift is corrected in none.
+                mine = [replace(m, cross=None) for m in moments if paths.intersection(m.readers)]
+                part = replace(work, moments=mine, pools=pools, groups=groups, config=config, packed={}, errors={})
+                Rounding().quantize(part)
+                work.packed |= part.packed
+                work.errors |= part.errors
+                rounds()
+                roundings = roundings_of(sites, work.packed, work.device)
+                rounds = round_inputs(sites, roundings)
+        finally:
             rounds()
-            rounds = round_inputs(sites, roundings_of(sites, work.packed, work.device))
-        rounds()
 
     def _stages(self, work: BlockWork) -> list[Groups]:
         """Return the transforms to fit together, in the order in which the block calls their linears."""

@@ -304,10 +304,15 @@ class Walk:
             again=partial(self._again, index, block, streams),
         )
 
-    def _again(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], dict[str, Pool]]:
-        """Return the moments of what the block's linears read now, some of them being quantized, and those of its pools."""
+    def _again(
+        self, index: int, block: Block, streams: Streams | None, roundings: Mapping[str, InputRounding]
+    ) -> tuple[list[Moments], dict[str, Pool]]:
+        """Return the moments of what the block's linears read now, and those of its pools.
+
+        Some of the linears are quantized; roundings: by path, what these round already.
+        """
         assert streams is not None, "a recipe that fits linears in turn has text"
-        total = streams.observe(block, index, self.config.all_experts, self._sample, compare=False)
+        total = streams.observe(block, index, self.config.all_experts, self._sample, compare=False, roundings=roundings)
         _add_over_ranks(total, self.ranks)
         moments, _ = total.checked(block.sites)
         return moments, pooled(moments, _pools(block))
