@@ -1,6 +1,7 @@
 """Models whose activations are rounded, from end to end: fitted, stored, read, run, and refused where nothing rounds."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,10 +106,18 @@ def test_a_config_that_names_no_format_is_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["bf16", "awq"])
-def test_no_other_format_says_that_activations_are_rounded(made, tmp_path, to):
+@pytest.mark.parametrize("some", [False, True], ids=["all layers", "some layers"])
+def test_no_other_format_says_that_activations_are_rounded(made, tmp_path, to, some):
     root, _, _ = made
-    with pytest.raises(ConfigError, match="Quantize without --activations"):
-        pairquant.export(root / "int8", tmp_path / "out", to)
+    source = tmp_path / "source"
+    shutil.copytree(root / "int8", source)
+    if some:  # as a checkpoint may say it that another program wrote
+        config = json.loads((source / "config.json").read_text())
+        del config["quantization_config"]["activations"]
+        config["quantization_config"]["dynamic"] = {r"+:.*\.down_proj$": {"activations": "int8"}}
+        (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="round what they read to int8, .* Quantize without --activations"):
+        pairquant.export(source, tmp_path / "out", to)
 
 
 def test_the_papers_preset_says_that_it_fits_linears_in_turn(dense, tmp_path):

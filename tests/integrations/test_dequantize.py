@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pairquant  # noqa: F401
+from pairquant.layers.linear import RotatedLinear
 
 STOCK = """
 import sys, torch
@@ -56,3 +57,12 @@ def test_a_saved_model_whose_dtype_became_a_name_is_still_dequantized(tiny_check
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved")  # turns config.dtype into a string
     assert model.dequantize().dtype == torch.float32
+
+
+def test_a_model_that_rounds_activations_says_that_it_no_longer_does(rounding_checkpoint, tiny_checkpoint, recwarn):
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).dequantize()
+    assert not [warning for warning in recwarn if "round what they read" in str(warning.message)]
+    model = AutoModelForCausalLM.from_pretrained(rounding_checkpoint, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="round what they read to int8.*To keep the rounding"):
+        model.dequantize()
+    assert not any(isinstance(module, RotatedLinear) for module in model.modules())

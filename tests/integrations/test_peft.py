@@ -122,6 +122,13 @@ def test_merging_every_layer_saves_a_plain_model(tiny_checkpoint, tmp_path):
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
 
 
+def test_merging_into_layers_that_round_what_they_read_is_warned_of(rounding_checkpoint):
+    model = adapted(rounding_checkpoint)
+    with pytest.warns(UserWarning, match="round what they read to int8"):
+        merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
 def test_unloading_gives_the_quantized_model_back(tiny_checkpoint, tokens):
     expected = logits(load(tiny_checkpoint), tokens)
     model = adapted(tiny_checkpoint)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from families import random_model
+from families import FAMILIES, random_model
 from tiny_models import tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pairquant.models.blocks import find_blocks
 from pairquant.models.planning import plan_model, uncovered
+from pairquant.models.sharing import fold_shared
 from pairquant.spec.options import QuantConfig
 from pairquant.support.errors import ConfigError
 
@@ -47,6 +49,16 @@ def test_a_pattern_that_names_nothing_is_refused_with_a_guess():
 def test_nothing_left_to_quantize_is_refused():
     with pytest.raises(ConfigError, match="leaves no linear layer"):
         plan_model(tiny_model(), options("model.layers"))
+
+
+def test_activations_of_layers_that_blocks_share_are_refused():
+    model = AutoModelForCausalLM.from_config(FAMILIES["Zamba"].build())
+    fold_shared(model)
+    assert plan_model(model, options())
+    with pytest.raises(
+        ConfigError, match=r"activations is 'int8', allowed for this model: None.*shared_transf.*Leave --activa"
+    ):
+        plan_model(model, options(activations="int8"))
 
 
 class Experts(nn.Module):

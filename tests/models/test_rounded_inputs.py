@@ -15,6 +15,7 @@ from pairquant.core.rotation import rotate
 from pairquant.layers.linear import RotatedLinear
 from pairquant.layers.model import replace_module
 from pairquant.models.blocks import find_blocks
+from pairquant.models.inputs import recorded_inputs
 from pairquant.models.rounded_inputs import (
     InputRounding,
     is_matrix,
@@ -97,6 +98,55 @@ def test_experts_round_what_they_read_and_what_their_last_product_reads(family):
         assert x.shape[-1] == sites[path].size.in_features
         assert torch.allclose(y, rounded(x, "int8", 32), atol=1e-6)
     assert {path.rpartition(".")[2] for path in seen} == {path.rpartition(".")[2] for path in sites}
+
+
+@pytest.fixture
+def half_rounded():
+    """A tiny Mixtral, its tokens, its experts' sites, and by path what rounds the inputs of first and of last products."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"].build()).eval()
+    sites = {path: site for path, site in find_blocks(model)[-1].sites.items() if site.pool is not None}
+    roundings = {}
+    for path, site in sites.items():
+        size = site.size
+        layout = Spec(4, 32, 0, activations="int4").layout(size.in_features, size.out_features)
+        roundings[path] = InputRounding.of(Transform.identity(size.in_features, 32), layout)
+    outer = {path: rounding for path, rounding in roundings.items() if sites[path].part != "down_proj"}
+    down = {path: rounding for path, rounding in roundings.items() if path not in outer}
+    return model, torch.randint(3, 200, (1, 24)), sites, outer, down
+
+
+@torch.no_grad()
+def test_experts_that_round_one_input_go_on_when_they_round_another_too(half_rounded):
+    model, tokens, sites, outer, down = half_rounded
+    with rounded_inputs(sites, {**outer, **down}):
+        both = model(tokens).logits
+    told = []
+    with rounded_inputs(sites, outer, lambda path, *_: told.append(path)):
+        some = model(tokens).logits
+        with rounded_inputs(sites, down):
+            assert torch.equal(model(tokens).logits, both)
+        assert torch.equal(model(tokens).logits, some)
+    assert not torch.equal(some, both)
+    assert set(told) == set(outer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("all_experts", [False, True])
+def test_recorded_inner_activations_follow_from_what_experts_round(half_rounded, all_experts):
+    model, tokens, sites, outer, down = half_rounded
+    read = {}
+    with rounded_inputs(sites, {**outer, **down}, lambda path, x, _: read.update({path: x})):
+        model(tokens)
+    with rounded_inputs(sites, outer), recorded_inputs(sites, True, all_experts, outer) as inputs:
+        model(tokens)
+        found = {path: inputs.tensor(n) for n, readers in enumerate(inputs.readers) for path in readers}
+    assert set(down) & set(read)
+    for path in set(down) & set(read):
+        rows = found[path]
+        if all_experts:  # its own tokens are among them
+            rows = rows[torch.cdist(read[path], rows).argmin(1)]
+        torch.testing.assert_close(rows, read[path])
 
 
 def test_gradients_reach_the_matrices_that_training_keeps_beside_the_weights(quantized):

@@ -40,6 +40,15 @@ def test_the_loss_is_the_squared_change_of_the_output_group_by_group(activations
 
 
 @pytest.mark.parametrize("activations", FORMATS)
+def test_no_tokens_and_no_rows_add_nothing(activations):
+    """A process may have no token of an expert, and no row of a small weight."""
+    eye, spec = torch.eye(G).repeat(2, 1, 1), Spec(4, G, 1, activations=activations)
+    for x, weight in ((inputs()[:0], torch.randn(16, 64)), (inputs(), torch.randn(0, 64))):
+        found = InputNoise.of(weight, x, 100, spec).loss_and_gradients(eye, eye)
+        assert [tensor.abs().sum() for tensor in found] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("activations", FORMATS)
 def test_errors_of_activations_grow_with_what_is_rounded(activations):
     x = inputs(8).requires_grad_()
     found = noise(x, activations, G)

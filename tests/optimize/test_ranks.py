@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from killing import save_source
-from ranks_worker import exchange
+from ranks_worker import exchange, round_experts
 from test_families import make_source
 from tiny_models import TEXT
 
@@ -48,6 +48,10 @@ def test_work_is_dealt_to_one_rank_each_and_evenly(costs, size):
 def test_rows_and_linears_reach_their_ranks_where_some_have_none(tmp_path):
     assert any(not len(range(16)[Ranks(rank, 3).rows(16, 8)]) for rank in range(3)), "every rank has rows"
     torch.multiprocessing.spawn(exchange, (3, tmp_path / "meeting"), nprocs=3)
+
+
+def test_activations_of_an_expert_without_tokens_on_one_rank_are_fitted_on_those_of_the_other(tmp_path):
+    torch.multiprocessing.spawn(round_experts, (2, tmp_path / "meeting"), nprocs=2)
 
 
 @pytest.fixture(scope="module")

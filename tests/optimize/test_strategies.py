@@ -4,10 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 from pairquant.core.linear import decode
-from pairquant.optimize.strategies import BlockTraining, Refitting, Rounding, strategy_for
+from pairquant.models import inputs
+from pairquant.optimize import noise
+from pairquant.optimize.strategies import BlockTraining, InTurn, Refitting, Rounding, strategy_for
+from pairquant.optimize.streams import Streams
 from pairquant.optimize.walk import quantize_blocks
 from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
@@ -78,3 +83,75 @@ def test_the_recorded_error_is_that_of_the_weight_in_the_block(tokens):
     config = QuantConfig(group_size=32, recipe=replace(SHORT["rounding"], drift=0.0))
     results = list(quantize_blocks(tiny_model(), tokens, config, CPU))
     assert all(0 < error < 0.05 for result in results for error in result.errors.values())
+
+
+@pytest.mark.parametrize(
+    ("activations", "windows", "corrected"),
+    [
+        ("int4", 32, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
+        ("int4", 31, set()),
+        ("int8", 48, set()),
+    ],
+)
+def test_weights_are_fitted_to_rounded_inputs_where_the_text_is_long_enough(
+    activations, windows, corrected, monkeypatch
+):
+    """32 windows of 128 tokens are 32 tokens for each of 128 channels, but not for the 192 of down_proj."""
+    text = torch.randint(3, 259, (windows, 128), generator=torch.Generator().manual_seed(1))
+    config = QuantConfig(preset="gptq", group_size=32, activations=activations)
+    as_it_is = next(quantize_blocks(tiny_model(), text, config, CPU)).packed
+    monkeypatch.setattr(noise, "CORRECTED", {})
+    without = next(quantize_blocks(tiny_model(), text, config, CPU)).packed
+    differing = {
+        p.rpartition(".")[2] for p in without if not torch.equal(as_it_is[p]["qweight"], without[p]["qweight"])
+    }
+    assert differing == corrected
+
+
+def in_turn(family="llama"):
+    """A model, and the options by which its linears are fitted one input after the other."""
+    model = tiny_model() if family == "llama" else AutoModelForCausalLM.from_config(FAMILIES[family].build()).eval()
+    recipe = replace(PRESETS["paper"], steps=3)
+    return model, QuantConfig(preset="paper", recipe=recipe, group_size=32, rotations=2, activations="int4")
+
+
+def test_each_input_is_seen_again_once_the_linears_before_it_are_quantized(tokens, monkeypatch):
+    """Four inputs in a block: of q, k and v, of o, of gate and up, and of down. The first is as the walk has just seen it."""
+    model, config = in_turn()
+    assert type(strategy_for(config)) is InTurn
+    passes, observe = [], Streams.observe
+    monkeypatch.setattr(Streams, "observe", lambda *a, **k: passes.append(k.get("roundings", {})) or observe(*a, **k))
+    result = next(quantize_blocks(model, tokens, config, CPU))
+    assert [len(rounded) for rounded in passes] == [0, 3, 4, 6]
+    assert len(result.packed) == 7
+
+
+def test_the_last_product_of_experts_is_fitted_on_what_rounded_ones_before_it_put_out(tokens, monkeypatch):
+    def fitted():
+        torch.manual_seed(0)
+        model, config = in_turn("Mixtral")
+        return next(quantize_blocks(model, tokens % 200, config, CPU)).packed
+
+    found = fitted()
+    monkeypatch.setattr(inputs, "_as_multiplied", lambda x, sites, roundings: x)
+    without = fitted()
+    differing = {
+        path.rpartition(".")[2] for path in found if not torch.equal(found[path]["qweight"], without[path]["qweight"])
+    }
+    assert differing == {"down_proj"}
+
+
+def test_a_stage_that_fails_leaves_no_rounding_behind(tokens, monkeypatch):
+    model, config = in_turn()
+    stages, rounded = [], Rounding.rounded
+
+    def failing(self, work):
+        stages.append(work)
+        if len(stages) == 2:
+            raise RuntimeError("the second stage fails")
+        return rounded(self, work)
+
+    monkeypatch.setattr(Rounding, "rounded", failing)
+    with pytest.raises(RuntimeError, match="second stage"):
+        next(quantize_blocks(model, tokens, config, CPU))
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -52,14 +52,14 @@ def stacks_of(paths: Iterable[str], sites: Mapping[str, Site]) -> dict[str, Stac
     return stacks
 
 
-def require_plain_activations(activations: str | None, to: str) -> None:
+def require_plain_activations(activations: Iterable[str | None], to: str) -> None:
     """Raise `ConfigError` for a checkpoint whose layers round what they read, which no other format says.
 
-    activations: the format of `spec.activations`, None for none; to: the format that is wanted.
+    activations: the layers' formats of `spec.activations`, None for none; to: the format that is wanted.
     """
-    if activations is not None:
+    if named := sorted({each for each in activations if each is not None}):
         raise ConfigError(
-            f"the layers round what they read to {activations}, which {to} cannot say: the model would answer otherwise. "
+            f"layers round what they read to {' and '.join(named)}, which {to} cannot say: the model would answer otherwise. "
             "Quantize without --activations for it."
         )
 

@@ -61,7 +61,7 @@ def export(
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
     require_apart(output, files)
-    require_plain_activations(checkpoint.config.spec.activations, to)
+    require_plain_activations((checkpoint.layout(path).activations for path in checkpoint.stored.linears()), to)
     form = FORMATS.get(to)
     contents = None if form is None else contents_of(checkpoint, files, form)
     if form is not None and contents is not None and to == Gguf.name:

@@ -58,7 +58,7 @@ def quantize_as(
         known = (OWN, *FORMATS)
         raise ConfigError(f"format is {form!r}, allowed: {', '.join(known)}{did_you_mean(form, known)}")
     require_output(form, output, overwrite)
-    require_plain_activations(config.activations, form)
+    require_plain_activations([config.activations], form)
     config = FORMATS[form].settled(config)
     _require_storable(form, model, output, config, trust_remote_code)
     between = output.with_name(f"{output.name}.{OWN}")

@@ -228,7 +228,8 @@ class Job:
         self._notice(remarks.of_embedding(layout, self.embedding[1]))
 
     def _walk(self) -> None:
-        share = self._share(self.texts.calibration.tokens if self.texts.calibration else None)
+        calibration = self.texts.calibration
+        share = self._share(calibration.tokens if calibration else None)
         held_out = self._share(self.texts.validation)
         read = sum(len(t) for t in (self._share(self.texts.whole), self._share(self.texts.held_out)) if t is not None)
         memory = demand(
@@ -241,7 +242,7 @@ class Job:
         if how is not None and self.texts.whole is not None:
             told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), memory))
         told = [
-            *remarks.of_activations(self.opened, self.device),
+            *remarks.of_activations(self.opened, self.device, calibration.tokens.numel() if calibration else 0),
             *remarks.of_own_transforms(self.opened),
             *remarks.left_plain(self.opened),
             *told,

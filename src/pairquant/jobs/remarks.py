@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..backends.table import explain
+from ..backends.experts import experts_refusal
+from ..backends.table import Explanation, explain
 from ..core.rounding import POOR_ERROR
+from ..layers.experts import explain_experts
 from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
 from ..optimize.memory import Demand
+from ..optimize.noise import tokens_to_correct
 from ..spec.linear import LinearLayout
 from ..spec.plan import Plan
 from ..support.formatting import counted, percent, size
@@ -33,24 +37,63 @@ def exceptions(plan: Plan) -> list[str]:
     return lines
 
 
-def of_activations(opened: Opened, device: torch.device) -> list[str]:
-    """Return for the user what rounds activations and whether that is simulated here; nothing where none are rounded."""
-    found = [layout for layout in opened.plan.layouts.values() if layout.activations is not None]
-    if not found:
+def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[str]:
+    """Return for the user what rounds activations, layer by layer, and whether that is simulated here.
+
+    Also what vLLM will refuse, and which layers have too short a text. Nothing where no activations are rounded. tokens: of the
+    calibration text, 0 for recipes without.
+    """
+    sites, own, bf16 = opened.sites, opened.config.transform_per_expert, torch.bfloat16
+    layers: Counter[tuple[LinearLayout, bool]] = Counter()
+    for path, layout in opened.plan.layouts.items():
+        if layout.activations is not None:
+            layers[layout, sites[path].pool is not None] += 1
+    if not layers:
         return []
-    running = explain(found[0], device, torch.bfloat16)
-    how = (
-        f"simulated on this machine: {running.backend} rounds them, and multiplies in 16 or 32 bits, no faster than without"
-        if running.simulated
-        else f"multiplied as such by {running.backend}"
+    kinds: Counter[str] = Counter()
+    refused = 0
+    for (layout, experts), count in layers.items():
+        running = explain_experts(layout, device, bf16, own) if experts else explain(layout, device, bf16)
+        kinds[
+            f"{'of experts ' if experts else ''}read is rounded to {layout.activations}, {_how_multiplied(running)}"
+        ] += count
+        refused += count if experts and (own or experts_refusal(layout, device, bf16)) else 0
+    lines = [f"what {counted(count, 'layer')} {text}" for text, count in kinds.items()]
+    if refused:
+        lines.append(
+            f"vLLM will refuse this checkpoint on a machine like this one: nothing in it rounds what {counted(refused, 'layer')} "
+            "of experts read. Transformers runs it"
+        )
+    lines += _fitted_to_plain_inputs(
+        {layout: count for (layout, experts), count in layers.items() if not experts}, tokens
     )
-    lines = [f"what {counted(len(found), 'layer')} read is rounded to {found[0].activations}, {how}"]
     if opened.config.recipe.training is not None:
         lines.append(
             "with rounded activations this preset fits one linear after the other instead of training blocks; settings of "
             "training have no effect, steps and learning_rate do"
         )
     return lines
+
+
+def _fitted_to_plain_inputs(layers: Mapping[LinearLayout, int], tokens: int) -> list[str]:
+    """Return for the user which weights the text is too short for, of those that are fitted to rounded inputs on longer ones.
+
+    layers: how many there are of each layout.
+    """
+    needed = {layout: least for layout in layers if (least := tokens_to_correct(layout)) is not None and tokens < least}
+    if not needed or not tokens:
+        return []
+    return [
+        f"the weights of {counted(sum(layers[layout] for layout in needed), 'layer')} are fitted to inputs before rounding: to fit "
+        f"them to rounded ones takes up to {max(needed.values()):,} tokens, and the text has {tokens:,} (--samples, --seq-len)"
+    ]
+
+
+def _how_multiplied(running: Explanation) -> str:
+    """Return in words how rounded activations are multiplied."""
+    if running.simulated:
+        return f"simulated on this machine: {running.backend} rounds them, and multiplies in 16 or 32 bits, no faster than without"
+    return f"multiplied as such by {running.backend}"
 
 
 def of_own_transforms(opened: Opened) -> list[str]:

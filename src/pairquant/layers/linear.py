@@ -92,7 +92,17 @@ class RotatedLinear(HoldsPacked):
         return bool(self._merged.backend and self._merged.backend.replaces)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """Return an `nn.Linear` with the decoded weight in this dtype; its parameters need no gradient."""
+        """Return an `nn.Linear` with the decoded weight in this dtype; its parameters need no gradient.
+
+        Warns if this layer rounds what it reads: an `nn.Linear` does not.
+        """
+        if self.layout.activations is not None:
+            warnings.warn(
+                f"the quantized layers round what they read to {self.layout.activations}, for which their weights were fitted; "
+                "the plain layers made of them read it as it is and answer a little differently. To keep the rounding, keep "
+                "the quantized layers.",
+                stacklevel=2,
+            )
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(decoded(self.packed).to(dtype), requires_grad=False)
         if self.bias is not None:

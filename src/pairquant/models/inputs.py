@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +44,23 @@ class Inputs:
         return held if isinstance(held, Tensor) else held()
 
 
+#: Path → what rounds the input of the linear there, [..., C] → [..., C].
+Roundings = Mapping[str, Callable[[Tensor], Tensor]]
+
+
 @contextmanager
-def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts: bool = False) -> Iterator[Inputs]:
+def recorded_inputs(
+    sites: Mapping[str, Site],
+    routed: bool = True,
+    all_experts: bool = False,
+    roundings: Roundings = MappingProxyType({}),
+) -> Iterator[Inputs]:
     """Collect what the module of each site reads while the context is open.
 
     routed: also what each expert reads: the tokens that its router gives it, and the inner activations that follow. These
     are computed, from the weights that the experts have at that time, when they are asked for.
     all_experts: as if the router gave every token to every expert. What the experts return stays as it is.
+    roundings: of what experts' first products read, where the module rounds that already: inner activations follow from it.
     """
     inputs = Inputs()
     originals: dict[int, Tensor] = {}
@@ -65,7 +76,7 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts:
     def record_experts(mine: list[ExpertSite], module: nn.Module, args: tuple, kwargs: dict) -> None:
         of_experts = _of_all_experts if all_experts else _of_experts
         hidden, index, *_ = mine[0].form.routed(len(module.get_parameter("down_proj")), *args, **kwargs)
-        for tensor, readers in of_experts(mine, module, hidden.detach(), index):
+        for tensor, readers in of_experts(mine, module, hidden.detach(), index, roundings):
             inputs.add(tensor, readers, routed=True)
 
     handles = []
@@ -86,25 +97,25 @@ def recorded_inputs(sites: Mapping[str, Site], routed: bool = True, all_experts:
 
 
 def _of_experts(
-    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, index: Tensor
+    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, index: Tensor, roundings: Roundings
 ) -> Iterator[tuple[Callable[[], Tensor], list[str]]]:
     """Yield what each expert reads, [its tokens, C], and by which of its parts; experts without tokens read nothing."""
 
     def tokens(number: int) -> Tensor:
         return hidden[(index == number).any(-1)]
 
-    def inner(number: int) -> Tensor:
-        return inner_activations(module, number, tokens(number))
+    def inner(number: int, mine: list[ExpertSite]) -> Tensor:
+        return inner_activations(module, number, _as_multiplied(tokens(number), mine, roundings))
 
     for number, mine in _by_number(sites).items():
         if paths := [site.path for site in mine if site.part != "down_proj"]:
             yield partial(tokens, number), paths
         if paths := [site.path for site in mine if site.part == "down_proj"]:
-            yield partial(inner, number), paths
+            yield partial(inner, number, mine), paths
 
 
 def _of_all_experts(
-    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, _: Tensor
+    sites: Iterable[ExpertSite], module: nn.Module, hidden: Tensor, _: Tensor, roundings: Roundings
 ) -> Iterator[tuple[Tensor | Callable[[], Tensor], list[str]]]:
     """Yield what the experts would read if each of them got every token, [tokens, C], and by which of their parts."""
     by_number = _by_number(sites)
@@ -112,7 +123,20 @@ def _of_all_experts(
         yield hidden, outer
     for number, mine in by_number.items():
         if paths := [site.path for site in mine if site.part == "down_proj"]:
-            yield partial(inner_activations, module, number, hidden), paths
+            yield partial(_inner_of_all, module, number, hidden, mine, roundings), paths
+
+
+def _inner_of_all(
+    module: nn.Module, number: int, hidden: Tensor, mine: list[ExpertSite], roundings: Roundings
+) -> Tensor:
+    """Return what the last product of an expert would read if it got every token, [tokens, I]."""
+    return inner_activations(module, number, _as_multiplied(hidden, mine, roundings))
+
+
+def _as_multiplied(x: Tensor, sites: Iterable[ExpertSite], roundings: Roundings) -> Tensor:
+    """Return what the first products of an expert multiply for what it reads, x [T, H]: rounded, if they round; sites: its parts."""
+    found = [roundings[site.path] for site in sites if site.part != "down_proj" and site.path in roundings]
+    return found[0](x) if found else x  # parts that read the same have one transform
 
 
 def _by_number(sites: Iterable[ExpertSite]) -> dict[int, list[ExpertSite]]:

@@ -16,6 +16,7 @@ from ..spec.plan import Plan, plan_for
 from ..support.errors import ConfigError, did_you_mean
 from .blocks import Block, find_blocks, head_block
 from .names import OWN, Names
+from .sharing import lenders_of
 from .sites import ExpertSite, Site, embedding_site, is_linear, sites_in
 
 #: If matrices that no site covers hold at least this fraction of the blocks' weights, the model is refused, unless `ignore`
@@ -34,12 +35,14 @@ def plan_model(model: nn.Module, config: QuantConfig, names: Names = OWN) -> tup
 
     Routers and their like stay plain, and small weights that do not fit. Raises `SourceError` for a model without blocks;
     `ConfigError` for patterns that name nothing, weights that do not fit, experts of one block that differ, large weights
-    that nothing here can quantize, embeddings that cannot be quantized, and `all_experts` or
-    `transform_per_expert` where no experts are quantized. With `head_bits` the last of the blocks is the output embedding.
+    that nothing here can quantize, embeddings that cannot be quantized, `activations` where blocks share layers, and
+    `all_experts` or `transform_per_expert` where no experts are quantized. With `head_bits` the last of the blocks is the output embedding.
     """
     if config.plan is not None:
         config.plan.require_for(sizes_of(model, names))
     blocks = find_blocks(model, config.ignore, names)
+    if config.activations is not None:
+        _require_own_layers(blocks, config.activations)
     _require_known(model, config.ignore, names)
     _require_covered(blocks, config.ignore)
     blocks = [_with_sites(block, lambda path: path.rpartition(".")[2] not in ROUTERS) for block in blocks]
@@ -198,6 +201,17 @@ def _require_covered(blocks: list[Block], ignore: tuple[str, ...]) -> None:
         f"such as {largest}: fused experts, or layers with a computation of their own. To leave them as they are and "
         f"quantize the rest: --ignore 're:.*{end}$'. Otherwise choose a dense model."
     )
+
+
+def _require_own_layers(blocks: list[Block], activations: str) -> None:
+    """Refuse to round the activations of layers that several blocks use: these have one transform and inputs that differ."""
+    places = [place for block in blocks for place in lenders_of(block.module)]
+    if places:
+        raise ConfigError(
+            f"activations is {activations!r}, allowed for this model: None, because its blocks share layers: another block's layer "
+            f"is used at {places[0]}{' and other places' if len(places) > 1 else ''}, where inputs are not rounded. Leave "
+            "--activations out."
+        )
 
 
 def _require_known(model: nn.Module, ignore: Iterable[str], names: Names) -> None:

@@ -113,15 +113,16 @@ def roundings_of(
 def round_inputs(sites: Mapping[str, Site], roundings: Mapping[str, InputRounding], seen: Seen | None = None) -> Undo:
     """Let the modules of these sites round what they read, from now on. Returns what ends that.
 
-    roundings: by path; sites without one read their input as it is. seen: is told of every input.
+    roundings: by path; sites without one read their input as it is, or as an earlier call that has not ended lets them. seen:
+    is told of every input that is rounded by these.
     """
     undo = Undo()
     experts: dict[str, _RoundedExperts] = {}
     for path, rounding in roundings.items():
         site = sites[path]
         if isinstance(site, ExpertSite):
-            mine = experts.setdefault(site.place, _RoundedExperts(site.module, site.form, seen))
-            mine.add(site, rounding)
+            mine = experts.setdefault(site.place, _RoundedExperts(site.module, site.form))
+            mine.add(site, rounding, seen)
         else:
             hook = partial(_rounding_hook, path, rounding, seen)
             undo.steps.append(site.module.register_forward_pre_hook(hook).remove)
@@ -163,19 +164,21 @@ def _rounding_hook(path: str, rounding: InputRounding, seen: Seen | None, module
 class _RoundedExperts:
     """The forward pass of a module of experts in which each reads rounded inputs."""
 
-    def __init__(self, module: nn.Module, form: ExpertForm, seen: Seen | None):
-        self.module, self.form, self.seen = module, form, seen
-        #: By the expert's number and whether it is the last product; the path is of one of the parts that read the input.
-        self.roundings: dict[tuple[int, bool], tuple[list[str], InputRounding]] = {}
+    def __init__(self, module: nn.Module, form: ExpertForm):
+        self.module, self.form = module, form
+        #: By the expert's number and whether it is the last product; the paths are of the parts that read the input.
+        self.roundings: dict[tuple[int, bool], tuple[list[str], InputRounding, Seen | None]] = {}
 
-    def add(self, site: ExpertSite, rounding: InputRounding) -> None:
+    def add(self, site: ExpertSite, rounding: InputRounding, seen: Seen | None) -> None:
         """Round what this part of an expert reads; parts that read the same have one transform."""
         key = site.number, site.part == "down_proj"
-        self.roundings.setdefault(key, ([], rounding))[0].append(site.path)
+        self.roundings.setdefault(key, ([], rounding, seen))[0].append(site.path)
 
     def put(self) -> Callable[[], None]:
-        """Take the place of the module's forward pass; return what ends that."""
+        """Take the place of the module's forward pass; return what ends that. What rounds there already goes on rounding."""
         before = self.module.__dict__.get("forward")
+        if isinstance(earlier := getattr(before, "__self__", None), _RoundedExperts):
+            self.roundings = {**earlier.roundings, **self.roundings}
         self.module.forward = self.forward  # type: ignore[method-assign]
 
         def undo() -> None:
@@ -210,9 +213,9 @@ class _RoundedExperts:
     def _rounded(self, number: int, last: bool, x: Tensor) -> Tensor:
         if (found := self.roundings.get((number, last))) is None:
             return x
-        paths, rounding = found
+        paths, rounding, seen = found
         y = rounding(x)
-        if self.seen is not None:
+        if seen is not None:
             for path in paths:
-                self.seen(path, x, y)
+                seen(path, x, y)
         return y

@@ -19,20 +19,37 @@ from torch import Tensor
 
 from ..core.activations import noise
 from ..core.rounding import damped_cholesky
-from ..spec.linear import Spec
+from ..spec.linear import LinearLayout, Spec
 from .moments import second_moment
+from .ranks import ALONE, Ranks
 
 #: About how many tokens of the text the errors of activations are evaluated on, for each input.
 SAMPLED_TOKENS = 1024
 #: Share of the mean diagonal added to the moments of rounded inputs before solving for the weight that fits them.
 DAMPING = 1e-2
+#: Format → the fewest tokens of text, for each input channel, on which weights are fitted to rounded inputs: with fewer they
+#: are worse on other text. For int8 and fp8 they are no better even with 52 (docs/decisions.md).
+CORRECTED = {"int4": 32, "mxfp4": 16}
+
+
+def tokens_to_correct(layout: LinearLayout) -> int | None:
+    """Return the fewest tokens of text on which a linear's weight is fitted to its rounded inputs; None for never."""
+    each = CORRECTED.get(layout.activations or "")
+    return None if each is None else each * layout.in_features
+
+
+def is_corrected(layout: LinearLayout, tokens: int) -> bool:
+    """Return whether a linear's weight is fitted to its rounded inputs; tokens: of the text that the linear reads."""
+    needed = tokens_to_correct(layout)
+    return needed is not None and tokens >= needed
 
 
 @dataclass
 class InputNoise:
-    """The errors of one layer's rounded activations. sample: float32 [T, C] of its inputs; share: tokens of the text for each.
+    """The errors of one layer's rounded activations. sample: float32 [T, C] of its inputs, this rank's part; may be empty.
 
-    gram: W_gᵀ W_g of the weight in the model's basis, [G, g, g], over the rows of all ranks.
+    share: tokens of the text for each token of all ranks' samples; gram: W_gᵀ W_g of the weight in the model's basis,
+    [G, g, g], over the rows of all ranks.
     """
 
     sample: Tensor
@@ -41,25 +58,32 @@ class InputNoise:
     gram: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, sample: Tensor, tokens: int, spec: Spec) -> InputNoise:
-        """weight: [N, C], this rank's rows; tokens: of the whole text that the sample was drawn from."""
-        by_group = weight.view(len(weight), -1, spec.group_size).transpose(0, 1)
-        return cls(sample, tokens / max(1, len(sample)), spec, by_group.mT @ by_group)
+    def of(cls, weight: Tensor, sample: Tensor, tokens: int, spec: Spec, ranks: Ranks = ALONE) -> InputNoise:
+        """weight: [N, C], this rank's rows; sample: of its text; tokens: of the whole text that all samples were drawn from.
+
+        All ranks call this, also those whose sample is empty: a router may give an expert no token there.
+        """
+        by_group = weight.unflatten(1, (-1, spec.group_size)).transpose(0, 1)
+        gram, sampled = by_group.mT @ by_group, torch.tensor([len(sample)], device=weight.device)
+        ranks.add(gram)
+        ranks.add(sampled)
+        return cls(sample, tokens / max(1, int(sampled)), spec, gram)
 
     def loss_and_gradients(
         self, into: Tensor, out_of: Tensor, slopes: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the expected squared change of the output, and its gradients with respect to the matrices [G, g, g].
 
+        This rank's part of them, from its own sample: the sum over all ranks is the whole.
         into: diag(a) R, of the weight; out_of: Rᵀ diag(1/a).
         """
         activations, g = self.spec.activations, self.spec.group_size
         assert activations is not None, "made only for layers whose activations are rounded"
         with torch.enable_grad():
             forth, back = into.detach().requires_grad_(slopes), out_of.detach().requires_grad_(slopes)
-            by_group = self.sample.view(len(self.sample), -1, g).transpose(0, 1)
+            by_group = self.sample.unflatten(1, (-1, g)).transpose(0, 1)
             x_rot = (by_group @ back.mT).transpose(0, 1).flatten(1)  # [T, C]
-            error = noise(x_rot, activations, g).view(len(x_rot), -1, g).transpose(0, 1)
+            error = noise(x_rot, activations, g).unflatten(1, (-1, g)).transpose(0, 1)
             loss = self.share * ((error.mT @ error) * (forth.mT @ self.gram @ forth)).sum()
             if not slopes:
                 return loss.detach(), None, None

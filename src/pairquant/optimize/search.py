@@ -197,9 +197,6 @@ class _Search:
         self.matrices = Matrices(self.pairs, self.group_size)
         self.norms = torch.stack([(p.weighted(p.weight) * p.weight).sum() for p in problems])
         ranks.add(self.norms)
-        for problem in problems:
-            if problem.noise is not None:
-                ranks.add(problem.noise.gram)
         self.norms.clamp_(min=1e-30)
         self.theta = torch.zeros(self.free.shape, device=device, requires_grad=True)
         self.log_scale = torch.zeros(sum(self.sizes), device=device, requires_grad=True)
@@ -233,15 +230,15 @@ class _Search:
             loss, grad_into, grad_out_of = loss_and_gradients(problem, forth, back, slopes)
             if problem.noise is not None:
                 added, more_into, more_out_of = problem.noise.loss_and_gradients(forth, back, slopes)
-                loss = loss + added / self.ranks.size  # each rank adds its own sample's, of all rows
+                loss = loss + added
                 if (
                     more_into is not None
                     and more_out_of is not None
                     and grad_into is not None
                     and grad_out_of is not None
                 ):
-                    grad_into = grad_into + more_into / self.ranks.size
-                    grad_out_of = grad_out_of + more_out_of / self.ranks.size
+                    grad_into = grad_into + more_into
+                    grad_out_of = grad_out_of + more_out_of
             losses.append(loss / norm)
             if grad_into is not None and grad_out_of is not None:
                 grads_into.append(grad_into / norm)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from ..spec.options import QuantConfig
 from .blockwise import BlockData, BlockTask, refit_block, train_block
 from .drift import drift_targets
 from .moments import Moments, Pool
-from .noise import InputNoise, RoundedMoments
+from .noise import InputNoise, RoundedMoments, is_corrected
 from .ranks import Ranks
 from .search import Problem, fit_transforms, sampled_rows
 from .stages import Groups
@@ -40,7 +40,8 @@ class BlockWork:
     groups: the linears of each transform; seeds: for each group, by
     its first path; data: makes what block-wise training compares, None for recipes without; kept_as: the dtype that the
     block's other parameters are stored in; rounded: runs the text through the block with these inputs rounded, and returns the
-    moments of that; again: the moments of the inputs, and of pools, as they are now that some linears are quantized. packed, errors: by path, filled in by `settle`; history: reports of training.
+    moments of that for the paths given with them; again: the moments of the inputs, and of pools, as they are now that some linears are
+    quantized and round what they read as is given by path. packed, errors: by path, filled in by `settle`; history: reports of training.
     """
 
     block: Block
@@ -56,8 +57,8 @@ class BlockWork:
     data: Callable[[], BlockData] | None
     kept_as: torch.dtype
     validation_call: Call | None = None
-    rounded: Callable[[Mapping[str, InputRounding]], dict[str, RoundedMoments]] = lambda roundings: {}
-    again: Callable[[], tuple[list[Moments], dict[str, Pool]]] = lambda: ([], {})
+    rounded: Callable[[Mapping[str, InputRounding], Collection[str]], dict[str, RoundedMoments]] = lambda *_: {}
+    again: Callable[[Mapping[str, InputRounding]], tuple[list[Moments], dict[str, Pool]]] = lambda _: ([], {})
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -156,14 +157,22 @@ class Rounding:
     ) -> dict[str, Tensor]:
         """Let each target answer its rounded inputs as it answered its inputs; return the moments of the rounded inputs.
 
-        For linears whose activations are rounded, by path. Those of experts stay as they are: a router leaves most experts few
-        tokens.
+        By path, for linears whose errors are large and whose text is long enough (`noise.is_corrected`). Those of experts stay
+        as they are: a router leaves most experts few tokens.
         """
+        wanted = {
+            path
+            for m in work.moments
+            for path in m.readers
+            if work.block.sites[path].pool is None and is_corrected(work.layouts[path], m.tokens)
+        }
+        if not wanted:
+            return {}
         roundings: dict[str, InputRounding] = {}
         for group in work.groups:
             if (rounding := InputRounding.of(transforms[group[0]], work.layouts[group[0]])) is not None:
                 roundings.update(dict.fromkeys(group, rounding))
-        moments = work.rounded(roundings) if roundings else {}
+        moments = work.rounded(roundings, wanted)
         for path, each in moments.items():
             targets[path] = each.target(targets[path])
         return {path: each.hessian for path, each in moments.items()}
@@ -191,7 +200,7 @@ class Rounding:
         if spec.activations is None:
             return None
         sample, tokens = work.sample(group)
-        return InputNoise.of(weight, sample, tokens, spec) if sample is not None and len(sample) else None
+        return None if sample is None else InputNoise.of(weight, sample, tokens, spec, work.ranks)
 
     def _round(
         self,
@@ -247,18 +256,24 @@ class InTurn:
 
     def quantize(self, work: BlockWork) -> None:
         config = replace(work.config, recipe=replace(work.config.recipe, rounding="gptq"))
-        sites, rounds = work.block.sites, Undo()
-        for groups in self._stages(work):
-            paths = {path for group in groups for path in group}
-            moments, pools = work.again()
-            mine = [m for m in moments if paths.intersection(m.readers)]
-            part = replace(work, moments=mine, pools=pools, groups=groups, config=config, packed={}, errors={})
-            Rounding().quantize(part)
-            work.packed |= part.packed
-            work.errors |= part.errors
+        sites, moments, pools, rounds = work.block.sites, work.moments, work.pools, Undo()
+        roundings: dict[str, InputRounding] = {}
+        try:
+            for groups in self._stages(work):
+                if work.packed:
+                    moments, pools = work.again(roundings)
+                paths = {path for group in groups for path in group}
+                # Later stages know nothing of the original's inputs, so that drift is corrected in none.
+                mine = [replace(m, cross=None) for m in moments if paths.intersection(m.readers)]
+                part = replace(work, moments=mine, pools=pools, groups=groups, config=config, packed={}, errors={})
+                Rounding().quantize(part)
+                work.packed |= part.packed
+                work.errors |= part.errors
+                rounds()
+                roundings = roundings_of(sites, work.packed, work.device)
+                rounds = round_inputs(sites, roundings)
+        finally:
             rounds()
-            rounds = round_inputs(sites, roundings_of(sites, work.packed, work.device))
-        rounds()
 
     def _stages(self, work: BlockWork) -> list[Groups]:
         """Return the transforms to fit together, in the order in which the block calls their linears."""

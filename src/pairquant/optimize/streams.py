@@ -5,9 +5,10 @@ Two streams where the recipe compares: that of the model quantized so far, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,13 +97,19 @@ class Streams:
         return sum(len(hidden) * hidden.shape[1] for hidden in self.quantized)
 
     def observe(
-        self, block: Block, index: int, all_experts: bool = False, sample: int = 0, compare: bool = True
+        self,
+        block: Block,
+        index: int,
+        all_experts: bool = False,
+        sample: int = 0,
+        compare: bool = True,
+        roundings: Mapping[str, InputRounding] = MappingProxyType({}),
     ) -> MomentSum:
         """Run the block, which still holds its own weights, on the stream(s), and sum the moments of its linears' inputs.
 
         The original stream moves on to the next block with what that gives; the quantized one stays. all_experts: sum the
         moments of experts as if each got every token; sample: keep about so many tokens of each input; compare: False leaves
-        the original stream out and where it is.
+        the original stream out and where it is; roundings: by path, what the block rounds already.
         """
         total = MomentSum(max(1, self.tokens // sample) if sample else 0)
         for i, hidden in enumerate(self.quantized):
@@ -112,7 +119,7 @@ class Streams:
                 if original is not None:
                     with recorded_inputs(block.sites, routed=False) as reference:
                         output = self.call(index, "original", writes=True).run(block.module, original, windows)
-                with recorded_inputs(block.sites, all_experts=all_experts) as inputs:
+                with recorded_inputs(block.sites, all_experts=all_experts, roundings=roundings) as inputs:
                     self.call(index).run(block.module, hidden, windows)
                 total.add(inputs, reference)
                 return output
@@ -124,11 +131,11 @@ class Streams:
         return total
 
     def observe_rounded(
-        self, block: Block, index: int, roundings: Mapping[str, InputRounding]
+        self, block: Block, index: int, roundings: Mapping[str, InputRounding], wanted: Collection[str]
     ) -> dict[str, RoundedMoments]:
-        """Run the block on the quantized stream, its inputs rounded, and return the moments of that by path.
+        """Run the block on the quantized stream, its inputs rounded, and return the moments of the wanted linears by path.
 
-        The stream stays. roundings: by path, of the linears to look at; experts round too, but have no moments here.
+        The stream stays. roundings: by path, of all linears that round; wanted: the paths of some of these, no experts.
         """
         total = RoundedSum()
 
@@ -136,7 +143,7 @@ class Streams:
             part = RoundedSum()  # running out of memory leaves the sums as they were
 
             def add(path: str, x: Tensor, rounded: Tensor) -> None:
-                if block.sites[path].pool is None:
+                if path in wanted:
                     part.add(path, x, rounded)
 
             with rounded_inputs(block.sites, roundings, add):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -150,11 +150,6 @@ class Walk:
         self.dtype = compute_dtype(self.blocks, self.config, self.device)
         self.loans = Loans(self.blocks)
         self._rounds = Undo()
-        if self.config.activations is not None and any(lenders_of(block.module) for block in self.blocks):
-            raise ConfigError(
-                f"blocks of {type(self.model).__name__} share layers, and activations of shared layers cannot be rounded. Leave "
-                "--activations out."
-            )
 
     @torch.no_grad()
     def run(self) -> Iterator[BlockResult]:
@@ -309,10 +304,15 @@ class Walk:
             again=partial(self._again, index, block, streams),
         )
 
-    def _again(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], dict[str, Pool]]:
-        """Return the moments of what the block's linears read now, some of them being quantized, and those of its pools."""
+    def _again(
+        self, index: int, block: Block, streams: Streams | None, roundings: Mapping[str, InputRounding]
+    ) -> tuple[list[Moments], dict[str, Pool]]:
+        """Return the moments of what the block's linears read now, and those of its pools.
+
+        Some of the linears are quantized; roundings: by path, what these round already.
+        """
         assert streams is not None, "a recipe that fits linears in turn has text"
-        total = streams.observe(block, index, self.config.all_experts, self._sample, compare=False)
+        total = streams.observe(block, index, self.config.all_experts, self._sample, compare=False, roundings=roundings)
         _add_over_ranks(total, self.ranks)
         moments, _ = total.checked(block.sites)
         return moments, pooled(moments, _pools(block))
@@ -323,12 +323,16 @@ class Walk:
         return SAMPLED_TOKENS if self.config.activations is not None and self.config.recipe.transform else 0
 
     def _rounded(
-        self, index: int, block: Block, streams: Streams | None, roundings: Mapping[str, InputRounding]
+        self,
+        index: int,
+        block: Block,
+        streams: Streams | None,
+        roundings: Mapping[str, InputRounding],
+        wanted: Collection[str],
     ) -> dict[str, RoundedMoments]:
-        """Return the moments of the block's rounded inputs, summed over all ranks; nothing without text."""
-        if streams is None:
-            return {}
-        found = streams.observe_rounded(block, index, roundings)
+        """Return the moments of the rounded inputs of the wanted linears, summed over all ranks."""
+        assert streams is not None, "linears are fitted to rounded inputs on text alone"
+        found = streams.observe_rounded(block, index, roundings, wanted)
         for path in sorted(found) if self.ranks.size > 1 else ():
             self.ranks.add(found[path].hessian)
             self.ranks.add(found[path].cross)

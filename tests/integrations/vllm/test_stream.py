@@ -71,6 +71,17 @@ def test_a_linear_that_vllm_runs_plain_is_decoded_and_all_else_passes(config):
     assert torch.equal(weight, decode(PACKED["text.mixer.in_proj"]).bfloat16())
 
 
+def test_a_linear_that_vllm_runs_plain_but_rounds_what_it_reads_is_refused(config):
+    config.quantized["model.mixer.in_proj"] = Spec(4, 32, 2, activations="int8")
+    with pytest.raises(
+        ConfigError, match=r"text\.mixer\.in_proj rounds what it reads to int8, .* without --activations"
+    ):
+        sorted_out(checkpoint(), Model("model.mixer.in_proj"), config)
+    assert "text.mlp.up_proj.weight" in sorted_out(checkpoint(), Model("model.mlp.up_proj"), config), (
+        "the one that rounds is run by our method"
+    )
+
+
 def test_a_linear_merged_into_a_plain_one_is_decoded_too(config):
     assert "text.mlp.up_proj.weight" in sorted_out(checkpoint(), Model("model.mlp.gate_up_proj"), config)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.linear import decode
 from ...spec.linear import PackedLinear, Spec
-from ...support.errors import CheckpointError
+from ...support.errors import CheckpointError, ConfigError
 from .experts import DecodedExpertsMethod, PackedExpertsMethod
 
 #: vLLM shows what loggers below its own say.
@@ -33,7 +33,8 @@ def passed_on(
     """Yield the tensors that vLLM's model is to place itself: those that are not ours, decoded weights, and packed linears.
 
     weights: of the checkpoint; methods: of the model's layers; plain: path in the checkpoint → what is packed there but wanted
-    as a plain weight of this dtype; homeless: paths in the checkpoint of output embeddings that the model does without. Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged.
+    as a plain weight of this dtype; homeless: paths in the checkpoint of output embeddings that the model does without. Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged,
+    `ConfigError` for one that rounds what it reads.
     """
     experts: dict[str, Callable[[Tensor], None]] = {}
     for method in methods:
@@ -64,6 +65,12 @@ class _Decoding:
         self.specs, self.dtype = specs, dtype
         self.device = torch.empty(0).device  # vLLM loads in the context of the device that the weights lie on
         self.arrived: dict[str, dict[str, Tensor]] = {}
+        for path, spec in specs.items():
+            if spec.activations is not None:  # a plain weight in vLLM's own layer, which rounds nothing
+                raise ConfigError(
+                    f"{path} rounds what it reads to {spec.activations}, but vLLM runs it without a quantization method, which "
+                    "rounds nothing. Run the model with Transformers, or quantize it without --activations."
+                )
         if specs:
             LOGGER.warning(
                 "%d packed linears (such as %s) are decoded on loading, because vLLM runs them without a quantization "
