@@ -28,7 +28,8 @@ from pairquant.evaluation.quality import measure
 from pairquant.jobs.texts import HELD_OUT
 from pairquant.models.planning import plan_model
 from pairquant.optimize.end_to_end import EndToEndTraining, Trained
-from pairquant.optimize.walk import InPlace, Walk
+from pairquant.optimize.homes import InPlace
+from pairquant.optimize.walk import Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.mixed import MixedPlan
 from pairquant.spec.recipe import EndToEnd

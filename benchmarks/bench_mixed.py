@@ -26,8 +26,9 @@ from setting import SETTING, calibration_tokens, numbers, opened
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.optimize.allocation import allocate, forms_of, mixed_plan, units_of
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.sensitivity import Measurement, Sensitivity
-from pairquant.optimize.walk import InPlace, Walk
+from pairquant.optimize.walk import Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device

@@ -28,8 +28,8 @@ from pairquant.models.planning import plan_model
 from pairquant.optimize import sensitivity
 from pairquant.optimize.allocation import forms_of
 from pairquant.optimize.calibration import calibrate
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.sensitivity import Measurement, completed, to_measure
-from pairquant.optimize.walk import InPlace
 from pairquant.spec.options import QuantConfig
 from pairquant.support.devices import resolve_device
 

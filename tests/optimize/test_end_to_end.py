@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from pairquant.core.linear import decode
 from pairquant.models.planning import plan_model
 from pairquant.optimize.end_to_end import EndToEndTraining, _Whole, groups_of
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.streams import Places, Streams
-from pairquant.optimize.walk import InPlace, Walk
+from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, EndToEnd
 from pairquant.support.errors import CalibrationError, ConfigError

@@ -9,8 +9,8 @@ from tiny_models import tiny_model
 from pairquant.models.blocks import enter, find_blocks
 from pairquant.models.foldable import LOOK_TOKENS, Heads, look
 from pairquant.optimize.folding import STREAM_STEPS, Learning, fit_shared
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.search import Problem
-from pairquant.optimize.walk import InPlace
 from pairquant.spec.linear import Spec
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS

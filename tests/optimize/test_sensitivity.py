@@ -12,8 +12,8 @@ from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.optimize import sensitivity
 from pairquant.optimize.allocation import forms_of, units_of
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.sensitivity import Measurement, Sensitivity, completed, cut, to_measure
-from pairquant.optimize.walk import InPlace
 from pairquant.spec.linear import Spec
 from pairquant.spec.mixed import Candidates
 from pairquant.spec.options import QuantConfig

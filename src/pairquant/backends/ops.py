@@ -31,7 +31,8 @@ def run(
     """Run linears that read the same input by this backend: x [..., C] → [..., sum of sizes] in x's dtype.
 
     tensors: what the backend prepared; bias: [sum of sizes] or None; sizes: out_features of each linear; activations: the
-    format that the rotated x is rounded to, None for none. Raises `KernelError` if the backend is opaque and cannot take x's dtype, shape or device.
+    format that the rotated x is rounded to, None for none. Raises `KernelError` if the backend is opaque and cannot take
+    x's dtype, shape or device.
     """
     if backend.opaque and _needs_operator(x, bias):
         return torch.ops.pairquant.rotated_linear(x, tensors, bias, list(sizes), group_size, backend.name, activations)
@@ -52,8 +53,8 @@ def rotated_linear(
 ) -> Tensor:
     """Run linears that read the same input: x [..., C] → [..., sum of sizes] in x's dtype (for the arguments see `run`).
 
-    Differentiable in x and bias; the weight is frozen, and rounding of activations passes gradients unchanged. Raises `KernelError` if x has a dtype that the backend does not
-    accept, a last dimension other than C, or another device than the weights.
+    Differentiable in x and bias; the weight is frozen, and rounding of activations passes gradients unchanged. Raises
+    `KernelError` if x has a dtype that the backend does not accept, a last dimension other than C, or another device than the weights.
     """
     return _compute(x, tensors, bias, sizes, group_size, BY_NAME[backend], activations)
 

@@ -35,7 +35,7 @@ class SourceWeights:
 
     stored: where each lies; tied: name of the output embedding's weight → that of the input embedding, for when the files hold
     one for both; originals: the source's own tensors where their names are others, which Transformers converts
-    on loading: they are what a checkpoint keeps; `enter` and `leave` make this the home of a walk's blocks (`optimize.walk.Home`).
+    on loading: they are what a checkpoint keeps; `enter` and `leave` make this the home of a walk's blocks (`optimize.homes.Home`).
     """
 
     def __init__(

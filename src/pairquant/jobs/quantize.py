@@ -26,10 +26,11 @@ from ..core.rounding import poor_errors
 from ..models.planning import plan_model
 from ..optimize.embedding import quantize_embedding
 from ..optimize.end_to_end import EndToEndTraining
+from ..optimize.finished import BlockResult
 from ..optimize.memory import Demand, demand
 from ..optimize.ranks import Ranks, joined
 from ..optimize.streams import Streams
-from ..optimize.walk import BlockResult, Walk
+from ..optimize.walk import Walk
 from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig

@@ -105,8 +105,8 @@ class Call:
     They were recorded for a micro-batch of `batch` windows. They serve every other micro-batch too, because all windows
     have the same length; those that depend on the text, or on earlier blocks, are markers (see above). number: the block's;
     axis: the dimension of the states that counts windows where the block sees them, which is 1 for Gemma 3n; it is always the
-    first one outside; hands: whether the next block is given what this one returns beside the states; carry: what earlier blocks have left; writes:
-    whether this block adds to it.
+    first one outside; hands: whether the next block is given what this one returns beside the states; carry: what
+    earlier blocks have left; writes: whether this block adds to it.
     """
 
     args: tuple

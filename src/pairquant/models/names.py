@@ -25,8 +25,8 @@ class Names:
     sources: parameter of the model → the source's tensors that it is made of, in the order in which they are joined;
     unknown: tensors of the source that the model's class does not use, such as heads that predict further tokens; changed:
     parameters whose values Transformers changes on loading, by more than joining tensors; renamed: from a parameter's name
-    to what a source would call it; cut: tensors of the source that Transformers cuts into several parameters; joins: whether Transformers joins the tensor of this name with others on loading and
-    changes nothing else, as it does with single experts.
+    to what a source would call it; cut: tensors of the source that Transformers cuts into several parameters; joins: whether
+    Transformers joins the tensor of this name with others on loading and changes nothing else, as it does with single experts.
     """
 
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -68,9 +68,9 @@ def _silent(_: dict) -> None:
 class BlockTask:
     """What to train: a block, on data.
 
-    call, validation_call: what the block is called with besides hidden states, on the text and on held-out windows; layouts: of its linears, by path; groups: the linears
-    (full paths) that share one transform, singletons included; seeds: for pair selection, by the first path of each
-    group; report: called with stage, epoch, loss (mean over the epoch's steps; None before training) and validation
+    call, validation_call: what the block is called with besides hidden states, on the text and on held-out windows;
+    layouts: of its linears, by path; groups: the linears (full paths) that share one transform, singletons included;
+    seeds: for pair selection, by the first path of each group; report: called with stage, epoch, loss (mean over the epoch's steps; None before training) and validation
     (what chooses the epoch, see `BlockData.held_out`).
     """
 

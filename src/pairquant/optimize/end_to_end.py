@@ -25,11 +25,13 @@ from ..spec.options import QuantConfig
 from ..spec.recipe import EndToEnd
 from ..support.errors import CalibrationError
 from .descent import Descent, leaves_of, pass_on
+from .finished import BlockResult
+from .homes import Home
 from .ranks import ALONE, Ranks
 from .stages import Groups, RefitStage
 from .streams import Places, Streams
 from .substituted import Substituted, Weights
-from .walk import BlockResult, Home, compute_dtype
+from .walk import compute_dtype
 
 #: Windows whose states are on the device at once where the divergence is measured: each time all weights are decoded.
 MEASURED_TOGETHER = 32

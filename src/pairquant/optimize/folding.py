@@ -29,10 +29,11 @@ from ..models.sites import Site
 from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.recipe import Recipe
+from .homes import Home
 from .moments import Moments
 from .search import Problem, loss_and_gradients
 from .streams import Places, Streams
-from .walk import Home, compute_dtype, seed_of
+from .walk import compute_dtype, seed_of
 
 #: Most rows of the readers of one norm that its transform is fitted on, evenly spaced.
 ROWS = 1024
@@ -94,8 +95,8 @@ def fit_shared(
     """Fit one rotation, of K = `spec.rotations`, and scales to problems that all have C channels.
 
     problems: weight [N, C] and hessian [C, C], floating, on any device: they are moved to `device` one at a time. one_scale: the
-    problems share their scales. angle_rate: the learning rate of the angles, as a multiple of the recipe's. starts: the scales that stand for the model as it is, a [C] for each problem, if these are not 1:
-    the fit begins with the better of both.
+    problems share their scales. angle_rate: the learning rate of the angles, as a multiple of the recipe's. starts: the scales
+    that stand for the model as it is, a [C] for each problem, if these are not 1: the fit begins with the better of both.
     told: called after each step.
     """
     search = _Search(problems, spec, recipe, seed, device, method, one_scale)

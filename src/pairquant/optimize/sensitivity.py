@@ -29,10 +29,11 @@ from ..spec.linear import Spec
 from ..spec.options import QuantConfig
 from ..spec.recipe import PRESETS, Recipe
 from ..support.errors import CalibrationError, ConfigError
+from .homes import Home
 from .moments import Moments, pooled
 from .search import Problem, fit_transforms
 from .streams import Places, Streams
-from .walk import Home, compute_dtype, seed_of
+from .walk import compute_dtype, seed_of
 
 #: The text to measure on: so many windows of so many tokens, cut from the calibration text.
 WINDOWS, WINDOW_TOKENS = 16, 512

@@ -1,7 +1,8 @@
 """How the linears of one block become packed ones: one strategy object for each kind of recipe.
 
 `Rounding` fits transforms on the quadratic proxy and rounds; `Refitting` trains what is continuous after that;
-`BlockTraining` is the paper's block-wise training, and `InTurn` what it does where activations are rounded. Each leaves every linear with its decoded weight.
+`BlockTraining` is the paper's block-wise training, and `InTurn` what it does where activations are rounded. Each leaves
+every linear with its decoded weight.
 """
 
 from __future__ import annotations

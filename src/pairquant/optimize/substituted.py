@@ -29,8 +29,8 @@ class Substituted(nn.Module):
         layouts: Mapping[str, LinearLayout],
         replaced: Collection[str] | None = None,
     ):
-        """layouts: of the block's linears, by path, whose activations may be rounded; replaced: full names of the parameters that will always be given. With them, the block may lose all of its weights:
-        what else it computes with is held here.
+        """layouts: of the block's linears, by path, whose activations may be rounded; replaced: full names of the parameters that
+        will always be given. With them, the block may lose all of its weights: what else it computes with is held here.
         """
         super().__init__()
         self.block, self.path, self.call = block.module, block.path, call

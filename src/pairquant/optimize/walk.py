@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.errors import ConfigError
 from .blockwise import BlockData
+from .finished import BlockResult, Finished, Nothing
+from .homes import Home, InPlace
 from .loans import Loans
 from .moments import Moments, MomentSum, Pool, pooled
 from .noise import SAMPLED_TOKENS, RoundedMoments
@@ -39,87 +41,6 @@ from .streams import Places, Streams
 
 #: The share of the earlier layers' error that the output embedding corrects, where the recipe corrects any.
 HEAD_DRIFT = 0.5
-
-
-@dataclass
-class BlockResult:
-    """One finished block. packed and errors by linear path; errors are relative output errors (`proxy_error`).
-
-    shared: groups of linears with one transform; tokens: how many each expert got, by the home of the experts; uncalled:
-    linears that no forward pass runs, left plain; parameters: other parameters of the block that were trained, by path;
-    history: what block-wise training reported; gpu_peak: most GPU memory allocated so far, bytes.
-    """
-
-    index: int
-    path: str
-    packed: dict[str, PackedLinear] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    shared: list[tuple[str, ...]] = field(default_factory=list)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    uncalled: list[str] = field(default_factory=list)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    gpu_peak: int = 0
-
-
-class Home(Protocol):
-    """Where blocks are when they are not worked on. stays: whether a block that leaves goes on computing as the quantized one."""
-
-    stays: bool
-
-    def dtype(self, block: Block) -> torch.dtype: ...
-    def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None: ...
-    def expect(self, block: Block, device: torch.device) -> None: ...
-    def leave(self, block: Block) -> None: ...
-
-
-class Finished(Protocol):
-    """What an earlier run left: results of the first `count` blocks, and perhaps the streams entering a later one."""
-
-    @property
-    def count(self) -> int: ...
-    def result(self, index: int) -> BlockResult: ...
-    def snapshot(self) -> tuple[int, dict[str, Tensor]] | None: ...
-
-
-class InPlace:
-    """The model holds all its weights; a block goes to the device and comes back."""
-
-    stays = True
-
-    def __init__(self) -> None:
-        self.stored_as: tuple[torch.device, torch.dtype] | None = None
-
-    def dtype(self, block: Block) -> torch.dtype:
-        return self.stored_as[1] if self.stored_as else next(block.module.parameters()).dtype
-
-    def enter(self, block: Block, device: torch.device, dtype: torch.dtype) -> None:
-        first = next(block.module.parameters())
-        self.stored_as = first.device, first.dtype
-        for module in (block.module, *lenders_of(block.module).values()):
-            module.to(device, dtype)
-
-    def expect(self, block: Block, device: torch.device) -> None:
-        """It is here already."""
-
-    def leave(self, block: Block) -> None:
-        assert self.stored_as is not None, "a block leaves that never entered"
-        for module in (block.module, *lenders_of(block.module).values()):
-            module.to(*self.stored_as)
-        self.stored_as = None
-
-
-class Nothing:
-    """No earlier run."""
-
-    count = 0
-
-    def result(self, index: int) -> BlockResult:
-        raise IndexError(index)
-
-    def snapshot(self) -> None:
-        return None
 
 
 @dataclass
@@ -342,7 +263,10 @@ class Walk:
 def quantize_blocks(
     model: nn.Module, tokens: Tensor | None, config: QuantConfig, device: torch.device
 ) -> Iterator[BlockResult]:
-    """Quantize a model in memory, in place: its modules then compute as the quantized layers do. tokens: int64 [samples, T]; recipes that look at no text need none."""
+    """Quantize a model in memory, in place: its modules then compute as the quantized layers do.
+
+    tokens: int64 [samples, T]; recipes that look at no text need none.
+    """
     fold_shared(model)
     settle_scales(model)
     plan, blocks = plan_model(model, config)

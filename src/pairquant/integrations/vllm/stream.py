@@ -33,8 +33,9 @@ def passed_on(
     """Yield the tensors that vLLM's model is to place itself: those that are not ours, decoded weights, and packed linears.
 
     weights: of the checkpoint; methods: of the model's layers; plain: path in the checkpoint → what is packed there but wanted
-    as a plain weight of this dtype; homeless: paths in the checkpoint of output embeddings that the model does without. Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged,
-    `ConfigError` for one that rounds what it reads.
+    as a plain weight of this dtype; homeless: paths in the checkpoint of output embeddings that the model does without.
+    Raises `CheckpointError` naming a linear to decode of which a tensor is missing or damaged, `ConfigError` for one that rounds
+    what it reads.
     """
     experts: dict[str, Callable[[Tensor], None]] = {}
     for method in methods:

@@ -51,7 +51,8 @@ class CpuCodes:
     packed: as `aten::_convert_weight_to_int4pack_for_cpu` returns them; PyTorch does not document the format.
     grid: bfloat16 [G, N, 2], scale and (8 - z) · scale, because the product computes (q - 8) · scale + zero.
     rows: uint8 [N · G, g/2 + 4], what `quantized::embedding_bag_4bit_unpack` decodes: two codes in a byte, the first one in its
-    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where `multiplies_bfloat16` is False, or others multiply many tokens.
+    low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where it is not needed: `multiplies_bfloat16` is
+    False, the decoded weight is kept, or another product multiplies many tokens.
     dense: bfloat16 [N, C], the decoded weight in the original basis, if it is kept; else [0, C].
     """
 
