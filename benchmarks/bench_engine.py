@@ -71,6 +71,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-head6": {"head_bits": 6},
     "ours-head8": {"head_bits": 8},
     "ours-3bits": {"bits": 3},
+    "ours-fp8": {"activations": "fp8"},
+    "ours-int8": {"activations": "int8"},
 }
 #: Experts are chosen at random, so that every contender has the same work: by random weights each would choose its own.
 ENVIRONMENT = {
