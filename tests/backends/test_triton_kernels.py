@@ -4,10 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from packed import check_rounded, random_packed, with_uneven_groups
+from packed import check_rounded, error, random_packed, with_uneven_groups
 
 pytest.importorskip("triton")
 
+from pairquant.backends.base import Backend
 from pairquant.backends.experts import experts_refusal
 from pairquant.backends.ops import run
 from pairquant.backends.triton_kernels import TritonKernels
@@ -114,3 +115,35 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
 def test_experts_with_rounded_activations_have_no_kernel():
     reason = experts_refusal(Spec(4, activations="int8").layout(128, 64), torch.device("cuda"), torch.float16)
     assert reason == "does not round the activations of experts, and the layer's are int8"
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.bfloat16), (20, torch.bfloat16), (3, torch.float32)], ids=str)
+def test_what_comes_before_is_computed_as_by_any_backend(packed, tokens, dtype):
+    """Also in float32, for which there is no kernel."""
+    tensors = BACKEND.prepare(packed, dtype)
+    generator = torch.Generator().manual_seed(2)
+    x, residual = torch.randn(2, tokens, 96, generator=generator).to(DEVICE, dtype)
+    norm = torch.rand(96, generator=generator).to(DEVICE, dtype)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    y, h = BACKEND.compute_after_norm(x, residual, norm, 1e-5, tensors, None, SIZES, 32)
+    want, total = Backend.compute_after_norm(BACKEND, x, residual, norm, 1e-5, tensors, None, SIZES, 32)
+    assert error(y, want) < bound
+    assert error(h, total) < bound
+    given = torch.cat([x, residual], -1)
+    want = Backend.compute_after_silu(BACKEND, given, tensors, None, SIZES, 32)
+    assert error(BACKEND.compute_after_silu(given, tensors, None, SIZES, 32), want) < bound
+
+
+@pytest.mark.parametrize(
+    ("before", "dtype", "activations", "faster"),
+    [
+        ("norm", torch.bfloat16, None, True),
+        ("norm", torch.float16, None, False),
+        ("silu", torch.float16, None, True),
+        ("silu", torch.float32, None, False),
+        ("silu", torch.bfloat16, "int8", False),
+    ],
+)
+def test_for_which_layers_it_pays_to_compute_what_comes_before(before, dtype, activations, faster):
+    layout = Spec(4, 32, 2, activations=activations).layout(96, 40)
+    assert BACKEND.fuses(before, layout, dtype) == faster

@@ -76,6 +76,40 @@ class TritonKernels(Backend):
         choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)
         return launch.linear(x, weights, bias, choice)
 
+    def fuses(self, before: str, layout: LinearLayout, dtype: torch.dtype) -> bool:
+        allowed = (torch.bfloat16,) if before == "norm" else (torch.float16, torch.bfloat16)
+        return layout.activations is None and dtype in allowed
+
+    def compute_after_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float32:
+            return super().compute_after_norm(x, residual, norm, eps, tensors, bias, sizes, group_size)
+        from ..kernels.run import launch_norm
+
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
+        return launch_norm.norm_linear(x, residual, norm, eps, weights, bias, choice)
+
+    def compute_after_silu(
+        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+    ) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().compute_after_silu(x, tensors, bias, sizes, group_size)
+        from ..kernels.run import launch_norm
+
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
+        return launch_norm.silu_linear(x, weights, bias, choice)
+
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         from ..kernels.run.launch import decode
 

@@ -45,6 +45,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Return the launch options with which a kernel may start before its predecessor has ended, if that is wanted."""
     on = wanted and features(device)["DEPENDENT"]
@@ -59,7 +64,7 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
     """
     if weights.rotation.idle and isinstance(choice, Narrow) and x.shape[1] % 128 == 0 and x.is_contiguous():
         return x[None]
-    overlap = _overlaps(choice, weights.rotation.transforms)
+    overlap = overlaps(choice, weights.rotation.transforms)
     return rotate_padded(x, weights.rotation, isinstance(choice, Wide), overlap)
 
 
@@ -99,7 +104,7 @@ def rotate_relative(x: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tenso
     return out, peaks
 
 
-def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
+def overlaps(choice: Narrow | Wide, transforms: int) -> bool:
     """Tell whether rotation and product may start before their predecessors have ended.
 
     With several transforms they may not: their rotation still keeps many multiprocessors busy when the programs of the
@@ -120,9 +125,7 @@ def _givens(
     peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
-    rows = 1 if tokens <= 16 else 4
-    if not features(x.device)["NATIVE"]:
-        rows = 1 << (min(tokens, 128) - 1).bit_length()  # few programs, as the interpreter is slow for each
+    rows = givens_rows(tokens, x.device)
     blocks = rotation.coefficients.shape[1]
     givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
         x,
@@ -145,6 +148,13 @@ def _givens(
         num_warps=1,
         **dependent(x.device, overlap),
     )
+
+
+def givens_rows(tokens: int, device: torch.device) -> int:
+    """Return how many tokens a program rotates in K steps."""
+    if not features(device)["NATIVE"]:
+        return power_of_two(min(tokens, 128))  # few programs, as the interpreter is slow for each
+    return 1 if tokens <= 16 else 4
 
 
 def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
@@ -212,13 +222,25 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narro
     return product(rotate_for(choice, x, weights), weights, bias, choice)
 
 
-def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice."""
+def product(
+    x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide, squares: Tensor | None = None
+) -> Tensor:
+    """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice.
+
+    squares: None, or of what `launch_norm` has rotated, float32 [M, KB], by the root of whose sum each token is divided.
+    """
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
-    before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
+    before = (
+        x_rot,
+        weights.words,
+        weights.grid,
+        out if bias is None else bias,
+        out,
+        out if squares is None else squares,
+    )
     after = (
         weights.arrivals,
         tokens,
@@ -234,10 +256,11 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "GROUPS": layout.groups_per_block,
         "SHARED": transforms == 1,
         "BITS": weights.bits,
+        "NORM": 0 if squares is None else power_of_two(layout.k_blocks),
         "HAS_BIAS": bias is not None,
         "NATIVE": features(device)["NATIVE"],
         "num_warps": choice.warps,
-        **dependent(device, _overlaps(choice, transforms)),
+        **dependent(device, overlaps(choice, transforms)),
     }
     with current(device):
         if isinstance(choice, Narrow):
