@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,19 +250,8 @@ def product(
         out.shape[1] // 8,
         *segments(layout),
     )
-    in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
-    options = {
-        "BN": choice.rows,
-        "STAGES": stages_for(choice.stages, weights.bits, *in_stage, device),
-        "GROUPS": layout.groups_per_block,
-        "SHARED": transforms == 1,
-        "BITS": weights.bits,
-        "NORM": 0 if squares is None else power_of_two(layout.k_blocks),
-        "HAS_BIAS": bias is not None,
-        "NATIVE": features(device)["NATIVE"],
-        "num_warps": choice.warps,
-        **dependent(device, overlaps(choice, transforms)),
-    }
+    options = _options(choice, weights, transforms, device)
+    options |= {"HAS_BIAS": bias is not None, "NORM": 0 if squares is None else power_of_two(layout.k_blocks)}
     with current(device):
         if isinstance(choice, Narrow):
             split = choice.split
@@ -285,6 +275,21 @@ def product(
             partial = out if tiles % programs == 0 else scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
     return out
+
+
+def _options(choice: Narrow | Wide, weights: KernelWeights, transforms: int, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of the products' kernels that the choice, the weights and the device decide."""
+    in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
+    return {
+        "BN": choice.rows,
+        "STAGES": stages_for(choice.stages, weights.bits, *in_stage, device),
+        "GROUPS": weights.layout.groups_per_block,
+        "SHARED": transforms == 1,
+        "BITS": weights.bits,
+        "NATIVE": features(device)["NATIVE"],
+        "num_warps": choice.warps,
+        **dependent(device, overlaps(choice, transforms)),
+    }
 
 
 def stages_for(wanted: int, bits: int, rows: int, tokens: int, blocks: int, device: torch.device) -> int:
