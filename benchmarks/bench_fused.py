@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fused-h100.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.recompile_limit = 64
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "unit": "us", "blocks": {}}
     for model in options.models:
