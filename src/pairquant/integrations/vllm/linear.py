@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.base import Prepared
+from ...backends.fused_ops import norm_linear, silu_linear
 from ...backends.ops import run
 from ...backends.table import BY_NAME, DENSE, prepare_all
 from ...spec.fields import ROWS, Field
@@ -34,10 +35,14 @@ ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 
 @register_weight_loader_v2_supported_method
 class PairQuantLinearMethod(LinearMethodBase):
-    """Creates, loads, checks, repacks and runs the weights of one layer, at `prefix` in vLLM's model."""
+    """Creates, loads, checks, repacks and runs the weights of one layer, at `prefix` in vLLM's model.
+
+    before: what comes before the layer and runs with it: "norm", "silu" or, if nothing does, None (see `fusion`).
+    """
 
     def __init__(self, spec: Spec, prefix: str):
         self.spec, self.prefix = spec, prefix
+        self.before: str | None = None
 
     def create_weights(
         self,
@@ -71,11 +76,15 @@ class PairQuantLinearMethod(LinearMethodBase):
         linears = pending.linears({name: getattr(layer, name).data for name in pending.layouts[0].fields()})
         for name in pending.layouts[0].fields():
             delattr(layer, name)
-        layer.pairquant = _Ready.build(layer, linears, pending.dtype)
+        layer.pairquant = Ready.build(layer, linears, pending.dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., C] → [..., N]."""
-        ready: _Ready = layer.pairquant
+        """x [..., C] → [..., N]. After "norm" x is the result, [..., N]; before "silu" it is gate and up, [..., 2 C]."""
+        ready: Ready = layer.pairquant
+        if self.before == "norm":
+            return x
+        if self.before == "silu":
+            return ready.run_after_silu(layer, x, bias)
         if len(ready.prepared) == 1:
             return ready.run(layer, 0, x, bias)
         y = torch.cat([ready.run(layer, i, x, None) for i in range(len(ready.prepared))], dim=-1)
@@ -177,7 +186,7 @@ def _by_rows(stored: Field, out_features: int, loader: Callable) -> nn.Parameter
     return PackedvLLMParameter(packed_dim=1, packed_factor=rows_per_entry, **cut)
 
 
-class _Ready:
+class Ready:
     """A layer that runs: what its backend prepared, the tensors as buffers of the layer.
 
     The first buffer is called `weight` where it is the dense weight, else `qweight`: vLLM looks there for the device of
@@ -190,7 +199,7 @@ class _Ready:
         self.prepared = [replace(p, tensors=[]) for p in prepared]  # the layer holds the tensors
 
     @classmethod
-    def build(cls, layer: Any, linears: list[PackedLinear], dtype: torch.dtype) -> _Ready:
+    def build(cls, layer: Any, linears: list[PackedLinear], dtype: torch.dtype) -> Ready:
         """Prepare the linears for activations of this dtype, and give the layer the tensors."""
         made = prepare_all(linears, dtype)
         ready = cls(made)
@@ -204,3 +213,15 @@ class _Ready:
         tensors, prepared = [getattr(layer, name) for name in self.names[index]], self.prepared[index]
         backend, sizes = BY_NAME[prepared.backend], prepared.out_features
         return run(backend, x, tensors, bias, sizes, prepared.group_size, prepared.activations)
+
+    def run_after_norm(
+        self, layer: Any, x: Tensor, residual: Tensor, norm: Tensor, eps: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the only prepared on the RMSNorm of x + residual, both [..., C]: [..., N], and the sum."""
+        tensors, one = [getattr(layer, name) for name in self.names[0]], self.prepared[0]
+        return norm_linear(x, residual, norm, eps, tensors, bias, list(one.out_features), one.group_size, one.backend)
+
+    def run_after_silu(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the only prepared on silu(gate) · up, x [..., 2 C] → [..., N]."""
+        tensors, one = [getattr(layer, name) for name in self.names[0]], self.prepared[0]
+        return silu_linear(x, tensors, bias, list(one.out_features), one.group_size, one.backend)
