@@ -1,17 +1,18 @@
 """Residual + RMSNorm and SiLU · up, computed with the rotation of the linear that follows or by kernels of their own, on a GPU.
 
-    python benchmarks/bench_fused.py [--rows 16 32] [--output benchmarks/results/fused-h100.json]
+    python benchmarks/bench_fused.py [--models LLaMA-3-8B] [--output benchmarks/results/fused-h100.json]
 
 For the q/k/v, gate/up and down projections of one decoder block, bf16, rotations shared: microseconds of everything from the
 residual, or from gate and up, to the projection's output. "apart": torch.compile makes one kernel of the norm, or of SiLU · up,
 then rotation and product as `bench_kernels.py` measures them; "fused": `launch_norm`. CUDA graphs over as many copies of the weights
-as exceed twice the L2 cache, median of several replays. --rows: tokens of a program of the fused dense rotation, each measured.
+as exceed twice the L2 cache, replayed in turn, so that both meet the same clocks; the median of several replays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from bench_kernels import DEVICE, GROUP, MODELS, ROTATIONS, copies, measure, save
+from bench_kernels import DEVICE, GROUP, MODELS, ROTATIONS, copies, save
 
 from pairquant.kernels.availability import device_class
 from pairquant.kernels.run import launch, launch_norm
@@ -29,7 +30,6 @@ from pairquant.kernels.run.tune import random_weights
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EPS = 1e-5
 DTYPE = torch.bfloat16
-FEW_ROWS = launch_norm.FEW_ROWS
 
 
 @torch.compile(dynamic=False)
@@ -79,7 +79,31 @@ def agree(apart: torch.Tensor, fused: torch.Tensor) -> None:
         raise SystemExit(f"the fused kernels differ by {error:.4f}")
 
 
-def bench(model: str, rows: list[int]) -> dict[int, dict[str, float]]:
+def in_turn(methods: dict[str, list[Callable[[], Any]]], at_least: int, replays: int = 15) -> dict[str, float]:
+    """Method → median microseconds per call, the graphs of all methods replayed one after the other each time."""
+    graphs, times = {}, {method: [] for method in methods}
+    for method, calls in methods.items():
+        for call in calls[:2]:
+            call()
+        sequence = [calls[i % len(calls)] for i in range(max(at_least, len(calls)))]
+        torch.cuda.synchronize()
+        graphs[method] = torch.cuda.CUDAGraph(), len(sequence)
+        with torch.cuda.graph(graphs[method][0]):
+            for call in sequence:
+                call()
+    for turn in range(replays + 2):
+        for method, (graph, number) in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                times[method].append(start.elapsed_time(end) * 1e3 / number)
+    return {method: statistics.median(found) for method, found in times.items()}
+
+
+def bench(model: str) -> dict[int, dict[str, float]]:
     """Tokens → "linear, method" → microseconds."""
     qkv, _, gate_up, down = MODELS[model]
     table: dict[int, dict[str, float]] = {tokens: {} for tokens in TOKENS}
@@ -88,13 +112,9 @@ def bench(model: str, rows: list[int]) -> dict[int, dict[str, float]]:
         bytes_each = sum(sizes) * channels // 2
         weights = copies(lambda s=sizes, c=channels: random_weights(s, c, GROUP, DEVICE, ROTATIONS), bytes_each)
         for tokens in TOKENS:
-            few = 48 if tokens <= 256 else 12
-            calls = before(tokens, sizes, channels, weights)
-            row = {m: measure([lambda w=w, c=c: c(w) for w in weights], few) for m, c in calls.items()}
-            for other in rows if before is after_norm and 8 < tokens < launch_norm.MANY_FROM else ():
-                launch_norm.FEW_ROWS = other
-                row[f"fused, {other} rows"] = measure([lambda w=w: calls["fused"](w) for w in weights], few)
-            launch_norm.FEW_ROWS = FEW_ROWS
+            methods = before(tokens, sizes, channels, weights)
+            calls = {m: [lambda w=w, c=call: c(w) for w in weights] for m, call in methods.items()}
+            row = in_turn(calls, 48 if tokens <= 256 else 12)
             table[tokens] |= {f"{name}, {method}": round(us, 2) for method, us in row.items()}
     for row in table.values():
         for method in ("apart", "fused"):
@@ -105,7 +125,6 @@ def bench(model: str, rows: list[int]) -> dict[int, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", type=int, nargs="*", default=[])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fused-h100.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -113,7 +132,7 @@ def main() -> None:
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "unit": "us", "blocks": {}}
     for model in options.models:
-        results["blocks"][model] = bench(model, options.rows)
+        results["blocks"][model] = bench(model)
         print(model)
         for tokens, row in results["blocks"][model].items():
             print(f"  {tokens:5} " + json.dumps(row), flush=True)

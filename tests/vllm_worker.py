@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 PROMPT = [5, 80, 41, 200, 7, 19, 101, 150, 33, 64, 90, 12, 240, 8, 77, 120]
@@ -55,17 +54,18 @@ def set_fusing(fused: bool | None) -> None:
             backend.__dict__.pop("fuses", None)
 
 
-@contextmanager
-def listening():
-    """Yields the list of what our plugin logs meanwhile."""
+def listen() -> list[str]:
+    """Return the list of what will be logged about layers that compute what comes before them."""
+    from pairquant.integrations.vllm import fusion
+
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("vllm.pairquant")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield said
-    logger.removeHandler(handler)
+    fusion.LOGGER = logging.Logger(
+        "heard", logging.INFO
+    )  # what vLLM does to loggers below its own does not matter to it
+    fusion.LOGGER.addHandler(handler)
+    return said
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         try:
             set_fusing(job.get("fused"))
-            with listening() as said:
-                result = {"logprobs": logprobs(job["model"], job["options"], job.get("adapter")), "said": said}
+            said = listen()
+            result = {"logprobs": logprobs(job["model"], job["options"], job.get("adapter")), "said": said}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         torch.save(result, job["output"])

@@ -8,7 +8,6 @@ pytest.importorskip("triton")
 from packed import BOUND, DEVICE, GPU, error, random_packed
 
 from pairquant.core.linear import decode
-from pairquant.core.rotation import rotate
 from pairquant.kernels.run import launch, launch_norm
 from pairquant.kernels.run.table import Dense, Narrow, Wide
 from pairquant.kernels.run.weights import KernelWeights
@@ -147,20 +146,3 @@ def test_without_a_transform_the_norm_is_computed_on_the_way(generator):
         y, _ = launch_norm.norm_linear(x, residual, norm, EPS, weights, None, choice)
         want, limit = limits([packed], normalized(x, residual, norm), torch.bfloat16)
         assert error(y, want) < limit
-
-
-def test_the_dense_rotation_of_more_tokens_is_the_rotation(generator):
-    """Both sizes of tiles, each with a part that is not full."""
-    (packed,), weights = built(((128,), 256, 128, 8, True))
-    for tokens in (launch_norm.FEW_ROWS + 1, launch_norm.MANY_FROM):
-        x, residual, norm = inputs(tokens, 256, torch.bfloat16, generator)
-        x_rot, h, squares = launch_norm.rotate_sum(WIDE, x, residual, norm, EPS, weights)
-        exact = x.double() + residual.double()
-        assert torch.equal(h, total(x, residual))
-        want = (exact.square().mean(-1) + EPS).float()
-        assert torch.allclose(squares.sum(-1), want, rtol=1e-5)
-        scaled = exact * norm.double() * packed["channel_scales"].double()
-        turned = rotate(scaled, packed["theta"].double(), packed["pairs"], 128)
-        place = torch.arange(256)
-        place = (place & ~15) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)  # mma_order
-        assert error(x_rot[0][:, place], turned) < 0.01

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,20 +227,13 @@ def product(
 ) -> Tensor:
     """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice.
 
-    squares: None, or of what `launch_norm` has rotated, float32 [M, KB], by the root of whose sum each token is divided.
+    squares: None, or for a `Narrow` choice float32 [M, KB], by the root of whose sum each token is divided (`launch_norm`).
     """
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
-    before = (
-        x_rot,
-        weights.words,
-        weights.grid,
-        out if bias is None else bias,
-        out,
-        out if squares is None else squares,
-    )
+    before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
     after = (
         weights.arrivals,
         tokens,
@@ -250,18 +242,30 @@ def product(
         out.shape[1] // 8,
         *segments(layout),
     )
-    options = _options(choice, weights, transforms, device)
-    options |= {"HAS_BIAS": bias is not None, "NORM": 0 if squares is None else power_of_two(layout.k_blocks)}
+    in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
+    options = {
+        "BN": choice.rows,
+        "STAGES": stages_for(choice.stages, weights.bits, *in_stage, device),
+        "GROUPS": layout.groups_per_block,
+        "SHARED": transforms == 1,
+        "BITS": weights.bits,
+        "HAS_BIAS": bias is not None,
+        "NATIVE": features(device)["NATIVE"],
+        "num_warps": choice.warps,
+        **dependent(device, overlaps(choice, transforms)),
+    }
     with current(device):
         if isinstance(choice, Narrow):
             split = choice.split
             partial = out if split == 1 else scratch(device, split, tokens, layout.padded_rows)
             narrow_kernel[(layout.padded_rows // choice.rows, split)](
                 *before,
+                out if squares is None else squares,
                 partial,
                 *after,
                 choice.prefetch,
                 **options,
+                NORM=0 if squares is None else power_of_two(layout.k_blocks),
                 WARPS=choice.warps,
                 BM=8 if tokens <= 8 else 16,
                 ONE=tokens == 1,
@@ -275,21 +279,6 @@ def product(
             partial = out if tiles % programs == 0 else scratch(device, programs, 2, choice.rows, choice.tokens)
             wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
     return out
-
-
-def _options(choice: Narrow | Wide, weights: KernelWeights, transforms: int, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of the products' kernels that the choice, the weights and the device decide."""
-    in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
-    return {
-        "BN": choice.rows,
-        "STAGES": stages_for(choice.stages, weights.bits, *in_stage, device),
-        "GROUPS": weights.layout.groups_per_block,
-        "SHARED": transforms == 1,
-        "BITS": weights.bits,
-        "NATIVE": features(device)["NATIVE"],
-        "num_warps": choice.warps,
-        **dependent(device, overlaps(choice, transforms)),
-    }
 
 
 def stages_for(wanted: int, bits: int, rows: int, tokens: int, blocks: int, device: torch.device) -> int:

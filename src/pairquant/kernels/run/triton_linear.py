@@ -177,7 +177,6 @@ def wide_kernel(
     grid_ptr,
     bias_ptr,
     out_ptr,
-    squares_ptr,
     partial_ptr,  # float32 [programs, 2, BN, BM]
     arrivals_ptr,  # int32 [programs], all zero before and after the launch
     tokens,
@@ -195,7 +194,6 @@ def wide_kernel(
     GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
     BITS: tl.constexpr,
-    NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -258,8 +256,6 @@ def wide_kernel(
                 tl.store(arrivals_ptr + first_program, 0)
                 whole = True
         if whole:
-            if NORM:
-                acc *= inverse_root(load_squares(squares_ptr, m, tokens, k_blocks, NORM))[None, :]
             store_rows(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
         begin += stop - start
 

@@ -63,13 +63,6 @@ def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constex
 
 
 @triton.jit
-def split_matrix(matrix, dtype: tl.constexpr):
-    """Return a float16 matrix as a sum of two of this dtype; the second holds what bfloat16 cannot."""
-    high = matrix.to(tl.float32).to(dtype)
-    return high, (matrix.to(tl.float32) - high.to(tl.float32)).to(dtype)
-
-
-@triton.jit
 def relative(x, peaks_at, here):
     """Divide the rows of x, float32 [TOKENS, 128], by their largest magnitudes, and store these at `peaks_at` [TOKENS].
 
@@ -155,7 +148,8 @@ def dense_rotate_kernel(
     c = tl.program_id(0) * 128 + k
     matrix = tl.load(matrix_ptr + (transform * 128 + k)[:, None] * out_channels + c[None, :])
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    high, low = split_matrix(matrix, dtype)
+    high = matrix.to(tl.float32).to(dtype)
+    low = (matrix.to(tl.float32) - high.to(tl.float32)).to(dtype)  # the part that bfloat16 cannot hold of a float16
     if DEPENDENT:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
