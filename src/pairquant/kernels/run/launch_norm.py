@@ -105,5 +105,7 @@ def silu(x: Tensor) -> Tensor:
     tokens, channels = x.shape[0], x.shape[1] // 2
     out = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
     with current(x.device):
-        silu_kernel[(tokens, cdiv(channels, SILU_WIDTH))](x, out, channels, x.stride(0), WIDTH=SILU_WIDTH, num_warps=4)
+        silu_kernel[(tokens, cdiv(channels, SILU_WIDTH))](
+            x, out, channels, x.stride(0), WIDTH=SILU_WIDTH, num_warps=4, **dependent(x.device)
+        )
     return out
