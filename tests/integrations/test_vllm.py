@@ -209,7 +209,7 @@ def rounding(root):
 
 @pytest.fixture(scope="module")
 def answers(checkpoints, adapted, rounding, root):
-    """(name, dtype), FUSED, "rounded" and "adapter" → log-probabilities from vLLM, and what was logged."""
+    """(name, dtype), FUSED, "rounded", "adapter" and "compiled" → log-probabilities from vLLM, and what was logged."""
     wanted = [(name, "bfloat16") for name in checkpoints] + [("qwen2", "float32")]
     jobs = [{"model": str(checkpoints[name][0]), "options": {"dtype": dtype}} for name, dtype in wanted]
     jobs += [
@@ -217,8 +217,11 @@ def answers(checkpoints, adapted, rounding, root):
     ]
     llama = {"model": str(checkpoints["llama"][0]), "options": {"dtype": "bfloat16"}, "fused": True}
     lora = {**llama, "adapter": str(adapted[0])}
+    graph = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}  # traced, but by no compiler
+    compiled = {**llama, "options": {**llama["options"], **graph}}
     rounded = {"model": str(rounding), "options": {"dtype": "float32"}}
-    return dict(zip([*wanted, *FUSED, "rounded", "adapter"], run([*jobs, rounded, lora], root), strict=True))
+    names = [*wanted, *FUSED, "rounded", "adapter", "compiled"]
+    return dict(zip(names, run([*jobs, rounded, lora, compiled], root), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -250,17 +253,11 @@ def test_layers_with_what_comes_before_them_give_the_same(answers, name, dtype, 
     assert answers[name, dtype]["said"] == [], "no backend of CPUs is faster so"
 
 
-def test_a_compiled_graph_of_layers_with_what_comes_before_them_gives_the_same(checkpoints, noise, root):
-    path, expected = checkpoints["llama"]
-    job = {
-        "model": str(path),
-        "options": {"dtype": "bfloat16", "enforce_eager": False, "compilation_config": {"backend": "eager"}},
-        "fused": True,
-    }
-    (answer,) = run([job], root)
-    assert "error" not in answer, answer
-    assert len(answer["said"]) == 1
-    assert divergence(expected, answer["logprobs"]) < noise["llama"]
+def test_one_graph_holds_layers_with_what_comes_before_them_for_any_number_of_tokens(checkpoints, noise, answers):
+    found = answers["compiled"]
+    assert "error" not in found, found
+    assert len(found["said"]) == 1
+    assert divergence(checkpoints["llama"][1], found["logprobs"]) < noise["llama"]
 
 
 def test_layers_that_may_get_adapters_stay_as_they_are(answers):
