@@ -125,7 +125,7 @@ def _givens(
     peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
-    rows = givens_rows(tokens, x.device)
+    rows, early = givens_rows(tokens, x.device), dependent(x.device)
     blocks = rotation.coefficients.shape[1]
     givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
         x,
@@ -145,8 +145,9 @@ def _givens(
         IDENTITY=identity,
         ACTIVATION=activation,
         PEAKS=peaks is not None,
+        TRIGGER=early["DEPENDENT"] and overlap,
         num_warps=1,
-        **dependent(x.device, overlap),
+        **early,
     )
 
 

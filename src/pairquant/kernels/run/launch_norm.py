@@ -52,7 +52,7 @@ def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
 def rotate_sum(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, weights: KernelWeights, overlap: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate h · w, not yet normalized, by all T transforms; overlap: as of `launch.rotate_padded`.
+    """Rotate h · w, not yet normalized, by all T transforms; overlap: whether the product may start meanwhile.
 
     Returns it for a `Narrow` choice, [T, M, 128 KB]; h [M, C]; and float32 [M, KB], whose sums over KB are mean(h²) + eps.
     """
@@ -61,7 +61,7 @@ def rotate_sum(
     out = torch.empty(transforms, tokens, blocks * 128, dtype=x.dtype, device=x.device)
     h = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
     squares = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)
-    rows = launch.givens_rows(tokens, x.device)
+    rows, early = launch.givens_rows(tokens, x.device), dependent(x.device)
     with current(x.device):
         norm_givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
             x,
@@ -81,8 +81,9 @@ def rotate_sum(
             blocks,
             K=rotation.rotations,
             TOKENS=rows,
+            TRIGGER=early["DEPENDENT"] and overlap,
             num_warps=1,
-            **dependent(x.device, overlap),
+            **early,
         )
     return out, h, squares
 

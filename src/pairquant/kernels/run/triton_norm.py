@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from .triton_rotate import load_input, rotate_block
+from .triton_rotate import load_input, load_steps, rotate_block
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def norm_givens_kernel(
     blocks,  # KB
     K: tl.constexpr,
     TOKENS: tl.constexpr,
+    TRIGGER: tl.constexpr,  # whether the next kernel may start before this one has ended
     DEPENDENT: tl.constexpr,
 ):
     """Add, scale and rotate one block of 128 channels of TOKENS tokens, as `triton_rotate.givens_kernel`."""
@@ -54,8 +55,11 @@ def norm_givens_kernel(
     transform = tl.program_id(2)
     factor = tl.load(norm_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     factor *= tl.load(scales_ptr + transform * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    at = (transform * blocks + block) * K
+    steps = load_steps(coefficients_ptr + at * 256, partners_ptr + at * 128, K)
     if DEPENDENT:
         tl_cuda.gdc_wait()
+    if TRIGGER:
         tl_cuda.gdc_launch_dependents()
     here = (t < tokens)[:, None] & (c < channels)[None, :]
     token = t.to(tl.int64)[:, None]
@@ -65,8 +69,7 @@ def norm_givens_kernel(
         tl.store(sum_ptr + token * channels + c[None, :], h.to(sum_ptr.dtype.element_ty), mask=here)
         part = tl.sum(h * h, 1) / channels + tl.where(block == 0, eps, 0.0)
         tl.store(squares_ptr + t * blocks + block, part, mask=t < tokens)
-    at = (transform * blocks + block) * K
-    y = rotate_block(h * factor[None, :], coefficients_ptr + at * 256, partners_ptr + at * 128, K, TOKENS)
+    y = rotate_block(h * factor[None, :], steps, TOKENS)
     row = (transform * tokens + token) * (blocks * 128)
     tl.store(out_ptr + row + c[None, :], y.to(out_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
 
