@@ -1,5 +1,6 @@
 """Our Triton kernels as a backend: stored tensors come back, three linears at most go together, products are right."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,8 @@ from pairquant.backends.experts import experts_refusal
 from pairquant.backends.ops import run
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
+from pairquant.kernels.run.decoded_budget import Budget
+from pairquant.kernels.run.table import DECODED_FROM
 from pairquant.kernels.run.weights import KernelWeights
 from pairquant.spec.activations import FORMATS
 from pairquant.spec.linear import Spec
@@ -51,6 +54,50 @@ def test_products_and_gradients(packed, dtype):
     back = BACKEND.input_gradient(grad, tensors, SIZES, 32).float()
     expected = grad.float() @ torch.cat([decode(p) for p in packed])
     assert (back - expected).norm() / expected.norm() < 2e-3
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """A budget of this process for the decoded weights of `packed`, once."""
+    found = Budget(2 * 96 * sum(SIZES))
+    monkeypatch.setattr("pairquant.backends.triton_kernels.budget", lambda device: found)
+    return found
+
+
+def test_decoded_weights_are_kept_within_the_budget_and_multiply_x_itself(packed, limit):
+    kept, not_kept = (BACKEND.prepare(packed, torch.float16) for _ in range(2))
+    assert limit.taken == limit.limit
+    dense = KernelWeights.of_tensors(kept, SIZES, 32).decoded
+    assert KernelWeights.of_tensors(not_kept, SIZES, 32).decoded is None
+    assert (dense.float() - torch.cat([decode(p) for p in packed])).norm() < 1e-3 * dense.float().norm()
+    x = torch.randn(DECODED_FROM, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    bias = torch.randn(sum(SIZES), generator=torch.Generator().manual_seed(1)).to(DEVICE).half()
+    want = torch.nn.functional.linear(x, dense, bias)
+    assert torch.equal(BACKEND.compute(x, kept, bias, SIZES, 32), want)
+    few = x[:3]
+    assert torch.equal(BACKEND.compute(few, kept, bias, SIZES, 32), BACKEND.compute(few, not_kept, bias, SIZES, 32))
+    assert torch.equal(BACKEND.input_gradient(want, kept, SIZES, 32), want @ dense)
+    assert BACKEND.stored(kept, SIZES, 1, packed[1].layout)["qweight"].equal(packed[1]["qweight"])
+    del kept, dense
+    gc.collect()
+    assert limit.taken == 0
+
+
+@pytest.mark.parametrize(("activations", "dtype"), [("int8", torch.float16), (None, torch.float32)])
+def test_decoded_weights_are_not_kept_where_they_would_not_multiply(activations, dtype, limit):
+    packed = [random_packed(40, 96, 32, 2, 0, activations=activations).to(DEVICE)]
+    BACKEND.prepare(packed, dtype)
+    assert limit.taken == 0
+
+
+def test_a_decoding_that_fails_gives_back_what_it_took(packed, limit, monkeypatch):
+    def fail(weights, dtype):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("pairquant.kernels.run.launch.decode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        BACKEND.prepare(packed, torch.float16)
+    assert limit.taken == 0
 
 
 @pytest.mark.parametrize("activations", FORMATS)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.availability import device_class, has_float8, triton_missing
 from ..kernels.run import row_scales, table
+from ..kernels.run.decoded_budget import budget
 from ..kernels.run.weights import MAX_SEGMENTS, KernelWeights
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
 
 
 class TritonKernels(Backend):
-    """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table."""
+    """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table.
+
+    Where the user gave memory for it, decoded weights are kept, and multiply many tokens by themselves.
+    """
 
     name = "triton"
     replaces = ("qweight", "qzeros", "scales")
@@ -46,7 +51,7 @@ class TritonKernels(Backend):
                 weights = with_row_scales(weights, layout.activations)
             elif not torch.compiler.is_compiling():
                 warnings.warn(f"{self.name}: {row_scales.WARNING}", stacklevel=2)
-        return weights.tensors()
+        return _with_decoded(weights, layout, dtype).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
         return KernelWeights.of_tensors(tensors, (), group_size).rotation.channels
@@ -64,6 +69,8 @@ class TritonKernels(Backend):
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
         kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
+        if weights.decoded is not None and weights.decoded.dtype == x.dtype and tokens >= table.DECODED_FROM:
+            return torch.nn.functional.linear(x, weights.decoded, bias)
         if activations is not None:
             from ..kernels.run import launch_rounded
 
@@ -113,12 +120,36 @@ class TritonKernels(Backend):
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         from ..kernels.run.launch import decode
 
-        return grad @ decode(KernelWeights.of_tensors(tensors, sizes, group_size), grad.dtype)
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if weights.decoded is not None and weights.decoded.dtype == grad.dtype:
+            return grad @ weights.decoded
+        return grad @ decode(weights, grad.dtype)
 
     def stored(
         self, tensors: Sequence[Tensor], sizes: Sequence[int], index: int, layout: LinearLayout
     ) -> dict[str, Tensor]:
         return KernelWeights.of_tensors(tensors, sizes, layout.group_size).stored(index, layout)
+
+
+def _with_decoded(weights: KernelWeights, layout: LinearLayout, dtype: torch.dtype) -> KernelWeights:
+    """Decode the weights, to be kept, if they multiply 16-bit activations and the user's memory for it is not used up.
+
+    Not while torch.compile traces, which would count them in a graph's place.
+    """
+    if dtype.itemsize != 2 or layout.activations is not None or torch.compiler.is_compiling():
+        return weights
+    from ..kernels.run.launch import decode
+
+    nbytes = sum(weights.out_features) * weights.rotation.channels * dtype.itemsize
+    if not (limit := budget("cuda")).take(nbytes):
+        return weights
+    try:
+        decoded = decode(weights, dtype)
+    except BaseException:
+        limit.give_back(nbytes)
+        raise
+    limit.give_back_with(decoded)
+    return replace(weights, decoded=decoded)
 
 
 def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:

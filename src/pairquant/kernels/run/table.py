@@ -98,6 +98,11 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
 DENSE = Dense(16384)
 
 
+#: From so many tokens on, a decoded weight that is kept (`decoded_budget`) is faster than its codes: the linears of an 8B block
+#: with 128 tokens take 165 us on an H100, in 16 bits 178; with 256 tokens 267 and 207.
+DECODED_FROM = 129
+
+
 def _row(*choices: Choice) -> dict[int, Choice]:
     return dict(zip(TOKENS, choices, strict=True))
 
