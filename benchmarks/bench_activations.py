@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="quantize only so many blocks, to try things out")
     options = parser.parse_args()
     if options.blocks is not None and "-trained" in options.methods:
-        parser.error("--blocks leaves blocks as they are, and the last training needs all: leave it or the trained methods out")
+        parser.error(
+            "--blocks leaves blocks as they are, and the last training needs all: leave it or the trained methods out"
+        )
     experiment = Experiment.of(options)
     base = replace(experiment.config, group_size=options.group_size)
     done = _done(options.output)

@@ -78,7 +78,7 @@ EVEN_STEPS = {"int8": 1.0, "fp8": 2.0**-6 / E4M3_MAX, "int4": 1.0, "mxfp4": 0.25
 
 
 def noise(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
-    """Return rounded(x_rot) - x_rot, float32 [..., C], as a transform is fitted on it.
+    """Return rounded(x_rot) - x_rot, float32 [..., C], as transforms are fitted, and models trained, on it.
 
     The gradient takes each error as a fixed multiple of its step, and the step as proportional to the largest value of its
     span or, where the format is a floating one, to the value itself: so it tells how errors shrink with what is rounded.
