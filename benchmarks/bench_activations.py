@@ -124,12 +124,17 @@ def _make(
         walking.strategy_for = usual
     errors = [error for result in results for error in result.errors.values()]
     curve: list[float] = []
+    start: dict[str, Any] = {}
     if config.recipe.end_to_end is not None:
+        start = {
+            text: numbers(measure(model, windows, experiment.original)) for text, windows in experiment.texts.items()
+        }
         found = trained(experiment.original, config, results, fresh, lambda _, kl: curve.append(kl))
         model = settled(experiment.original, config, found)
     row = {
         **facts, "simulated": True, "seconds": round(time.perf_counter() - started, 1),
-        "mean_error": round(sum(errors) / len(errors), 6) if errors else None, "training_kl": [round(kl, 5) for kl in curve],
+        "mean_error": round(sum(errors) / len(errors), 6) if errors else None,
+        "training_kl": [round(kl, 5) for kl in curve], "before_training": start,
         **{text: numbers(measure(model, windows, experiment.original)) for text, windows in experiment.texts.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -40,9 +40,9 @@ def show(found: Comparison) -> None:
 def _models(rows: Rows) -> Table:
     speeds = ("prefill", "decode") if rows[0][1].speed else ()
     rounded = any(row.evaluation.activations not in (None, UNROUNDED) for _, row in rows)
-    columns = ("bits per weight", "size", "quantized in")
+    columns = ["bits per weight", "size", "quantized in"]
     if rounded:  # in two lines, so that all columns still fit
-        columns = ("bits per\nweight", "activa-\ntions", "size", "quantized\nin")
+        columns = ["bits per\nweight", "activa-\ntions", "size", "quantized\nin"]
     width = NARROW if rounded and speeds else NAME_WIDTH
     table = measurements("model", (*columns, *speeds))
     for label, row in rows:
