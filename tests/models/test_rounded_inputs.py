@@ -83,7 +83,7 @@ def test_gradients_tell_how_errors_grow_with_what_is_rounded(activations):
     loss = (rounding(x) - x).square().sum()
     (slope,) = torch.autograd.grad(loss, x)
     with torch.no_grad():
-        assert loss.item() == pytest.approx((rounding(x) - x).square().sum().item(), rel=1e-4)
+        assert loss.item() == (rounding(x) - x).square().sum().item()
         assert (slope * x).sum().item() == pytest.approx(2 * loss.item(), rel=1e-3)
 
 
