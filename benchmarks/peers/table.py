@@ -51,6 +51,14 @@ PEERS = (
         options={"preset": "fast", "rotations": 0}, **OURS,
     ),
     Peer("best", "PairQuant `best`", "`fast`, refitted", options={"preset": "best"}, **OURS),
+    Peer(
+        "fast-int8", "PairQuant `fast`, int8", "`fast`, activations rounded too",
+        options={"preset": "fast", "activations": "int8"}, runner="ours",
+    ),
+    Peer(
+        "best-int4", "PairQuant `best`, int4", "`best`, activations rounded too",
+        options={"preset": "best", "activations": "int4"}, runner="ours",
+    ),
     Peer("paper", "PairQuant `paper`", "ParoQuant's recipe", options={"preset": "paper"}, **OURS),
     Peer(
         "efficientqat",

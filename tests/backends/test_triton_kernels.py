@@ -17,6 +17,7 @@ from pairquant.core.linear import decode, forward
 from pairquant.kernels.run.decoded_budget import Budget
 from pairquant.kernels.run.table import DECODED_FROM
 from pairquant.kernels.run.weights import KernelWeights
+from pairquant.layers.experts import explain_experts
 from pairquant.spec.activations import FORMATS
 from pairquant.spec.linear import Spec
 
@@ -159,11 +160,6 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
     assert BACKEND.refusal(Spec(4, activations="int8").layout(128, 64), torch.device("cuda"), torch.float16) is None
 
 
-def test_experts_with_rounded_activations_have_no_kernel():
-    reason = experts_refusal(Spec(4, activations="int8").layout(128, 64), torch.device("cuda"), torch.float16)
-    assert reason == "does not round the activations of experts, and the layer's are int8"
-
-
 @pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.bfloat16), (20, torch.bfloat16), (3, torch.float32)], ids=str)
 def test_what_comes_before_is_computed_as_by_any_backend(packed, tokens, dtype):
     """Also in float32, for which there is no kernel."""
@@ -194,3 +190,13 @@ def test_what_comes_before_is_computed_as_by_any_backend(packed, tokens, dtype):
 def test_for_which_layers_it_pays_to_compute_what_comes_before(before, dtype, activations, faster):
     layout = Spec(4, 32, 2, activations=activations).layout(96, 40)
     assert BACKEND.fuses(before, layout, dtype) == faster
+
+
+def test_experts_round_activations_as_other_layers_do(monkeypatch):
+    monkeypatch.setattr("pairquant.backends.triton_kernels.has_float8", lambda device: False)
+    int8, fp8 = (Spec(4, activations=name).layout(128, 64) for name in ("int8", "fp8"))
+    cuda = torch.device("cuda")
+    assert experts_refusal(int8, cuda, torch.float16) is None
+    assert experts_refusal(int8, cuda, torch.float32) == "multiplies experts in 16 bits, the activations are float32"
+    assert "compute capability 8.9" in experts_refusal(fp8, cuda, torch.float16)
+    assert explain_experts(int8, cuda, torch.float16).label == "triton (int8 activations simulated)"

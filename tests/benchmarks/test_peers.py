@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     results = folder / "rows.jsonl"
     here = Peer("here", "Here", "round to nearest", "ours", options={"preset": "rtn"}, group_size=32)
     absent = Peer("absent", "Absent", "none", "nf4", environment="bitsandbytes")
-    wanted = [(absent, 4), (here, 4)]
+    rounded = replace(here, name="rounded", options={"preset": "rtn", "activations": "int4"})
+    wanted = [(absent, 4), (here, 4), (rounded, 4)]
     bench_peers.compare(wanted, options(folder, site=folder / "nowhere"), results, model)
     rows = rows_of(results, "tiny", bench_peers.QUICK)
     assert "bitsandbytes is not there" in rows["absent", 4]["reason"]
@@ -82,12 +84,14 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     assert len(measured["gsm8k-test"]["kl_of_windows"]) == 2
     assert measured["chains"]["chains"] == 2
     assert measured["chains"]["kl"] > 0
+    assert [rows[name, 4]["activations"] for name in ("here", "rounded")] == ["16 bits", "int4"]
+    assert rows["rounded", 4]["wikitext2-test"]["kl"] > 1.2 * measured["wikitext2-test"]["kl"]
     assert not list(folder.rglob("plain")), "plain models are left behind"
 
     before = results.read_text()
     bench_peers.compare(wanted, options(folder), results, model)
     assert results.read_text() == before, "finished rows were run again"
-    assert finished(results, "tiny", bench_peers.QUICK, retry=True) == {("here", 4)}
+    assert finished(results, "tiny", bench_peers.QUICK, retry=True) == {("here", 4), ("rounded", 4)}
     assert finished(results, "another model", bench_peers.QUICK, retry=False) == set()
     assert finished(results, "tiny", bench_peers.FULL, retry=False) == set(), "measured on less text"
 
@@ -120,7 +124,7 @@ def test_rows_are_read_by_the_report(tmp_path):
     file.write_text(json.dumps(bench_peers.as_comparison(rows)))
     (found,) = read_for_report([file], {}).evaluations
     assert found.name == "fast"
-    assert (found.bits_per_weight, found.quantized_in_s) == (4.3, 3.0)
+    assert (found.bits_per_weight, found.activations, found.quantized_in_s) == (4.3, "16 bits", 3.0)
     assert found.texts["wikitext2-test"].kl == pytest.approx(0.2)
 
 
@@ -148,7 +152,7 @@ def test_chains_are_told_of_rows_that_followed_the_same_ones(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, [same, fewer, measured_row("best", 0.5, 0.6)])))
     rows = rows_of(file, "m")
-    cells = [[cell.strip() for cell in line.split("|")[10:12]] for line in table(rows, 4).splitlines()[2:]]
+    cells = [[cell.strip() for cell in line.split("|")[11:13]] for line in table(rows, 4).splitlines()[2:]]
     assert cells == [["0.2500 ± 0.0500", "–"], ["", ""], ["", ""]]
     first, *others = bench_peers.as_comparison(rows)["rows"]
     assert first["evaluation"]["chains"] == along

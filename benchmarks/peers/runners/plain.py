@@ -75,7 +75,8 @@ class Job:
 class Outcome:
     """weights: linear's path → what it multiplies with, [N, C]; others: the other parameters, if any were changed.
 
-    seconds: quantization alone, without loading and saving; bits_per_weight: with scales and zero points.
+    seconds: quantization alone, without loading and saving; bits_per_weight: with scales and zero points; activations: what the
+    linears round their inputs to.
     """
 
     weights: Mapping[str, Tensor]
@@ -83,6 +84,7 @@ class Outcome:
     bits_per_weight: float
     group_size: int
     others: Mapping[str, Tensor]
+    activations: str = "16 bits"
 
 
 class Stopwatch:
@@ -162,6 +164,7 @@ def run(quantize: Callable[[Job], Outcome], packages: list[str]) -> None:
     facts = {
         "group_size": outcome.group_size,
         "bits_per_weight": round(outcome.bits_per_weight, 3),
+        "activations": outcome.activations,
         "seconds": round(outcome.seconds, 1),
         "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "versions": {name: _version(name) for name in ("torch", "transformers", *packages)},

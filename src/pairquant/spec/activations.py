@@ -12,6 +12,8 @@ from dataclasses import dataclass
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 #: Channels of a block of MXFP4 (OCP Microscaling Formats specification v1.0, section 5.2).
 MX_BLOCK = 32
+#: What tables say of models whose activations are not rounded.
+UNROUNDED = "16 bits"
 
 
 @dataclass(frozen=True)

@@ -88,19 +88,20 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
 FEW_TOKENS = 8
 
 
-def rotate_relative(x: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor]:
+def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") -> tuple[Tensor, Tensor]:
     """Scale and rotate x [M, C], and divide each block of 128 channels by its largest magnitude, so that it can be rounded.
 
     Returns float16 [T, M, 128 KB], zeros beyond C, the channels in their usual order, and the magnitudes, float32 [T, M, KB].
+    activation: as for `rotate_padded`.
     """
     blocks = rotation.coefficients.shape[1]
     out = torch.empty(rotation.transforms, len(x), blocks * 128, dtype=torch.float16, device=x.device)
     peaks = torch.empty(rotation.transforms, len(x), blocks, dtype=torch.float32, device=x.device)
     with current(x.device):
         if len(x) > FEW_TOKENS and rotation.rotations and rotation.matrix is not None:
-            _dense_rotate(x, rotation, rotation.matrix, out, True, peaks=peaks)
+            _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
         else:
-            _givens(x, rotation, out, False, peaks=peaks)
+            _givens(x, rotation, out, False, activation=activation, peaks=peaks)
     return out, peaks
 
 
