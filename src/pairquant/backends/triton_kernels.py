@@ -25,6 +25,8 @@ class TritonKernels(Backend):
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return f"runs on NVIDIA GPUs, not on {device.type}"
+        if layout.weights is not None:
+            return f"multiplies whole numbers, and the layer's weights are {layout.weights}"
         activations = layout.activations
         if activations is not None and dtype == torch.float32 and not _eight_bits(layout, device):
             return f"multiplies {activations} activations and {layout.bits}-bit weights in 16 bits, not in float32"

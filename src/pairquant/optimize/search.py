@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..core.activations import noise
 from ..core.linear import Transform
 from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pairs
 from ..kernels.fit.loops import fake_quantize
@@ -85,7 +86,7 @@ def loss_and_gradients(
     rotated = torch.bmm(weight, into)  # [G, N, g]
     with torch.enable_grad():
         leaf = rotated.requires_grad_(slopes)
-        rounded = fake_quantize(leaf.view(-1, g), problem.spec.bits, g, problem.spec.symmetric).view_as(leaf)
+        rounded = _fake_rounded(leaf.view(-1, g), problem.spec).view_as(leaf)
     error = torch.empty_like(problem.weight)
     torch.sub(weight, torch.bmm(rounded.detach(), out_of), out=_by_group(error, g))
     weighted = problem.weighted(error)
@@ -96,6 +97,13 @@ def loss_and_gradients(
     grad_out_of = torch.bmm(rounded.detach().mT, slope)
     (grad_rotated,) = torch.autograd.grad(rounded, leaf, torch.bmm(slope, out_of.mT))
     return loss, torch.bmm(weight.mT, grad_rotated), grad_out_of
+
+
+def _fake_rounded(w_rot: Tensor, spec: Spec) -> Tensor:
+    """Round w_rot [N, C] as a transform is fitted on it: to nearest, with the range of each group; differentiable."""
+    if spec.weights is not None:
+        return w_rot + noise(w_rot, spec.weights, spec.group_size)
+    return fake_quantize(w_rot, spec.bits, spec.group_size, spec.symmetric)
 
 
 def _by_group(w: Tensor, g: int) -> Tensor:
