@@ -22,8 +22,8 @@ E2M1_MAX = 6.0
 MX_BLOCK = 32
 #: What E8M0 adds to an exponent.
 E8M0_BIAS = 127
-#: The exponents that scales of weights may have: those that float16 holds too, so that kernels may multiply in 16 bits.
-LEAST_EXPONENT, MOST_EXPONENT = -24, 15
+#: The exponents that scales of weights may have: with them float16 holds every weight exactly, so that kernels may decode to it.
+LEAST_EXPONENT, MOST_EXPONENT = -23, 13
 #: The formats that a weight may have instead of whole numbers, in the order in which `LinearLayout.numbers` counts them, from
 #: 1; 0 is whole numbers. Only ever add at the end.
 WEIGHT_FORMATS = ("mxfp4",)
