@@ -171,10 +171,7 @@ class QuantConfig:
         for name in ("head_bits", "embedding_bits"):
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), SUPPORTED_BITS)
-        if self.activations is not None:
-            require_choice("activations", self.activations, FORMATS)
-        if self.weights is not None:
-            self._require_formed()
+        self._require_formats()
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         if isinstance(self.rotations, str) and self.rotations != "auto":
             raise ConfigError(
@@ -221,8 +218,12 @@ class QuantConfig:
                 "--all-experts out."
             )
 
-    def _require_formed(self) -> None:
-        """Refuse what does not go together with weights in a format of their own."""
+    def _require_formats(self) -> None:
+        """Check the formats of activations and weights, and refuse what does not go together with the latter."""
+        if self.activations is not None:
+            require_choice("activations", self.activations, FORMATS)
+        if self.weights is None:
+            return
         require_choice("weights", self.weights, WEIGHT_FORMATS)
         choosing = {
             "a plan is given": self.plan is not None,
