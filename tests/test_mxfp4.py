@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from packed import error
+from packed import error, random_packed
 from test_families import make_source
 from tiny_models import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from pairquant.core.linear import decode
 from pairquant.jobs.inspect import backends, inspect
 from pairquant.jobs.quantize import Silent
 from pairquant.jobs.trace import trace
+from pairquant.layers.embedding import Rows
 from pairquant.models.planning import plan_model
 from pairquant.optimize.calibration import calibrate
 from pairquant.optimize.walk import Walk
@@ -147,6 +148,11 @@ def test_some_layers_and_embeddings_may_have_whole_numbers(source, tmp_path):
         "down_proj": (8, None), "o_proj": (4, None), "lm_head": (8, None), "embed_tokens": (4, None),
     }  # fmt: skip
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(TOKENS)
+
+
+def test_rows_that_are_looked_up_must_be_whole_numbers():
+    with pytest.raises(CheckpointError, match="input embedding's codes are mxfp4, must be whole numbers"):
+        Rows.of(random_packed(64, 128, 64, weights="mxfp4"))
 
 
 def test_experts_run_decoded(tmp_path):
