@@ -5,8 +5,8 @@
 Methods: none, no transform, GPTQ; rtn-hadamard, a random Hadamard matrix per group, weights rounded to nearest; hadamard, the
 same with GPTQ; hadamard-fit, the same with all of our rounding; orthogonal, any orthogonal matrix per group, learned on our
 loss; paper, fast and best, the presets; fast-trained and best-trained, the same with a last training of the whole model
-(`--end-to-end`); mx-rtn-hadamard, mx-hadamard and mx-fast, with weights in MXFP4, too, which no checkpoint of ours holds;
-alone-none, alone-hadamard, alone-fast and alone-orthogonal, activations alone: weights are not rounded. Text is that of setting.py. One JSON line a row; rows that the file has already are
+(`--end-to-end`); alone-none, alone-hadamard, alone-fast and alone-orthogonal, activations alone: weights are not rounded. With
+"mx-" before it, a method rounds weights to MXFP4 too (`--weights mxfp4`). Text is that of setting.py. One JSON line a row; rows that the file has already are
 left out, and a seed's rows are made before the next seed's. Groups: 64 by default, 128 for models such as Gemma.
 
 A row's name, such as "int4/fast", is the format and the method. Everything is simulated: products are computed in 32 bits, from
@@ -27,7 +27,7 @@ import torch
 import transformers
 from experiment import Experiment, parser_of, settled, trained
 from setting import calibration_tokens, numbers
-from transforms import Hadamard, KeptHadamard, KeptOrthogonal, KeptWeights, MxHadamard, MxWeights, Orthogonal, Plain
+from transforms import Hadamard, KeptHadamard, KeptOrthogonal, KeptWeights, Orthogonal, Plain
 
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
@@ -49,9 +49,6 @@ METHODS: dict[str, tuple[str, dict[str, Any], Callable[[], Rounding] | None]] = 
     "rtn-hadamard": ("rtn", WITH, Hadamard),
     "hadamard-fit": ("fast", {}, lambda: Hadamard(fits=True)),
     "orthogonal": ("fast", {}, Orthogonal),
-    "mx-rtn-hadamard": ("rtn", WITH, lambda: MxHadamard(nearest=True)),
-    "mx-hadamard": ("gptq", WITH, MxHadamard),
-    "mx-fast": ("fast", {}, MxWeights),
     "fast-trained": ("fast", TRAINED, None),
     "best-trained": ("best", TRAINED, None),
     "alone-none": ("gptq", {}, KeptWeights),
@@ -59,6 +56,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], Callable[[], Rounding] | None]] = 
     "alone-fast": ("fast", {}, KeptWeights),
     "alone-orthogonal": ("fast", {}, KeptOrthogonal),
 }
+#: What says before a method's name that weights are in MXFP4.
+MX = "mx-"
 #: Seed and number of windows for a last training → calibration windows, and after them those.
 CUT: dict[tuple[int, int], torch.Tensor] = {}
 FORMATS = ("none", "int8", "fp8", "int4", "mxfp4")
@@ -66,7 +65,7 @@ FORMATS = ("none", "int8", "fp8", "int4", "mxfp4")
 
 def config_of(method: str, activations: str, seed: int, base: QuantConfig) -> QuantConfig:
     """The options of one row; base: has the text and the groups."""
-    preset, changes, _ = METHODS[method]
+    preset, changes, _ = METHODS[method.removeprefix(MX)]
     recipe: Recipe = replace(PRESETS[preset], **changes)
     rotations = int(base.group_size).bit_length() - 1 if "hadamard" in method else base.rotations
     return replace(
@@ -76,6 +75,7 @@ def config_of(method: str, activations: str, seed: int, base: QuantConfig) -> Qu
         rotations=rotations,
         seed=seed,
         activations=None if activations == "none" else activations,
+        weights="mxfp4" if method.startswith(MX) else None,
     )
 
 
@@ -84,7 +84,9 @@ def main() -> None:
     parser.set_defaults(seq_len=1024)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--activations", default=",".join(FORMATS))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--methods", default=",".join([*METHODS, *(f"{MX}{name}" for name in ("rtn-hadamard", "hadamard", "fast"))])
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--blocks", type=int, help="quantize only so many blocks, to try things out")
     options = parser.parse_args()
@@ -105,7 +107,7 @@ def main() -> None:
                     "windows": options.windows, "blocks": options.blocks,
                 }  # fmt: skip
                 if tuple(facts.values()) not in done:
-                    _make(experiment, facts, config, METHODS[method][2])
+                    _make(experiment, facts, config, METHODS[method.removeprefix(MX)][2])
 
 
 def _make(

@@ -101,6 +101,30 @@ def test_a_decoding_that_fails_gives_back_what_it_took(packed, limit, monkeypatc
     assert limit.taken == 0
 
 
+@pytest.mark.parametrize("activations", [None, "int8", "mxfp4"])
+def test_weights_in_mxfp4(activations):
+    packed = [
+        random_packed(rows, 192, 64, 2, seed, activations=activations, weights="mxfp4").to(DEVICE)
+        for seed, rows in enumerate(SIZES)
+    ]
+    tensors = BACKEND.prepare(packed, torch.bfloat16)
+    assert BACKEND.simulates(packed[0].layout, DEVICE) == (activations is not None)
+    for index, linear in enumerate(packed):
+        stored = BACKEND.stored(tensors, SIZES, index, linear.layout)
+        assert set(stored) == {"qweight", "scales"}
+        assert all(torch.equal(tensor, linear[name]) for name, tensor in stored.items())
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    y = BACKEND.compute(x, tensors, None, SIZES, 64, activations)
+    if activations is None:
+        want = torch.cat([forward(p, x) for p in packed], -1)
+        assert (y - want).norm() / want.norm() < 2e-2
+    else:
+        check_rounded(y, packed, x, 3e-2)
+    grad = torch.randn(3, sum(SIZES), generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    expected = grad.float() @ torch.cat([decode(p) for p in packed])
+    assert error(BACKEND.input_gradient(grad, tensors, SIZES, 64), expected) < 2e-2
+
+
 @pytest.mark.parametrize("activations", FORMATS)
 @pytest.mark.parametrize(("tokens", "dtype"), [(2, torch.float16), (20, torch.float16), (3, torch.float32)])
 def test_rounded_activations(activations, tokens, dtype):
@@ -142,6 +166,8 @@ def test_weights_have_scales_of_rows_only_where_these_suffice(activations, uneve
         (Spec(5, activations="int8"), torch.bfloat16, None, True),
         (Spec(5, activations="int8"), torch.float32, "multiplies int8 activations and 5-bit weights in 16 bits", True),
         (Spec(4, activations="mxfp4"), torch.float16, None, True),
+        (Spec(4, activations="int8", weights="mxfp4"), torch.float16, None, True),
+        (Spec(4, weights="mxfp4"), torch.float32, None, False),
         (Spec(4, activations="int4"), torch.float32, "multiplies int4 activations and 4-bit weights in 16 bits", True),
     ],
 )

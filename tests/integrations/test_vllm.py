@@ -96,7 +96,7 @@ def checkpoints(root):
         "llama": quantized(root, "llama", share_rotations=True, embedding_bits=6),
         "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp"), overrides=MIXED, head_bits=6),
         "phi3": quantized(root, "phi3", head_bits=4, embedding_bits=4),  # vLLM pads its 288 rows to 320
-        "glm4": quantized(root, "glm4"),
+        "glm4": quantized(root, "glm4", weights="mxfp4"),
     }
     found = {name: (path, reference(load(path))) for name, path in made.items()}
     # As the original writes it: four entries, nothing else to go by.

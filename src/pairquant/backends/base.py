@@ -17,8 +17,8 @@ class Backend(ABC):
     """One way to run quantized linears.
 
     name: its name for users and in operators.
-    replaces: names of stored tensors that the prepared tensors hold in another form. A layer can free these, because
-    `stored` can restore them.
+    replaces: names of stored tensors that the prepared tensors hold in another form. A layer can free those of them that it
+    has, because `stored` can restore them.
     most: how many linears that read the same input it can run at once.
     dtypes: the dtypes of activations that it accepts.
     opaque: whether torch.compile sees it as a single operator.

@@ -29,6 +29,8 @@ class CpuInt4(Backend):
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
+        if layout.weights is not None:
+            return f"multiplies whole numbers of 4 bits, and the layer's weights are {layout.weights}"
         if layout.bits != 4:
             return f"multiplies 4-bit weights, the layer has {layout.bits}"
         if dtype not in self.dtypes:

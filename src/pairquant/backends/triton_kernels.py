@@ -77,7 +77,9 @@ class TritonKernels(Backend):
             if x.dtype == torch.float32:
                 tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
             by_row = weights.row_scales is not None
-            chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits, by_row)
+            chosen = table.choose_rounded(
+                kind, rows, channels, tokens, activations, weights.bits, by_row, weights.floating
+            )
             return launch_rounded.linear(x, weights, bias, chosen, activations)
         # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
         choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)
@@ -155,4 +157,5 @@ def _with_decoded(weights: KernelWeights, layout: LinearLayout, dtype: torch.dty
 def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:
     """Tell whether products are of 8 bits; of a GPU that is not there, as on an H100."""
     there = device.type != "cuda" or torch.cuda.is_available()
-    return table.eight_bits(device_class(device) if there else "sm90", layout.activations or "", layout.bits)
+    kind = device_class(device) if there else "sm90"
+    return table.eight_bits(kind, layout.activations or "", layout.bits, layout.weights is not None)

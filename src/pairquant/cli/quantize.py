@@ -43,6 +43,9 @@ def quantize(
     activations: Annotated[
         str | None, option(METHOD, "Round what layers read too: int8, fp8, int4 or mxfp4.", rare=True)
     ] = None,
+    weights: Annotated[
+        str | None, option(METHOD, "Round weights to mxfp4 instead of whole numbers.", rare=True)
+    ] = None,
     rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -133,6 +136,7 @@ def quantize(
         plan=plan,  # type: ignore[arg-type]  # read from the file
         transform=transform,
         activations=activations,
+        weights=weights,
         seed=seed,
     )
     quiet_libraries()
@@ -163,6 +167,8 @@ def quantize(
     among = " and ".join(f"the {name}" for name, given in embeddings.items() if given is not None)
     included = f", {among} among them" if among else ""
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
+    if weights is not None:
+        table.add_row("weights", f"{weights}; pairquant inspect says what runs them here")
     if activations is not None:
         table.add_row("activations", f"{activations}, dynamic; pairquant inspect says what runs them here")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")

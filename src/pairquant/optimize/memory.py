@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import Block
 from ..models.sites import Site
+from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .end_to_end import MEASURED_TOGETHER
@@ -100,7 +101,7 @@ def _end_to_end_bytes(
     how = config.recipe.end_to_end
     assert how is not None, "asked for by the recipe"
     weights = [sum(site.size.in_features * site.size.out_features for site in b.sites.values()) for b in blocks]
-    scales = sum(weights) // config.spec.group_size
+    scales = sum(weights) // (config.spec.group_size if config.weights is None else MX_BLOCK)
     sites = {id(site.module) for block in blocks for site in block.sites.values()}
     plain = sum(p.numel() for m in model.modules() if id(m) not in sites for p in m.parameters(recurse=False))
     window = tokens.shape[1]
@@ -113,7 +114,8 @@ def _end_to_end_bytes(
     activations = min(how.batch * window, MICRO_BATCH_TOKENS) * read * 4 * 2
     logits = window * _vocabulary(model) * 4 * LOGIT_COPIES
     one_block = max(weights) * 4 * REFITTED_COPIES
-    return sum(weights) + scales * 4 * SCALE_COPIES + plain * itemsize + states + max(one_block + activations, logits)
+    steps = sum(weights) * (1 if config.weights is None else 2)
+    return steps + scales * 4 * SCALE_COPIES + plain * itemsize + states + max(one_block + activations, logits)
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -253,7 +253,8 @@ class InTurn:
     """Fit the linears of a block one input after the other, each on what the quantized ones before it put out.
 
     That is the paper's way with rounded activations (appendix A.3), where its block-wise training does not converge; weights
-    are rounded by GPTQ at the end. Linears of one input are fitted together.
+    are rounded by GPTQ at the end. Linears of one input are fitted together. Weights in MXFP4 are fitted so too, because their
+    scales, powers of two, cannot be trained.
     """
 
     def quantize(self, work: BlockWork) -> None:
@@ -308,5 +309,5 @@ def starts(work: BlockWork) -> list[float]:
 def strategy_for(config: QuantConfig) -> Strategy:
     """Return the strategy of a recipe."""
     if config.recipe.training is not None:
-        return BlockTraining() if config.activations is None else InTurn()
+        return BlockTraining() if config.activations is None and config.weights is None else InTurn()
     return Refitting() if config.recipe.refit is not None else Rounding()

@@ -37,13 +37,13 @@ if GPU:
     SHAPES += [(64, (768, 768), 2048, 128, 8, False), (128, (2048,), 768, 128, 8, False)]
 
 
-def build(shape, bits=4, activations=None):
-    """Experts that share a transform, as they are stored, and prepared."""
+def build(shape, bits=4, activations=None, form=None):
+    """Experts that share a transform, as they are stored, and prepared; form: of their weights."""
     count, sizes, channels, group, rotations, bias = shape
     experts = []
     for e in range(count):
         linears = [
-            random_packed(n, channels, group, rotations, 10 * e + i, bias, bits, activations=activations)
+            random_packed(n, channels, group, rotations, 10 * e + i, bias, bits, activations=activations, weights=form)
             for i, n in enumerate(sizes)
         ]
         experts.append([_with_transform_of(p, (experts[0] if experts else linears)[0]).to(DEVICE) for p in linears])
@@ -84,8 +84,13 @@ def test_at_other_widths(bits, tiles, generator):
     check((3, (32, 64), 192, 64, 1, False), tiles, torch.float16, generator, bits)
 
 
-def check(shape, tiles, dtype, generator, bits=4):
-    experts, weights = build(shape, bits)
+@pytest.mark.parametrize("tiles", [TILES[2], TILES[4]], ids=str)
+def test_in_mxfp4(tiles, generator):
+    check((3, (32, 64), 192, 64, 1, False), tiles, torch.bfloat16, generator, form="mxfp4")
+
+
+def check(shape, tiles, dtype, generator, bits=4, form=None):
+    experts, weights = build(shape, bits, form)
     tokens, chosen = (64, 3) if GPU else (5, 2)
     x = torch.randn(tokens, shape[2], generator=generator).to(DEVICE, dtype)
     ids = torch.randint(-1, shape[0] + 1, (tokens, chosen), generator=generator).to(DEVICE)

@@ -210,12 +210,12 @@ ROW_BYTES_FROM = {"int8": 1024, "fp8": 1024}
 MANY_TOKENS = Wide(64, 64, 4, 2, 1)
 
 
-def eight_bits(device_class: str, activations: str, bits: int) -> bool:
+def eight_bits(device_class: str, activations: str, bits: int, floating: bool = False) -> bool:
     """Tell whether activations of this format and weights of so many bits are multiplied as 8-bit numbers.
 
-    Wider weights are not: float8_e4m3 holds whole numbers up to 16 only.
+    Wider weights are not: float8_e4m3 holds whole numbers up to 16 only. Nor are floats, for which there is no such kernel.
     """
-    return device_class in BYTES and activations in ("int8", "fp8") and bits <= 4
+    return device_class in BYTES and activations in ("int8", "fp8") and bits <= 4 and not floating
 
 
 def choose_rounded(
@@ -226,12 +226,14 @@ def choose_rounded(
     activations: str,
     bits: int,
     by_row: bool = True,
+    floating: bool = False,
 ) -> RoundedChoice:
     """Return the choice for a layer whose activations are rounded to a format of `spec.activations`.
 
-    bits: of its weight; by_row: whether its weight may be rounded to 8 bits with one scale for each row (`row_scales`).
+    bits: of its weight; by_row: whether its weight may be rounded to 8 bits with one scale for each row (`row_scales`);
+    floating: whether its weight's codes are floats.
     """
-    if eight_bits(device_class, activations, bits) and tokens >= BYTES_FROM:
+    if eight_bits(device_class, activations, bits, floating) and tokens >= BYTES_FROM:
         if device_class == "sm90" and tokens >= ROW_BYTES_FROM[activations] and by_row:
             return RowBytes()
         if device_class == "sm90" and -(-out_features // 128) * -(-tokens // 256) >= WHOLE_TILES and tokens > 128:
