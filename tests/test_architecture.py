@@ -77,6 +77,7 @@ DOORS = {
         "kernels/run/tune.py",
     },
     "vllm": {"engines/vllm.py", "integrations/vllm/compat.py"},
+    "sglang": {"integrations/sglang/compat.py"},
     "plotly": {f"report/{name}.py" for name in ("figures", "evidence", "scatter", "style")},
     "kaleido": {"report/images.py"},
     "choreographer": {"report/images.py"},
