@@ -44,7 +44,7 @@ DOORS = {
     },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
-    "gguf": {f"checkpoint/{name}.py" for name in ("gguf", "gguf_file", "gguf_metadata")},
+    "gguf": {f"checkpoint/{name}.py" for name in ("gguf", "gguf_file", "gguf_metadata", "gguf_rope")},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "safetensors": {
