@@ -36,7 +36,7 @@ from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, Recipe
 
-WITH = {"transform": True}
+WITH = {"fits_transform": True}
 #: Method → preset, settings of its recipe that differ, and the strategy in place of the recipe's.
 METHODS: dict[str, tuple[str, dict[str, Any], Callable[[], Rounding] | None]] = {
     "fast": ("fast", {}, None),
