@@ -37,7 +37,7 @@ from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, EndToEnd, Recipe
 
-WITH = {"transform": True}
+WITH = {"fits_transform": True}
 TRAINED = {"end_to_end": EndToEnd()}
 #: Method → preset, settings of its recipe that differ, and the strategy in place of the recipe's.
 METHODS: dict[str, tuple[str, dict[str, Any], Callable[[], Rounding] | None]] = {

@@ -44,7 +44,7 @@ DOORS = {
     },
     "peft": {"integrations/peft.py"},
     "datasets": {"support/text.py"},
-    "gguf": {f"checkpoint/{name}.py" for name in ("gguf", "gguf_file", "gguf_metadata")},
+    "gguf": {f"checkpoint/{name}.py" for name in ("gguf", "gguf_file", "gguf_metadata", "gguf_rope")},
     "typer": {"cli/"},
     "rich": {"cli/"},
     "safetensors": {
@@ -81,6 +81,7 @@ DOORS = {
         "kernels/run/tune.py",
     },
     "vllm": {"engines/vllm.py", "integrations/vllm/compat.py"},
+    "sglang": {"integrations/sglang/compat.py"},
     "plotly": {f"report/{name}.py" for name in ("figures", "evidence", "scatter", "style")},
     "kaleido": {"report/images.py"},
     "choreographer": {"report/images.py"},

@@ -48,7 +48,7 @@ def test_one_block_may_hold_many_specs(recipe, shared, tokens):
     model = tiny_model()
     for result in quantize_blocks(model, tokens, config, CPU):
         for path, packed in result.packed.items():
-            rotations = 4 if config.recipe.transform else 0
+            rotations = 4 if config.recipe.fits_transform else 0
             spec = {
                 "down_proj": Spec(8, 32, 0), "o_proj": Spec(5, 64, rotations), "k_proj": Spec(6, 32, min(2, rotations)),
                 "up_proj": Spec(2, 32, rotations),

@@ -36,6 +36,7 @@ from .architecture import (
 from .describe import describe_anew, describe_copy
 from .files import read_json
 from .gguf import with_bos
+from .gguf_rope import with_rope
 from .headers import REMEDY, StoredTensors, weight_files
 from .record import END_TO_END, REPORT_FILE, read_record
 from .side_files import WEIGHTS, side_files
@@ -92,10 +93,14 @@ class ModelFiles:
 
     @cached_property
     def config(self):
-        """The Transformers configuration."""
+        """The Transformers configuration; raises `SourceError` if it cannot be read, or cannot say what a GGUF file does."""
         from transformers import AutoConfig
 
-        return self._load(AutoConfig, "configuration")
+        config = self._load(AutoConfig, "configuration")
+        if self.gguf:
+            with torch.device("cpu"):  # asked for while a model is built on the meta device, too
+                return with_rope(config, self.directory / self.gguf)
+        return config
 
     @property
     def quantization(self) -> Any:

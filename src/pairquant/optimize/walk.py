@@ -241,7 +241,7 @@ class Walk:
     @property
     def _sample(self) -> int:
         """How many tokens of each input to keep: those on which the rounding of activations is fitted."""
-        return SAMPLED_TOKENS if self.config.activations is not None and self.config.recipe.transform else 0
+        return SAMPLED_TOKENS if self.config.activations is not None and self.config.recipe.fits_transform else 0
 
     def _rounded(
         self,

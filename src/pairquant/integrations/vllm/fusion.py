@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ...backends.table import choose
 from ...support.errors import ConfigError
+from ..packed_layers import Pending
 from .compat import RMSNorm, SiluAndMul, may_change_layers, may_change_norms, tell_compiler
-from .linear import PairQuantLinearMethod, Pending
+from .linear import PairQuantLinearMethod
 
 #: Environment variable: 0 leaves all layers as they are.
 VARIABLE = "PAIRQUANT_FUSE"
