@@ -46,6 +46,7 @@ def options(folder: Path, **others) -> argparse.Namespace:
         "minutes": None,
         "windows": None,
         "chains": None,
+        "group_size": None,
     }
     return argparse.Namespace(**{**settings, "work": folder, **others})
 
@@ -177,6 +178,15 @@ def test_the_error_is_found_among_a_log_and_loses_its_folders():
         last_line("start\n 50%|████      | 15/30\r 53%|████▎     | 16/30 [07:37, 27.21s/it]\n")
         == "53%| | 16/30 [07:37, 27.21s/it]"
     )
+
+
+def test_a_group_size_that_is_asked_for_goes_to_all_that_have_groups(folder, model):
+    def group_size(peer: Peer, **asked) -> int:
+        return bench_peers.job_of(peer, 4, options(folder, **asked), model, folder / "text.safetensors").group_size
+
+    trellis = next(peer for peer in PEERS if peer.name == "exllamav3")
+    assert [group_size(OURS), group_size(OURS, group_size=128)] == [64, 128]
+    assert group_size(trellis, group_size=128) == 0
 
 
 def test_a_runner_that_raises_is_reported_with_its_error(folder, model, tmp_path, monkeypatch):
