@@ -242,6 +242,21 @@ def test_a_plain_model_lacks_no_linear_and_has_finite_weights(folder, model):
         plain._save(job, plain.Outcome({**weights, first: weights[first] * float("nan")}, 1.0, 4.5, 32, {}))
 
 
+def test_a_plain_model_that_does_not_compute_what_the_quantizer_does_is_refused(folder, model):
+    calibration = folder / "text.safetensors"
+    bench_peers.write_calibration(byte_tokenizer(), bench_peers.QUICK, calibration)
+    job = bench_peers.job_of(OURS, 4, options(folder), model, calibration)
+    own = job.load(torch.float32)
+    logits = plain.first_logits(own, job.windows)
+    assert logits.shape == (16, own.config.vocab_size)
+    weights = {path: linear.weight.detach() for path, linear in plain.linears_of(own).items()}
+    assert plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, {}, logits)) < 1e-6
+    norm = next(name for name in own.state_dict() if "norm" in name)
+    misread = {norm: 1.5 * own.state_dict()[norm]}
+    with pytest.raises(ValueError, match="the plain model's logits differ"):
+        plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits))
+
+
 def test_stored_bits_count_scales_zero_points_and_rotations():
     assert plain.affine_bits(4, 64, zero_point=False) == 4.25
     assert plain.affine_bits(4, 64, zero_point=True) == 4.3125
