@@ -14,9 +14,11 @@ from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_peers
 from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error, last_line, rows_of, table
+from peers import biased
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.report.results import read as read_for_report
 from pairquant.support.errors import ConfigError
@@ -255,6 +257,18 @@ def test_a_plain_model_that_does_not_compute_what_the_quantizer_does_is_refused(
     misread = {norm: 1.5 * own.state_dict()[norm]}
     with pytest.raises(ValueError, match="the plain model's logits differ"):
         plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits))
+
+
+def test_the_biased_model_has_biases_and_outliers_that_rounding_feels(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["biased.py", str(tmp_path)])
+    biased.main()
+    model = ModelFiles.find(str(tmp_path)).model(torch.float32, torch.device("cpu"))
+    attention = model.model.layers[0].self_attn
+    assert all(0.8 < layer.bias.std() < 1.2 for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    weights = model.model.layers[0].input_layernorm.weight
+    assert weights.max() > 5 * weights.median()
+    tokens = ModelFiles.find(str(tmp_path)).tokenizer()("é b")["input_ids"]
+    assert len(tokens) == 4, "a token for each byte"
 
 
 def test_stored_bits_count_scales_zero_points_and_rotations():
