@@ -45,7 +45,7 @@ from pairquant.support.devices import resolve_device
 #: Where the parts of a chain begin and end, in tokens.
 EDGES = (0, 128, 256, 512, 1024, 2048, 3072, 4096)
 #: Answers at once: a step of a small model takes as long for one as for hundreds.
-BATCH = 330
+BATCH = 660
 
 
 def parts(kl: Sequence[Tensor], tokens: int) -> Iterator[dict[str, Any]]:
