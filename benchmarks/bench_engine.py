@@ -67,7 +67,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
 #: Ways to quantize with us, by contender: the options of `QuantConfig`.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours-unfused": {},  # the same checkpoint
+    "ours-unfused": {},  # the same checkpoint, as is that of ours-kept
+    "ours-kept": {},
     "ours-head4": {"head_bits": 4},
     "ours-head6": {"head_bits": 6},
     "ours-head8": {"head_bits": 8},
@@ -76,7 +77,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-int8": {"activations": "int8"},
 }
 #: Contender → what its process finds in its environment beside ENVIRONMENT.
-SWITCHES = {"ours-unfused": {"PAIRQUANT_FUSE": "0"}}
+SWITCHES = {"ours-unfused": {"PAIRQUANT_FUSE": "0"}, "ours-kept": {"PAIRQUANT_GPU_DECODED_GIB": "64"}}
 #: Experts are chosen at random, so that every contender has the same work: by random weights each would choose its own.
 ENVIRONMENT = {
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",

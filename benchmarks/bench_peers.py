@@ -1,6 +1,7 @@
 """Other quantizers and ours, each run by its own code, on one model and one calibration text, measured in one way.
 
-    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--windows N LENGTH] [--quick]
+    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--group-size 128]
+        [--windows N LENGTH] [--quick]
 
 Each peer of peers/table.py runs in its own virtual environment, `.venv-peers/NAME`, made when it is missing from its
 pinned requirements; with `--site DIR`, in this interpreter with `DIR/NAME` (filled by `pip install --target`) before its
@@ -242,7 +243,7 @@ def job_of(peer: Peer, bits: int, options: argparse.Namespace, model: Path, cali
         calibration=str(calibration.resolve()),
         output=str(output.resolve()),
         bits=bits,
-        group_size=peer.group_size,
+        group_size=(options.group_size or peer.group_size) if peer.group_size else 0,
         device=str(resolve_device(options.device)),
         quick=options.quick,
         options=peer.options,
@@ -418,6 +419,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", nargs="+", choices=[peer.name for peer in PEERS], help="these only")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=(4, 3), help="these widths only")
+    parser.add_argument("--group-size", type=int, help="for a model whose rows are all of this size; default: 64")
     parser.add_argument("--site", type=Path, help="run in this interpreter, with DIR/NAME before its packages")
     parser.add_argument("--minutes", type=float, help="give up on a peer after so many")
     parser.add_argument("--windows", nargs=2, type=int, metavar=("N", "LENGTH"), help="measure on less of each text")

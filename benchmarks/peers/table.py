@@ -73,6 +73,11 @@ PEERS = (
     Peer("llmcompressor-awq", "llm-compressor", "AWQ", options={"method": "awq", "dtype": "float32"}, **LLM_COMPRESSOR),
     Peer("llmcompressor-gptq", "llm-compressor", "GPTQ", options={"method": "gptq"}, **LLM_COMPRESSOR),
     Peer("autoround", "AutoRound", "learned rounding", "autoround", "auto-round", bits=(4, 3)),
+    # Its README's `auto-round-best` on the text that all are given: five times the steps.
+    Peer(
+        "autoround-1000", "AutoRound, 1000 steps", "learned rounding", "autoround", "auto-round", {"steps": 1000},
+        bits=(4, 3),
+    ),
     Peer("gptqmodel-gptq", "GPTQModel", "GPTQ", options={"method": "gptq"}, bits=(4, 3), **GPTQMODEL),
     # Its ParoQuant layers have 4 bits only (nn_modules/qlinear/paroquant.py).
     Peer("gptqmodel-paroquant", "GPTQModel", "ParoQuant", options={"method": "paroquant"}, **GPTQMODEL),

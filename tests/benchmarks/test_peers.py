@@ -15,9 +15,11 @@ from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_peers
 from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error, last_line, rows_of, table
+from peers import biased
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.report.results import read as read_for_report
 from pairquant.support.errors import ConfigError
@@ -47,6 +49,7 @@ def options(folder: Path, **others) -> argparse.Namespace:
         "minutes": None,
         "windows": None,
         "chains": None,
+        "group_size": None,
     }
     return argparse.Namespace(**{**settings, "work": folder, **others})
 
@@ -183,6 +186,15 @@ def test_the_error_is_found_among_a_log_and_loses_its_folders():
     )
 
 
+def test_a_group_size_that_is_asked_for_goes_to_all_that_have_groups(folder, model):
+    def group_size(peer: Peer, **asked) -> int:
+        return bench_peers.job_of(peer, 4, options(folder, **asked), model, folder / "text.safetensors").group_size
+
+    trellis = next(peer for peer in PEERS if peer.name == "exllamav3")
+    assert [group_size(OURS), group_size(OURS, group_size=128)] == [64, 128]
+    assert group_size(trellis, group_size=128) == 0
+
+
 def test_a_runner_that_raises_is_reported_with_its_error(folder, model, tmp_path, monkeypatch):
     (tmp_path / "runners").mkdir()
     (tmp_path / "runners" / "wrong.py").write_text("print('working')\nraise RuntimeError('no GPU here')\n")
@@ -234,6 +246,33 @@ def test_a_plain_model_lacks_no_linear_and_has_finite_weights(folder, model):
         plain._save(job, plain.Outcome({p: w for p, w in weights.items() if p != first}, 1.0, 4.5, 32, {}))
     with pytest.raises(ValueError, match="not finite"):
         plain._save(job, plain.Outcome({**weights, first: weights[first] * float("nan")}, 1.0, 4.5, 32, {}))
+
+
+def test_a_plain_model_that_does_not_compute_what_the_quantizer_does_is_refused(folder, model):
+    calibration = folder / "text.safetensors"
+    bench_peers.write_calibration(byte_tokenizer(), bench_peers.QUICK, calibration)
+    job = bench_peers.job_of(OURS, 4, options(folder), model, calibration)
+    own = job.load(torch.float32)
+    logits = plain.first_logits(own, job.windows)
+    assert logits.shape == (16, own.config.vocab_size)
+    weights = {path: linear.weight.detach() for path, linear in plain.linears_of(own).items()}
+    assert plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, {}, logits)) < 1e-6
+    norm = next(name for name in own.state_dict() if "norm" in name)
+    misread = {norm: 1.5 * own.state_dict()[norm]}
+    with pytest.raises(ValueError, match="the plain model's logits differ"):
+        plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits))
+
+
+def test_the_biased_model_has_biases_and_outliers_that_rounding_feels(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["biased.py", str(tmp_path)])
+    biased.main()
+    model = ModelFiles.find(str(tmp_path)).model(torch.float32, torch.device("cpu"))
+    attention = model.model.layers[0].self_attn
+    assert all(0.8 < layer.bias.std() < 1.2 for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    weights = model.model.layers[0].input_layernorm.weight
+    assert weights.max() > 5 * weights.median()
+    tokens = ModelFiles.find(str(tmp_path)).tokenizer()("é b")["input_ids"]
+    assert len(tokens) == 4, "a token for each byte"
 
 
 def test_stored_bits_count_scales_zero_points_and_rotations():

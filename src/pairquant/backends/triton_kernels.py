@@ -69,8 +69,8 @@ class TritonKernels(Backend):
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
         kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
-        if weights.decoded is not None and weights.decoded.dtype == x.dtype and tokens >= table.DECODED_FROM:
-            return torch.nn.functional.linear(x, weights.decoded, bias)
+        if (decoded := _decoded_for(x, weights)) is not None:
+            return torch.nn.functional.linear(x, decoded, bias)
         if activations is not None:
             from ..kernels.run import launch_rounded
 
@@ -105,6 +105,9 @@ class TritonKernels(Backend):
         from ..kernels.run import launch_norm
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if (decoded := _decoded_for(x, weights)) is not None:
+            normed, total = launch_norm.add_norm(x, residual, norm, eps)
+            return torch.nn.functional.linear(normed, decoded, bias), total
         choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
         return launch_norm.norm_linear(x, residual, norm, eps, weights, bias, choice)
 
@@ -116,6 +119,8 @@ class TritonKernels(Backend):
         from ..kernels.run import launch_norm
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if (decoded := _decoded_for(x, weights)) is not None:
+            return torch.nn.functional.linear(launch_norm.silu(x), decoded, bias)
         choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
         return launch_norm.silu_linear(x, weights, bias, choice)
 
@@ -152,6 +157,13 @@ def _with_decoded(weights: KernelWeights, layout: LinearLayout, dtype: torch.dty
         raise
     limit.give_back_with(decoded)
     return replace(weights, decoded=decoded)
+
+
+def _decoded_for(x: Tensor, weights: KernelWeights) -> Tensor | None:
+    """Return the decoded weight that is kept, if it multiplies x: of its dtype, and of many tokens."""
+    decoded = weights.decoded
+    many = x.shape[0] >= table.DECODED_FROM
+    return decoded if decoded is not None and many and decoded.dtype == x.dtype else None
 
 
 def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...support.devices import current
 from . import launch
 from .launch import cdiv, dependent, overlaps, power_of_two
-from .table import Dense, Narrow, Wide
+from .table import Choice, Narrow
 from .triton_norm import add_norm_kernel, norm_givens_kernel, silu_kernel
 from .weights import KernelWeights
 
@@ -27,7 +27,7 @@ def norm_linear(
     eps: float,
     weights: KernelWeights,
     bias: Tensor | None,
-    choice: Narrow | Wide | Dense,
+    choice: Choice,
 ) -> tuple[Tensor, Tensor]:
     """Run linears on the norm of h = x + residual; return their output [M, sum of out_features], and h [M, C].
 
@@ -40,7 +40,7 @@ def norm_linear(
     return launch.linear(normed, weights, bias, choice), h
 
 
-def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
+def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Choice) -> Tensor:
     """Run linears on silu(gate) · up, where x [M, 2 C] is gate and up side by side: [M, sum of out_features]."""
     if isinstance(choice, Narrow):
         rotation = weights.rotation
