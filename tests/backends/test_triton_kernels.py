@@ -226,3 +226,18 @@ def test_experts_round_activations_as_other_layers_do(monkeypatch):
     assert experts_refusal(int8, cuda, torch.float32) == "multiplies experts in 16 bits, the activations are float32"
     assert "compute capability 8.9" in experts_refusal(fp8, cuda, torch.float16)
     assert explain_experts(int8, cuda, torch.float16).label == "triton (int8 activations simulated)"
+
+
+def test_what_comes_before_multiplies_kept_decoded_weights_too(packed, limit):
+    tensors = BACKEND.prepare(packed, torch.bfloat16)
+    dense = KernelWeights.of_tensors(tensors, SIZES, 32).decoded
+    generator = torch.Generator().manual_seed(3)
+    x, residual = torch.randn(2, DECODED_FROM, 96, generator=generator).to(DEVICE, torch.bfloat16)
+    norm = torch.rand(96, generator=generator).to(DEVICE, torch.bfloat16)
+    y, h = BACKEND.compute_after_norm(x, residual, norm, 1e-5, tensors, None, SIZES, 32)
+    normed = torch.nn.functional.rms_norm((x + residual).float(), (96,), norm.float(), 1e-5)
+    assert error(h, x + residual) < 1e-2
+    assert error(y, normed @ dense.float().T) < 1e-2
+    given = torch.cat([x, residual], -1)
+    want = (torch.nn.functional.silu(x.float()) * residual.float()) @ dense.float().T
+    assert error(BACKEND.compute_after_silu(given, tensors, None, SIZES, 32), want) < 1e-2
