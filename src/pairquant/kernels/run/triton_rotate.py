@@ -62,7 +62,7 @@ def load_steps(steps_ptr, partners_ptr, K: tl.constexpr):
         cos = tl.load(steps_ptr + k * 256 + c)
         sin = tl.load(steps_ptr + k * 256 + 128 + c)
         partners = tl.load(partners_ptr + k * 128 + c)
-        steps = steps + ((cos, sin, partners),)  # noqa: RUF005  Triton cannot unpack into a tuple
+        steps = steps + ((cos, sin, partners),)  # type: ignore[assignment]  # noqa: RUF005  Triton cannot unpack into a tuple
     return steps
 
 
