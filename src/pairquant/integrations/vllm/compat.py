@@ -92,9 +92,8 @@ def follow_checkpoints(sort_out: Callable[[Iterable, Any, Any, Any], Iterable]) 
 
 
 def may_change_layers() -> bool:
-    """Return whether the model that is being loaded runs its layers as they are: no adapters (LoRA) are added to them.
-
-    None is known where vLLM has not said what it is loading.
+    """Return whether layers of the model that is being loaded may run together: not if LoRA adapters read what lies between
+    them, nor if vLLM has not said what it is loading.
     """
     from vllm.config import get_current_vllm_config_or_none
 
@@ -103,8 +102,8 @@ def may_change_layers() -> bool:
 
 
 def may_change_norms() -> bool:
-    """Return whether vLLM's compiler leaves norms alone: it can compute them with the exchange between GPUs, or on a part of
-    the tokens each.
+    """Return whether vLLM's compiler leaves norms alone. With several GPUs it can compute them together with the exchange of sums,
+    or have each GPU compute those of a part of the tokens.
     """
     from vllm.config import get_current_vllm_config
 

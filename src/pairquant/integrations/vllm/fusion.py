@@ -52,12 +52,10 @@ def fuse(model: nn.Module) -> None:
     """
     if not wanted(os.environ.get(VARIABLE, "1")) or not may_change_layers():
         return
-    norms = (
-        [pair for pair in norm_pairs(model) if is_plain(pair[0]) and fits("norm", pair[1])]
-        if may_change_norms()
-        else []
-    )
-    silus = [pair for pair in silu_pairs(model) if type(pair[0]) is SiluAndMul and fits("silu", pair[1])]
+    norms = [(norm, linear) for norm, linear in norm_pairs(model) if is_plain(norm) and fits("norm", linear)]
+    silus = [(silu, linear) for silu, linear in silu_pairs(model) if type(silu) is SiluAndMul and fits("silu", linear)]
+    if not may_change_norms():
+        norms = []
     for norm, linear in norms:
         run_linear_in(norm, linear)
     for silu, linear in silus:
@@ -108,11 +106,8 @@ def fits(before: str, linear: Any) -> bool:
     method = getattr(linear, "quant_method", None)
     if type(method) is not PairQuantLinearMethod or not isinstance(pending := linear.pairquant, Pending):
         return False  # not ours, or from a model that runs already and whose weights are loaded again
-    if (
-        linear.skip_bias_add
-        or getattr(linear, "gather_output", False)
-        or not getattr(linear, "input_is_parallel", True)
-    ):
+    as_it_is = not getattr(linear, "gather_output", False) and getattr(linear, "input_is_parallel", True)
+    if linear.skip_bias_add or not as_it_is:
         return False
     layout = replace(pending.layouts[0], out_features=sum(one.out_features for one in pending.layouts))
     backend = choose(layout, linear.qweight.device, pending.dtype)
