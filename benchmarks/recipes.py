@@ -24,9 +24,8 @@ def config_from(text: str, **setting: Any) -> QuantConfig:
 
 
 def _is_option(change: str) -> bool:
-    """Whether a change is of `QuantConfig`: a recipe's `transform` is True or False, that of the options a word."""
-    name, _, value = change.partition("=")
-    return name in {f.name for f in fields(QuantConfig)} and not (name == "transform" and value in ("True", "False"))
+    """Whether a change is of `QuantConfig`."""
+    return change.partition("=")[0] in {f.name for f in fields(QuantConfig)}
 
 
 def _value(text: str) -> Any:

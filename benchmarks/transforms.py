@@ -1,6 +1,7 @@
-"""What to compare our transforms with, for rounded activations: random Hadamard matrices, any orthogonal ones.
+"""What to compare our transforms with, for rounded activations: random Hadamard matrices, any orthogonal ones; and weights that
+are not rounded at all.
 
-Both are strategies of the walk (`optimize.strategies`); what they fit and round otherwise is what the recipe says.
+All are strategies of the walk (`optimize.strategies`); what they fit and round otherwise is what the recipe says.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ class Orthogonal(Rounding):
     """
 
     def quantize(self, work: BlockWork) -> None:
-        self.found: dict[str, Transform] = {}
         packed = self.rounded(work)
         roundings = {}
         for path, linear in packed.items():
@@ -85,6 +85,7 @@ class Orthogonal(Rounding):
 
     def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
         hessians = work.hessians
+        self.found: dict[str, Transform] = {}
         for group in work.groups:
             (path,) = group
             spec = work.layouts[path].spec
@@ -131,3 +132,25 @@ def learned_orthogonal(problem: Problem, config: QuantConfig) -> Transform:
     return replace(
         identity, matrix=torch.linalg.matrix_exp(skew - skew.mT), inverse_scales=stored(log_scale.neg().exp())
     )
+
+
+@dataclass
+class KeptWeights(Rounding):
+    """Rounds activations alone, after the transforms of the base: the least that rounding weights too can lose.
+
+    The transforms are those of rounded weights and activations. No checkpoint holds such weights: `work.packed` stays empty.
+    """
+
+    def quantize(self, work: BlockWork) -> None:
+        targets = {path: work.rows(path).float() for path in work.paths}
+        found = self._transforms(work, targets)
+        roundings = {path: InputRounding.of(transform, work.layouts[path]) for path, transform in found.items()}
+        round_inputs(work.block.sites, {path: rounding for path, rounding in roundings.items() if rounding is not None})
+
+
+class KeptHadamard(KeptWeights, Hadamard):
+    """Activations alone are rounded, after a random Hadamard matrix for each group."""
+
+
+class KeptOrthogonal(KeptWeights, Orthogonal):
+    """Activations alone are rounded, after learned orthogonal matrices."""

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import pairquant
-from pairquant.checkpoint.gguf_metadata import FAMILIES, WORDS, rope_factors, splitting_of, tokenizer_of, tokens_of
+from pairquant.checkpoint.gguf_metadata import FAMILIES, WORDS, splitting_of, tokenizer_of, tokens_of
+from pairquant.checkpoint.read import ModelFiles
 from pairquant.formats.table import FORMATS
 from pairquant.support.errors import ConfigError, SourceError
 
@@ -55,7 +56,7 @@ def unrotated(root, family, **changes):
 def test_transformers_reads_the_weights_and_the_tokenizer(family, tmp_path):
     checkpoint = unrotated(tmp_path, family)
     file = pairquant.export(checkpoint, tmp_path / "out" / "model.gguf", "gguf")
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    read = ModelFiles.find(str(file)).model(torch.float32).state_dict()
     plain = AutoModelForCausalLM.from_pretrained(pairquant.export(checkpoint, tmp_path / "plain", "fp32")).state_dict()
     assert read.keys() == plain.keys()
     for name, expected in plain.items():
@@ -185,20 +186,6 @@ def test_bad_outputs_and_families_are_refused(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_stretched_frequencies_are_those_of_transformers(tmp_path):
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    save_tiny(tmp_path)
-    entries = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**entries, "rope_parameters": LLAMA3}))
-    config = AutoConfig.from_pretrained(tmp_path)
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    usual = LLAMA3["rope_theta"] ** -(torch.arange(0, 32, 2) / 32)
-    torch.testing.assert_close(usual / rope_factors(config), expected)
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert rope_factors(AutoConfig.from_pretrained(tmp_path)) is None
-
-
 def test_factors_of_a_source_in_gguf_are_kept(tmp_path):
     checkpoint = unrotated(tmp_path, "llama")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -209,6 +196,8 @@ def test_factors_of_a_source_in_gguf_are_kept(tmp_path):
     factors = [{t.name: t.data for t in gguf.GGUFReader(file).tensors}["rope_freqs.weight"] for file in (first, second)]
     assert (factors[0] == factors[1]).all()
     assert factors[0].max() == 8
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["rope_parameters"] == LLAMA3
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

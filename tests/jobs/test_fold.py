@@ -13,6 +13,7 @@ from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.checkpoint.source import SourceWeights
 from pairquant.jobs.fold import Silent, fold
+from pairquant.jobs.folded import is_there
 from pairquant.jobs.quantize import Silent as SilentQuantize
 from pairquant.models.folding import Foldable
 from pairquant.models.names import OWN
@@ -202,6 +203,17 @@ def test_a_stopped_run_goes_on_with_the_folded_model(source, tmp_path):
     pairquant.quantize(source, tmp_path / "out", FOLDED, device="cpu", progress=heard)
     assert "continuing with the model that an earlier run folded" in heard.notices
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_model_that_was_folded_on_another_text_is_not_taken(source, tmp_path):
+    """The file is the same, by its name and the options; what it says is not."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text())
+    config = replace(FOLDED, calibration=(str(text),))
+    pairquant.fold(source, tmp_path / "out", config, device="cpu")
+    assert is_there(tmp_path / "out", source, config, "cpu", False, Silent())
+    text.write_text(TEXT.read_text()[::-1])
+    assert not is_there(tmp_path / "out", source, config, "cpu", False, Silent())
 
 
 def test_other_options_fold_anew(source, tmp_path):

@@ -30,7 +30,7 @@ MICRO_BATCH = 2
 
 def options(training=TRAINING, refit=REFIT, transform=True, channel_scales=True, **others):
     recipe = Recipe(
-        transform=transform, channel_scales=channel_scales, training=training, refit=refit, rounding="nearest"
+        fits_transform=transform, channel_scales=channel_scales, training=training, refit=refit, rounding="nearest"
     )
     return QuantConfig(**{"group_size": 32, "bits": 3, "rotations": 4, "recipe": recipe, **others})
 

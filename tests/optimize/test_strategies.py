@@ -48,7 +48,7 @@ def test_one_block_may_hold_many_specs(recipe, shared, tokens):
     model = tiny_model()
     for result in quantize_blocks(model, tokens, config, CPU):
         for path, packed in result.packed.items():
-            rotations = 4 if config.recipe.transform else 0
+            rotations = 4 if config.recipe.fits_transform else 0
             spec = {
                 "down_proj": Spec(8, 32, 0), "o_proj": Spec(5, 64, rotations), "k_proj": Spec(6, 32, min(2, rotations)),
                 "up_proj": Spec(2, 32, rotations),
@@ -106,6 +106,24 @@ def test_weights_are_fitted_to_rounded_inputs_where_the_text_is_long_enough(
         p.rpartition(".")[2] for p in without if not torch.equal(as_it_is[p]["qweight"], without[p]["qweight"])
     }
     assert differing == corrected
+
+
+@pytest.mark.parametrize(("all_experts", "corrected"), [(False, {"gate_proj", "up_proj", "down_proj"}), (True, set())])
+def test_experts_are_fitted_to_rounded_inputs_where_their_router_gives_them_enough_tokens(
+    all_experts, corrected, tokens, monkeypatch
+):
+    def fitted(least):
+        monkeypatch.setattr(noise, "CORRECTED", least)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"].build()).eval()
+        config = QuantConfig(preset="gptq", group_size=32, activations="int4", all_experts=all_experts)
+        return next(quantize_blocks(model, tokens % 200, config, CPU)).packed
+
+    found, without = fitted({"int4": 1e-3}), fitted({})
+    differing = {p for p in found if not torch.equal(found[p]["qweight"], without[p]["qweight"])}
+    experts = {path.rpartition(".")[2] for path in differing if ".experts." in path}
+    assert experts == corrected
+    assert any(path.endswith("q_proj") for path in differing)
 
 
 def in_turn(family="llama"):

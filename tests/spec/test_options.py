@@ -81,7 +81,7 @@ def test_a_broken_regular_expression_is_refused_with_the_reason():
 def test_allowed_options_are_kept(options):
     config = QuantConfig(**options)
     for name, value in options.items():
-        if name != "rotations" or config.recipe.transform:
+        if name != "rotations" or config.recipe.fits_transform:
             assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
 
 

@@ -20,8 +20,8 @@ def test_settings_change_a_preset():
     [
         ("fast", "stepz=3", "did you mean 'steps'"),
         ("fast", "steps", "did you mean|is none of"),
-        ("fast", "training.epochs=3", "is none of: transform"),
-        ("fast", "training=3", "is none of: transform"),
+        ("fast", "training.epochs=3", "is none of: fits_transform"),
+        ("fast", "training=3", "is none of: fits_transform"),
         ("fast", "steps=many", "steps is 'many', allowed: a value such as 150"),
         ("paper", "training.loss=l1", "loss is 'l1', allowed: smooth_l1, mse"),
         ("paper", "training.epochs=-1", "epochs is -1"),
@@ -62,3 +62,8 @@ def test_a_training_of_the_whole_model_is_switched_on_and_then_set():
     assert Recipe.from_dict(asdict(recipe)) == recipe
     with pytest.raises(ConfigError, match="end_to_end"):
         recipe_with("rtn", ["end_to_end.scale_rate=0.5"])
+
+
+def test_settings_are_read_by_their_earlier_names():
+    assert recipe_with("fast", ["transform=False"]) == recipe_with("fast", ["fits_transform=False"])
+    assert not Recipe.from_dict({"transform": False}).fits_transform

@@ -24,10 +24,9 @@ from .gguf_metadata import (
     family_of,
     require_describable,
     require_package,
-    rope_factors,
-    rope_factors_in,
     write_metadata,
 )
+from .gguf_rope import rope_factors, rope_factors_in
 from .original import sites_of
 from .read import Checkpoint, ModelFiles
 from .write import require_space

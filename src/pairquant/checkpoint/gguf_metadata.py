@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..support.errors import ConfigError, SourceError
 from .files import read_json
+from .gguf_rope import rope_of
 from .read import ModelFiles
 
 if TYPE_CHECKING:
@@ -161,12 +160,6 @@ def write_metadata(writer: GGUFWriter, files: ModelFiles, config: Any, family: F
     tokenizer_of(files.directory, config.vocab_size).write(writer, files.directory, config.vocab_size)
 
 
-def rope_of(config: Any) -> dict[str, Any]:
-    """Return the parameters of the rotary embedding; of a model with two kinds of attention, those of its full attention."""
-    rope = config.rope_parameters
-    return rope.get("full_attention", rope)
-
-
 def _require_rope(rope: dict[str, Any]) -> str:
     """Return the kind of a rotary embedding, if it can be written."""
     kind = rope.get("rope_type", "default")
@@ -197,30 +190,6 @@ def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-
-
-def rope_factors_in(source: Path) -> Tensor | None:
-    """Return what a GGUF file has the frequencies divided by: Transformers leaves this out of the configuration it makes."""
-    from gguf import GGUFReader
-
-    found = [tensor for tensor in GGUFReader(source).tensors if tensor.name == "rope_freqs.weight"]
-    return torch.from_numpy(found[0].data.copy()) if found else None
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """Return what the frequencies are divided by, float32 [head width / 2]; None unless they are stretched as LLaMA 3.1's.
-
-    Waves longer than the context that the model was trained on, divided by `low_freq_factor`, are stretched by `factor`,
-    those shorter than it divided by `high_freq_factor` are not, and those between by something in between.
-    """
-    rope = rope_of(config)
-    if rope.get("rope_type") != "llama3":
-        return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    kept = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - kept) / factor + kept)).float()
 
 
 @dataclass(frozen=True)

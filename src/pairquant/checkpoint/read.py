@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..models.names import OWN, Names
 from ..models.sharing import fold_shared, settle_scales
 from ..models.sites import stored_sites
+from ..spec.activations import FORMATS, UNROUNDED
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
@@ -35,6 +36,7 @@ from .architecture import (
 from .describe import describe_anew, describe_copy
 from .files import read_json
 from .gguf import with_bos
+from .gguf_rope import with_rope
 from .headers import REMEDY, StoredTensors, weight_files
 from .record import END_TO_END, REPORT_FILE, read_record
 from .side_files import WEIGHTS, side_files
@@ -91,10 +93,14 @@ class ModelFiles:
 
     @cached_property
     def config(self):
-        """The Transformers configuration."""
+        """The Transformers configuration; raises `SourceError` if it cannot be read, or cannot say what a GGUF file does."""
         from transformers import AutoConfig
 
-        return self._load(AutoConfig, "configuration")
+        config = self._load(AutoConfig, "configuration")
+        if self.gguf:
+            with torch.device("cpu"):  # asked for while a model is built on the meta device, too
+                return with_rope(config, self.directory / self.gguf)
+        return config
 
     @property
     def quantization(self) -> Any:
@@ -373,6 +379,11 @@ class Checkpoint:
             return [str(default)]
         ordered = sorted(counts.items(), key=lambda item: (item[0] != default, -item[1]))
         return [f"{spec} ({counted(count, 'layer')})" for spec, count in ordered]
+
+    def activations(self) -> str:
+        """Return for tables what layers round their inputs to: "int8", "int8, fp8", or "16 bits" where none is rounded."""
+        found = {self.layout(path).activations for path in self.stored.linears()}
+        return ", ".join(name for name in FORMATS if name in found) or UNROUNDED
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""

@@ -66,12 +66,19 @@ def rounded(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
     return _rounded(x_rot, activations, group_size)
 
 
+def rounded_for_training(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
+    """Return `rounded`, with the gradient of x_rot + `noise`, which tells how errors shrink with what is rounded."""
+    if torch.is_grad_enabled() and x_rot.requires_grad:
+        return _WithNoise.apply(x_rot, activations, group_size)
+    return _rounded(x_rot, activations, group_size)
+
+
 #: Format → the share of a span's largest value below which a value's step does not shrink with it. Whole numbers have one step.
 EVEN_STEPS = {"int8": 1.0, "fp8": 2.0**-6 / E4M3_MAX, "int4": 1.0, "mxfp4": 0.25}
 
 
 def noise(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
-    """Return rounded(x_rot) - x_rot, float32 [..., C], as a transform is fitted on it.
+    """Return rounded(x_rot) - x_rot, float32 [..., C], as transforms are fitted, and models trained, on it.
 
     The gradient takes each error as a fixed multiple of its step, and the step as proportional to the largest value of its
     span or, where the format is a floating one, to the value itself: so it tells how errors shrink with what is rounded.
@@ -107,6 +114,24 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return grad.to(ctx.dtype), None, None
+
+
+class _WithNoise(torch.autograd.Function):
+    """See `rounded_for_training`. What the gradient needs beside the input is computed again, as it takes several times as much memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, activations: str, group_size: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.how = activations, group_size
+        return _rounded(x, activations, group_size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(leaf + noise(leaf, *ctx.how), leaf, grad)
+        return slope, None, None
 
 
 def _whole(x: Tensor, largest: float, reach: float = 1.0) -> tuple[Tensor, Tensor]:

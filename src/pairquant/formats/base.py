@@ -112,7 +112,7 @@ class Format(ABC):
             )
         transform = config.transform
         if transform == "rotated":
-            transform = "folded" if config.recipe.transform else "none"
+            transform = "folded" if config.recipe.fits_transform else "none"
         symmetric, size = config.symmetric or self.symmetric, config.group_size
         if self.group_size < 128:
             size = self.group_size if size == "auto" else min(size, self.group_size)

@@ -13,14 +13,16 @@ from typing import Any
 from ..checkpoint.record import FOLDED, REPORT_FILE, read_record
 from ..checkpoint.source import SourceWeights
 from ..checkpoint.write import require_apart, require_space
-from ..optimize.ranks import processes
+from ..optimize.ranks import Ranks, processes
 from ..spec.options import QuantConfig
 from ..support.devices import resolve_device
 from ..support.errors import ConfigError
 from .fold import Progress, fitting, fold, identity
 from .opened import Opened
 from .plan import Planner
+from .progress import Told
 from .refusals import needed_bytes
+from .texts import Texts
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def folded(
     if config.target is not None:
         _require_reachable(opened, output)
     home = output.with_name(f".{output.name}.folded")
-    if fresh or not is_there(home, model, config, device, trust_remote_code):
+    if fresh or not is_there(home, model, config, device, trust_remote_code, progress):
         fold(model, home, config, device=device, overwrite=True, trust_remote_code=trust_remote_code, progress=progress)
     else:
         progress.notice("continuing with the model that an earlier run folded")
@@ -69,14 +71,19 @@ def _require_reachable(opened: Opened, output: Path) -> None:
             source.close()
 
 
-def is_there(output: Path, model: str | Path, config: QuantConfig, device: str, trust_remote_code: bool) -> bool:
-    """Tell whether `output` holds what `fold` would write there for these arguments."""
-    facts = read_record(output / REPORT_FILE).get(FOLDED)
-    if not isinstance(facts, Mapping) or not (output / "config.json").is_file():
+def is_there(
+    output: Path, model: str | Path, config: QuantConfig, device: str, trust_remote_code: bool, progress: Told
+) -> bool:
+    """Tell whether `output` holds what `fold` would write there for these arguments and the text that they name as it is now."""
+    record = read_record(output / REPORT_FILE)
+    facts, provenance = record.get(FOLDED), record.get("provenance")
+    if not (isinstance(facts, Mapping) and isinstance(provenance, Mapping) and (output / "config.json").is_file()):
         return False
-    opened = Opened.of(model, fitting(config), trust_remote_code)
-    wanted = identity(opened, resolve_device(device))
-    return all(_plain(facts.get(name)) == _plain(value) for name, value in wanted.items())
+    opened, target = Opened.of(model, fitting(config), trust_remote_code), resolve_device(device)
+    if any(_plain(facts.get(name)) != _plain(value) for name, value in identity(opened, target).items()):
+        return False
+    text = Texts.drawn(opened, Ranks(), target, progress).calibration
+    return text is not None and text.digest == provenance.get("calibration_sha256")
 
 
 def _plain(value: Any) -> Any:

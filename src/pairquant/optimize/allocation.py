@@ -87,7 +87,7 @@ def forms_of(plan: Plan, config: QuantConfig) -> dict[str, list[Spec]]:
         for override in config.overrides:
             if matches(path, (override.pattern,)):
                 mine = [override.applied(spec) for spec in every]
-        if not config.recipe.transform:  # whatever an override says
+        if not config.recipe.fits_transform:  # whatever an override says
             mine = [replace(spec, rotations=0) for spec in mine]
         fitting = [s for s in dict.fromkeys(mine) if not s.layout(layout.in_features, layout.out_features).misfits()]
         found[path] = fitting or [layout.spec]

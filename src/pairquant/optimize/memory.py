@@ -16,6 +16,7 @@ from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .end_to_end import MEASURED_TOGETHER
+from .noise import CORRECTED
 from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
 from .walk import compute_dtype
@@ -131,14 +132,14 @@ def _block_bytes(
     if not sizes:
         return 0
     weights = sum(math.prod(size) for size in sizes)
-    moments = _moment_bytes(block, config)
+    experts = [site for site in block.sites.values() if site.pool is not None]
+    share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
+    moments = _moment_bytes(block, config, int(tokens.numel() * share) if tokens is not None else 0)
     fitting = _fitted_together(block) * 4 * FITTING_COPIES
     if config.transform_per_expert:  # gate and up of every expert lie beside each other until all transforms are found
         fitting += weights * 4
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
-    experts = [site for site in block.sites.values() if site.pool is not None]
-    share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     if block.head:  # its outputs are not computed
         read = sizes[0][1]
@@ -164,8 +165,8 @@ def _fitted_together(block: Block) -> int:
     return max((min(n, SHARED_ROWS) if home in pools else n) * channels[home] for home, n in rows.items())
 
 
-def _moment_bytes(block: Block, config: QuantConfig) -> int:
-    """Predict the bytes of the second moments of a block.
+def _moment_bytes(block: Block, config: QuantConfig, routed: int) -> int:
+    """Predict the bytes of the second moments of a block. routed: the tokens of the text that each expert gets on average.
 
     An expert's are counted twice: as a sum, and as the product of one micro-batch, which is added to the sum when the
     products of all experts are known.
@@ -174,7 +175,8 @@ def _moment_bytes(block: Block, config: QuantConfig) -> int:
     for path, site in block.sites.items():
         channels = site.size.in_features
         copies = 2 if config.recipe.drift or site.pool else 1
-        if config.activations is not None and site.pool is None:  # each linear rounds its input by its own transform
+        corrected = site.pool is None or routed >= CORRECTED.get(config.activations or "", math.inf) * channels
+        if config.activations is not None and corrected:  # each linear rounds its input by its own transform
             inputs[path, ""] = channels**2 * 4 * ROUNDED_MOMENTS
         of_all = config.all_experts and site.pool is not None and not site.pool.endswith(".down")
         home = "" if of_all else path.rpartition(".")[0]

@@ -278,7 +278,7 @@ def comparing(recipe: Recipe) -> Recipe:
     """
     nearest = recipe.rounding == "nearest" and not recipe.trains
     return replace(
-        PRESETS["quick"], steps=STEPS, transform=recipe.transform, channel_scales=recipe.channel_scales,
+        PRESETS["quick"], steps=STEPS, fits_transform=recipe.fits_transform, channel_scales=recipe.channel_scales,
         scales_alone=recipe.scales_alone, sweeps=0, rounding="nearest" if nearest else "gptq",
     )  # fmt: skip
 

@@ -158,14 +158,15 @@ class Rounding:
     ) -> dict[str, Tensor]:
         """Let each target answer its rounded inputs as it answered its inputs; return the moments of the rounded inputs.
 
-        By path, for linears whose errors are large and whose text is long enough (`noise.is_corrected`). Those of experts stay
-        as they are: a router leaves most experts few tokens.
+        By path, for linears whose errors are large and that read enough tokens (`noise.is_corrected`); experts are counted the
+        tokens that the router gives them, and stay as they are where they are fitted on others too.
         """
         wanted = {
             path
             for m in work.moments
             for path in m.readers
-            if work.block.sites[path].pool is None and is_corrected(work.layouts[path], m.tokens)
+            if is_corrected(work.layouts[path], m.tokens)
+            and not (work.config.all_experts and work.block.sites[path].pool is not None)
         }
         if not wanted:
             return {}

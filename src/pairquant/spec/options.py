@@ -198,16 +198,16 @@ class QuantConfig:
             )
         if self.transform != "rotated":
             self._settle_transform()
-        if not self.recipe.transform:
+        if not self.recipe.fits_transform:
             object.__setattr__(self, "rotations", 0)
         if self.rotations == "auto":
             self._settle_rotations()
-        if not self.recipe.transform and any(self.candidates.rotations):
+        if not self.recipe.fits_transform and any(self.candidates.rotations):
             raise ConfigError(
                 f"candidate rotations are {self.candidates.rotations}, allowed with preset {self.preset!r}: none, because it "
                 "fits no transform. Leave them out of --candidates."
             )
-        if self.transform_per_expert and not self.recipe.transform:
+        if self.transform_per_expert and not self.recipe.fits_transform:
             raise ConfigError(
                 f"transform_per_expert is True, allowed with preset {self.preset!r}: False, because it fits no transform. Leave "
                 "--transform-per-expert out."
@@ -279,7 +279,7 @@ class QuantConfig:
             )
         if self.transform == "none":
             object.__setattr__(self, "rotations", 0)
-        elif not self.recipe.transform:
+        elif not self.recipe.fits_transform:
             raise ConfigError(
                 f"transform is 'folded', allowed with preset {self.preset!r}: none, because it fits no transform. Choose another "
                 "preset, or leave --transform out."

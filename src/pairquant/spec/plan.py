@@ -76,7 +76,7 @@ def plan_for(
         for override in config.overrides:
             if matches(path, (override.pattern,)):
                 specs[path], reasons[path] = override.applied(usual), f"--override {override}"
-    if not config.recipe.transform:  # such presets round the weight without transforming it
+    if not config.recipe.fits_transform:  # such presets round the weight without transforming it
         specs = {path: replace(spec, rotations=0) for path, spec in specs.items()}
     layouts = {path: specs[path].layout(s.in_features, s.out_features, s.bias) for path, s in sizes.items()}
     for path, reason in _too_small(layouts).items():

@@ -104,11 +104,15 @@ class EndToEnd(Refit):
         require_whole("fresh", self.fresh, 0, 1000)
 
 
+#: Settings as records and commands of earlier versions call them → their names now.
+EARLIER_NAMES = {"transform": "fits_transform"}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How transforms are found and weights are rounded; every field was measured (docs/decisions.md).
 
-    transform: whether to fit channel scales and rotations; if not, the checkpoint has K = 0.
+    fits_transform: whether to fit channel scales and rotations; if not, the checkpoint has K = 0.
     channel_scales: whether to fit channel scales as well as rotations; scales_alone: whether also for weights without any
     rotations. If not, these have no transform at all, and nothing runs before their product.
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
@@ -126,7 +130,7 @@ class Recipe:
     Raises `ConfigError` for values that are not allowed.
     """
 
-    transform: bool = True
+    fits_transform: bool = True
     channel_scales: bool = True
     scales_alone: bool = True
     training: Training | None = None
@@ -155,16 +159,16 @@ class Recipe:
 
     def scales(self, rotations: int) -> bool:
         """Tell whether a weight with so many rotations gets channel scales."""
-        return self.transform and self.channel_scales and (rotations > 0 or self.scales_alone)
+        return self.fits_transform and self.channel_scales and (rotations > 0 or self.scales_alone)
 
     def transforms(self, rotations: int) -> bool:
         """Tell whether a weight with so many rotations gets a transform."""
-        return self.scales(rotations) or (self.transform and rotations > 0)
+        return self.scales(rotations) or (self.fits_transform and rotations > 0)
 
     @property
     def needs_text(self) -> bool:
         """Whether the recipe needs activations, and therefore calibration text."""
-        return self.transform or self.rounding != "nearest" or self.trains or self.end_to_end is not None
+        return self.fits_transform or self.rounding != "nearest" or self.trains or self.end_to_end is not None
 
     @property
     def compares(self) -> bool:
@@ -184,6 +188,7 @@ class Recipe:
         """
         kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
+        given = {EARLIER_NAMES.get(name, name): value for name, value in given.items()}
         try:
             return cls(**given)
         except TypeError as error:
@@ -198,8 +203,8 @@ PRESETS: dict[str, Recipe] = {
     "best": Recipe(refit=Refit()),
     "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
     "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
-    "gptq": Recipe(transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
-    "rtn": Recipe(transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
+    "gptq": Recipe(fits_transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
+    "rtn": Recipe(fits_transform=False, rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
 }
 
 
@@ -235,6 +240,7 @@ def recipe_with(preset: str, settings: Sequence[str], end_to_end: int = 0) -> Re
         recipe = replace(recipe, end_to_end=EndToEnd(epochs=end_to_end))
     for setting in settings:
         name, equals, text = setting.partition("=")
+        name = EARLIER_NAMES.get(name, name)
         known = flat(recipe)
         if not equals or name not in known:
             raise ConfigError(

@@ -1,8 +1,4 @@
-"""The `quantization_config` of a checkpoint, as vLLM wants to hold it: which layers are ours.
-
-A layer is quantized if the checkpoint holds its `qweight`, whatever else config.json says. Paths are known to us as the
-checkpoint names them, to vLLM as its model does; the model's own mapper translates.
-"""
+"""The `quantization_config` of a checkpoint, as vLLM wants to hold it: which layers are ours."""
 
 from __future__ import annotations
 
@@ -14,14 +10,13 @@ import torch
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ...spec.experts import EXPERT
 from ...spec.linear import Spec
-from ...spec.patterns import matches
 from ...support.errors import CheckpointError, ConfigError
+from ..packed_paths import PackedPaths
 from .compat import QuantizationConfig, follow_checkpoints, is_embedding, is_experts, is_head, tensor_names
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
 
-PACKED = ".qweight"
 #: Last names of output embeddings.
 HEADS = ("lm_head", "embed_out")
 #: Last names of input embeddings.
@@ -38,20 +33,15 @@ EMBEDDINGS = (
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class PairQuantConfig(QuantizationConfig):
-    """checkpoint: our view of the JSON object; quantized: path → spec of the packed linears, in vLLM's names once the
-    model has told its mapper; None where no file could be read: then all linears but `plain` are. stored_as: the same
-    paths → those in the checkpoint; claimed: those for whose layers vLLM has asked for a method.
-    """
+class PairQuantConfig(PackedPaths, QuantizationConfig):
+    """Which layers of vLLM's model run packed weights, and by which method. heads: packed output embeddings, as stored."""
+
+    engine = "vLLM"
 
     def __init__(self, checkpoint: CheckpointConfig):
         super().__init__()
-        self.checkpoint = checkpoint
-        self.quantized: dict[str, Spec] | None = None
-        self.stored_as: dict[str, str] = {}
-        self.claimed: set[str] = set()
+        self.begin(checkpoint)
         self.heads: set[str] = set()
-        self.plain = checkpoint.modules_to_not_convert
         follow_checkpoints(sort_out)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,21 +74,12 @@ class PairQuantConfig(QuantizationConfig):
         """Look which linears the checkpoint holds packed."""
         names = tensor_names(model_name, revision)
         if names:
-            paths = [name.removesuffix(PACKED) for name in names if name.endswith(PACKED)]
+            paths = self.take_names(names)
             self.heads = {path for path in paths if path.rpartition(".")[2] in HEADS}
-            self.quantized = {path: self.checkpoint.spec_of(path) for path in paths}
-            self.stored_as = {path: path for path in paths}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the paths to those of vLLM's model."""
-        self.plain = tuple(hf_to_vllm_mapper.apply_list(list(self.plain)))
-        if self.quantized is not None:
-            renamed = {}
-            for path in self.quantized:
-                for name in hf_to_vllm_mapper.apply_list([path + PACKED]):  # none, if vLLM's model has no such layer
-                    renamed[name.removesuffix(PACKED)] = path
-            self.stored_as = {name: self.stored_as[path] for name, path in renamed.items()}
-            self.quantized = {name: self.quantized[path] for name, path in renamed.items()}
+        self.rename(hf_to_vllm_mapper)
 
     def unclaimed(self, model: torch.nn.Module) -> dict[str, Spec]:
         """Return the packed linears, by path, that the model has as plain weights."""
@@ -129,20 +110,20 @@ class PairQuantConfig(QuantizationConfig):
             return self._embedding_method(prefix)
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix)
-        spec = self._spec(prefix)
+        spec = self.spec(prefix)
         if spec is None:
             return UnquantizedLinearMethod()
         from .linear import PairQuantLinearMethod
 
-        return self._claim([prefix, *self._members(prefix)], PairQuantLinearMethod(spec, prefix))
+        return self.claim([prefix, *self.members(prefix)], PairQuantLinearMethod(spec, prefix))
 
     def _head_method(self, prefix: str) -> Any:
         """Return what runs a packed output embedding; None for a plain one."""
-        if not self._is_packed(prefix):
+        if not self.is_packed(prefix):
             return None
         from .vocabulary import PairQuantHeadMethod
 
-        return self._claim([prefix], PairQuantHeadMethod(self._spec_of(prefix), prefix))
+        return self.claim([prefix], PairQuantHeadMethod(self.spec_of(prefix), prefix))
 
     def _embedding_method(self, prefix: str) -> Any:
         """Return what looks up the rows of a packed input embedding; None for a plain one."""
@@ -153,49 +134,7 @@ class PairQuantConfig(QuantizationConfig):
             return None
         from .vocabulary import PairQuantEmbeddingMethod
 
-        return self._claim([prefix], PairQuantEmbeddingMethod(self._spec_of(prefix), prefix))
-
-    def _claim(self, paths: Iterable[str], method: Any) -> Any:
-        """Return the method, which runs these paths and from now on knows whose it is."""
-        self.claimed.update(paths)
-        method.pairquant = self
-        return method
-
-    def _spec(self, prefix: str) -> Spec | None:
-        """Return what the layer, or everything that vLLM merges in it, is stored as; None if it is plain.
-
-        Raises `CheckpointError`, before any weight is loaded, for linears that vLLM merges but that are stored differently.
-        """
-        if self.quantized is not None and prefix in self.quantized:
-            return self.quantized[prefix]  # fused on disk, whatever vLLM calls its parts
-        members = self._members(prefix)
-        packed = [path for path in members if self._is_packed(path)]
-        if packed and len(packed) < len(members):
-            raise CheckpointError(
-                f"vLLM runs {', '.join(members)} as one layer, but only {', '.join(packed)} is quantized. Quantize all of "
-                "them or none (--ignore), or run the checkpoint with Transformers."
-            )
-        specs = {path: self._spec_of(path) for path in packed}
-        if len(set(specs.values())) > 1:
-            stored = "; ".join(f"{path} has {spec}" for path, spec in specs.items())
-            raise CheckpointError(
-                f"vLLM runs {', '.join(members)} as one layer, but they are stored differently: {stored}. Quantize again with "
-                "one --override for all of them, or run the checkpoint with Transformers."
-            )
-        return next(iter(specs.values()), None)
-
-    def _spec_of(self, path: str) -> Spec:
-        return self.checkpoint.spec_of(path) if self.quantized is None else self.quantized[path]
-
-    def _members(self, prefix: str) -> list[str]:
-        """Return the linears of the checkpoint that vLLM merges into the layer at `prefix`, or the layer itself."""
-        parent, dot, name = prefix.rpartition(".")
-        return [parent + dot + member for member in self.packed_modules_mapping.get(name, [name])]
-
-    def _is_packed(self, path: str) -> bool:
-        if self.quantized is None:
-            return not matches(path, (*self.plain, "lm_head"))
-        return path in self.quantized
+        return self.claim([prefix], PairQuantEmbeddingMethod(self.spec_of(prefix), prefix))
 
     def _experts_method(self, layer: Any, prefix: str) -> Any:
         """Return what runs packed experts; None for a layer without packed weights.
@@ -213,7 +152,7 @@ class PairQuantConfig(QuantizationConfig):
             )
         from .experts import experts_method
 
-        return self._claim(
+        return self.claim(
             inside, experts_method(inside, home, layer, self.stored_as, self.checkpoint.transform_per_expert)
         )
 
@@ -228,7 +167,8 @@ class PairQuantConfig(QuantizationConfig):
 
 
 def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torch.dtype) -> Weights:
-    """Take what vLLM's model could not place out of a checkpoint that is ours: see `stream`.
+    """Take what vLLM's model could not place out of a checkpoint that is ours: see `stream`. Before, let its layers compute what
+    comes before them: see `fusion`.
 
     current: the quantization configuration that vLLM holds; a model that drafts for another has one of its own.
     """
@@ -239,8 +179,10 @@ def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torc
     if not isinstance(config, PairQuantConfig):
         return weights
     _require_rows_in_place(model, config)
+    from .fusion import fuse
     from .stream import passed_on
 
+    fuse(model)
     plain = {config.stored_as[path]: spec for path, spec in config.unclaimed(model).items()}
     return passed_on(weights, methods, plain, dtype, config.homeless_heads(plain))
 

@@ -20,7 +20,8 @@ from ...spec.codes import columns_per_block
 from ...spec.fields import ROWS
 from ...spec.linear import PackedLinear
 from ...support.errors import ConfigError
-from .linear import PairQuantLinearMethod, Pending
+from ..packed_layers import Pending
+from .linear import PairQuantLinearMethod
 
 
 class VocabularyMethod(PairQuantLinearMethod):
@@ -56,7 +57,7 @@ class VocabularyMethod(PairQuantLinearMethod):
             load = (
                 _row_loader(layer, layer.pairquant, name, rows)
                 if by_row
-                else layer.pairquant.transform_loader(name, layer)
+                else layer.pairquant.transform_loader(name, lambda: 0)  # every rank has all channels
             )
             parameter.weight_loader = load  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)

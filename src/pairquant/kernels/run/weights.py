@@ -84,6 +84,7 @@ class KernelWeights:
     out_features: of each linear.
     row_scales: None, or if activations are rounded to 8 bits and such scales suffice (`row_scales`) float32 [NP], scales by which
     all weights of a row fit into 8 bits (`launch_rounded.with_row_scales`). Only weights with a dense rotation matrix can have them.
+    decoded: None, or if it is kept 16-bit [sum of out_features, C], the weight in the original basis (`decoded_budget`).
     """
 
     words: Tensor
@@ -92,6 +93,7 @@ class KernelWeights:
     rotation: RotationWeights
     out_features: tuple[int, ...]
     row_scales: Tensor | None = None
+    decoded: Tensor | None = None
 
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
@@ -140,7 +142,7 @@ class KernelWeights:
     def tensors(self) -> list[Tensor]:
         """Return all tensors in one list, which `pairquant::rotated_linear` takes and `of_tensors` reads."""
         r = self.rotation
-        optional = [tensor for tensor in (r.matrix, self.row_scales) if tensor is not None]
+        optional = [tensor for tensor in (r.matrix, self.row_scales, self.decoded) if tensor is not None]
         return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *optional]
 
     @classmethod
@@ -148,7 +150,8 @@ class KernelWeights:
         """Return the weights whose `tensors()` is this list."""
         words, grid, arrivals, coefficients, partners, scales, *optional = tensors
         rotation = RotationWeights(coefficients, partners, scales, group_size, *optional[:1])
-        return cls(words, grid, arrivals, rotation, tuple(out_features), *optional[1:])
+        rest = {("row_scales" if tensor.ndim == 1 else "decoded"): tensor for tensor in optional[1:]}
+        return cls(words, grid, arrivals, rotation, tuple(out_features), **rest)
 
 
 #: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most at 4 bits, which are

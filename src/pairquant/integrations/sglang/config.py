@@ -1,0 +1,104 @@
+"""The `quantization_config` of a checkpoint, as SGLang wants to hold it: which layers are ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoint.headers import StoredTensors
+from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ...support.errors import CheckpointError, ConfigError
+from ..packed_paths import PackedPaths
+from .compat import FusedMoE, LinearBase, QuantizationConfig, VocabParallelEmbedding, pipeline_stages
+from .linear import PairQuantLinearMethod, PlainLinearMethod
+
+#: What most of SGLang's models merge; few of them say so in their own `packed_modules_mapping`.
+MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+#: What SGLang adds to the object from config.json before it hands it over.
+ADDED = ("packed_modules_mapping", "hf_config")
+
+
+class PairQuantConfig(PackedPaths, QuantizationConfig):
+    """Which layers of SGLang's model run packed weights."""
+
+    engine = "SGLang"
+
+    def __init__(self, checkpoint: CheckpointConfig, merged: dict[str, list[str]] | None = None):
+        """merged: name of a merged layer → names of the linears in it, beside `MERGED`."""
+        super().__init__()
+        self.begin(checkpoint)
+        self.packed_modules_mapping = {**MERGED, **(merged or {})}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
+        """Read the JSON object, and which linears a directory holds packed.
+
+        Raises `CheckpointError` naming the entry that is wrong, `ConfigError` for more than one pipeline stage: whether all
+        that is packed has found its layer is seen only where all layers are.
+        """
+        if (stages := pipeline_stages()) > 1:
+            raise ConfigError(
+                f"--pipeline-parallel-size is {stages}, allowed with {QUANT_METHOD} checkpoints in SGLang: 1. Use "
+                "--tensor-parallel-size, or vLLM."
+            )
+        stored = {name: value for name, value in config.items() if name not in ADDED}
+        found = cls(CheckpointConfig.from_dict(stored), config.get("packed_modules_mapping"))
+        model = getattr(config.get("hf_config"), "name_or_path", "")
+        if model and Path(model).is_dir():
+            found.take_names(StoredTensors.of_directory(Path(model)).fields)
+        return found
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        """Translate the paths to those of SGLang's model."""
+        self.rename(hf_to_sglang_mapper)
+
+    def is_linear_unquantized(self, prefix: str) -> bool:
+        """Tell whether the linear at `prefix` is plain, without making a method for it."""
+        return self.spec(prefix) is None
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Ours for linears, None for all else; raises `CheckpointError` for packed weights elsewhere."""
+        if isinstance(layer, LinearBase):
+            spec = self.spec(prefix)
+            if spec is None:
+                return self.claim([], PlainLinearMethod())
+            return self.claim([prefix, *self.members(prefix)], PairQuantLinearMethod(spec, prefix))
+        inside = [path for path in self.quantized or {} if path == prefix or path.startswith(f"{prefix}.")]
+        if inside and isinstance(layer, (FusedMoE, VocabParallelEmbedding)):
+            raise CheckpointError(
+                f"{min(inside)} is quantized, but SGLang runs it within a {type(layer).__name__}, which the plugin does not know. "
+                "Serve the checkpoint with vLLM, or quantize the model without quantized experts and embeddings."
+            )
+        return None
+
+    def require_all_claimed(self) -> None:
+        """Raise `CheckpointError` for packed weights that no layer of SGLang's model asks for, once all layers are made.
+
+        SGLang would only warn, and run the layers that they belong to with whatever lies in memory.
+        """
+        if lost := set(self.quantized or {}) - self.claimed:
+            raise CheckpointError(
+                f"{len(lost)} quantized layers, such as {min(lost)}, have no linear layer of their name in SGLang's model. Serve "
+                "the checkpoint with vLLM, or in AWQ's format (`pairquant quantize MODEL --format awq`)."
+            )
