@@ -56,12 +56,12 @@ def random_packed(
         for n in ("qweight", "qzeros")
         if n in fields
     }
+    order = torch.rand(rotations, layout.num_groups, group_size, generator=g).argsort(-1)
     if weights is None:
         scales = (torch.rand(fields["scales"].shape, generator=g) * 0.01 + 0.001).half()
     else:
         exponents = torch.randint(-9, -6, (in_features // MX_BLOCK, out_features), generator=g)
         scales = pack((exponents + E8M0_BIAS).to(torch.uint8), 8)
-    order = torch.rand(rotations, layout.num_groups, group_size, generator=g).argsort(-1)
     tensors = {
         **words,
         "scales": scales,

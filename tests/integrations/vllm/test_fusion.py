@@ -11,8 +11,8 @@ from pairquant.support.errors import ConfigError
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from pairquant.integrations.vllm import compat, fusion
 from pairquant.integrations.packed_layers import Pending
+from pairquant.integrations.vllm import compat, fusion
 from pairquant.integrations.vllm.linear import PairQuantLinearMethod
 
 

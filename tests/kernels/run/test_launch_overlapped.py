@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from packed import random_packed
 
 from pairquant.kernels.run import launch, launch_overlapped, table
 from pairquant.kernels.run.table import Overlapped, Wide
 from pairquant.kernels.run.tune import random_weights
+from pairquant.kernels.run.weights import KernelWeights
 
 TILES = [Overlapped(128, 3, 8), Overlapped(128, 3, 4), Overlapped(256, 2, 4)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +64,14 @@ def test_where_it_does_not_run_another_kernel_does(generator, monkeypatch):
     small = Wide(64, 128, 4, 2, 1)
     monkeypatch.setattr(Overlapped, "otherwise", small)
     assert torch.equal(launch.linear(x, weights, None, TILES[0]), launch.linear(x, weights, None, small))
+
+
+def test_it_reads_whole_numbers_only(monkeypatch):
+    monkeypatch.setattr(launch_overlapped, "available", lambda device: True)
+    x = torch.randn(130, 256).half()
+    for form in (None, "mxfp4"):
+        weights = KernelWeights.build([random_packed(128, 256, 128, weights=form)])
+        assert launch_overlapped.runs(x, weights) == (form is None)
 
 
 def test_rounded_activations_take_the_other_kernel(monkeypatch):

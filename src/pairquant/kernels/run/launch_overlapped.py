@@ -25,8 +25,8 @@ def available(device: torch.device) -> bool:
 
 
 def runs(x: Tensor, weights: KernelWeights) -> bool:
-    """Tell whether the kernel can multiply x by these weights: 16 bits by 4, on a GPU for which it is `available`."""
-    return weights.bits == 4 and x.element_size() == 2 and available(x.device)
+    """Tell whether the kernel can multiply x by these weights: 16 bits by whole numbers of 4, on a GPU for which it is `available`."""
+    return weights.bits == 4 and not weights.floating and x.element_size() == 2 and available(x.device)
 
 
 def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Overlapped) -> Tensor:
