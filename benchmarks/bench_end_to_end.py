@@ -13,22 +13,18 @@ import ast
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from experiment import settled, trained
 from recipes import config_from
 from setting import SETTING, calibration_tokens, numbers, opened
 
-from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
-from pairquant.jobs.texts import HELD_OUT
 from pairquant.models.planning import plan_model
-from pairquant.optimize.end_to_end import EndToEndTraining, Trained
-from pairquant.optimize.homes import InPlace
 from pairquant.optimize.walk import Walk
 from pairquant.spec.linear import bits_per_weight
 from pairquant.spec.mixed import MixedPlan
@@ -41,20 +37,6 @@ def settings_in(text: str) -> dict[str, Any]:
     return {
         name: ast.literal_eval(value) for name, _, value in (part.partition("=") for part in text.split(",") if part)
     }
-
-
-def settled(original: torch.nn.Module, config: Any, results: Sequence[Any]) -> torch.nn.Module:
-    """A copy of the model that computes with these quantized blocks."""
-    model = copy.deepcopy(original)
-    device = next(model.parameters()).device
-    _, blocks = plan_model(model, config)
-    for block, result in zip(blocks, results, strict=True):
-        for path, packed in result.packed.items():
-            block.sites[path].put(decode(packed.to(device)))
-        for path, value in result.parameters.items():
-            parameter = model.get_parameter(path)
-            parameter.data = value.to(parameter.device, parameter.dtype)
-    return model
 
 
 def main() -> None:
@@ -104,18 +86,11 @@ def main() -> None:
     for how in settings:
         each = replace(config, recipe=replace(config.recipe, end_to_end=how))
         pool = others[: how.fresh * config.samples] if how.fresh else tokens
-        held = len(pool) // HELD_OUT
-        fresh = copy.deepcopy(original)
-        _, blocks = plan_model(fresh, each)
         curve: list[float] = []
         start = time.perf_counter()
-        training = EndToEndTraining(
-            fresh, blocks, results, each, device, InPlace(), report=lambda _, kl, to=curve: to.append(kl)
-        )
-        trained: list[Trained] = training.run(pool[held:], pool[:held] if held else None)
+        found = trained(original, each, results, pool, lambda _, kl, to=curve: to.append(kl))
         seconds = time.perf_counter() - start
-        del fresh, training
-        note(how, settled(original, each, trained), seconds, curve)
+        note(how, settled(original, each, found), seconds, curve)
 
 
 if __name__ == "__main__":

@@ -67,11 +67,17 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
 #: Ways to quantize with us, by contender: the options of `QuantConfig`.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours-unfused": {},  # the same checkpoint, as is that of ours-kept
+    "ours-kept": {},
     "ours-head4": {"head_bits": 4},
     "ours-head6": {"head_bits": 6},
     "ours-head8": {"head_bits": 8},
     "ours-3bits": {"bits": 3},
+    "ours-fp8": {"activations": "fp8"},
+    "ours-int8": {"activations": "int8"},
 }
+#: Contender → what its process finds in its environment beside ENVIRONMENT.
+SWITCHES = {"ours-unfused": {"PAIRQUANT_FUSE": "0"}, "ours-kept": {"PAIRQUANT_GPU_DECODED_GIB": "64"}}
 #: Experts are chosen at random, so that every contender has the same work: by random weights each would choose its own.
 ENVIRONMENT = {
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
@@ -263,7 +269,8 @@ def main() -> None:
         for contender in options.contenders:
             directory = root / contender
             if contender in OURS:
-                directory = options.directory / contender if options.directory else directory
+                same = next(name for name, wanted in OURS.items() if wanted == OURS[contender])
+                directory = (options.directory or root) / same
                 if not directory.exists():
                     write_ours(directory, options.shape, contender)
             else:
@@ -274,7 +281,7 @@ def main() -> None:
                 write_config(directory, options.shape, quantization)
             output = root / f"{contender}.json"
             child = [sys.executable, __file__, *sys.argv[1:], "--child", str(directory), contender, str(output)]
-            subprocess.run(child, env=environment, check=False)
+            subprocess.run(child, env=environment | SWITCHES.get(contender, {}), check=False)
             results[contender] = json.loads(output.read_text()) if output.exists() else "failed"
             print(contender, results[contender], flush=True)
             if options.output:

@@ -1,9 +1,11 @@
 """Time a block's experts on a GPU: microseconds of each part, by tiles and by number of tokens.
 
 python benchmarks/bench_experts.py [--experts 128] [--hidden 2048] [--inner 768] [--chosen 8] [--tokens 1 8 32 64] [--tiles]
+    [--activations int8]
 
 Each time is the mean over a CUDA graph of `--blocks` blocks with weights of their own, so that nothing is found in the cache,
-and with random routing. With --tiles every kind of tile is tried.
+and with random routing. With --tiles every kind of tile is tried. With --activations what experts read is rounded first; the errors
+then count that too, as they are from products of what was not rounded.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from pairquant.kernels.run import launch, launch_experts, tune
 from pairquant.kernels.run.expert_weights import ExpertWeights
 from pairquant.kernels.run.launch_experts import ExpertTiles
+from pairquant.spec.activations import FORMATS
 
 CANDIDATES = [
     *(ExpertTiles(1, r, w, 4, prefetch=p) for r, w in ((16, 4), (32, 2), (32, 4), (64, 2)) for p in (0, 8)),
@@ -32,12 +35,14 @@ CANDIDATES = [
 ]
 
 
-def random_experts(count: int, sizes: tuple[int, ...], channels: int, device: torch.device) -> ExpertWeights:
-    """Experts of random codes, groups of 128."""
+def random_experts(
+    count: int, sizes: tuple[int, ...], channels: int, device: torch.device, activations: str = ""
+) -> ExpertWeights:
+    """Experts of random codes, groups of 128. activations: the format that they round their inputs to, "" for none."""
     one = tune.random_weights(sizes, channels, 128, device)
     words = torch.randint(-(2**31), 2**31 - 1, (count, *one.words.shape), dtype=torch.int32, device=device)
     grid = one.grid.expand(count, *one.grid.shape).contiguous()
-    return ExpertWeights(replace(one, words=words.flatten(0, 1), grid=grid), count)
+    return ExpertWeights(replace(one, words=words.flatten(0, 1), grid=grid), count, activations=activations)
 
 
 def timed(calls, repeats: int = 20) -> float:
@@ -94,13 +99,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--activations", choices=("", *FORMATS), default="")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda")
     blocks = [
         (
-            random_experts(options.experts, (options.inner,) * 2, options.hidden, device),
-            random_experts(options.experts, (options.hidden,), options.inner, device),
+            random_experts(options.experts, (options.inner,) * 2, options.hidden, device, options.activations),
+            random_experts(options.experts, (options.hidden,), options.inner, device, options.activations),
         )
         for _ in range(options.blocks)
     ]

@@ -6,7 +6,8 @@
 
 With `--rotated`, one width for all, and a transform for these shares of the layers' inputs. Otherwise mixed plans are made
 for the bits per weight of each uniform width, and for `--between` sizes between two of them. All sensitivities are measured
-once. The setting is that of the project's results table (setting.py). One JSON line a plan.
+once. The setting is that of the project's results table (setting.py). One JSON line a plan; `--plans DIR` also writes each
+mixed plan as a file that `bench_end_to_end.py --plan` and `pairquant quantize --plan` read.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--no-uniform", action="store_true", help="measure mixed plans only")
     parser.add_argument("--candidates", default="bits:2|3|4|5|6|8")
     parser.add_argument("--keep", type=Path, help="file for the sensitivities; read if it exists")
+    parser.add_argument("--plans", type=Path, help="folder for the plans: mixed-4.250.json and so on")
     parser.add_argument(
         "--rotated", type=float, nargs="+", help="instead of sizes: shares of the inputs with a transform"
     )
@@ -68,8 +70,8 @@ def main() -> None:
     if options.rotated:
         config = replace(config, rotations="auto", candidates="rotations:0|8")
     tokens = calibration_tokens(tokenizer, config)
-    plan, blocks = plan_model(original, config)
-    forms = forms_of(plan, config)
+    as_asked, blocks = plan_model(original, config)
+    forms = forms_of(as_asked, config)
     start = time.perf_counter()
     if options.keep and options.keep.exists():
         measured = Sensitivity.from_dict(json.loads(options.keep.read_text()), str(options.keep))
@@ -79,7 +81,7 @@ def main() -> None:
     if options.keep:
         options.keep.write_text(json.dumps(measured.to_dict()))
     sites = {path: site for block in blocks for path, site in block.sites.items()}
-    units = units_of(forms, plan.layouts, sites, measured.readers, measured.divergences)
+    units = units_of(forms, as_asked.layouts, sites, measured.readers, measured.divergences)
     weights = sum(unit.weights for unit in units)
 
     def run(name: str, config: QuantConfig, predicted: float | None) -> None:
@@ -123,7 +125,10 @@ def main() -> None:
         uniform[bits] = bits_per_weight(plan_model(original, each)[0].layouts.values())
     for size in [*sizes_between(list(uniform.values()), options.between), *options.also]:
         choice = allocate(units, int(size * weights))
-        run(f"mixed {size:.3f}", replace(config, plan=mixed_plan(choice)), choice.divergence)
+        plan = mixed_plan(choice)
+        if options.plans:
+            (options.plans / f"mixed-{size:.3f}.json").write_text(json.dumps(plan.to_dict()))
+        run(f"mixed {size:.3f}", replace(config, plan=plan), choice.divergence)
     for bits in () if options.no_uniform else options.uniform:
         run(f"uniform {bits}", replace(config, bits=bits), None)
 

@@ -1,6 +1,7 @@
 """Other quantizers and ours, each run by its own code, on one model and one calibration text, measured in one way.
 
-    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--windows N LENGTH] [--quick]
+    python benchmarks/bench_peers.py [--model DIR] [--device auto] [--peer NAME …] [--bits 4 3] [--group-size 128]
+        [--windows N LENGTH] [--quick]
 
 Each peer of peers/table.py runs in its own virtual environment, `.venv-peers/NAME`, made when it is missing from its
 pinned requirements; with `--site DIR`, in this interpreter with `DIR/NAME` (filled by `pip install --target`) before its
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from embedded_model import gguf_file, unpack
+from peers.runners import rounding
 from peers.runners.plain import Job
 from peers.table import PEERS, Peer
 from safetensors.torch import save_file
@@ -42,6 +44,7 @@ from pairquant.evaluation.quality import measure
 from pairquant.evaluation.ranking import rank
 from pairquant.jobs.evaluate import chain_prompts
 from pairquant.optimize.calibration import calibrate
+from pairquant.spec.activations import UNROUNDED
 from pairquant.support.devices import resolve_device
 from pairquant.support.environment import device_name
 from pairquant.support.formatting import departure
@@ -218,6 +221,7 @@ class Referee:
     def measure(self, folder: str) -> dict[str, dict[str, Any]]:
         """{text: perplexity, kl, top1, kl_interval, kl_of_windows (rounded to 1e-6), "chains": `ChainQuality` and plan}."""
         model = ModelFiles.find(folder).model(torch.float32, self.device)
+        rounding.put(model, Path(folder))
         start = max(1, len(self.prefix))
         found = {name: measure(model, windows, self.original, start=start) for name, windows in self.texts.items()}
         texts = {
@@ -239,7 +243,7 @@ def job_of(peer: Peer, bits: int, options: argparse.Namespace, model: Path, cali
         calibration=str(calibration.resolve()),
         output=str(output.resolve()),
         bits=bits,
-        group_size=peer.group_size,
+        group_size=(options.group_size or peer.group_size) if peer.group_size else 0,
         device=str(resolve_device(options.device)),
         quick=options.quick,
         options=peer.options,
@@ -333,15 +337,16 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
     here = [row for (name, width), row in rows.items() if width == bits and name in peers]
     measured = [row for row in here if "reason" not in row]
     lines = [
-        f"| {bits} bits | method | group | bits a weight | WikiText2 ppl | KL | behind the closest | GSM8K KL | top-1 |"
+        f"| {bits} bits | method | group | bits a weight | activations | WikiText2 ppl | KL | behind the closest | GSM8K KL | top-1 |"
         " chains' KL | departs at | s |",
-        "| --- " * 12 + "|",
+        "| --- " * 13 + "|",
     ]
     behind = behind_the_closest(measured)
     for row in sorted(measured, key=lambda row: row["wikitext2-test"]["kl"]):
         peer, wiki, gsm = peers[row["peer"]], row["wikitext2-test"], row["gsm8k-test"]
         lines.append(
             f"| {peer.label} | {peer.method} | {row['group_size'] or '–'} | {row['bits_per_weight']:.2f} | "
+            f"{row.get('activations', UNROUNDED)} | "
             f"{wiki['perplexity']:.2f} | {wiki['kl']:.4f}{half(wiki['kl_interval'])} | {behind[peer.name]} | "
             f"{gsm['kl']:.4f}{half(gsm['kl_interval'])} | {wiki['top1']:.1%} | {along_chains(row)} | {row['seconds']:.3g} |"
         )
@@ -349,7 +354,7 @@ def table(rows: dict[tuple[str, int], dict[str, Any]], bits: int) -> str:
         if "reason" in row:
             peer = peers[row["peer"]]
             reason = row["reason"].replace("|", "\\|") + (f" (needs {peer.needs})" if peer.needs else "")
-            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} {'| ' * 9}|")
+            lines.append(f"| {peer.label} | {peer.method} | not run: {reason} {'| ' * 10}|")
     return "\n".join(lines)
 
 
@@ -377,6 +382,7 @@ def as_comparison(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]
                     "texts": {text: row[text] for text in EVALUATION},
                     **({"chains": row["chains"]} if "chains" in row else {}),
                     "bits_per_weight": row["bits_per_weight"],
+                    "activations": row.get("activations", UNROUNDED),
                     "device": row["device"],
                 },
             }
@@ -413,6 +419,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", nargs="+", choices=[peer.name for peer in PEERS], help="these only")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=(4, 3), help="these widths only")
+    parser.add_argument("--group-size", type=int, help="for a model whose rows are all of this size; default: 64")
     parser.add_argument("--site", type=Path, help="run in this interpreter, with DIR/NAME before its packages")
     parser.add_argument("--minutes", type=float, help="give up on a peer after so many")
     parser.add_argument("--windows", nargs=2, type=int, metavar=("N", "LENGTH"), help="measure on less of each text")

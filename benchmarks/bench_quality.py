@@ -1,6 +1,6 @@
 """Accuracy of recipes side by side, on one model, one calibration text and two evaluation texts, in one run.
 
-    python benchmarks/bench_quality.py MODEL [--out FILE] [--device auto] RECIPE [RECIPE …]
+    python benchmarks/bench_quality.py MODEL [--out FILE] [--group-size 64] [--device auto] RECIPE [RECIPE …]
 
 A RECIPE is a preset, with options of `QuantConfig` or `Recipe` after a colon: `fast`, `rtn:bits=3`,
 `fast:bits=3,steps=75`,
@@ -11,24 +11,15 @@ One JSON line a recipe.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import time
 from pathlib import Path
 
-import torch
-import transformers
+from quantized import quantized, surroundings
 from recipes import config_from
-from setting import SETTING, evaluation_windows, numbers
+from setting import SETTING, numbers, opened
 
-from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.quality import measure
-from pairquant.models.planning import plan_model
-from pairquant.optimize.calibration import calibrate
-from pairquant.optimize.walk import Walk
-from pairquant.spec.linear import bits_per_weight
 from pairquant.support.devices import resolve_device
-from pairquant.support.windows import window_prefix
 
 
 def main() -> None:
@@ -36,35 +27,24 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--group-size", type=int, default=SETTING["group_size"])
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    configs = {text: config_from(text, **SETTING) for text in arguments.recipes}
+    setting = {**SETTING, "group_size": arguments.group_size}
+    configs = {text: config_from(text, **setting) for text in arguments.recipes}
 
     device = resolve_device(arguments.device)
-    files = ModelFiles.find(arguments.model)
-    tokenizer = files.tokenizer()
-    original = files.model(torch.float32, device)
-    texts = evaluation_windows(tokenizer)
+    original, tokenizer, texts = opened(arguments.model, device)
     for text, config in configs.items():
-        model, start = copy.deepcopy(original), time.perf_counter()
-        tokens = held_out = None
-        if config.recipe.needs_text:
-            training = config.recipe.training
-            count = config.samples + (training.validation_samples if training else 0)
-            prefix = window_prefix(tokenizer, config.bos)
-            tokens = calibrate(tokenizer, config.calibration, count, config.seq_len, config.seed, prefix=prefix).tokens
-            tokens, held_out = tokens[: config.samples], tokens[config.samples :]
-        plan, blocks = plan_model(model, config)
-        walk = Walk(model, blocks, plan, config, device, tokens, held_out)
-        packed = {path: p for result in walk.run() for path, p in result.packed.items()}
-        seconds = time.perf_counter() - start
+        made = quantized(original, tokenizer, config)
         row = {
             "recipe": text,
-            "bits_per_weight": round(bits_per_weight(p.layout for p in packed.values()), 3),
-            "seconds": round(seconds, 1),
-            **{name: numbers(measure(model, windows, original)) for name, windows in texts.items()},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "model": Path(arguments.model).name,
+            "group_size": config.group_size,
+            "bits_per_weight": round(made.bits_per_weight, 3),
+            "seconds": round(made.seconds, 1),
+            **{name: numbers(measure(made.model, windows, original)) for name, windows in texts.items()},
+            **surroundings(device),
         }
         print(json.dumps(row), flush=True)
         if arguments.out:

@@ -1,4 +1,4 @@
-"""A small experiment on one model: other ways to quantize a block, or other text, tried one after the other."""
+"""A small experiment on one model: other ways to quantize a block, other text, or a last training, tried one after the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,15 @@ import torch
 from setting import SETTING, calibration_tokens, numbers, opened
 from torch import Tensor
 
+from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
+from pairquant.jobs.texts import HELD_OUT
 from pairquant.models.planning import plan_model
+from pairquant.models.rounded_inputs import round_inputs, roundings_of
 from pairquant.optimize import walk as walking
+from pairquant.optimize.end_to_end import EndToEndTraining, Trained
+from pairquant.optimize.finished import BlockResult
+from pairquant.optimize.homes import InPlace
 from pairquant.optimize.strategies import Rounding
 from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
@@ -86,3 +92,39 @@ class Experiment:
         print(*facts.values(), {text: round(row[text]["kl"], 4) for text in self.texts}, row["seconds"], flush=True)
         with self.options.output.open("a") as out:
             out.write(json.dumps(row) + "\n")
+
+
+def trained(
+    original: torch.nn.Module,
+    config: QuantConfig,
+    results: Sequence[BlockResult],
+    windows: Tensor,
+    report: Callable[[int, float], None],
+) -> list[Trained]:
+    """Train a quantized model as a whole, as the recipe says.
+
+    windows: int64 [n, T], of which an eighth is held out to choose the epoch; report: see `EndToEndTraining`.
+    """
+    model = copy.deepcopy(original)
+    device = next(model.parameters()).device
+    _, blocks = plan_model(model, config)
+    held = len(windows) // HELD_OUT
+    training = EndToEndTraining(model, blocks, list(results), config, device, InPlace(), report=report)
+    return training.run(windows[held:], windows[:held] if held else None)
+
+
+def settled(
+    original: torch.nn.Module, config: QuantConfig, results: Sequence[BlockResult] | Sequence[Trained]
+) -> torch.nn.Module:
+    """Return a copy of the model that computes with these quantized blocks, and rounds what they read."""
+    model = copy.deepcopy(original)
+    device = next(model.parameters()).device
+    _, blocks = plan_model(model, config)
+    for block, result in zip(blocks, results, strict=True):
+        for path, packed in result.packed.items():
+            block.sites[path].put(decode(packed.to(device)))
+        round_inputs(block.sites, roundings_of(block.sites, result.packed, device))
+        for path, value in result.parameters.items():
+            parameter = model.get_parameter(path)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+    return model

@@ -1,6 +1,7 @@
-"""What to compare our transforms with, for rounded activations: random Hadamard matrices, any orthogonal ones; MXFP4 weights.
+"""What to compare our transforms with, for rounded activations: random Hadamard matrices, any orthogonal ones; and weights that
+are not rounded at all.
 
-Both are strategies of the walk (`optimize.strategies`); what they fit and round otherwise is what the recipe says.
+All are strategies of the walk (`optimize.strategies`); what they fit and round otherwise is what the recipe says.
 """
 
 from __future__ import annotations
@@ -12,14 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pairquant.core.activations import e2m1, mxfp4
+from pairquant.core.grids import stored
 from pairquant.core.linear import Transform, rotated_weight
-from pairquant.core.rounding import inverse_factor, stored
 from pairquant.models.rounded_inputs import InputRounding, round_inputs
 from pairquant.optimize.search import Problem, loss_and_gradients
 from pairquant.optimize.strategies import BlockWork, Rounding
-from pairquant.spec.activations import MX_BLOCK
-from pairquant.spec.linear import PackedLinear
 from pairquant.spec.options import QuantConfig
 
 
@@ -76,7 +74,6 @@ class Orthogonal(Rounding):
     """
 
     def quantize(self, work: BlockWork) -> None:
-        self.found: dict[str, Transform] = {}
         packed = self.rounded(work)
         roundings = {}
         for path, linear in packed.items():
@@ -88,6 +85,7 @@ class Orthogonal(Rounding):
 
     def _transforms(self, work: BlockWork, targets: Mapping[str, Tensor]) -> dict[str, Transform]:
         hessians = work.hessians
+        self.found: dict[str, Transform] = {}
         for group in work.groups:
             (path,) = group
             spec = work.layouts[path].spec
@@ -137,67 +135,22 @@ def learned_orthogonal(problem: Problem, config: QuantConfig) -> Transform:
 
 
 @dataclass
-class MxWeights(Rounding):
-    """Rounds weights to MXFP4 instead of codes with zero points, in blocks of 32 channels; transforms are those of the base.
+class KeptWeights(Rounding):
+    """Rounds activations alone, after the transforms of the base: the least that rounding weights too can lose.
 
-    No checkpoint of ours holds such weights: the block computes with them, and `work.packed` stays empty. nearest: without GPTQ.
+    The transforms are those of rounded weights and activations. No checkpoint holds such weights: `work.packed` stays empty.
     """
-
-    nearest: bool = False
 
     def quantize(self, work: BlockWork) -> None:
-        self.rounded(work)
-
-    def _round(
-        self,
-        work: BlockWork,
-        targets: dict[str, Tensor],
-        transforms: Mapping[str, Transform],
-        hessians: Mapping[str, Tensor],
-    ) -> dict[str, PackedLinear]:
-        roundings = {}
-        for path, transform in transforms.items():
-            weight = transform.weight_in(targets.pop(path))
-            hessian = transform.hessian_in(hessians[path])
-            rounded = mx_nearest(weight) if self.nearest else mx_gptq(weight, hessian, work.config.recipe.damping)
-            work.block.sites[path].put(transform.weight_out(rounded))
-            if (rounding := InputRounding.of(transform, work.layouts[path])) is not None:
-                roundings[path] = rounding
-        round_inputs(work.block.sites, roundings)
-        return {}
+        targets = {path: work.rows(path).float() for path in work.paths}
+        found = self._transforms(work, targets)
+        roundings = {path: InputRounding.of(transform, work.layouts[path]) for path, transform in found.items()}
+        round_inputs(work.block.sites, {path: rounding for path, rounding in roundings.items() if rounding is not None})
 
 
-class MxHadamard(MxWeights, Hadamard):
-    """Weights in MXFP4 after a random Hadamard matrix for each group."""
+class KeptHadamard(KeptWeights, Hadamard):
+    """Activations alone are rounded, after a random Hadamard matrix for each group."""
 
 
-def mx_nearest(weight: Tensor) -> Tensor:
-    """Return the MXFP4 values of a weight [N, C] by the rule of the specification, every weight on its own."""
-    elements, scale = mxfp4(weight, MX_BLOCK)
-    return elements * scale.repeat_interleave(MX_BLOCK, -1)
-
-
-def mx_gptq(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
-    """Return MXFP4 values of a weight [N, C] by GPTQ, columns with the largest activations first; hessian: [C, C].
-
-    A block's scale is that of the specification or twice that, which cuts nothing off: whichever errs less by the diagonal of H.
-    """
-    scale = _mx_scale(weight, hessian.diagonal())
-    order = hessian.diagonal().argsort(descending=True)
-    factor = inverse_factor(hessian[order][:, order], damping).float()
-    todo, steps = weight.T[order].contiguous(), scale.T[order]
-    found = torch.empty_like(todo)
-    for i in range(len(todo)):
-        found[i] = e2m1(todo[i] / steps[i]) * steps[i]
-        error = (todo[i] - found[i]) / factor[i, i]
-        todo[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-    return found[order.argsort()].T.contiguous()
-
-
-def _mx_scale(weight: Tensor, diagonal: Tensor) -> Tensor:
-    """Return the scale of every weight, [N, C]."""
-    _, least = mxfp4(weight, MX_BLOCK)
-    scales = torch.stack([least, 2 * least]).repeat_interleave(MX_BLOCK, -1)
-    errors = (e2m1(weight / scales) * scales - weight).square() * diagonal
-    better = errors.unflatten(-1, (-1, MX_BLOCK)).sum(-1).argmin(0).repeat_interleave(MX_BLOCK, -1)
-    return torch.where(better == 0, scales[0], scales[1])
+class KeptOrthogonal(KeptWeights, Orthogonal):
+    """Activations alone are rounded, after learned orthogonal matrices."""

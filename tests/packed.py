@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from pairquant.core.linear import forward
+from pairquant.core.packing import pack
 from pairquant.spec.linear import PackedLinear, Spec
+from pairquant.spec.mx import E8M0_BIAS, MX_BLOCK
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -42,19 +44,27 @@ def with_uneven_groups(packed: PackedLinear, factor: float = 50.0) -> PackedLine
 
 
 def random_packed(
-    out_features, in_features, group_size, rotations=8, seed=0, bias=False, bits=4, activations=None
+    out_features, in_features, group_size, rotations=8, seed=0, bias=False, bits=4, activations=None, weights=None
 ) -> PackedLinear:
     """A linear of random codes, zero points, scales and rotations."""
-    layout = Spec(bits, group_size, rotations, activations=activations).layout(in_features, out_features, bias)
+    spec = Spec(bits, group_size, rotations, activations=activations, weights=weights)
+    layout = spec.layout(in_features, out_features, bias)
     fields = layout.fields()
     g = torch.Generator().manual_seed(seed)
     words = {
-        n: torch.randint(-(2**31), 2**31, fields[n].shape, generator=g).to(torch.int32) for n in ("qweight", "qzeros")
+        n: torch.randint(-(2**31), 2**31, fields[n].shape, generator=g).to(torch.int32)
+        for n in ("qweight", "qzeros")
+        if n in fields
     }
+    if weights is None:
+        scales = (torch.rand(fields["scales"].shape, generator=g) * 0.01 + 0.001).half()
+    else:
+        exponents = torch.randint(-9, -6, (in_features // MX_BLOCK, out_features), generator=g)
+        scales = pack((exponents + E8M0_BIAS).to(torch.uint8), 8)
     order = torch.rand(rotations, layout.num_groups, group_size, generator=g).argsort(-1)
     tensors = {
         **words,
-        "scales": (torch.rand(fields["scales"].shape, generator=g) * 0.01 + 0.001).half(),
+        "scales": scales,
         "theta": torch.randn(fields["theta"].shape, generator=g).half(),
         "pairs": order.to(torch.int16).view(rotations, in_features),
         "channel_scales": (torch.rand(1, in_features, generator=g) + 0.5).half(),

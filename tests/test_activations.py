@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import pairquant
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.core.linear import decode
+from pairquant.hub.card import _facts
+from pairquant.jobs.compare import compare
 from pairquant.jobs.inspect import backends, simulated
 from pairquant.jobs.quantize import Silent
 from pairquant.kernels.run.cpu_int8 import products_are_exact
@@ -20,6 +22,8 @@ from pairquant.models.blocks import find_blocks
 from pairquant.models.planning import plan_model
 from pairquant.models.rounded_inputs import round_inputs, roundings_of
 from pairquant.optimize.walk import Walk
+from pairquant.report.facts import gather
+from pairquant.report.page import _cards, _comparison_table
 from pairquant.support.errors import CheckpointError, ConfigError
 
 OPTIONS = {"group_size": 32, "rotations": 2, "samples": 2, "seq_len": 64, "calibration": (str(TEXT),)}
@@ -91,6 +95,22 @@ def test_tables_say_that_the_format_is_simulated(made):
     assert simulated(root / "source", "cpu") is None
     labels = {row.explanation.label for row in backends(root / "int8", "cpu", "float32")}
     assert labels == {"decoded (int8 activations simulated)"}
+
+
+def test_evaluations_reports_and_model_cards_name_the_format(made, tmp_path):
+    root, _, _ = made
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT.read_text()[:2000])
+    found = compare(root / "source", [root / "int8"], [str(text)], seq_len=64, device="cpu")
+    assert [row["evaluation"]["activations"] for row in found["rows"]] == ["16 bits", "int8"]
+    results = tmp_path / "found.json"
+    results.write_text(json.dumps(found))
+    facts = gather([root / "int8"], [results])
+    assert [card.value for card in _cards(facts.checkpoints[0]) if card.label == "activations"] == ["int8"]
+    table = _comparison_table(facts, [name for name in facts.models if name != "int8"])
+    place = table.columns.index("activations")
+    assert [row[place].text for row in table.rows] == ["int8", "16 bits"]
+    assert _facts(facts.checkpoints[0].checkpoint)["activations"].startswith("int8: ")
 
 
 def test_a_config_that_names_no_format_is_refused(made, tmp_path):

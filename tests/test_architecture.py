@@ -62,12 +62,16 @@ DOORS = {
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {
+        "kernels/run/gluon_overlapped.py",
+        "kernels/run/gluon_unpack.py",
+        "kernels/run/launch_overlapped.py",
         "kernels/run/triton_bytes.py",
         "kernels/run/triton_decode.py",
         "kernels/run/triton_experts.py",
         "kernels/fit/triton_loops.py",
         "kernels/fit/triton_matrices.py",
         "kernels/run/triton_linear.py",
+        "kernels/run/triton_norm.py",
         "kernels/run/triton_rotate.py",
         "kernels/run/triton_round.py",
         "kernels/run/triton_row_bytes.py",
@@ -92,6 +96,7 @@ TESTED_ELSEWHERE = {
     "kernels/run/triton_bytes.py": "Triton functions, by the launcher: kernels/run/test_launch_rounded.py",
     "kernels/run/triton_decode.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
     "kernels/run/triton_linear.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
+    "kernels/run/triton_norm.py": "Triton kernels, by their launcher: kernels/run/test_launch_norm.py",
     "kernels/run/triton_rotate.py": "Triton kernels, by their launcher: kernels/run/test_launch.py",
     "kernels/run/triton_round.py": "Triton kernels, by their launcher: kernels/run/test_launch_rounded.py",
     "kernels/run/triton_row_bytes.py": "Triton kernels, by their launcher: kernels/run/test_launch_rounded.py",
@@ -101,7 +106,7 @@ TESTED_ELSEWHERE = {
 TESTED_SHARE = 0.8
 #: Lines of a function that fits on a screen. Not so: kernels, which are one loop, and commands, whose options are parameters.
 SCREEN = 60
-LONGER = {"kernels/run/triton_", "kernels/fit/triton_", "cli/"}
+LONGER = {"kernels/run/gluon_", "kernels/run/triton_", "kernels/fit/triton_", "cli/"}
 #: Files directly in the package: a newcomer sees at a glance where to go on.
 TOP_FILES = 6
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -1,13 +1,15 @@
 """Runs checkpoints through vLLM in a process of its own, in which other tests' settings and its own do not meet.
 
-python vllm_worker.py JOBS.json: a list of {"model", "output", "options", "adapter"}, the last a LoRA adapter's directory or
-absent; for each, `output` gets either {"logprobs": float32 [T - 1, V]}, the log-probabilities of the next token at every
-place of PROMPT, or {"error": text}.
+python vllm_worker.py JOBS.json: a list of {"model", "output", "options", "adapter", "fused"}; adapter: a LoRA adapter's
+directory or absent; fused: whether layers compute what comes before them, on CPUs too, or absent, as users run them. For each,
+`output` gets either {"logprobs": float32 [T - 1, V]}, the log-probabilities of the next token at every place of PROMPT, and
+"said", what our plugin logged; or {"error": text}.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -38,6 +40,34 @@ def logprobs(model: str, options: dict, adapter: str | None):
     return torch.tensor([[row[token] for token in range(len(row))] for row in rows])
 
 
+def set_fusing(fused: bool | None) -> None:
+    """See above; backends of CPUs have no kernels for it, so they do not ask for it, but compute the same."""
+    from pairquant.backends.table import BACKENDS
+
+    os.environ.pop("PAIRQUANT_FUSE", None)
+    if fused is not None:
+        os.environ["PAIRQUANT_FUSE"] = str(int(fused))
+    for backend in BACKENDS:
+        if fused:
+            backend.fuses = lambda *_: True
+        else:
+            backend.__dict__.pop("fuses", None)
+
+
+def listen() -> list[str]:
+    """Return the list of what will be logged about layers that compute what comes before them."""
+    from pairquant.integrations.vllm import fusion
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    fusion.LOGGER = logging.Logger(
+        "heard", logging.INFO
+    )  # what vLLM does to loggers below its own does not matter to it
+    fusion.LOGGER.addHandler(handler)
+    return said
+
+
 def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -45,7 +75,9 @@ def main() -> None:
 
     for job in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            result = {"logprobs": logprobs(job["model"], job["options"], job.get("adapter"))}
+            set_fusing(job.get("fused"))
+            said = listen()
+            result = {"logprobs": logprobs(job["model"], job["options"], job.get("adapter")), "said": said}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         torch.save(result, job["output"])

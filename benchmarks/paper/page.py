@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ablations
-from recipes import config_from
 
 from . import rows
 from .experiments import EXPERIMENTS, RECIPES, Recipe
@@ -161,7 +160,7 @@ def _qualities(row: dict[str, Any] | None) -> list[str]:
 def ablation(name: str, results: Path) -> str:
     """A table of ablations.py, without its times: processes shared the GPU."""
     found = ablations.finished(results / "ablations.jsonl")
-    recipes = {label: config_from(recipe, **ablations.SETTING) for label, recipe in ablations.TABLES[name].items()}
+    recipes = {label: ablations.configured(recipe) for label, recipe in ablations.TABLES[name].items()}
     return table([name, *QUALITIES], [[label, *_qualities(found.get(config))] for label, config in recipes.items()])
 
 
@@ -214,7 +213,7 @@ def embedded_row(name: str, results: Path) -> dict[str, Any] | None:
     if recipe is None or recipe.calibration:
         return None
     found = ablations.finished(results / "ablations.jsonl")
-    return found.get(config_from(bench_recipe(recipe), **ablations.SETTING))
+    return found.get(ablations.configured(bench_recipe(recipe)))
 
 
 def components(results: Path) -> str:

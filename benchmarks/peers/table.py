@@ -51,6 +51,14 @@ PEERS = (
         options={"preset": "fast", "rotations": 0}, **OURS,
     ),
     Peer("best", "PairQuant `best`", "`fast`, refitted", options={"preset": "best"}, **OURS),
+    Peer(
+        "fast-int8", "PairQuant `fast`, int8", "`fast`, activations rounded too",
+        options={"preset": "fast", "activations": "int8"}, runner="ours",
+    ),
+    Peer(
+        "best-int4", "PairQuant `best`, int4", "`best`, activations rounded too",
+        options={"preset": "best", "activations": "int4"}, runner="ours",
+    ),
     Peer("paper", "PairQuant `paper`", "ParoQuant's recipe", options={"preset": "paper"}, **OURS),
     Peer(
         "efficientqat",
@@ -65,6 +73,11 @@ PEERS = (
     Peer("llmcompressor-awq", "llm-compressor", "AWQ", options={"method": "awq", "dtype": "float32"}, **LLM_COMPRESSOR),
     Peer("llmcompressor-gptq", "llm-compressor", "GPTQ", options={"method": "gptq"}, **LLM_COMPRESSOR),
     Peer("autoround", "AutoRound", "learned rounding", "autoround", "auto-round", bits=(4, 3)),
+    # Its README's `auto-round-best` on the text that all are given: five times the steps.
+    Peer(
+        "autoround-1000", "AutoRound, 1000 steps", "learned rounding", "autoround", "auto-round", {"steps": 1000},
+        bits=(4, 3),
+    ),
     Peer("gptqmodel-gptq", "GPTQModel", "GPTQ", options={"method": "gptq"}, bits=(4, 3), **GPTQMODEL),
     # Its ParoQuant layers have 4 bits only (nn_modules/qlinear/paroquant.py).
     Peer("gptqmodel-paroquant", "GPTQModel", "ParoQuant", options={"method": "paroquant"}, **GPTQMODEL),

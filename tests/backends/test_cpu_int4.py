@@ -97,7 +97,7 @@ def test_a_pytorch_without_the_product_is_not_asked_for_it(monkeypatch):
 def limit(monkeypatch):
     """A budget of this process for decoded weights, of a CPU that multiplies bfloat16."""
     found = Budget(2 * 128 * 48)
-    monkeypatch.setattr("pairquant.backends.cpu_int4.budget", lambda: found)
+    monkeypatch.setattr("pairquant.backends.cpu_int4.budget", lambda device: found)
     monkeypatch.setattr("pairquant.kernels.run.cpu.multiplies_bfloat16", lambda: True)
     return found
 

@@ -9,7 +9,7 @@ from packed import random_packed
 from pairquant.backends import ops
 from pairquant.backends.table import BACKENDS, BY_NAME, DENSE, choose, explain, prepare_all
 from pairquant.core.linear import forward
-from pairquant.kernels.run.decoded_budget import VARIABLE, budget
+from pairquant.kernels.run.decoded_budget import VARIABLES, budget
 from pairquant.spec.codes import SUPPORTED_BITS
 from pairquant.spec.linear import Spec
 from pairquant.support.errors import ConfigError
@@ -98,11 +98,11 @@ def test_rows_that_only_fit_together_are_joined_where_the_transform_is_shared():
 @pytest.mark.parametrize("activations", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_setting_that_is_not_allowed_is_refused_whoever_would_run_the_layer(activations, dtype, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "2GiB")
+    monkeypatch.setenv(VARIABLES["cpu"], "2GiB")
     budget.cache_clear()
     packed = random_packed(32, 128, 64, activations=activations)
     for asked in (lambda: explain(packed.layout, CPU, dtype), lambda: prepare_all([packed], dtype)):
-        with pytest.raises(ConfigError, match=f"{VARIABLE} is '2GiB'"):
+        with pytest.raises(ConfigError, match=f"{VARIABLES['cpu']} is '2GiB'"):
             asked()
     explain(packed.layout, CUDA, dtype)
 

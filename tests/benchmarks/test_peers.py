@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_peers
 from bench_peers import PEERS, Scale, Unable, finished, interpreter, last_error, last_line, rows_of, table
+from peers import biased
 from peers.runners import plain
 from peers.table import FOLDER, Peer
 
+from pairquant.checkpoint.read import ModelFiles
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.report.results import read as read_for_report
 from pairquant.support.errors import ConfigError
@@ -46,6 +49,7 @@ def options(folder: Path, **others) -> argparse.Namespace:
         "minutes": None,
         "windows": None,
         "chains": None,
+        "group_size": None,
     }
     return argparse.Namespace(**{**settings, "work": folder, **others})
 
@@ -71,7 +75,8 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     results = folder / "rows.jsonl"
     here = Peer("here", "Here", "round to nearest", "ours", options={"preset": "rtn"}, group_size=32)
     absent = Peer("absent", "Absent", "none", "nf4", environment="bitsandbytes")
-    wanted = [(absent, 4), (here, 4)]
+    rounded = replace(here, name="rounded", options={"preset": "rtn", "activations": "int4"})
+    wanted = [(absent, 4), (here, 4), (rounded, 4)]
     bench_peers.compare(wanted, options(folder, site=folder / "nowhere"), results, model)
     rows = rows_of(results, "tiny", bench_peers.QUICK)
     assert "bitsandbytes is not there" in rows["absent", 4]["reason"]
@@ -82,12 +87,14 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     assert len(measured["gsm8k-test"]["kl_of_windows"]) == 2
     assert measured["chains"]["chains"] == 2
     assert measured["chains"]["kl"] > 0
+    assert [rows[name, 4]["activations"] for name in ("here", "rounded")] == ["16 bits", "int4"]
+    assert rows["rounded", 4]["wikitext2-test"]["kl"] > 1.2 * measured["wikitext2-test"]["kl"]
     assert not list(folder.rglob("plain")), "plain models are left behind"
 
     before = results.read_text()
     bench_peers.compare(wanted, options(folder), results, model)
     assert results.read_text() == before, "finished rows were run again"
-    assert finished(results, "tiny", bench_peers.QUICK, retry=True) == {("here", 4)}
+    assert finished(results, "tiny", bench_peers.QUICK, retry=True) == {("here", 4), ("rounded", 4)}
     assert finished(results, "another model", bench_peers.QUICK, retry=False) == set()
     assert finished(results, "tiny", bench_peers.FULL, retry=False) == set(), "measured on less text"
 
@@ -120,7 +127,7 @@ def test_rows_are_read_by_the_report(tmp_path):
     file.write_text(json.dumps(bench_peers.as_comparison(rows)))
     (found,) = read_for_report([file], {}).evaluations
     assert found.name == "fast"
-    assert (found.bits_per_weight, found.quantized_in_s) == (4.3, 3.0)
+    assert (found.bits_per_weight, found.activations, found.quantized_in_s) == (4.3, "16 bits", 3.0)
     assert found.texts["wikitext2-test"].kl == pytest.approx(0.2)
 
 
@@ -148,7 +155,7 @@ def test_chains_are_told_of_rows_that_followed_the_same_ones(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, [same, fewer, measured_row("best", 0.5, 0.6)])))
     rows = rows_of(file, "m")
-    cells = [[cell.strip() for cell in line.split("|")[10:12]] for line in table(rows, 4).splitlines()[2:]]
+    cells = [[cell.strip() for cell in line.split("|")[11:13]] for line in table(rows, 4).splitlines()[2:]]
     assert cells == [["0.2500 ± 0.0500", "–"], ["", ""], ["", ""]]
     first, *others = bench_peers.as_comparison(rows)["rows"]
     assert first["evaluation"]["chains"] == along
@@ -177,6 +184,15 @@ def test_the_error_is_found_among_a_log_and_loses_its_folders():
         last_line("start\n 50%|████      | 15/30\r 53%|████▎     | 16/30 [07:37, 27.21s/it]\n")
         == "53%| | 16/30 [07:37, 27.21s/it]"
     )
+
+
+def test_a_group_size_that_is_asked_for_goes_to_all_that_have_groups(folder, model):
+    def group_size(peer: Peer, **asked) -> int:
+        return bench_peers.job_of(peer, 4, options(folder, **asked), model, folder / "text.safetensors").group_size
+
+    trellis = next(peer for peer in PEERS if peer.name == "exllamav3")
+    assert [group_size(OURS), group_size(OURS, group_size=128)] == [64, 128]
+    assert group_size(trellis, group_size=128) == 0
 
 
 def test_a_runner_that_raises_is_reported_with_its_error(folder, model, tmp_path, monkeypatch):
@@ -230,6 +246,33 @@ def test_a_plain_model_lacks_no_linear_and_has_finite_weights(folder, model):
         plain._save(job, plain.Outcome({p: w for p, w in weights.items() if p != first}, 1.0, 4.5, 32, {}))
     with pytest.raises(ValueError, match="not finite"):
         plain._save(job, plain.Outcome({**weights, first: weights[first] * float("nan")}, 1.0, 4.5, 32, {}))
+
+
+def test_a_plain_model_that_does_not_compute_what_the_quantizer_does_is_refused(folder, model):
+    calibration = folder / "text.safetensors"
+    bench_peers.write_calibration(byte_tokenizer(), bench_peers.QUICK, calibration)
+    job = bench_peers.job_of(OURS, 4, options(folder), model, calibration)
+    own = job.load(torch.float32)
+    logits = plain.first_logits(own, job.windows)
+    assert logits.shape == (16, own.config.vocab_size)
+    weights = {path: linear.weight.detach() for path, linear in plain.linears_of(own).items()}
+    assert plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, {}, logits)) < 1e-6
+    norm = next(name for name in own.state_dict() if "norm" in name)
+    misread = {norm: 1.5 * own.state_dict()[norm]}
+    with pytest.raises(ValueError, match="the plain model's logits differ"):
+        plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits))
+
+
+def test_the_biased_model_has_biases_and_outliers_that_rounding_feels(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["biased.py", str(tmp_path)])
+    biased.main()
+    model = ModelFiles.find(str(tmp_path)).model(torch.float32, torch.device("cpu"))
+    attention = model.model.layers[0].self_attn
+    assert all(0.8 < layer.bias.std() < 1.2 for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    weights = model.model.layers[0].input_layernorm.weight
+    assert weights.max() > 5 * weights.median()
+    tokens = ModelFiles.find(str(tmp_path)).tokenizer()("é b")["input_ids"]
+    assert len(tokens) == 4, "a token for each byte"
 
 
 def test_stored_bits_count_scales_zero_points_and_rotations():

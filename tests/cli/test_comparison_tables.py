@@ -36,6 +36,20 @@ def test_the_gap_to_the_closest_has_half_its_interval():
     assert not any(word.startswith("+") for word in told["o"])
 
 
+def test_activations_have_a_column_where_some_model_rounds_them():
+    def told(*formats):
+        rows = [row(name, None if name == "o" else 0.1) for name in "oab"]
+        for each, activations in zip(rows, formats, strict=True):
+            each["evaluation"]["activations"] = activations
+        with console.capture() as captured:
+            show(Comparison.from_dict({"rows": rows}))
+        return captured.get()
+
+    assert "activa-" in told("16 bits", "int8", "16 bits")
+    assert "int8" in told("16 bits", "int8", "16 bits")
+    assert "activa-" not in told("16 bits", "16 bits", None)
+
+
 def test_speeds_have_columns_only_when_they_were_measured():
     def speed(name, prefill, decode):
         batch = {"batch": 1, "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, "first_token_s": 0.1}

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from pairquant.core.grid import group_range
-from pairquant.core.rounding import Grid, gptq, inverse_factor, nearest, proxy_error, refine, search_range, stored
+from pairquant.core.grids import WholeGrid, stored
+from pairquant.core.mx import floor_scale
+from pairquant.core.rounding import gptq, inverse_factor, nearest, proxy_error, refine, search_grid, search_range
+from pairquant.spec.linear import Spec
+from pairquant.spec.mx import E2M1
 from pairquant.support.errors import CalibrationError
 
 ORDERS = pytest.mark.parametrize("by_activation", [False, True], ids=["natural", "by_activation"])
@@ -58,7 +62,7 @@ def error_of(w, hessian, grid, codes) -> float:
 def test_gptq_equals_the_naive_version(channels, g, bits, by_activation, generator):
     w, hessian, grid = problem(generator, rows=8, channels=channels, g=g, bits=bits)
     # In float64 on both sides: in float32 a weight halfway between two codes may fall to either.
-    exact = Grid(grid.scale.double(), grid.zero.double(), bits)
+    exact = WholeGrid(grid.scale.double(), grid.zero.double(), bits)
     codes = gptq(w.double(), hessian.double(), exact, DAMPING, by_activation)
     assert codes.dtype == torch.uint8
     assert torch.equal(codes, naive_gptq(w, hessian, grid, DAMPING, by_activation))
@@ -271,6 +275,69 @@ def test_scales_are_what_fp16_stores(generator):
     assert torch.equal(stored(grid.scale), grid.scale)
 
 
+MX = Spec(4, 64, weights="mxfp4")
+SHRINKS = (1.0, 0.9)
+
+
+def mx_problem(generator, rows=24):
+    """A weight, a correlated Hessian, and the scales of the specification."""
+    w = torch.randn(rows, 128, generator=generator) * 0.3
+    return w, correlated_hessian(128, generator), search_grid(w, None, MX)
+
+
+@ORDERS
+def test_gptq_to_floats_compensates_each_column_in_the_others(by_activation, generator):
+    w, hessian, grid = mx_problem(generator, rows=8)
+    inverse = torch.linalg.inv(
+        hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(128).double()
+    )
+    order = hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(128)
+    todo, values = w.double(), torch.tensor(E2M1).double()
+    found = torch.zeros_like(w)
+    for i in order.tolist():
+        scale = grid.scale[:, i // 32].double()
+        nearest_value = values[((todo[:, i] / scale)[:, None] - values).abs().argmin(1)]
+        todo -= torch.outer(todo[:, i] - nearest_value * scale, inverse[i] / inverse[i, i])
+        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        found[:, i] = nearest_value * scale
+    ours = grid.values(gptq(w, hessian, grid, DAMPING, by_activation))
+    assert (ours == found).float().mean() > 0.98  # float32 beside float64: one near a middle moves those after it
+    assert proxy_error(w, ours, hessian) == pytest.approx(proxy_error(w, found, hessian), rel=0.02)
+
+
+@pytest.mark.parametrize("refit_scales", [False, True])
+def test_floats_get_better_by_gptq_and_again_by_refining(refit_scales, generator):
+    w, hessian, grid = mx_problem(generator)
+    codes = gptq(w, hessian, grid, DAMPING, True)
+    refined, refined_codes = refine(w, hessian, grid, codes, sweeps=2, refit_scales=refit_scales)
+    errors = [
+        error_of(w, hessian, *pair) for pair in ((grid, nearest(w, grid)), (grid, codes), (refined, refined_codes))
+    ]
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < errors[1]
+    assert torch.equal(refined.scale, 2.0 ** refined.scale.log2().round())
+
+
+def test_powers_of_two_are_searched_by_what_an_error_costs(generator):
+    w, hessian, specified = mx_problem(generator)
+    assert torch.equal(specified.scale, floor_scale(w.view(24, -1, 32).abs().amax(-1)))
+    searched = search_grid(w, hessian, MX, SHRINKS)
+    before, after = _cost_by_group(w, specified, hessian), _cost_by_group(w, searched, hessian)
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() < 0.95 * before.sum()
+    assert ((searched.scale / specified.scale).log2().abs() <= 1).all()
+
+
+def test_zeros_and_what_is_far_outside_have_scales_that_can_be_stored():
+    w = torch.zeros(8, 64)
+    w[0, :32], w[1, :32], w[2, 40] = 1e30, 1e-30, float(2**15)
+    for shrinks in ((1.0,), SHRINKS):
+        grid = search_grid(w, None, MX, shrinks)
+        assert grid.scale.amin() == 2.0**-23
+        assert grid.scale.amax() == 2.0**13
+        assert grid.values(nearest(w, grid))[2, 40] == 2**15
+
+
 def test_proxy_error_is_the_relative_error_of_the_output(generator):
     x = torch.randn(50, 32, generator=generator, dtype=torch.float64)
     w, other = torch.randn(2, 8, 32, generator=generator, dtype=torch.float64)
@@ -280,8 +347,8 @@ def test_proxy_error_is_the_relative_error_of_the_output(generator):
     assert proxy_error(w, torch.zeros_like(w), x.T @ x) == pytest.approx(1)
 
 
-def _rows(grid: Grid, i: int) -> Grid:
-    return Grid(grid.scale[i : i + 1], grid.zero[i : i + 1], grid.bits)
+def _rows(grid: WholeGrid, i: int) -> WholeGrid:
+    return WholeGrid(grid.scale[i : i + 1], grid.zero[i : i + 1], grid.bits)
 
 
 def _cost_by_group(w, grid, hessian):

@@ -10,7 +10,7 @@ import pairquant
 from pairquant.checkpoint.read import ModelFiles
 from pairquant.engines.engine import EngineOptions
 from pairquant.engines.transformers import TransformersEngine, finite_logits
-from pairquant.kernels.run.decoded_budget import VARIABLE, budget
+from pairquant.kernels.run.decoded_budget import VARIABLES, budget
 from pairquant.support.errors import ConfigError
 
 CONVERSATION = [{"role": "user", "content": "once upon a time"}]
@@ -80,9 +80,9 @@ def test_what_was_loaded_is_told(engine):
 
 
 def test_a_setting_of_the_environment_that_is_not_allowed_is_refused_before_the_model_is_loaded(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "much")
+    monkeypatch.setenv(VARIABLES["cpu"], "much")
     budget.cache_clear()
-    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'much'"):
+    with pytest.raises(ConfigError, match=f"{VARIABLES['cpu']} is 'much'"):
         TransformersEngine(None, EngineOptions("cpu", "float32"))
 
 

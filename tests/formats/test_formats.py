@@ -6,6 +6,7 @@ import pytest
 import torch
 from format_readers import READERS
 
+from pairquant.core.grids import WholeGrid
 from pairquant.core.linear import Transform, assemble, rotated_weight
 from pairquant.formats.base import Contents
 from pairquant.formats.table import FORMATS
@@ -24,7 +25,7 @@ def packed_of(bits, group_size=32, symmetric=False, rows=64, channels=128, seed=
     none = Transform.build(
         torch.zeros(0, channels // 2), torch.zeros(0, channels, dtype=torch.int16), torch.ones(channels), group_size
     )
-    return assemble(layout, none, codes, scale, zero, None)
+    return assemble(layout, none, codes, WholeGrid(scale, zero, bits), None)
 
 
 CASES = [

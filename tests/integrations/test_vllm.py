@@ -33,6 +33,11 @@ MIXED = (
 )
 
 
+#: Checkpoints whose layers are run with what comes before them, and how many norms and activations that are: in "qwen2" one
+#: MLP is plain.
+FUSED = (("llama", "bfloat16", (4, 2)), ("qwen2", "float32", (3, 1)))
+
+
 def quantized(root: Path, family: str, **options) -> Path:
     """A tiny checkpoint of ours."""
     source = save_tiny(root / f"{family}-source", family)
@@ -91,7 +96,7 @@ def checkpoints(root):
         "llama": quantized(root, "llama", share_rotations=True, embedding_bits=6),
         "qwen2": quantized(root, "qwen2", ignore=("lm_head", "re:.*layers.0.mlp"), overrides=MIXED, head_bits=6),
         "phi3": quantized(root, "phi3", head_bits=4, embedding_bits=4),  # vLLM pads its 288 rows to 320
-        "glm4": quantized(root, "glm4"),
+        "glm4": quantized(root, "glm4", weights="mxfp4"),
     }
     found = {name: (path, reference(load(path))) for name, path in made.items()}
     # As the original writes it: four entries, nothing else to go by.
@@ -204,12 +209,19 @@ def rounding(root):
 
 @pytest.fixture(scope="module")
 def answers(checkpoints, adapted, rounding, root):
-    """(name, dtype), "rounded" and "adapter" → log-probabilities from vLLM."""
+    """(name, dtype), FUSED, "rounded", "adapter" and "compiled" → log-probabilities from vLLM, and what was logged."""
     wanted = [(name, "bfloat16") for name in checkpoints] + [("qwen2", "float32")]
     jobs = [{"model": str(checkpoints[name][0]), "options": {"dtype": dtype}} for name, dtype in wanted]
-    lora = {"model": str(checkpoints["llama"][0]), "options": {"dtype": "bfloat16"}, "adapter": str(adapted[0])}
+    jobs += [
+        {"model": str(checkpoints[name][0]), "options": {"dtype": dtype}, "fused": True} for name, dtype, _ in FUSED
+    ]
+    llama = {"model": str(checkpoints["llama"][0]), "options": {"dtype": "bfloat16"}, "fused": True}
+    lora = {**llama, "adapter": str(adapted[0])}
+    graph = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}  # traced, but by no compiler
+    compiled = {**llama, "options": {**llama["options"], **graph}}
     rounded = {"model": str(rounding), "options": {"dtype": "float32"}}
-    return dict(zip([*wanted, "rounded", "adapter"], run([*jobs, rounded, lora], root), strict=True))
+    names = [*wanted, *FUSED, "rounded", "adapter", "compiled"]
+    return dict(zip(names, run([*jobs, rounded, lora, compiled], root), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +240,28 @@ def test_vllm_rounds_activations_as_transformers_does(rounding, answers):
     assert divergence(expected, found) < EXACT
     without = reference(load(rounding).dequantize())  # layers that read their input as it is
     assert divergence(without, found) > 100 * EXACT
+
+
+@pytest.mark.parametrize(("name", "dtype", "number"), FUSED, ids=str)
+def test_layers_with_what_comes_before_them_give_the_same(answers, name, dtype, number):
+    """On CPUs they compute the same in the same order, so every bit is equal; the kernels of GPUs have tests of their own."""
+    found = answers[name, dtype, number]
+    assert "error" not in found, found
+    (said,) = found["said"]
+    assert said.startswith("{} norms and {} activations".format(*number))
+    assert torch.equal(found["logprobs"], answers[name, dtype]["logprobs"])
+    assert answers[name, dtype]["said"] == [], "no backend of CPUs is faster so"
+
+
+def test_one_graph_holds_layers_with_what_comes_before_them_for_any_number_of_tokens(checkpoints, noise, answers):
+    found = answers["compiled"]
+    assert "error" not in found, found
+    assert len(found["said"]) == 1
+    assert divergence(checkpoints["llama"][1], found["logprobs"]) < noise["llama"]
+
+
+def test_layers_that_may_get_adapters_stay_as_they_are(answers):
+    assert answers["adapter"]["said"] == []
 
 
 def test_vllm_serves_lora_adapters_on_packed_layers(checkpoints, adapted, noise, answers):

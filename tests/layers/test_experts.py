@@ -43,8 +43,13 @@ def transform(channels, generator):
 @pytest.fixture(params=KINDS)
 def packed(request, generator):
     """The plain module with the decoded weights, and what stands for it."""
-    module, sites = experts_of(request.param)
-    spec, shared, linears = Spec(4, 32, 2), {}, {}
+    return packed_as(Spec(4, 32, 2), request.param, generator)
+
+
+def packed_as(spec, family, generator):
+    """What stands for a family's experts, its stored tensors, arguments to call it with, and what the decoded experts answer."""
+    module, sites = experts_of(family)
+    shared, linears = {}, {}
     for site in sites:
         size = site.size
         if site.pool not in shared:
@@ -119,6 +124,18 @@ def kernels(monkeypatch):
     """Our kernels for GPUs, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
     monkeypatch.setattr(TritonKernels, "refusal", lambda self, layout, device, dtype: None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss"])
+@pytest.mark.parametrize("activations", ["int4", "mxfp4"])
+def test_our_kernels_round_what_experts_read(activations, family, kernels, generator):
+    made, _, (tokens, index, weights), plain = packed_as(Spec(4, 32, 2, activations=activations), family, generator)
+    wanted = made(tokens, index, weights)  # in float32, which no kernel multiplies
+    found = made(tokens.half(), index, weights)
+    assert made._prepared is not None
+    near, far = (found.float() - wanted).norm(), (found.float() - plain).norm()
+    assert near < far / 2
 
 
 @torch.no_grad()

@@ -74,6 +74,19 @@ def test_rounding_in_the_models_basis_is_what_a_packed_layer_reads(activations):
     assert InputRounding.of(transform, Spec(4, 64, 3).layout(128, 8)) is None
 
 
+@pytest.mark.parametrize("activations", FORMATS)
+def test_gradients_tell_how_errors_grow_with_what_is_rounded(activations):
+    """Twice the input has twice the error, so that the slope of |error|² along the input is 2 |error|²."""
+    eye = torch.eye(32).repeat(2, 1, 1)
+    rounding = InputRounding(eye, eye, activations, 32)
+    x = torch.randn(7, 64, requires_grad=True)
+    loss = (rounding(x) - x).square().sum()
+    (slope,) = torch.autograd.grad(loss, x)
+    with torch.no_grad():
+        assert loss.item() == (rounding(x) - x).square().sum().item()
+        assert (slope * x).sum().item() == pytest.approx(2 * loss.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "gpt-oss", "Llama 4 (text)"])
 def test_experts_round_what_they_read_and_what_their_last_product_reads(family):
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pairquant.core.linear import decode
 from pairquant.models.planning import plan_model
+from pairquant.models.rounded_inputs import round_inputs, roundings_of
 from pairquant.optimize.end_to_end import EndToEndTraining, _Whole, groups_of
 from pairquant.optimize.homes import InPlace
 from pairquant.optimize.streams import Places, Streams
@@ -52,6 +53,7 @@ class Scene:
         for place, block in zip(places, blocks, strict=True):
             for path, packed in block.packed.items():
                 place.sites[path].put(decode(packed))
+            round_inputs(place.sites, roundings_of(place.sites, block.packed, CPU))
             for path, value in block.parameters.items():
                 model.get_parameter(path).data = value
         return model
@@ -107,6 +109,23 @@ def test_it_lowers_the_divergence_it_reports_and_keeps_the_codes(preset):
         for path, packed in result.packed.items():
             for name in ("qweight", "qzeros", "pairs"):
                 assert torch.equal(packed[name], block.packed[path][name])
+
+
+@pytest.mark.parametrize("family", ["llama", "Mixtral"])
+def test_it_trains_a_model_that_rounds_its_activations(family):
+    torch.manual_seed(0)
+    model = (
+        AutoModelForCausalLM.from_config(FAMILIES[family].build()).eval().float()
+        if family in FAMILIES
+        else tiny_model()
+    )
+    scene = Scene(model, activations="int4", bits=4)
+    before = scene.divergence(scene.model(scene.results))
+    trained = scene.training.run(TOKENS)
+    after = scene.divergence(scene.model(trained))
+    assert scene.heard[0] == pytest.approx(before, rel=2e-2)
+    assert min(scene.heard) == pytest.approx(after, rel=2e-2)
+    assert after < 0.95 * before
 
 
 def test_windows_that_are_held_out_choose_the_epoch_and_are_not_trained_on():

@@ -108,6 +108,24 @@ def test_weights_are_fitted_to_rounded_inputs_where_the_text_is_long_enough(
     assert differing == corrected
 
 
+@pytest.mark.parametrize(("all_experts", "corrected"), [(False, {"gate_proj", "up_proj", "down_proj"}), (True, set())])
+def test_experts_are_fitted_to_rounded_inputs_where_their_router_gives_them_enough_tokens(
+    all_experts, corrected, tokens, monkeypatch
+):
+    def fitted(least):
+        monkeypatch.setattr(noise, "CORRECTED", least)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(FAMILIES["Mixtral"].build()).eval()
+        config = QuantConfig(preset="gptq", group_size=32, activations="int4", all_experts=all_experts)
+        return next(quantize_blocks(model, tokens % 200, config, CPU)).packed
+
+    found, without = fitted({"int4": 1e-3}), fitted({})
+    differing = {p for p in found if not torch.equal(found[p]["qweight"], without[p]["qweight"])}
+    experts = {path.rpartition(".")[2] for path in differing if ".experts." in path}
+    assert experts == corrected
+    assert any(path.endswith("q_proj") for path in differing)
+
+
 def in_turn(family="llama"):
     """A model, and the options by which its linears are fitted one input after the other."""
     model = tiny_model() if family == "llama" else AutoModelForCausalLM.from_config(FAMILIES[family].build()).eval()

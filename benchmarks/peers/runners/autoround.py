@@ -1,4 +1,4 @@
-"""AutoRound as its README recommends for W4A16: 200 steps, batch 8, learning rate 1 / steps, symmetric."""
+"""AutoRound as its README recommends for W4A16: 200 steps or those of the options, batch 8, learning rate 1 / steps, symmetric."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def quantize(job: Job) -> Outcome:
         dataset=DataLoader(windows, batch_size=8),
         nsamples=len(windows),
         seqlen=windows.shape[1],
-        iters=2 if job.quick else 200,
+        iters=2 if job.quick else job.options.get("steps", 200),
         device_map=job.device,
     )
     with Stopwatch(job.device) as watch:

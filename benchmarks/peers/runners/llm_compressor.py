@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from plain import Job, Outcome, Stopwatch, affine_bits, linears_of, run
+from plain import Job, Outcome, Stopwatch, affine_bits, first_logits, linears_of, run
 from torch import Tensor
 
 
@@ -56,13 +56,14 @@ def quantize(job: Job) -> Outcome:
             max_seq_length=windows.shape[1],
         )
     remove_dispatch(model)  # on a GPU, weights were loaded there block by block: now all are in main memory
+    logits = first_logits(model, windows)  # its linears still round their weights at every call
     weights = {}
     for path, linear in linears_of(model).items():
         weights[path] = forward_quantize(linear, linear.weight, "weight", linear.quantization_scheme.weights)
     known = job.load().state_dict()
     others = {name: value for name, value in model.state_dict().items() if name in known}
     bits = affine_bits(job.bits, job.group_size, zero_point)
-    return Outcome(weights, watch.seconds, bits, job.group_size, others)
+    return Outcome(weights, watch.seconds, bits, job.group_size, others, logits)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""This project's presets, given the same tokens as the peers. `paper` chooses its best epoch on the held-out windows."""
+"""This project's presets, given the same tokens as the peers. `paper` chooses its best epoch on the held-out windows.
+
+Where activations are rounded, the folder of the plain model says how (see rounding.py).
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +28,19 @@ def config_of(job: Job) -> Any:
     changes = [*job.options.get("changes", ()), *(QUICK.get(preset, ()) if job.quick else ())]
     recipe = recipe_with(preset, changes)
     rotations = job.options.get("rotations", QuantConfig.rotations)
-    return QuantConfig(preset=preset, recipe=recipe, bits=job.bits, group_size=job.group_size, rotations=rotations)
+    return QuantConfig(
+        preset=preset, recipe=recipe, bits=job.bits, group_size=job.group_size, rotations=rotations,
+        activations=job.options.get("activations"),
+    )  # fmt: skip
 
 
 def quantize(job: Job) -> Outcome:
+    import rounding
+
     from pairquant.models.planning import plan_model
+    from pairquant.models.rounded_inputs import roundings_of
     from pairquant.optimize.walk import Walk
+    from pairquant.spec.activations import UNROUNDED
     from pairquant.spec.linear import bits_per_weight
 
     config, device = config_of(job), torch.device(job.device)
@@ -41,6 +52,9 @@ def quantize(job: Job) -> Outcome:
         plan, blocks = plan_model(model, config)
         walk = Walk(model, blocks, plan, config, device, tokens, held_out)
         packed = {path: p for result in walk.run() for path, p in result.packed.items()}
+    if config.activations is not None:
+        sites = {path: site for block in blocks for path, site in block.sites.items()}
+        rounding.write(Path(job.output), roundings_of(sites, packed, device))
     weights = {path: linear.weight.detach() for path, linear in linears_of(model).items()}
     return Outcome(
         weights,
@@ -48,6 +62,7 @@ def quantize(job: Job) -> Outcome:
         bits_per_weight(p.layout for p in packed.values()),
         job.group_size,
         others={name: value for name, value in model.state_dict().items() if value.ndim == 1},
+        activations=config.activations or UNROUNDED,
     )
 
 

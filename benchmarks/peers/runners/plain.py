@@ -75,7 +75,9 @@ class Job:
 class Outcome:
     """weights: linear's path → what it multiplies with, [N, C]; others: the other parameters, if any were changed.
 
-    seconds: quantization alone, without loading and saving; bits_per_weight: with scales and zero points.
+    seconds: quantization alone, without loading and saving; bits_per_weight: with scales and zero points; activations: what the
+    linears round their inputs to; logits: of the first calibration window by the quantizer's own model, [T, V], if it can run:
+    what was read is held against them.
     """
 
     weights: Mapping[str, Tensor]
@@ -83,6 +85,8 @@ class Outcome:
     bits_per_weight: float
     group_size: int
     others: Mapping[str, Tensor]
+    activations: str = "16 bits"
+    logits: Tensor | None = None
 
 
 class Stopwatch:
@@ -130,8 +134,16 @@ def rotation_bits(weights: Iterable[Tensor], rotations: int) -> float:
     return stored / sum(rows * columns for rows, columns in shapes)
 
 
-def _save(job: Job, outcome: Outcome) -> None:
-    """The original with the outcome's weights, float32. Raises `ValueError` if a linear was left out or added."""
+#: By how much logits of the plain model may differ from the quantizer's own, relative to their spread. bfloat16 is off
+#: by 0.015, weights of another rounding by 0.1 and more.
+SAME = 0.05
+
+
+def _save(job: Job, outcome: Outcome) -> float | None:
+    """Write the original with the outcome's weights, float32. Return how far its logits are from the quantizer's own.
+
+    Raises `ValueError` if a linear was left out or added, and if the two models do not compute the same.
+    """
     model = job.load(torch.float32)
     wanted = set(linears_of(model))
     if wanted != set(outcome.weights):
@@ -141,8 +153,25 @@ def _save(job: Job, outcome: Outcome) -> None:
     if bad := [name for name, value in changed.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{bad[0]} has values that are not finite")
     model.load_state_dict({name: value.float().cpu() for name, value in changed.items()}, strict=False)
+    difference = None if outcome.logits is None else _difference(model, job.windows[:1], outcome.logits)
+    if difference is not None and difference > SAME:
+        raise ValueError(
+            f"the plain model's logits differ from the quantizer's own by {difference:.3g} of their spread"
+        )
     model.save_pretrained(job.output)
     job.tokenizer().save_pretrained(job.output)
+    return difference
+
+
+@torch.no_grad()
+def first_logits(model: nn.Module, windows: Tensor) -> Tensor:
+    """Logits of the first window by a model, float32 [T, V] on the CPU."""
+    return model(input_ids=windows[:1].to(next(model.parameters()).device)).logits[0].float().cpu()
+
+
+def _difference(model: nn.Module, windows: Tensor, expected: Tensor) -> float:
+    """Root mean square of the logits' difference, relative to their standard deviation."""
+    return ((first_logits(model, windows) - expected).square().mean().sqrt() / expected.std()).item()
 
 
 def _version(package: str) -> str:
@@ -157,12 +186,14 @@ def run(quantize: Callable[[Job], Outcome], packages: list[str]) -> None:
     """Do the job whose file is the command line's argument; the facts are written when all is done."""
     job = Job.read(Path(sys.argv[1]))
     outcome = quantize(job)
-    _save(job, outcome)
+    difference = _save(job, outcome)
     cuda = job.device.startswith("cuda")
     facts = {
         "group_size": outcome.group_size,
         "bits_per_weight": round(outcome.bits_per_weight, 3),
+        "activations": outcome.activations,
         "seconds": round(outcome.seconds, 1),
+        **({} if difference is None else {"own_logits": float(f"{difference:.2g}")}),
         "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "versions": {name: _version(name) for name in ("torch", "transformers", *packages)},
     }

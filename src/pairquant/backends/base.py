@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.linear import LinearLayout, PackedLinear
@@ -16,8 +17,8 @@ class Backend(ABC):
     """One way to run quantized linears.
 
     name: its name for users and in operators.
-    replaces: names of stored tensors that the prepared tensors hold in another form. A layer can free these, because
-    `stored` can restore them.
+    replaces: names of stored tensors that the prepared tensors hold in another form. A layer can free those of them that it
+    has, because `stored` can restore them.
     most: how many linears that read the same input it can run at once.
     dtypes: the dtypes of activations that it accepts.
     opaque: whether torch.compile sees it as a single operator.
@@ -64,6 +65,42 @@ class Backend(ABC):
         tensors: what `prepare` returned; bias: [N] in x's dtype, or None; sizes: out_features of each linear; activations: the
         format that the rotated x is rounded to (`spec.activations`), None for none.
         """
+
+    def fuses(self, before: str, layout: LinearLayout, dtype: torch.dtype) -> bool:
+        """Tell whether what comes before a layer is faster as a part of it.
+
+        before: "norm" for a residual and an RMSNorm, "silu" for silu(gate) · up; dtype: that of the activations. The next two
+        methods are right whatever is returned here.
+        """
+        return False
+
+    def compute_after_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the linears on h / sqrt(mean(h²) + eps) · norm, where h = x + residual: [M, N], and h [M, C].
+
+        x, residual: [M, C] of one dtype; norm: [C], the weight of an RMSNorm (arXiv 1910.07467), whose output has x's dtype.
+        The other arguments are those of `compute`.
+        """
+        exact = x.float() + residual.float()
+        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+        given = (normed.to(norm.dtype) * norm).to(x.dtype)
+        return self.compute(given, tensors, bias, sizes, group_size), exact.to(x.dtype)
+
+    def compute_after_silu(
+        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+    ) -> Tensor:
+        """Run the linears on silu(gate) · up, where x [M, 2 C] is gate and up side by side: [M, N]; see `compute`."""
+        gate, up = x.chunk(2, -1)
+        return self.compute(F.silu(gate) * up, tensors, bias, sizes, group_size)
 
     @abstractmethod
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:

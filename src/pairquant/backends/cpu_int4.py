@@ -29,6 +29,8 @@ class CpuInt4(Backend):
     def refusal(self, layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
+        if layout.weights is not None:
+            return f"multiplies whole numbers of 4 bits, and the layer's weights are {layout.weights}"
         if layout.bits != 4:
             return f"multiplies 4-bit weights, the layer has {layout.bits}"
         if dtype not in self.dtypes:
@@ -50,10 +52,10 @@ class CpuInt4(Backend):
             parts = [self._prepared(run, keep) for run in _runs(linears)]
         except BaseException:
             if keep:
-                budget().give_back(self._decoded_bytes(linears))
+                budget("cpu").give_back(self._decoded_bytes(linears))
             raise
         for part in parts if keep else ():
-            budget().give_back_with(part.codes[0].dense)
+            budget("cpu").give_back_with(part.codes[0].dense)
         return (cpu.joined(parts) if len(parts) > 1 else parts[0]).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
@@ -90,7 +92,7 @@ class CpuInt4(Backend):
         rounds = any(linear.layout.activations is not None for linear in linears)
         if torch.compiler.is_compiling() or not cpu.multiplies_bfloat16() or rounds:
             return False
-        return budget().take(self._decoded_bytes(linears))
+        return budget("cpu").take(self._decoded_bytes(linears))
 
     def _decoded_bytes(self, linears: Sequence[PackedLinear]) -> int:
         return self._size(linears) * linears[0].layout.in_features * torch.bfloat16.itemsize

@@ -24,8 +24,6 @@ def experts_refusal(layout: LinearLayout, device: torch.device, dtype: torch.dty
     """Return the reason why there is no kernel for experts of this layout; None if there is. dtype: of the activations."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies experts in 16 bits, the activations are {short(dtype)}"
-    if layout.activations is not None:
-        return f"does not round the activations of experts, and the layer's are {layout.activations}"
     return TritonKernels().refusal(layout, device, dtype)
 
 
@@ -63,11 +61,12 @@ class Experts:
         assign, linear, combine = OPERATORS if torch.compiler.is_compiling() else FUNCTIONS
         ids, up, down = ids.contiguous(), self.up, self.down
         given = assign(ids, up.count)
-        joined = linear(x, ids, given, up.tensors(), list(up.each.out_features), up.layout.group_size, "")
+        sizes = list(up.each.out_features)
+        joined = linear(x, ids, given, up.tensors(), sizes, up.layout.group_size, up.activations, "")
         if between is not None:
             joined = between(joined)
         sizes = list(down.each.out_features)
-        y = linear(joined, ids, given, down.tensors(), sizes, down.layout.group_size, activation)
+        y = linear(joined, ids, given, down.tensors(), sizes, down.layout.group_size, down.activations, activation)
         return combine(y, ids, weights, up.count)
 
     def warm_up(self, activation: str, dtype: torch.dtype) -> None:
@@ -100,16 +99,18 @@ def _linear(
     tensors: list[Tensor],
     sizes: list[int],
     group_size: int,
+    activations: str,
     activation: str,
 ) -> Tensor:
     """Rotate x and multiply each assignment by its expert: [A, sum of sizes]; undefined where the id stands for no expert.
 
     x: 16-bit [T, C], or [A, C], or with one of `ACTIVATIONS` [A, 2 C]: gate and up; ids: [T, k]; given: what `_assign`
-    returned; tensors: of `ExpertWeights.tensors`; sizes: out_features of an expert's linears.
+    returned; tensors: of `ExpertWeights.tensors`; sizes: out_features of an expert's linears; activations: the format that x is
+    rounded to, "" for none.
     """
     from ..kernels.run import launch_experts
 
-    weights = ExpertWeights.of_tensors(tensors, sizes, group_size)
+    weights = ExpertWeights.of_tensors(tensors, sizes, group_size, activations)
     tiles = launch_experts.choose(ids.numel(), weights.count)
     owners, members = given
     made = launch_experts.Assignments(ids.reshape(-1), owners, members, tiles)
@@ -142,7 +143,7 @@ def _(ids, experts):
 
 
 @experts_linear.register_fake
-def _(x, ids, given, tensors, sizes, group_size, activation):
+def _(x, ids, given, tensors, sizes, group_size, activations, activation):
     return x.new_empty(ids.numel(), sum(sizes))
 
 

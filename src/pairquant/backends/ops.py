@@ -115,12 +115,12 @@ def _compute(
     """Do what `rotated_linear` says."""
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], sum(sizes))
-    rows = _rows(x, runner.channels(tensors, group_size), tensors[0].device, runner.dtypes)
+    rows = rows_of(x, runner.channels(tensors, group_size), tensors[0].device, runner.dtypes)
     y = runner.compute(rows, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size, activations)
     return y.view(*x.shape[:-1], sum(sizes))
 
 
-def _rows(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+def rows_of(x: Tensor, channels: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """Check x and return it as [M, C] with stride 1 in the last dimension; raises `KernelError`."""
     if x.dtype not in dtypes:
         raise KernelError(f"x is {short(x.dtype)}, allowed on {x.device.type}: {', '.join(map(short, dtypes))}")

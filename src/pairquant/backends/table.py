@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels.run.decoded_budget import budget
+from ..kernels.run.decoded_budget import VARIABLES, budget
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend, Prepared
 from .cpu_int4 import CpuInt4
@@ -27,8 +27,8 @@ def check_settings(device: torch.device) -> None:
 
     It is checked for layers that do not need it, too: else a mistake would be ignored, or found hours later.
     """
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        budget()
+    if device.type in VARIABLES and not torch.compiler.is_compiling():
+        budget(device.type)
 
 
 def choose(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.availability import device_class, has_float8, triton_missing
 from ..kernels.run import row_scales, table
+from ..kernels.run.decoded_budget import budget
 from ..kernels.run.weights import MAX_SEGMENTS, KernelWeights
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
 
 
 class TritonKernels(Backend):
-    """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table."""
+    """Triton kernels that rotate, multiply and, for many tokens, decode; their tiles come from a measured table.
+
+    Where the user gave memory for it, decoded weights are kept, and multiply many tokens by themselves.
+    """
 
     name = "triton"
     replaces = ("qweight", "qzeros", "scales")
@@ -46,7 +51,7 @@ class TritonKernels(Backend):
                 weights = with_row_scales(weights, layout.activations)
             elif not torch.compiler.is_compiling():
                 warnings.warn(f"{self.name}: {row_scales.WARNING}", stacklevel=2)
-        return weights.tensors()
+        return _with_decoded(weights, layout, dtype).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
         return KernelWeights.of_tensors(tensors, (), group_size).rotation.channels
@@ -64,22 +69,68 @@ class TritonKernels(Backend):
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
         kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
+        if (decoded := _decoded_for(x, weights)) is not None:
+            return torch.nn.functional.linear(x, decoded, bias)
         if activations is not None:
             from ..kernels.run import launch_rounded
 
             if x.dtype == torch.float32:
                 tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
             by_row = weights.row_scales is not None
-            chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits, by_row)
+            chosen = table.choose_rounded(
+                kind, rows, channels, tokens, activations, weights.bits, by_row, weights.floating
+            )
             return launch_rounded.linear(x, weights, bias, chosen, activations)
         # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
         choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)
         return launch.linear(x, weights, bias, choice)
 
+    def fuses(self, before: str, layout: LinearLayout, dtype: torch.dtype) -> bool:
+        allowed = (torch.bfloat16,) if before == "norm" else (torch.float16, torch.bfloat16)
+        return layout.activations is None and dtype in allowed
+
+    def compute_after_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float32:
+            return super().compute_after_norm(x, residual, norm, eps, tensors, bias, sizes, group_size)
+        from ..kernels.run import launch_norm
+
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if (decoded := _decoded_for(x, weights)) is not None:
+            normed, total = launch_norm.add_norm(x, residual, norm, eps)
+            return torch.nn.functional.linear(normed, decoded, bias), total
+        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
+        return launch_norm.norm_linear(x, residual, norm, eps, weights, bias, choice)
+
+    def compute_after_silu(
+        self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
+    ) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().compute_after_silu(x, tensors, bias, sizes, group_size)
+        from ..kernels.run import launch_norm
+
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if (decoded := _decoded_for(x, weights)) is not None:
+            return torch.nn.functional.linear(launch_norm.silu(x), decoded, bias)
+        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
+        return launch_norm.silu_linear(x, weights, bias, choice)
+
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         from ..kernels.run.launch import decode
 
-        return grad @ decode(KernelWeights.of_tensors(tensors, sizes, group_size), grad.dtype)
+        weights = KernelWeights.of_tensors(tensors, sizes, group_size)
+        if weights.decoded is not None and weights.decoded.dtype == grad.dtype:
+            return grad @ weights.decoded
+        return grad @ decode(weights, grad.dtype)
 
     def stored(
         self, tensors: Sequence[Tensor], sizes: Sequence[int], index: int, layout: LinearLayout
@@ -87,7 +138,36 @@ class TritonKernels(Backend):
         return KernelWeights.of_tensors(tensors, sizes, layout.group_size).stored(index, layout)
 
 
+def _with_decoded(weights: KernelWeights, layout: LinearLayout, dtype: torch.dtype) -> KernelWeights:
+    """Decode the weights, to be kept, if they multiply 16-bit activations and the user's memory for it is not used up.
+
+    Not while torch.compile traces, which would count them in a graph's place.
+    """
+    if dtype.itemsize != 2 or layout.activations is not None or torch.compiler.is_compiling():
+        return weights
+    from ..kernels.run.launch import decode
+
+    nbytes = sum(weights.out_features) * weights.rotation.channels * dtype.itemsize
+    if not (limit := budget("cuda")).take(nbytes):
+        return weights
+    try:
+        decoded = decode(weights, dtype)
+    except BaseException:
+        limit.give_back(nbytes)
+        raise
+    limit.give_back_with(decoded)
+    return replace(weights, decoded=decoded)
+
+
+def _decoded_for(x: Tensor, weights: KernelWeights) -> Tensor | None:
+    """Return the decoded weight that is kept, if it multiplies x: of its dtype, and of many tokens."""
+    decoded = weights.decoded
+    many = x.shape[0] >= table.DECODED_FROM
+    return decoded if decoded is not None and many and decoded.dtype == x.dtype else None
+
+
 def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:
     """Tell whether products are of 8 bits; of a GPU that is not there, as on an H100."""
     there = device.type != "cuda" or torch.cuda.is_available()
-    return table.eight_bits(device_class(device) if there else "sm90", layout.activations or "", layout.bits)
+    kind = device_class(device) if there else "sm90"
+    return table.eight_bits(kind, layout.activations or "", layout.bits, layout.weights is not None)

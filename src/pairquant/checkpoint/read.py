@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..models.names import OWN, Names
 from ..models.sharing import fold_shared, settle_scales
 from ..models.sites import stored_sites
+from ..spec.activations import FORMATS, UNROUNDED
 from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.experts import bits_per_weight
 from ..spec.fields import finite
@@ -378,6 +379,11 @@ class Checkpoint:
             return [str(default)]
         ordered = sorted(counts.items(), key=lambda item: (item[0] != default, -item[1]))
         return [f"{spec} ({counted(count, 'layer')})" for spec, count in ordered]
+
+    def activations(self) -> str:
+        """Return for tables what layers round their inputs to: "int8", "int8, fp8", or "16 bits" where none is rounded."""
+        found = {self.layout(path).activations for path in self.stored.linears()}
+        return ", ".join(name for name in FORMATS if name in found) or UNROUNDED
 
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from ..spec.fields import Field
+from ..spec.mx import E2M1, E8M0_BIAS, MX_BLOCK
 from ..support.errors import CheckpointError
 
 FP8 = torch.float8_e4m3fn
-#: The 4-bit floats e2m1, by their code.
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-#: Values that share a power of two.
-MX_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
 
     It is the order in which gpt-oss multiplies: experts, input channels, output rows.
     """
-    table = torch.tensor(FP4, dtype=torch.bfloat16, device=codes.device)
+    table = torch.tensor(E2M1, dtype=torch.bfloat16, device=codes.device)
     values = torch.stack((table[(codes & 15).long()], table[(codes >> 4).long()]), -1).flatten(-2)
-    whole = torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+    whole = torch.ldexp(values, scales.int()[..., None] - E8M0_BIAS).flatten(-2)
     return whole.transpose(1, 2).contiguous()

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from ..evaluation.ranking import Ranking
 from ..evaluation.results import Compared, Comparison
+from ..spec.activations import UNROUNDED
 from ..support.formatting import departure, distinct_ends
 from .app import console
 from .display import duration, number, size
-from .evaluation_tables import accuracy_cells, divergence, measurements, perplexity, row_name, text_names
+from .evaluation_tables import NAME_WIDTH, accuracy_cells, divergence, measurements, perplexity, row_name, text_names
 
 #: As they are named here, and what was found.
 Rows = Sequence[tuple[str, Compared]]
@@ -38,12 +39,18 @@ def show(found: Comparison) -> None:
 
 def _models(rows: Rows) -> Table:
     speeds = ("prefill", "decode") if rows[0][1].speed else ()
-    table = measurements("model", ("bits per weight", "size", "quantized in", *speeds))
+    rounded = any(row.evaluation.activations not in (None, UNROUNDED) for _, row in rows)
+    columns = ["bits per weight", "size", "quantized in"]
+    if rounded:  # in two lines, so that all columns still fit
+        columns = ["bits per\nweight", "activa-\ntions", "size", "quantized\nin"]
+    width = NARROW if rounded and speeds else NAME_WIDTH
+    table = measurements("model", (*columns, *speeds))
     for label, row in rows:
         fast = row.speed.rows[0] if row.speed else None
         table.add_row(
-            row_name(label),
+            row_name(label, width),
             number(row.evaluation.bits_per_weight, 2),
+            *((row.evaluation.activations or "",) if rounded else ()),
             "" if row.size_bytes is None else size(row.size_bytes),
             "" if row.quantized_in_s is None else duration(row.quantized_in_s),
             *(f"{rate:,.1f}/s" for rate in ((fast.prefill_tokens_per_s, fast.decode_tokens_per_s) if fast else ())),

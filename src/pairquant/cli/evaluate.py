@@ -8,6 +8,7 @@ from typing import Annotated
 
 from rich.markup import escape
 
+from ..spec.activations import UNROUNDED
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import followed, progress_bars, require_place
 from .evaluation_options import (
@@ -94,6 +95,7 @@ def evaluate(
     for notice in found.notices:
         console.print(f"[yellow]{escape(notice)}[/]")
     by = f", answers by vLLM {found.versions['vllm']}" if found.engine == "vllm" else ""
-    console.print(f"{found.bits_per_weight:.2f} bits per weight, on {found.device}{by}")
+    rounds = "" if found.activations in (None, UNROUNDED) else f", {found.activations} activations"
+    console.print(f"{found.bits_per_weight:.2f} bits per weight{rounds}, on {found.device}{by}")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")

@@ -98,17 +98,17 @@ def _ends(paths: Any) -> str:
 
 
 def _run_by(rows: list[Any]) -> list[str]:
-    """Return what runs how many layers on this machine; of decoded ones, the widths for which there is no kernel here."""
+    """Return what runs how many layers on this machine; of decoded ones, the widths and formats for which there is no kernel here."""
     counts: dict[str, int] = {}
-    decoded: set[int] = set()
+    decoded: set[str] = set()
     for row in rows:
         counts[row.explanation.label] = counts.get(row.explanation.label, 0) + row.count
         if row.explanation.backend == DECODED:
-            decoded.add(row.layout.bits)
+            decoded.add(row.layout.weights or f"{row.layout.bits} bits")
     lines = []
     for name, count in counts.items():
         of_decoded = name.partition(" ")[0] == DECODED
-        widths = f" of {' and '.join(map(str, sorted(decoded)))} bits; --backends says why" if of_decoded else ""
+        widths = f" of {' and '.join(sorted(decoded))}; --backends says why" if of_decoded else ""
         lines.append(f"{name}: {counted(count, 'layer')}{widths}")
     return lines
 
@@ -127,7 +127,14 @@ def _show_backends(rows: list[Any]) -> None:
             mark = reasons.setdefault(f"{name} {reason}", f"({len(reasons) + 1})")
             marks.append(f"{name} {mark}")
         shape = f"{row.layout.in_features} → {row.layout.out_features}"
-        table.add_row(str(row.count), row.names, shape, str(row.layout.bits), row.explanation.label, ", ".join(marks))
+        table.add_row(
+            str(row.count),
+            row.names,
+            shape,
+            row.layout.weights or str(row.layout.bits),
+            row.explanation.label,
+            ", ".join(marks),
+        )
     console.print(table)
     for reason, mark in reasons.items():
         console.print(f"[dim]{mark} {escape(reason)}[/]")

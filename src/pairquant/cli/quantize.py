@@ -66,6 +66,9 @@ def quantize(
     activations: Annotated[
         str | None, option(METHOD, "Round what layers read too: int8, fp8, int4 or mxfp4.", rare=True)
     ] = None,
+    weights: Annotated[
+        str | None, option(METHOD, "Round weights to mxfp4 instead of whole numbers.", rare=True)
+    ] = None,
     rotations: Rotations = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
@@ -155,6 +158,8 @@ def _outcome(summary: QuantizationSummary) -> Table:
     among = " and ".join(f"the {name}" for name, given in embeddings.items() if given is not None)
     included = f", {among} among them" if among else ""
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
+    if config.weights is not None:
+        table.add_row("weights", f"{config.weights}; pairquant inspect says what runs them here")
     if config.activations is not None:
         table.add_row("activations", f"{config.activations}, dynamic; pairquant inspect says what runs them here")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")

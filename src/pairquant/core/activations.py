@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec.activations import E2M1_MAX, E4M3_MAX, FORMATS
+from ..spec.activations import E4M3_MAX, FORMATS
+from .mx import e2m1, floor_scale
 
 #: The share of the largest value that int4 reaches. Cutting off the rest makes the steps of all others finer: the error of
 #: layers of SmolLM2 is 8 % lower than with 1, by learned and by random transforms, and rises again below 0.9.
@@ -51,16 +52,8 @@ def mxfp4(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     The scales are powers of two, from 2^-126: of what is smaller float32 has no normal number.
     """
     by_block = x.float().unflatten(-1, (-1, block))
-    exponent = (_exponent(_largest(by_block)) - 2).clamp(min=-126)
-    scale = _power_of_two(exponent)
+    scale = floor_scale(_largest(by_block))
     return e2m1(by_block / scale).flatten(-2), scale[..., 0]
-
-
-def e2m1(x: Tensor) -> Tensor:
-    """Return the nearest values of E2M1, which are ±0, 0.5, 1, 1.5, 2, 3, 4, 6: half to even, saturating; float32, any shape."""
-    x = x.clamp(-E2M1_MAX, E2M1_MAX)
-    step = _power_of_two(_exponent(x.abs()).clamp(0, 2) - 1)  # 0.5 below 2, 1 below 4, 2 from there on
-    return (x / step).round() * step
 
 
 def rounded(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
@@ -73,12 +66,19 @@ def rounded(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
     return _rounded(x_rot, activations, group_size)
 
 
+def rounded_for_training(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
+    """Return `rounded`, with the gradient of x_rot + `noise`, which tells how errors shrink with what is rounded."""
+    if torch.is_grad_enabled() and x_rot.requires_grad:
+        return _WithNoise.apply(x_rot, activations, group_size)
+    return _rounded(x_rot, activations, group_size)
+
+
 #: Format → the share of a span's largest value below which a value's step does not shrink with it. Whole numbers have one step.
 EVEN_STEPS = {"int8": 1.0, "fp8": 2.0**-6 / E4M3_MAX, "int4": 1.0, "mxfp4": 0.25}
 
 
 def noise(x_rot: Tensor, activations: str, group_size: int) -> Tensor:
-    """Return rounded(x_rot) - x_rot, float32 [..., C], as a transform is fitted on it.
+    """Return rounded(x_rot) - x_rot, float32 [..., C], as transforms are fitted, and models trained, on it.
 
     The gradient takes each error as a fixed multiple of its step, and the step as proportional to the largest value of its
     span or, where the format is a floating one, to the value itself: so it tells how errors shrink with what is rounded.
@@ -116,6 +116,24 @@ class _StraightThrough(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None
 
 
+class _WithNoise(torch.autograd.Function):
+    """See `rounded_for_training`. What the gradient needs beside the input is computed again, as it takes several times as much memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, activations: str, group_size: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.how = activations, group_size
+        return _rounded(x, activations, group_size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(leaf + noise(leaf, *ctx.how), leaf, grad)
+        return slope, None, None
+
+
 def _whole(x: Tensor, largest: float, reach: float = 1.0) -> tuple[Tensor, Tensor]:
     """Round spans, the last dimension of x, to whole numbers up to `largest`: float32 codes like x, and scales [..., 1].
 
@@ -127,13 +145,3 @@ def _whole(x: Tensor, largest: float, reach: float = 1.0) -> tuple[Tensor, Tenso
 
 def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True)
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """Return floor(log2(x)) of float32 numbers that are not negative, int32, exactly; -127 for zero and for subnormal ones."""
-    return (x.view(torch.int32) >> 23) - 127
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """Return 2^exponent, float32, exactly, for int32 exponents from -126 to 127."""
-    return ((exponent + 127) << 23).view(torch.float32)

@@ -1,7 +1,7 @@
 """All steps of quantizing and running one linear layer, on one page.
 
 encode:   W → (W · diag(a)) R → codes on a grid, minimising tr(E H Eᵀ) → packed words
-decode:   packed words → (q - z) · s → undo R → undo diag(a) → Ŵ
+decode:   packed words → steps of the grid · s → undo R → undo diag(a) → Ŵ
 forward:  x → (x · diag(1/a)) R → times the rotated weight's transpose     (equal to x Ŵᵀ)
           With an activation format, what is multiplied is first rounded to it.
 """
@@ -18,10 +18,10 @@ from ..spec.recipe import Recipe
 from ..support.errors import ConfigError
 from . import rounding
 from .activations import rounded
-from .grid import dequantize
+from .grids import Grid, grid_of, stored
 from .packing import pack, unpack
 from .rotation import rotate, rotate_dense, rotation_matrix
-from .rounding import SOLVERS, Solvers, stored
+from .rounding import SOLVERS, Solvers
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def encode(
     """
     w_rot = transform.weight_in(weight.float())
     h_rot = transform.hessian_in(hessian.float()) if hessian is not None else None
-    grid = rounding.search_range(w_rot, h_rot, layout.bits, layout.group_size, layout.spec.symmetric, recipe.shrinks)
+    grid = rounding.search_grid(w_rot, h_rot, layout.spec, recipe.shrinks)
     if recipe.rounding == "nearest":
         codes = rounding.nearest(w_rot, grid)
     elif h_rot is None:
@@ -117,22 +117,17 @@ def encode(
         codes = rounding.gptq(w_rot, h_rot, grid, recipe.damping, recipe.by_activation, solvers)
         if recipe.sweeps:
             grid, codes = rounding.refine(w_rot, h_rot, grid, codes, recipe.sweeps, recipe.refit_scales, solvers)
-    return assemble(layout, transform, codes, grid.scale, grid.zero, bias)
+    return assemble(layout, transform, codes, grid, bias)
 
 
 def assemble(
-    layout: LinearLayout, transform: Transform, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
+    layout: LinearLayout, transform: Transform, codes: Tensor, grid: Grid, bias: Tensor | None
 ) -> PackedLinear:
     """Pack the codes, grid, transform and bias into the tensors that are stored.
 
-    codes: uint8 [N, C], in the rotated basis; scale, zero: the grid, [N, G]; bias: [N] or None.
+    codes: uint8 [N, C], in the rotated basis; bias: [N] or None.
     """
-    tensors = {
-        "qweight": pack(codes.T.contiguous(), layout.bits),
-        "qzeros": pack(zero.T.to(torch.uint8).contiguous(), layout.bits),
-        "scales": scale.T.half().contiguous(),
-        **transform.tensors(),
-    }
+    tensors = {"qweight": pack(codes.T.contiguous(), layout.bits), **grid.tensors(), **transform.tensors()}
     return PackedLinear(layout, tensors if bias is None else {**tensors, "bias": bias.half()})
 
 
@@ -142,10 +137,8 @@ def transform_of(packed: PackedLinear) -> Transform:
 
 
 def rotated_weight(packed: PackedLinear) -> Tensor:
-    """Compute the weight in the rotated basis, (q - z) · s: float32 [N, C]."""
-    bits = packed.layout.bits
-    codes, zeros = unpack(packed["qweight"], bits).T.contiguous(), unpack(packed["qzeros"], bits).T.float()
-    return dequantize(codes, packed["scales"].T.float(), zeros)
+    """Compute the weight in the rotated basis, (q - z) · s or E2M1(q) · s: float32 [N, C]."""
+    return grid_of(packed).values(unpack(packed["qweight"], packed.layout.bits).T.contiguous())
 
 
 def decode(packed: PackedLinear) -> Tensor:

@@ -2,59 +2,37 @@
 
 All functions minimise the quadratic proxy tr(E H Eᵀ) or a part of it, with E = W - Ŵ and H = XᵀX in the same basis as W:
 
-- `search_range` chooses each group's range; it shrinks a range if clipping the extremes costs less than the finer grid
-  saves;
+- `search_grid` chooses each group's range, or the power of two of each block; it shrinks them if clipping the extremes costs
+  less than the finer grid saves;
 - `nearest` rounds each weight on its own;
 - `gptq` rounds the columns in turn and compensates each error in the columns that follow (Frantar et al., 2023);
 - `refine` improves the result by coordinate descent, group by group: it rounds every column again, given all the others,
   then refits the group's scale.
 
-Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], grid scale and zero [N, G].
+Shapes: w [N, C] float32, hessian [C, C], codes uint8 [N, C], scales of a grid [N, G].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..spec.linear import Spec
+from ..spec.mx import LEAST_EXPONENT, MOST_EXPONENT, MX_BLOCK
 from ..support.errors import CalibrationError
-from .grid import MIN_SCALE, affine_parameters, dequantize, group_range, quantize
+from .grid import group_range
+from .grids import Grid, MxGrid, WholeGrid, better_of
+from .mx import e2m1, floor_scale
 
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
 #: The user is told of layers whose relative output error is above this; rounding alone stays far below it.
 POOR_ERROR = 0.2
 #: Columns that `gptq` rounds one by one before it updates all later columns by one matrix product.
 BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Scale and zero point of every row and group, float32 [N, G]; the scales are already rounded to fp16."""
-
-    scale: Tensor
-    zero: Tensor
-    bits: int
-
-    @classmethod
-    def spanning(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-        """Make the grid whose ends are `low` and `high` [N, G]."""
-        scale, zero = affine_parameters(low, high, bits, symmetric)
-        return cls(stored(scale), zero, bits)
-
-    def codes(self, w: Tensor) -> Tensor:
-        """Return the codes of the grid points nearest to w [N, C]: uint8 [N, C]."""
-        return quantize(w, self.scale, self.zero, self.bits)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Return the weights that codes [N, C] stand for: float32 [N, C]."""
-        return dequantize(codes, self.scale, self.zero)
-
-
-def stored(x: Tensor) -> Tensor:
-    """Round x to the values that fp16 can store; the result has x's dtype."""
-    return x.half().to(x.dtype)
 
 
 def nearest(w: Tensor, grid: Grid) -> Tensor:
@@ -62,56 +40,87 @@ def nearest(w: Tensor, grid: Grid) -> Tensor:
     return grid.codes(w)
 
 
-def search_range(
-    w: Tensor, hessian: Tensor | None, bits: int, group_size: int, symmetric: bool, shrinks: tuple[float, ...] = (1.0,)
-) -> Grid:
-    """Choose for each row and group the range, out of `shrinks` times min and max, with the least error after rounding.
+def search_grid(w: Tensor, hessian: Tensor | None, spec: Spec, shrinks: tuple[float, ...] = (1.0,)) -> Grid:
+    """Choose the grid of each row and group with the least error after rounding, of those that `shrinks` leaves to try.
 
     Only errors within the group count: e H_gg eᵀ, where H_gg is the group's g × g block of the Hessian, or the identity if
     there is no Hessian.
     """
+    if spec.weights is not None:
+        return _least(w, hessian, [MxGrid(scale) for scale in _powers(w, more=len(shrinks) > 1)])
+    return search_range(w, hessian, spec.bits, spec.group_size, spec.symmetric, shrinks)
+
+
+def search_range(
+    w: Tensor, hessian: Tensor | None, bits: int, group_size: int, symmetric: bool, shrinks: tuple[float, ...] = (1.0,)
+) -> WholeGrid:
+    """Choose for each row and group the range, out of `shrinks` times min and max, with the least error (see `search_grid`)."""
     low, high = group_range(w, group_size)
-    best = Grid.spanning(low * shrinks[0], high * shrinks[0], bits, symmetric)
-    if len(shrinks) == 1:
+    return _least(w, hessian, [WholeGrid.spanning(low * s, high * s, bits, symmetric) for s in shrinks])
+
+
+def _powers(w: Tensor, more: bool) -> list[Tensor]:
+    """Return the scales to try for blocks of MXFP4, [N, G] each: the specification's, and with `more` its double and half.
+
+    The specification's cuts off what is above 6 scales, up to a quarter of the largest magnitude; its double cuts nothing off.
+    """
+    scale = floor_scale(w.unflatten(1, (-1, MX_BLOCK)).abs().amax(-1))
+    factors = (1.0, 2.0, 0.5) if more else (1.0,)
+    return [(scale * factor).clamp(2.0**LEAST_EXPONENT, 2.0**MOST_EXPONENT) for factor in factors]
+
+
+def _least(w: Tensor, hessian: Tensor | None, grids: Sequence[AnyGrid]) -> AnyGrid:
+    """Return, of each row and group, the grid with the least cost; of equal ones the first."""
+    best, *others = grids
+    if not others:
         return best
-    blocks = _diagonal_blocks(hessian, group_size) if hessian is not None else None
+    blocks = _diagonal_blocks(hessian, w.shape[1] // best.scale.shape[1]) if hessian is not None else None
     best_cost = _group_cost(w, best, blocks)
-    for shrink in shrinks[1:]:
-        grid = Grid.spanning(low * shrink, high * shrink, bits, symmetric)
+    for grid in others:
         cost = _group_cost(w, grid, blocks)
         better = cost < best_cost
-        best_cost = torch.where(better, cost, best_cost)
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits)
+        best_cost, best = torch.where(better, cost, best_cost), better_of(best, grid, better)
     return best
 
 
-def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def compensate(
+    todo: Tensor, factor: Tensor, scale: Tensor, lowest: Tensor, span: float, floating: bool = False
+) -> tuple[Tensor, Tensor]:
     """Round B columns in turn and compensate the error of each in those that follow.
 
     todo: the columns of w as rows, [B, N], changed in place; factor: upper triangular [B, B], a block of what
-    `inverse_factor` returns; scale, zero: [B, N]; top: the largest code. Returns the codes, uint8 [B, N], and the errors,
-    [B, N].
+    `inverse_factor` returns; scale, lowest: of the grid, [B, N]; span, floating: see `Grid`. Returns the steps k and the
+    errors, both [B, N] in the dtype of todo.
     """
-    codes, errors = torch.empty_like(todo, dtype=torch.uint8), torch.empty_like(todo)
+    rounded = e2m1 if floating else torch.round
+    steps, errors = torch.empty_like(todo), torch.empty_like(todo)
     for i in range(len(todo)):
-        code = (todo[i] / scale[i]).round_().add_(zero[i]).clamp_(0, top)
-        codes[i] = code
-        error = (todo[i] - (code - zero[i]) * scale[i]) / factor[i, i]
+        step = rounded(todo[i] / scale[i]).sub_(lowest[i]).clamp_(0, span).add_(lowest[i])
+        steps[i] = step
+        error = (todo[i] - step * scale[i]) / factor[i, i]
         todo[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
         errors[i] = error
-    return codes, errors
+    return steps, errors
 
 
 def descend(
-    k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
+    k: Tensor,
+    m: Tensor,
+    local: Tensor,
+    curvature: Tensor,
+    scale: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    floating: bool = False,
 ) -> None:
     """Round the g columns of one group again, in turn, each given all the others (see `refine`).
 
-    k, m: q - z and the transpose of M, [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its
-    diagonal, positive, [g]; scale: [N]; lowest, highest: the bounds of k, [N].
+    k, m: the steps and the transpose of M, [g, N], changed in place; local: the group's block of H, [g, g]; curvature: its
+    diagonal, positive, [g]; scale: [N]; lowest, highest: the bounds of k, [N]; floating: see `Grid`.
     """
+    rounded = e2m1 if floating else torch.round
     for i in range(len(k)):
-        best = (k[i] + m[i] / (curvature[i] * scale)).round_().clamp_(lowest, highest)
+        best = rounded(k[i] + m[i] / (curvature[i] * scale)).clamp_(lowest, highest)
         m.addr_(local[i], (best - k[i]) * scale, alpha=-1)
         k[i] = best
 
@@ -120,8 +129,8 @@ def descend(
 class Solvers:
     """The loops that go column by column: `compensate` and `descend`, or faster functions that do the same."""
 
-    compensate: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] = compensate
-    descend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = descend
+    compensate: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]] = compensate
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], None] = descend
 
 
 #: The loops in plain PyTorch, for any device.
@@ -141,13 +150,15 @@ def gptq(
     )
     factor = inverse_factor(hessian[order][:, order], damping).to(w.dtype)
     todo = w.T[order].contiguous()  # [C, N]: one column of w is one contiguous row here
-    scale, zero = _per_column(grid, w.shape[1], order)
+    scale, lowest = _per_column(grid, w.shape[1], order)
     codes = torch.empty_like(todo, dtype=torch.uint8)
-    top = 2**grid.bits - 1
     for start in range(0, len(todo), BLOCK):
         end = min(start + BLOCK, len(todo))
         block = slice(start, end)
-        codes[block], errors = solvers.compensate(todo[block], factor[block, block], scale[block], zero[block], top)
+        steps, errors = solvers.compensate(
+            todo[block], factor[block, block], scale[block], lowest[block], grid.span, grid.floating
+        )
+        codes[block] = grid.codes_of(steps, lowest[block])
         todo[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return codes[order.argsort()].T.contiguous()
 
@@ -170,23 +181,22 @@ def refine(
     channels, g = w.shape[1], w.shape[1] // grid.scale.shape[1]
     hessian = hessian.to(w.dtype)
     curvature = hessian.diagonal().clamp(min=1e-12)
-    steps = codes.T.to(w.dtype) - _per_column(grid, channels)[1]  # k = q - z, [C, N]
-    scale, zero = grid.scale.T.clone(), grid.zero.T  # [G, N]
+    steps = grid.steps(codes).to(w.dtype).T  # k, [C, N]
+    scale, every_lowest = grid.scale.T.clone(), grid.lowest.T  # [G, N]
     slope = hessian @ (w.T - steps * scale.repeat_interleave(g, 0))  # Mᵀ, [C, N]
     for _ in range(sweeps):
         for group in range(channels // g):
             columns = slice(group * g, (group + 1) * g)
-            s, lowest = scale[group], -zero[group]
-            highest = lowest + 2**grid.bits - 1
+            s, lowest = scale[group], every_lowest[group]
             k, m, local = steps[columns], slope[columns].clone(), hessian[columns, columns]
             before = k * s
-            solvers.descend(k, m, local, curvature[columns], s, lowest, highest)
+            solvers.descend(k, m, local, curvature[columns], s, lowest, lowest + grid.span, grid.floating)
             if refit_scales:
                 gain = (k * m).sum(0) / (k * (local @ k)).sum(0).clamp(min=1e-12)
-                scale[group] = stored((s + gain).clamp(min=MIN_SCALE))
+                scale[group] = grid.storable(s + gain)
             slope.addmm_(hessian[:, columns], k * scale[group] - before, alpha=-1)
-    grid = Grid(scale.T.contiguous(), grid.zero, grid.bits)
-    return grid, (steps + zero.repeat_interleave(g, 0)).T.to(torch.uint8).contiguous()
+    codes = grid.codes_of(steps, every_lowest.repeat_interleave(g, 0)).T.contiguous()
+    return replace(grid, scale=scale.T.contiguous()), codes
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -270,11 +280,11 @@ def poor_errors(errors: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _per_column(grid: Grid, channels: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the scale and the zero point of every column, both [C, N], with the columns in the given order."""
+    """Return the scale and the lowest step of every column, both [C, N], with the columns in the given order."""
     g = channels // grid.scale.shape[1]
     group = torch.arange(channels, device=grid.scale.device) // g
     group = group if order is None else group[order]
-    return grid.scale.T[group], grid.zero.T[group]
+    return grid.scale.T[group], grid.lowest.T[group]
 
 
 def _diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:

@@ -76,6 +76,7 @@ class Evaluation(_Stored):
 
     model, reference: as they were named; texts: name → quality; bos: whether windows began with `<bos>`; notices: what a
     user should know of the texts; bits_per_weight: stored bits over weights, of the quantized layers if there are any;
+    activations: the formats that layers round their inputs to, "16 bits" for none, None in files of earlier versions;
     versions: library → version; the rest: None unless it was asked for.
     """
 
@@ -87,6 +88,7 @@ class Evaluation(_Stored):
     bos: bool = False
     notices: list[str] = field(default_factory=list)
     bits_per_weight: float | None = None
+    activations: str | None = None
     engine: str = "transformers"
     device: str = "an unknown device"
     versions: dict[str, str] = field(default_factory=dict)

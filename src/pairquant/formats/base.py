@@ -55,6 +55,8 @@ class Format(ABC):
         """Return why a weight of this layout cannot be stored exactly, in words that follow its name; None if it can."""
         if layout.rotations:
             return f"has {layout.rotations} rotations"
+        if layout.weights is not None:
+            return f"has {layout.weights} weights, {self.name} holds whole numbers"
         if layout.bits not in self.bits:
             return f"has {layout.bits} bits, {self.name} holds {', '.join(map(str, self.bits))}"
         return None
@@ -93,6 +95,10 @@ class Format(ABC):
         Raises `ConfigError` for options that it cannot have.
         """
         target, candidates = config.target, config.candidates
+        if config.weights is not None:
+            raise ConfigError(
+                f"weights is {config.weights!r}, and {self.name} holds whole numbers. Leave --weights out."
+            )
         if (
             config.rotations == "auto"
             or (target is not None and target.rotated is not None)
@@ -119,7 +125,9 @@ class Format(ABC):
         """Raise `ConfigError` for the first weight that cannot be stored exactly, naming it and the reason."""
         for path, layout in contents.layouts.items():
             if reason := self.refusal(layout):
-                remedy = REMEDY if layout.rotations else "Choose bits that it holds, or another format."
+                remedy = (
+                    REMEDY if layout.rotations or layout.weights else "Choose bits that it holds, or another format."
+                )
                 raise ConfigError(f"{path} {reason}, so it cannot be stored as {self.name}. {remedy}")
             if self.one_form and layout.spec != contents.common.spec:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from ..checkpoint.describe import README, readme_digest
 from ..checkpoint.read import Checkpoint
 from ..evaluation.results import Evaluation, read_results
+from ..spec.activations import UNROUNDED
 from ..support.errors import ConfigError
 from ..support.formatting import counted, source_names, token_count
 
@@ -140,6 +141,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
         "bits per weight": f"{checkpoint.bits_per_weight():.2f} in {counted(len(checkpoint.stored.linears()), 'linear layer')}",
         "size": f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.1f} MB",
     }
+    if (activations := checkpoint.activations()) != UNROUNDED:
+        facts["activations"] = f"{activations}: what layers round their inputs to when they run"
     if config.shared_rotations:
         facts["shared transforms"] = str(len(config.shared_rotations))
     for key in ("tool", "preset", "seed"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import Prepared
+from ..backends.fused_ops import norm_linear, silu_linear
 from ..backends.ops import run
 from ..backends.table import BY_NAME, DENSE, prepare_all
 from ..spec.fields import ROWS, Field
@@ -206,3 +207,15 @@ class Ready:
         tensors, prepared = [getattr(layer, name) for name in self.names[index]], self.prepared[index]
         backend, sizes = BY_NAME[prepared.backend], prepared.out_features
         return run(backend, x, tensors, bias, sizes, prepared.group_size, prepared.activations)
+
+    def run_after_norm(
+        self, layer: Any, x: Tensor, residual: Tensor, norm: Tensor, eps: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the only prepared on the RMSNorm of x + residual, both [..., C]: [..., N], and the sum."""
+        tensors, one = [getattr(layer, name) for name in self.names[0]], self.prepared[0]
+        return norm_linear(x, residual, norm, eps, tensors, bias, list(one.out_features), one.group_size, one.backend)
+
+    def run_after_silu(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the only prepared on silu(gate) · up, x [..., 2 C] → [..., N]."""
+        tensors, one = [getattr(layer, name) for name in self.names[0]], self.prepared[0]
+        return silu_linear(x, tensors, bias, list(one.out_features), one.group_size, one.backend)

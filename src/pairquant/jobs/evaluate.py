@@ -23,6 +23,7 @@ from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.results import AnswerResults, ChainResults, Evaluation, TaskResults
 from ..evaluation.tasks import TaskPlan, Tasks, paired
 from ..models.limits import check_length, check_tokens
+from ..spec.activations import UNROUNDED
 from ..spec.checks import require_choice
 from ..spec.options import BOS_CHOICES
 from ..support.devices import resolve_device
@@ -207,6 +208,7 @@ def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[Evaluation
         bos=bool(asked.prefix),
         notices=list(asked.notices),
         bits_per_weight=bits_per_weight(asked.files, networks["model"]),
+        activations=Checkpoint.open(asked.files).activations() if asked.files.is_packed else UNROUNDED,
         engine=asked.engine,
         device=device_name(asked.device),
         versions=_versions(asked),

@@ -244,7 +244,9 @@ class Job:
         if how is not None and self.texts.whole is not None:
             told.append(remarks.of_last_training(how.epochs, self.texts.whole.numel(), memory))
         told = [
+            *remarks.of_weights(self.opened, self.device),
             *remarks.of_activations(self.opened, self.device, calibration.tokens.numel() if calibration else 0),
+            *remarks.of_fitting_in_turn(self.opened.config),
             *remarks.of_own_transforms(self.opened),
             *remarks.left_plain(self.opened),
             *told,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backends.experts import experts_refusal
-from ..backends.table import Explanation, explain
+from ..backends.table import DENSE, Explanation, explain
 from ..core.rounding import POOR_ERROR
 from ..layers.experts import explain_experts
 from ..layers.model import unlike_siblings
@@ -17,6 +17,7 @@ from ..models.planning import reason_to_stay
 from ..optimize.memory import Demand
 from ..optimize.noise import tokens_to_correct
 from ..spec.linear import LinearLayout
+from ..spec.options import QuantConfig
 from ..spec.plan import Plan
 from ..support.formatting import counted, percent, size
 from .opened import Opened
@@ -67,12 +68,34 @@ def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[st
     lines += _fitted_to_plain_inputs(
         {layout: count for (layout, experts), count in layers.items() if not experts}, tokens
     )
-    if opened.config.recipe.training is not None:
-        lines.append(
-            "with rounded activations this preset fits one linear after the other instead of training blocks; settings of "
-            "training have no effect, steps and learning_rate do"
-        )
     return lines
+
+
+def of_weights(opened: Opened, device: torch.device) -> list[str]:
+    """Return for the user how many weights in a format of their own have no kernel here, so that they run decoded."""
+    sites, own, bf16 = opened.sites, opened.config.transform_per_expert, torch.bfloat16
+    decoded: Counter[str] = Counter()
+    for path, layout in opened.plan.layouts.items():
+        if layout.weights is not None:
+            experts = sites[path].pool is not None
+            running = explain_experts(layout, device, bf16, own) if experts else explain(layout, device, bf16)
+            decoded[layout.weights] += running.backend == DENSE.name
+    return [
+        f"{counted(count, 'layer')} of {weights} weights run decoded on this machine: they save disk, not memory or time"
+        for weights, count in decoded.items()
+        if count
+    ]
+
+
+def of_fitting_in_turn(config: QuantConfig) -> list[str]:
+    """Return for the user that a preset that trains blocks fits one linear after the other here, and why."""
+    if config.recipe.training is None or (config.activations is None and config.weights is None):
+        return []
+    why = "rounded activations" if config.weights is None else f"{config.weights} weights"
+    return [
+        f"with {why} this preset fits one linear after the other instead of training blocks; settings of training have no "
+        "effect, steps and learning_rate do"
+    ]
 
 
 def _fitted_to_plain_inputs(layers: Mapping[LinearLayout, int], tokens: int) -> list[str]:

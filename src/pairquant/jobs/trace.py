@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint.original import Original
 from ..checkpoint.read import Checkpoint, ModelFiles
+from ..core.grids import grid_of
 from ..core.linear import decode, forward, rotated_weight, transform_of
 from ..core.packing import unpack
 from ..spec.linear import PackedLinear
@@ -52,9 +53,11 @@ def _life(packed: PackedLinear, weight: Tensor | None) -> Iterable[Step]:
         yield _step("① source", "W", weight)
         yield _step("② scaled", "W · diag(a)", weight / transform.inverse_scales)
         yield _step("③ rotated", "(W · diag(a)) R", turned, error(transform.weight_out(turned), weight))
-    yield _step("④ grid", "scales", packed["scales"].T)
+    yield _step("④ grid", "scales", grid_of(packed).scale)
     yield _step("⑤ rounded", "codes q", unpack(packed["qweight"], layout.bits).T)
-    yield _step("", "(q - z) · s", rotated, error(rotated, turned), spread=True)
+    yield _step(
+        "", "(q - z) · s" if layout.weights is None else "E2M1(q) · s", rotated, error(rotated, turned), spread=True
+    )
     for name, tensor in packed.tensors.items():
         yield _step("⑥ stored" if name == "qweight" else "", name, tensor)
     yield _step("⑧ decoded", "Ŵ", decoded, error(decoded, weight), spread=True)

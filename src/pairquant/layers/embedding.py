@@ -16,6 +16,7 @@ from ..core.linear import transform_of
 from ..core.packing import pack, unpack
 from ..core.rotation import rotate_dense
 from ..spec.linear import LinearLayout, PackedLinear
+from ..support.errors import CheckpointError
 from .holder import HoldsPacked
 
 #: Bits of a code → the widths of its planes, the lowest bits first.
@@ -41,8 +42,13 @@ class Rows:
 
     @classmethod
     def of(cls, packed: PackedLinear) -> Rows:
-        """Arrange a packed embedding by rows."""
+        """Arrange a packed embedding by rows. Raises `CheckpointError` for codes that are no whole numbers."""
         bits = packed.layout.bits
+        if packed.layout.weights is not None:
+            raise CheckpointError(
+                f"the input embedding's codes are {packed.layout.weights}, must be whole numbers: only these are looked up. "
+                "Quantize the model again."
+            )
         planes = to_planes(unpack(packed["qweight"], bits).T.contiguous(), bits)
         zeros = unpack(packed["qzeros"], bits).T.contiguous()
         transform = transform_of(packed)

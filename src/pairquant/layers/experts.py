@@ -186,7 +186,7 @@ class RotatedExperts(nn.Module):
             with plain_tensors():
                 self._prepared = Experts.build(self._each(outer), self._each(("down_proj",)))
             for owner in self._owners():
-                owner._buffers.update(dict.fromkeys(CODES))
+                owner._buffers.update(dict.fromkeys(name for name in CODES if name in owner._buffers))
             self._known_activation()
         return True
 

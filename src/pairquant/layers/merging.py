@@ -77,11 +77,16 @@ class Merged:
         with plain_tensors():
             self.tensors = backend.prepare([member.packed for member in self.members], self.members[0].dtype)
             if any(member.bias is not None for member in self.members):
-                parts = [m.bias if m.bias is not None else m.scales.new_zeros(m.out_features) for m in self.members]
+                parts = [
+                    m.bias if m.bias is not None else m.scales.new_zeros(m.out_features, dtype=torch.float16)
+                    for m in self.members
+                ]
                 self.bias = torch.cat(parts)
         self.backend = backend
         for member in self.members:
-            for name in backend.replaces:  # an empty tensor keeps the device, where PEFT then puts its adapters
+            for name in filter(
+                member.layout.fields().__contains__, backend.replaces
+            ):  # an empty tensor keeps the device, where PEFT then puts its adapters
                 member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.activations import rounded
+from ..core.activations import rounded_for_training
 from ..core.linear import Transform, transform_of
 from ..core.rotation import rotate_dense
 from ..layers.expert_form import ExpertForm
@@ -54,12 +54,13 @@ class InputRounding:
     def __call__(self, x: Tensor) -> Tensor:
         """Return round((x diag(1/a)) R) Rᵀ diag(a) in x's dtype, computed in float32: x floating [..., C].
 
-        Differentiable in x and both matrices, as if nothing were rounded.
+        Differentiable in x and both matrices; see `rounded_for_training` for the gradient.
         """
         into, out_of = self.into.to(x.device), self.out_of.to(x.device)  # the module may have moved
         with torch.autocast(x.device.type, enabled=False):
             x_rot = rotate_dense(x.float(), into)
-            return rotate_dense(rounded(x_rot, self.activations, self.group_size), out_of).to(x.dtype)
+            x_rounded = rounded_for_training(x_rot, self.activations, self.group_size)
+            return rotate_dense(x_rounded, out_of).to(x.dtype)
 
 
 #: What the names of the two matrices end with where training keeps them beside the weights of a block.

@@ -48,6 +48,6 @@ def _rounded(
     part = layout.spec.layout(layout.in_features, len(rows))
     rotated = transform.weight_in(rows)
     grid = search_range(rotated, None, part.bits, part.group_size, part.spec.symmetric, config.recipe.shrinks)
-    packed = assemble(part, transform, nearest(rotated, grid), grid.scale, grid.zero, None)
+    packed = assemble(part, transform, nearest(rotated, grid), grid, None)
     lost = (rows - decode(packed)).square().sum().item()
     return packed.to("cpu"), lost, rows.square().sum().item()

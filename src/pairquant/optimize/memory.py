@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..models.blocks import Block
 from ..models.sites import Site
+from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .end_to_end import MEASURED_TOGETHER
+from .noise import CORRECTED
 from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
 from .walk import compute_dtype
@@ -99,7 +101,7 @@ def _end_to_end_bytes(
     how = config.recipe.end_to_end
     assert how is not None, "asked for by the recipe"
     weights = [sum(site.size.in_features * site.size.out_features for site in b.sites.values()) for b in blocks]
-    scales = sum(weights) // config.spec.group_size
+    scales = sum(weights) // (config.spec.group_size if config.weights is None else MX_BLOCK)
     sites = {id(site.module) for block in blocks for site in block.sites.values()}
     plain = sum(p.numel() for m in model.modules() if id(m) not in sites for p in m.parameters(recurse=False))
     window = tokens.shape[1]
@@ -112,7 +114,8 @@ def _end_to_end_bytes(
     activations = min(how.batch * window, MICRO_BATCH_TOKENS) * read * 4 * 2
     logits = window * _vocabulary(model) * 4 * LOGIT_COPIES
     one_block = max(weights) * 4 * REFITTED_COPIES
-    return sum(weights) + scales * 4 * SCALE_COPIES + plain * itemsize + states + max(one_block + activations, logits)
+    steps = sum(weights) * (1 if config.weights is None else 2)
+    return steps + scales * 4 * SCALE_COPIES + plain * itemsize + states + max(one_block + activations, logits)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -129,14 +132,14 @@ def _block_bytes(
     if not sizes:
         return 0
     weights = sum(math.prod(size) for size in sizes)
-    moments = _moment_bytes(block, config)
+    experts = [site for site in block.sites.values() if site.pool is not None]
+    share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
+    moments = _moment_bytes(block, config, int(tokens.numel() * share) if tokens is not None else 0)
     fitting = _fitted_together(block) * 4 * FITTING_COPIES
     if config.transform_per_expert:  # gate and up of every expert lie beside each other until all transforms are found
         fitting += weights * 4
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
     batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
-    experts = [site for site in block.sites.values() if site.pool is not None]
-    share = min(1.0, chosen / max(1, len({site.path.rpartition(".")[0] for site in experts})))
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     if block.head:  # its outputs are not computed
         read = sizes[0][1]
@@ -162,8 +165,8 @@ def _fitted_together(block: Block) -> int:
     return max((min(n, SHARED_ROWS) if home in pools else n) * channels[home] for home, n in rows.items())
 
 
-def _moment_bytes(block: Block, config: QuantConfig) -> int:
-    """Predict the bytes of the second moments of a block.
+def _moment_bytes(block: Block, config: QuantConfig, routed: int) -> int:
+    """Predict the bytes of the second moments of a block. routed: the tokens of the text that each expert gets on average.
 
     An expert's are counted twice: as a sum, and as the product of one micro-batch, which is added to the sum when the
     products of all experts are known.
@@ -172,7 +175,8 @@ def _moment_bytes(block: Block, config: QuantConfig) -> int:
     for path, site in block.sites.items():
         channels = site.size.in_features
         copies = 2 if config.recipe.drift or site.pool else 1
-        if config.activations is not None and site.pool is None:  # each linear rounds its input by its own transform
+        corrected = site.pool is None or routed >= CORRECTED.get(config.activations or "", math.inf) * channels
+        if config.activations is not None and corrected:  # each linear rounds its input by its own transform
             inputs[path, ""] = channels**2 * 4 * ROUNDED_MOMENTS
         of_all = config.all_experts and site.pool is not None and not site.pool.endswith(".down")
         home = "" if of_all else path.rpartition(".")[0]

@@ -24,6 +24,7 @@ from ..core.pairs import PairSelection, magnitude_rank, random_rank, select_pair
 from ..kernels.fit.loops import fake_quantize
 from ..kernels.fit.matrices import Matrices
 from ..spec.linear import Spec
+from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from .noise import InputNoise
 from .ranks import ALONE, Ranks
@@ -85,7 +86,7 @@ def loss_and_gradients(
     rotated = torch.bmm(weight, into)  # [G, N, g]
     with torch.enable_grad():
         leaf = rotated.requires_grad_(slopes)
-        rounded = fake_quantize(leaf.view(-1, g), problem.spec.bits, g, problem.spec.symmetric).view_as(leaf)
+        rounded = _fake_rounded(leaf, problem.spec).view_as(leaf)
     error = torch.empty_like(problem.weight)
     torch.sub(weight, torch.bmm(rounded.detach(), out_of), out=_by_group(error, g))
     weighted = problem.weighted(error)
@@ -96,6 +97,16 @@ def loss_and_gradients(
     grad_out_of = torch.bmm(rounded.detach().mT, slope)
     (grad_rotated,) = torch.autograd.grad(rounded, leaf, torch.bmm(slope, out_of.mT))
     return loss, torch.bmm(weight.mT, grad_rotated), grad_out_of
+
+
+def _fake_rounded(w_rot: Tensor, spec: Spec) -> Tensor:
+    """Round w_rot [N, g] as a transform is fitted on it: to nearest, with the range of each group; differentiable.
+
+    MXFP4 stands in as whole numbers of 4 bits in blocks of its size: its own rounding took more time and memory in the fit,
+    and made no difference after GPTQ (docs/decisions.md).
+    """
+    span = spec.group_size if spec.weights is None else MX_BLOCK
+    return fake_quantize(w_rot.view(-1, span), spec.bits, span, spec.symmetric)
 
 
 def _by_group(w: Tensor, g: int) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,9 @@ COMPARED_BITS = 3
 #: At most so many experts of a pool, evenly spaced, stand for all of it.
 SAMPLED_EXPERTS = 8
 
+#: The fields of a `Spec` that forms differ in, or are recorded with: all are whole numbers, none is in a format of its own.
+RECORDED = ("bits", "group_size", "rotations", "symmetric", "activations")
+
 #: Path → form → divergence in nats per token that this weight alone causes.
 Divergences = dict[str, dict[Spec, float]]
 
@@ -63,7 +66,7 @@ class Sensitivity:
         """Return the JSON object that `from_dict` reads."""
         forms = list(dict.fromkeys(spec for of in self.divergences.values() for spec in of))
         return {
-            "forms": [asdict(spec) for spec in forms],
+            "forms": [{name: getattr(spec, name) for name in RECORDED} for spec in forms],
             "divergences": {
                 path: [float(f"{of[spec]:.4g}") if spec in of else None for spec in forms]
                 for path, of in self.divergences.items()

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.grid import MIN_SCALE, fake_quantize, group_range, quantize
+from ..core.grid import MIN_SCALE, fake_quantize, group_range
+from ..core.grids import WholeGrid, grid_of, stored
 from ..core.linear import Transform, assemble
 from ..core.packing import unpack
 from ..core.rotation import rotate_dense
-from ..core.rounding import Grid, stored
 from ..kernels.fit.matrices import Matrices
 from ..models.blocks import Block
 from ..models.planning import ROUTERS
@@ -227,8 +227,8 @@ class WeightStage:
         self.trained += [(z, rates.quantizer_rate) for p, z in self.zeros.items() if not layouts[p].spec.symmetric]
 
     @staticmethod
-    def _spanning(w: Tensor, spec: Spec) -> Grid:
-        return Grid.spanning(*group_range(w, spec.group_size), spec.bits, spec.symmetric)
+    def _spanning(w: Tensor, spec: Spec) -> WholeGrid:
+        return WholeGrid.spanning(*group_range(w, spec.group_size), spec.bits, spec.symmetric)
 
     def grid(self, path: str) -> tuple[Tensor, Tensor]:
         """Scale and zero point [N, G] as they are stored."""
@@ -246,14 +246,18 @@ class WeightStage:
     def packed(self) -> dict[str, PackedLinear]:
         result = {}
         for path, transform in self.transforms.items():
-            layout, (scale, zero) = self.layouts[path], self.grid(path)
-            codes = quantize(self.rotated[path], scale, zero, layout.bits)
-            result[path] = assemble(layout, transform, codes, scale, zero, self.block.sites[path].bias)
+            layout = self.layouts[path]
+            grid = WholeGrid(*self.grid(path), layout.bits)
+            codes = grid.codes(self.rotated[path])
+            result[path] = assemble(layout, transform, codes, grid, self.block.sites[path].bias)
         return result
 
 
 class RefitStage:
-    """What is continuous in a rounded block: group scales, channel scales, angles and norm weights; codes are fixed."""
+    """What is continuous in a rounded block: group scales, channel scales, angles and norm weights; codes are fixed.
+
+    Scales that are powers of two, of weights in MXFP4, are not continuous: they are fixed too.
+    """
 
     def __init__(
         self,
@@ -269,8 +273,10 @@ class RefitStage:
         self.block, self.groups, self.start, self.kept_as, self.device = block, groups, packed, kept_as, device
         self.transforms = BlockTransforms.stored_in([packed[group[0]].to(device) for group in groups])
         self.steps = {path: _steps(p.to(device)) for path, p in packed.items()}
-        self.scales = {path: p["scales"].to(device).T.float() for path, p in packed.items()}
-        self.log_scales = {path: torch.zeros_like(scales) for path, scales in self.scales.items()}
+        self.scales = {path: grid_of(p.to(device)).scale for path, p in packed.items()}
+        self.log_scales = {
+            path: torch.zeros_like(self.scales[path]) for path, p in packed.items() if not p.layout.weights
+        }
         self.norms = {name: p.detach().float().clone() for name, p in _norm_weights(block)}
         self.trained = [(log_scale, rates.scale_rate) for log_scale in self.log_scales.values()]
         self.trained += [(norm, rates.norm_rate) for norm in self.norms.values()]
@@ -279,6 +285,8 @@ class RefitStage:
 
     def scale(self, path: str) -> Tensor:
         """Group scales [N, G] as they are stored."""
+        if path not in self.log_scales:
+            return self.scales[path]
         scale = self.scales[path] * self.log_scales[path].exp()
         return straight_through(scale, stored(scale.clamp(min=MIN_SCALE)))
 
@@ -300,18 +308,23 @@ class RefitStage:
         result = {}
         for group, transform in zip(self.groups, self.transforms.build(), strict=True):
             for path in group:
-                tensors = {"scales": self.scale(path).T.half().contiguous(), **transform.tensors()}
+                tensors = transform.tensors()
+                if path in self.log_scales:
+                    tensors = {"scales": self.scale(path).T.half().contiguous(), **tensors}
                 home = self.start[path]["scales"].device
                 result[path] = self.start[path].with_tensors(**{name: t.to(home) for name, t in tensors.items()})
         return result
 
 
 def _steps(packed: PackedLinear) -> Tensor:
-    """Return q - z of every weight: int8 [N, G, g], for codes of 8 bits int16."""
-    bits, g = packed.layout.bits, packed.layout.group_size
+    """Return the step of every weight, q - z: int8 [N, G, g], for codes of 8 bits int16, for E2M1 float16."""
+    bits, groups = packed.layout.bits, len(packed["scales"])
+    codes = unpack(packed["qweight"], bits).T
+    if packed.layout.weights is not None:
+        return grid_of(packed).steps(codes).half().reshape(len(codes), groups, -1)
     kind = torch.int8 if bits < 8 else torch.int16
-    codes, zeros = unpack(packed["qweight"], bits).T.to(kind), unpack(packed["qzeros"], bits).T.to(kind)
-    return codes.reshape(len(codes), -1, g) - zeros[..., None]
+    zeros = unpack(packed["qzeros"], bits).T.to(kind)
+    return codes.to(kind).reshape(len(codes), groups, -1) - zeros[..., None]
 
 
 def _norm_weights(block: Block) -> list[tuple[str, nn.Parameter]]:

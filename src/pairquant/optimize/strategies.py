@@ -158,14 +158,15 @@ class Rounding:
     ) -> dict[str, Tensor]:
         """Let each target answer its rounded inputs as it answered its inputs; return the moments of the rounded inputs.
 
-        By path, for linears whose errors are large and whose text is long enough (`noise.is_corrected`). Those of experts stay
-        as they are: a router leaves most experts few tokens.
+        By path, for linears whose errors are large and that read enough tokens (`noise.is_corrected`); experts are counted the
+        tokens that the router gives them, and stay as they are where they are fitted on others too.
         """
         wanted = {
             path
             for m in work.moments
             for path in m.readers
-            if work.block.sites[path].pool is None and is_corrected(work.layouts[path], m.tokens)
+            if is_corrected(work.layouts[path], m.tokens)
+            and not (work.config.all_experts and work.block.sites[path].pool is not None)
         }
         if not wanted:
             return {}
@@ -252,7 +253,8 @@ class InTurn:
     """Fit the linears of a block one input after the other, each on what the quantized ones before it put out.
 
     That is the paper's way with rounded activations (appendix A.3), where its block-wise training does not converge; weights
-    are rounded by GPTQ at the end. Linears of one input are fitted together.
+    are rounded by GPTQ at the end. Linears of one input are fitted together. Weights in MXFP4 are fitted so too, because their
+    scales, powers of two, cannot be trained.
     """
 
     def quantize(self, work: BlockWork) -> None:
@@ -307,5 +309,5 @@ def starts(work: BlockWork) -> list[float]:
 def strategy_for(config: QuantConfig) -> Strategy:
     """Return the strategy of a recipe."""
     if config.recipe.training is not None:
-        return BlockTraining() if config.activations is None else InTurn()
+        return BlockTraining() if config.activations is None and config.weights is None else InTurn()
     return Refitting() if config.recipe.refit is not None else Rounding()

@@ -135,7 +135,8 @@ class Streams:
     ) -> dict[str, RoundedMoments]:
         """Run the block on the quantized stream, its inputs rounded, and return the moments of the wanted linears by path.
 
-        The stream stays. roundings: by path, of all linears that round; wanted: the paths of some of these, no experts.
+        The stream stays. roundings: by path, of all linears that round; wanted: the paths of some of these. Experts are
+        given the tokens that the router chooses for them.
         """
         total = RoundedSum()
 

@@ -254,7 +254,10 @@ class Walk:
         """Return the moments of the rounded inputs of the wanted linears, summed over all ranks."""
         assert streams is not None, "linears are fitted to rounded inputs on text alone"
         found = streams.observe_rounded(block, index, roundings, wanted)
-        for path in sorted(found) if self.ranks.size > 1 else ():
+        for path in sorted(wanted) if self.ranks.size > 1 else ():
+            if path not in found:  # an expert that got no token of this rank's text
+                channels = block.sites[path].size.in_features
+                found[path] = RoundedMoments(*torch.zeros(2, channels, channels, device=self.device))
             self.ranks.add(found[path].hessian)
             self.ranks.add(found[path].cross)
         return found

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..checkpoint.files import durable
 from ..evaluation.quality import Quality
 from ..evaluation.results import ChainResults
+from ..spec.activations import UNROUNDED
 from ..spec.linear import bits_per_weight
 from ..support.errors import ConfigError
 from ..support.formatting import (
@@ -200,6 +201,8 @@ def _cards(facts: CheckpointFacts) -> list[Card]:
         Card("size", size(facts.size), f"{size(facts.size_16_bit)} in 16 bits"),
         Card("preset", plain(provenance.get("preset", "not recorded")), shape + shared),
     ]
+    if (activations := facts.checkpoint.activations()) != UNROUNDED:
+        cards.append(Card("activations", activations, "what layers round their inputs to when they run"))
     if errors := [linear.error for linear in facts.linears if linear.error is not None]:
         cards.append(Card("mean error", f"{percent(sum(errors) / len(errors))} %", "of a layer's output"))
     if "seconds" in report:
@@ -332,7 +335,7 @@ def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
     texts = dict.fromkeys(
         (text, m) for e in facts.measured.evaluations for text in e.texts for m in ("kl", "perplexity")
     )
-    columns = ["model", "bits per weight", "size", "preset", "mean error, %", "quantized in"]
+    columns = ["model", "bits per weight", "activations", "size", "preset", "mean error, %", "quantized in"]
     columns += [f"{MEASURES[m][0]}, {text}" for text, m in texts]
     followed = any(e.chains for e in facts.measured.evaluations)
     columns += [f"KL, {CHAINS}", "departs at token"] if followed else []
@@ -354,6 +357,7 @@ def _comparison_cells(facts: CheckpointFacts) -> list[Cell]:
     return [
         Cell(facts.name, facts.name),
         Cell.of(facts.checkpoint.bits_per_weight(), 2),
+        Cell(facts.checkpoint.activations(), facts.checkpoint.activations()),
         _size_cell(facts.size),
         Cell(preset, preset),
         Cell(percent(error), error),
@@ -367,6 +371,7 @@ def _other_cells(name: str, evaluations: Sequence[Evaluation]) -> list[Cell]:
     return [
         Cell(name, name),
         Cell.of(known.bits_per_weight, 2),
+        Cell(known.activations or "", known.activations),
         _size_cell(known.size_bytes),
         Cell("", None),
         Cell("", None),

@@ -63,6 +63,7 @@ class Evaluation:
     reference: str | None
     bits_per_weight: float | None
     texts: dict[str, Quality]
+    activations: str | None = None
     chains: ChainResults | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     size_bytes: int | None = None
@@ -80,6 +81,7 @@ class Evaluation:
             later.reference or self.reference,
             _last(self.bits_per_weight, later.bits_per_weight),
             texts,
+            later.activations or self.activations,
             later.chains or self.chains,
             list(known.values()),
             _last(self.size_bytes, later.size_bytes),
@@ -167,6 +169,7 @@ def _evaluation(found: results.Evaluation, names: Mapping[str, str]) -> Evaluati
         reference=names[found.reference] if found.reference else None,
         bits_per_weight=found.bits_per_weight,
         texts={Path(text).name: quality for text, quality in found.texts.items()},
+        activations=found.activations,
         chains=found.chains,
         accuracies=[*_answers(found.answers or {}), *_tasks(found.tasks)],
     )

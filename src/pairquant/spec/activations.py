@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The largest numbers that float8_e4m3fn and E2M1 hold.
-E4M3_MAX, E2M1_MAX = 448.0, 6.0
-#: Channels of a block of MXFP4 (OCP Microscaling Formats specification v1.0, section 5.2).
-MX_BLOCK = 32
+from .mx import E2M1_MAX, MX_BLOCK
+
+#: The largest number that float8_e4m3fn holds.
+E4M3_MAX = 448.0
+#: What tables say of models whose activations are not rounded.
+UNROUNDED = "16 bits"
 
 
 @dataclass(frozen=True)

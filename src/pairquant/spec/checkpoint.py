@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..support.errors import CheckpointError
+from ..support.errors import CheckpointError, ConfigError
 from .activations import FORMATS
 from .checks import are_strings
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .linear import LinearLayout, Spec
+from .mx import WEIGHT_FORMATS
 from .plan import Plan
 from .rotation import MAX_ROTATIONS
 
@@ -34,6 +35,10 @@ SPEC_ENTRIES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "activations": (
         "activations", lambda value: value is None or (isinstance(value, str) and value in FORMATS),
         f"one of {', '.join(FORMATS)}, or null",
+    ),
+    "weights": (
+        "weights", lambda value: value is None or (isinstance(value, str) and value in WEIGHT_FORMATS),
+        f"{' or '.join(WEIGHT_FORMATS)}, or null",
     ),
 }  # fmt: skip
 #: The entries that every checkpoint has; the others are left out where they say nothing.
@@ -129,7 +134,7 @@ class CheckpointConfig:
         zero_point = entries.get("zero_point")
         if zero_point is not None and not isinstance(zero_point, bool):
             raise _bad_entry("zero_point", zero_point, "true or false")
-        spec = Spec(**_spec_fields(entries, ""), symmetric=zero_point is False)
+        spec = _with(Spec(symmetric=zero_point is False), _spec_fields(entries, ""), "quantization_config")
         own = entries.get("transform_per_expert")
         if own is not None and not isinstance(own, bool):
             raise _bad_entry("transform_per_expert", own, "true or false")
@@ -159,6 +164,14 @@ def _spec_fields(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
+def _with(spec: Spec, changes: Mapping[str, Any], place: str) -> Spec:
+    """Return a spec with changes, each of which is allowed; raises `CheckpointError` if they exclude each other."""
+    try:
+        return replace(spec, **changes)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {place}: {error}. The checkpoint is damaged.") from error
+
+
 def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
     """Return the patterns of `dynamic` and their specs.
 
@@ -180,7 +193,7 @@ def _overrides(dynamic: Any, default: Spec) -> tuple[tuple[str, Spec], ...]:
             raise _bad_entry(f"{place}'s pattern", pattern, f"a regular expression ({error})") from error
         if not isinstance(entries, dict):
             raise _bad_entry(place, entries, "an object")
-        found.append((pattern, replace(default, **_spec_fields(entries, f"{place}."))))
+        found.append((pattern, _with(default, _spec_fields(entries, f"{place}."), place)))
     return tuple(found)
 
 

@@ -21,6 +21,7 @@ from .activations import FORMATS, NAMES
 from .checks import require_choice, require_whole
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, Codes, columns_per_block
 from .fields import CHANNELS, ROWS, Field, Size, damaged, finite, short
+from .mx import WEIGHT_FORMATS, MxCodes
 from .rotation import MAX_ROTATIONS, Rotation
 
 
@@ -59,7 +60,8 @@ class Spec:
     bits: size of a code, 2, 3, 4, 5, 6 or 8; group_size: 32, 64 or 128, the number of channels that share a scale and
     that are rotated with one another; rotations: K, 0 to 16; symmetric: all zero points are in the middle of the codes, at
     2^(b-1); activations: the format of `spec.activations` that the layer's input is rounded to in the rotated basis when the
-    layer runs, None for none. Raises `ConfigError` for other values.
+    layer runs, None for none; weights: "mxfp4" for codes that are 4-bit floats, of which 32 channels share a scale whatever
+    the group size is, None for whole numbers. Raises `ConfigError` for other values, and for values that exclude each other.
     """
 
     bits: int = 4
@@ -67,6 +69,7 @@ class Spec:
     rotations: int = 8
     symmetric: bool = False
     activations: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("bits", self.bits, SUPPORTED_BITS)
@@ -76,10 +79,18 @@ class Spec:
             raise ConfigError(f"symmetric is {self.symmetric!r}, allowed: True, False")
         if self.activations is not None:
             require_choice("activations", self.activations, FORMATS)
+        if self.weights is not None:
+            require_choice("weights", self.weights, WEIGHT_FORMATS)
+            require_choice(f"bits of {self.weights} weights", self.bits, (4,))
+            if self.symmetric:
+                raise ConfigError(
+                    f"symmetric is True, allowed with {self.weights} weights: False; they have no zero points"
+                )
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return Codes(self.bits, self.group_size), Rotation(self.rotations, self.group_size)
+        codes = Codes(self.bits, self.group_size) if self.weights is None else MxCodes(self.group_size)
+        return codes, Rotation(self.rotations, self.group_size)
 
     def layout(self, in_features: int, out_features: int, bias: bool = False) -> LinearLayout:
         """Return the layout of a linear of this size."""
@@ -93,7 +104,8 @@ class Spec:
     def __str__(self) -> str:
         kind = ", symmetric" if self.symmetric else ""
         inputs = f", {self.activations} activations" if self.activations else ""
-        return f"{self.bits} bits, groups of {self.group_size}, {self.rotations} rotations{kind}{inputs}"
+        width = f"{self.bits} bits" if self.weights is None else f"{self.weights} weights"
+        return f"{width}, groups of {self.group_size}, {self.rotations} rotations{kind}{inputs}"
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,10 @@ class LinearLayout:
     @property
     def activations(self) -> str | None:
         return self.spec.activations
+
+    @property
+    def weights(self) -> str | None:
+        return self.spec.weights
 
     @property
     def num_groups(self) -> int:
@@ -160,13 +176,15 @@ class LinearLayout:
         """
         spec = self.spec
         activations = 0 if spec.activations is None else NAMES.index(spec.activations) + 1
-        return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations, activations]
+        weights = 0 if spec.weights is None else WEIGHT_FORMATS.index(spec.weights) + 1
+        return [self.in_features, self.out_features, spec.bits, spec.group_size, spec.rotations, activations, weights]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> LinearLayout:
         """Return the layout, without bias, from the numbers that `numbers` returned."""
-        in_features, out_features, bits, group_size, rotations, activations = numbers
-        spec = Spec(bits, group_size, rotations, activations=NAMES[activations - 1] if activations else None)
+        in_features, out_features, bits, group_size, rotations, activations, weights = numbers
+        rounded = NAMES[activations - 1] if activations else None
+        spec = Spec(bits, group_size, rotations, False, rounded, WEIGHT_FORMATS[weights - 1] if weights else None)
         return cls(spec, in_features, out_features)
 
 

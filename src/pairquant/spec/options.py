@@ -13,6 +13,7 @@ from .checks import are_strings, require_choice, require_whole
 from .codes import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES
 from .linear import Spec
 from .mixed import ANY_WIDTH, Candidates, MixedPlan, Target
+from .mx import WEIGHT_FORMATS
 from .patterns import require_regular_expression
 from .recipe import PRESETS, Recipe
 from .rotation import MAX_ROTATIONS
@@ -25,7 +26,7 @@ TRANSFORMS = ("rotated", "folded", "none")
 #: Options that records of earlier versions lack.
 ADDED_LATER = (
     "overrides", "bos", "all_experts", "transform_per_expert", "head_bits", "embedding_bits", "target", "candidates", "plan",
-    "transform", "activations",
+    "transform", "activations", "weights",
 )  # fmt: skip
 #: Whether windows begin with `<bos>`; see `support.windows.window_prefix`.
 BOS_CHOICES = ("auto", "never", "always")
@@ -36,7 +37,8 @@ class Override:
     """Changes to the spec of the weights that a pattern names.
 
     pattern: a path, parts of one that follow each other, or "re:" and a regular expression that is matched from the path's start;
-    bits, group_size, rotations: as in `Spec`, None keeps the default. Raises `ConfigError` for values that are not allowed.
+    bits, group_size, rotations: as in `Spec`, None keeps the default; bits are those of whole numbers, so that a layer for which
+    they are given has these also where the default is MXFP4. Raises `ConfigError` for values that are not allowed.
     """
 
     pattern: str
@@ -80,7 +82,8 @@ class Override:
 
     def applied(self, default: Spec) -> Spec:
         """Return the default spec with this override's changes."""
-        return replace(default, **self.changes)  # type: ignore[arg-type]  # only whole numbers can be overridden
+        weights = default.weights if self.bits is None else None
+        return replace(default, **self.changes, weights=weights)  # type: ignore[arg-type]  # only whole numbers can be overridden
 
     def __str__(self) -> str:
         return f"{self.pattern}={','.join(f'{name}:{value}' for name, value in self.changes.items())}"
@@ -101,6 +104,7 @@ class QuantConfig:
 
     preset: a name in `PRESETS`; recipe: used instead of that preset's recipe, for experiments.
     bits: 2, 3, 4, 5, 6 or 8 per weight; symmetric: all zero points are in the middle of the codes, at 2^(b-1).
+    weights: "mxfp4" rounds weights to 4-bit floats in blocks of 32 with scales that are powers of two; None: to whole numbers.
     group_size: 32, 64, 128, or "auto" for the largest that divides every layer.
     rotations: K, 0 (channel scales only) to 16, or "auto": 8, and no transform at all for the third of the layers' inputs
     where it buys least; pair_selection: "random" or "magnitude".
@@ -119,7 +123,8 @@ class QuantConfig:
     forms to choose from. plan: a plan made earlier, or its file; its default replaces bits, group_size, rotations, symmetric.
     transform: "rotated" stores angles and channel scales beside each layer; "folded" folds them into the weights around it before it
     is quantized, so that nothing runs before its product, and `rotations` counts those; "none" rounds the weights as they are.
-    head_bits, embedding_bits: quantize the output embedding, the input embedding, to so many bits; None leaves it as it is.
+    head_bits, embedding_bits: quantize the output embedding, the input embedding, to whole numbers of so many bits; None leaves
+    it as it is.
     activations: round what the layers of the blocks read, in the rotated basis, to this format of `spec.activations`; None
     leaves it in 16 bits. Embeddings read theirs as it is.
     seed: decides every random choice.
@@ -150,6 +155,7 @@ class QuantConfig:
     plan: MixedPlan | None = None
     transform: str = "rotated"
     activations: str | None = None
+    weights: str | None = None
     recipe: Recipe = None  # type: ignore[assignment]  # filled in from the preset
 
     def __post_init__(self) -> None:
@@ -165,8 +171,7 @@ class QuantConfig:
         for name in ("head_bits", "embedding_bits"):
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), SUPPORTED_BITS)
-        if self.activations is not None:
-            require_choice("activations", self.activations, FORMATS)
+        self._require_formats()
         require_choice("group_size", self.group_size, (*SUPPORTED_GROUP_SIZES, "auto"))
         if isinstance(self.rotations, str) and self.rotations != "auto":
             raise ConfigError(
@@ -213,6 +218,29 @@ class QuantConfig:
                 "--all-experts out."
             )
 
+    def _require_formats(self) -> None:
+        """Check the formats of activations and weights, and refuse what does not go together with the latter."""
+        if self.activations is not None:
+            require_choice("activations", self.activations, FORMATS)
+        if self.weights is None:
+            return
+        require_choice("weights", self.weights, WEIGHT_FORMATS)
+        choosing = {
+            "a plan is given": self.plan is not None,
+            "a target size is given": self.target is not None,
+            "rotations is 'auto'": self.rotations == "auto",
+        }
+        if found := next((what for what, asked in choosing.items() if asked), None):
+            raise ConfigError(
+                f"{found}, but weights is {self.weights!r}: forms are chosen among whole numbers only. Leave one of them out."
+            )
+        if self.bits != 4 or self.symmetric:
+            given = f"bits is {self.bits}" if self.bits != 4 else "symmetric is True"
+            raise ConfigError(
+                f"{given}, but weights is {self.weights!r}, whose codes have 4 bits and no zero points. Leave one of them out; "
+                "--override gives layers whole numbers of other bits."
+            )
+
     def _settle_plan(self) -> None:
         """Read `target`, `candidates` and `plan`, which may be given as text, a file or JSON, and take the plan's default."""
         for name, kind in (("target", Target), ("candidates", Candidates)):
@@ -230,8 +258,8 @@ class QuantConfig:
         if self.target is not None:
             raise ConfigError("both a plan and a target are given; a plan has its size already. Leave one of them out.")
         for name, value in vars(self.plan.default).items():
-            # A plan says nothing of activations, and the rotations of a folded transform are not of the layers.
-            if name != "activations" and (self.transform, name) != ("folded", "rotations"):
+            # A plan says nothing of formats, and the rotations of a folded transform are not of the layers.
+            if name not in ("activations", "weights") and (self.transform, name) != ("folded", "rotations"):
                 object.__setattr__(self, name, value)
 
     def _settle_transform(self) -> None:
@@ -278,7 +306,7 @@ class QuantConfig:
     def spec(self) -> Spec:
         """The default spec. If the group size is "auto", the spec has the largest group size, as a placeholder."""
         size = SUPPORTED_GROUP_SIZES[-1] if self.group_size == "auto" else int(self.group_size)
-        return Spec(self.bits, size, int(self.rotations), self.symmetric, self.activations)
+        return Spec(self.bits, size, int(self.rotations), self.symmetric, self.activations, self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dict that JSON can hold; `from_dict` reads it.

@@ -85,7 +85,7 @@ def plan_for(
     _require_fit(layouts, default)
     for kind, found, bits in (("head", head, config.head_bits), ("embedding", embedding, config.embedding_bits)):
         for path, s in (found or {}).items():
-            spec = replace(default, bits=bits or default.bits, activations=None)
+            spec = replace(default, bits=bits or default.bits, activations=None, weights=None)
             layouts[path], reasons[path] = (
                 spec.layout(s.in_features, s.out_features, s.bias),
                 f"--{kind}-bits {spec.bits}",

@@ -8,8 +8,10 @@ pytest.importorskip("triton")
 from pairquant.core import grid as quantizer
 from pairquant.core import rounding
 from pairquant.core.grid import MIN_SCALE
+from pairquant.core.mx import e2m1
 from pairquant.core.rounding import Solvers
 from pairquant.kernels.fit import loops as fit
+from pairquant.spec.linear import Spec
 from pairquant.support.errors import KernelError
 
 GPU = torch.cuda.is_available()
@@ -49,50 +51,96 @@ def assert_rounded(steps, exact, lowest, highest):
 def test_compensation(columns, rows, bits, symmetric, generator):
     w, hessian, grid = problem(generator, rows, 64, 32, bits, symmetric)
     factor = rounding.inverse_factor(hessian, 0.01).float()[:columns, :columns]
-    scale, zero = (t[:columns].clone() for t in rounding._per_column(grid, 64))
-    todo, top = w.T[:columns].contiguous(), 2**bits - 1
-    codes, errors = fit.compensate(todo, factor, scale, zero, top)
+    scale, lowest = (t[:columns].clone() for t in rounding._per_column(grid, 64))
+    todo = w.T[:columns].contiguous()
+    steps, errors = fit.compensate(todo, factor, scale, lowest, grid.span)
     assert torch.equal(todo, w.T[:columns])
-    assert codes.dtype == torch.uint8
-    # One code may fall to either side and move all that follow: each is checked given those before it, in float64.
+    # One step may fall to either side and move all that follow: each is checked given those before it, in float64.
     left = todo.double()
     for j in range(columns):
         exact = left[j] / scale[j].double()
-        z = zero[j].double()
-        assert_rounded(codes[j].double() - z, exact, -z, top - z)
-        error = (left[j] - (codes[j].double() - z) * scale[j].double()) / factor[j, j].double()
+        bottom = lowest[j].double()
+        assert_rounded(steps[j].double(), exact, bottom, bottom + grid.span)
+        error = (left[j] - steps[j].double() * scale[j].double()) / factor[j, j].double()
         torch.testing.assert_close(
             errors[j].double(), error, rtol=1e-4, atol=3e-6 * float(todo.abs().max() / factor[j, j])
         )
         left -= torch.outer(factor[j].double(), error)
-    expected = rounding.compensate(todo.clone(), factor, scale, zero, top)
-    assert (codes == expected[0]).double().mean() > (0.95 if bits == 8 else 0.99)
+    expected = rounding.compensate(todo.clone(), factor, scale, lowest, grid.span)
+    assert (steps == expected[0]).double().mean() > (0.95 if bits == 8 else 0.99)
 
 
 def test_compensation_reads_views_in_any_memory_order(generator):
     w, hessian, grid = problem(generator, 11, 96, 32, 4)
     factor = rounding.inverse_factor(hessian, 0.01).float()
-    scale, zero = rounding._per_column(grid, 96)
+    scale, lowest = rounding._per_column(grid, 96)
     part = slice(32, 96)
-    want = fit.compensate(w.T[part].contiguous(), factor[part, part].contiguous(), scale[part], zero[part], 15)
+    want = fit.compensate(w.T[part].contiguous(), factor[part, part].contiguous(), scale[part], lowest[part], 15)
     transposed = factor.T.contiguous().T[part, part]
-    got = fit.compensate(w.T[part], transposed, scale.T.contiguous().T[part], zero[part], 15)
+    got = fit.compensate(w.T[part], transposed, scale.T.contiguous().T[part], lowest[part], 15)
     assert all(map(torch.equal, got, want))
 
 
 def test_halves_go_to_even(generator):
     todo = torch.arange(-16.0, 16.0).div(2).to(DEVICE).repeat(3, 1)  # -8, -7.5 … 7.5
     ones = torch.ones_like(todo)
-    codes, errors = fit.compensate(todo, torch.eye(3, device=DEVICE), ones, 8 * ones, 15)
-    want = (todo.round() + 8).clamp(0, 15)
-    assert torch.equal(codes.float(), want)
-    assert torch.equal(errors, todo - (want - 8))
+    steps, errors = fit.compensate(todo, torch.eye(3, device=DEVICE), ones, -8 * ones, 15)
+    want = todo.round().clamp(-8, 7)
+    assert torch.equal(steps, want)
+    assert torch.equal(errors, todo - want)
 
 
 def test_what_is_far_outside_is_clamped():
     todo = torch.tensor([[1e30, -1e30, 3e6, -3e6, 9e9, -9e9, 0.0, 1e-30]], device=DEVICE)
-    codes, _ = fit.compensate(todo, *(torch.ones(1, n, device=DEVICE) for n in (1, 8)), torch.ones_like(todo) * 2, 7)
-    assert codes.tolist() == [[7, 0, 7, 0, 7, 0, 2, 2]]
+    steps, _ = fit.compensate(todo, *(torch.ones(1, n, device=DEVICE) for n in (1, 8)), torch.ones_like(todo) * -2, 7)
+    assert steps.tolist() == [[5, -2, 5, -2, 5, -2, 0, 0]]
+
+
+def mx_problem(generator, rows, channels):
+    """A weight, second moments of its inputs, and its grid of E2M1 floats."""
+    w, hessian, _ = problem(generator, rows, channels, 32, 4)
+    return w, hessian, rounding.search_grid(w, None, Spec(4, 32, weights="mxfp4"))
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(64, 40), (32, 13), (5, 9), (1, 8)])
+def test_compensation_to_floats(columns, rows, generator):
+    w, hessian, grid = mx_problem(generator, rows, 64)
+    factor = rounding.inverse_factor(hessian, 0.01).float()[:columns, :columns]
+    scale, lowest = (t[:columns] for t in rounding._per_column(grid, 64))
+    todo = w.T[:columns].contiguous()
+    steps, errors = fit.compensate(todo, factor, scale, lowest, grid.span, True)
+    wanted, wanted_errors = rounding.compensate(todo.clone(), factor, scale, lowest, grid.span, True)
+    assert torch.equal(e2m1(steps), steps)
+    alike = steps == wanted
+    assert alike.double().mean() > 0.99
+    rows_alike = alike.all(0)
+    assert rows_alike.any()
+    atol = 3e-6 * float((todo / factor[-1, -1]).abs().max())
+    torch.testing.assert_close(errors[:, rows_alike], wanted_errors[:, rows_alike], rtol=1e-4, atol=atol)
+
+
+def test_floats_halfway_go_to_the_even_code_and_what_is_outside_saturates():
+    todo = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 7.0, -1e30, 0.0]], device=DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    steps, errors = fit.compensate(todo, one, torch.ones_like(todo), torch.full_like(todo, -6), 12, True)
+    assert steps.tolist() == [[0, 1, 1, 2, 2, 4, 4, -4, 6, -6, 0]]
+    assert torch.equal(errors, todo - steps)
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+def test_descent_to_floats(rows, generator):
+    w, hessian, grid = mx_problem(generator, rows, 64)
+    part, codes = slice(32, 64), rounding.nearest(w, grid)
+    slope = (hessian @ (w - grid.values(codes)).T)[part].contiguous()
+    local, curvature, scale = hessian[part, part], hessian.diagonal()[part], grid.scale[:, 1]
+    bounds = grid.lowest[:, 1], grid.lowest[:, 1] + grid.span
+    start = grid.steps(codes).T[part].contiguous()
+    (k, m), (wanted, wanted_m) = ((start.clone(), slope.clone()) for _ in range(2))
+    fit.descend(k, m, local, curvature, scale, *bounds, True)
+    rounding.descend(wanted, wanted_m, local, curvature, scale, *bounds, True)
+    assert torch.equal(e2m1(k), k)
+    assert (k == wanted).double().mean() > 0.98
+    assert not torch.equal(k, start)
 
 
 @BITS

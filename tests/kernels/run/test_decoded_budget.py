@@ -1,11 +1,11 @@
-"""The memory that decoded weights may take on CPUs."""
+"""The memory that decoded weights may take."""
 
 import gc
 
 import pytest
 import torch
 
-from pairquant.kernels.run.decoded_budget import VARIABLE, Budget, budget, limit_of
+from pairquant.kernels.run.decoded_budget import VARIABLES, Budget, budget, limit_of
 from pairquant.support.errors import ConfigError
 
 
@@ -24,17 +24,22 @@ def test_no_more_is_given_than_there_is_and_freed_tensors_give_theirs_back():
 
 @pytest.mark.parametrize(("text", "nbytes"), [("0", 0), ("1.5", 3 * 2**29), ("2", 2**31)])
 def test_the_variable_is_in_gib(text, nbytes):
-    assert limit_of(text) == nbytes
+    assert limit_of("NAME", text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "2GiB"])
 def test_anything_else_is_refused_by_name(text):
-    with pytest.raises(ConfigError, match=VARIABLE):
-        limit_of(text)
+    with pytest.raises(ConfigError, match="NAME is"):
+        limit_of("NAME", text)
 
 
-def test_by_default_nothing_is_kept(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
+@pytest.mark.parametrize("device", VARIABLES)
+def test_by_default_nothing_is_kept_and_each_type_of_device_has_its_own(device, monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
     budget.cache_clear()
-    assert not budget().take(1)
+    assert not budget(device).take(1)
+    monkeypatch.setenv(VARIABLES[device], "1")
+    budget.cache_clear()
+    assert [kind for kind in VARIABLES if budget(kind).take(2**30)] == [device]
     budget.cache_clear()

@@ -7,11 +7,13 @@ pytest.importorskip("triton")
 
 from packed import BOUND, DEVICE, GPU, error, random_packed
 
-from pairquant.core.linear import decode, rotated_weight
+from pairquant.core.grids import MxGrid
+from pairquant.core.linear import Transform, assemble, decode, rotated_weight
 from pairquant.core.rotation import rotate, rotation_matrix
 from pairquant.kernels.run import launch
 from pairquant.kernels.run.table import Dense, Narrow, Wide
 from pairquant.kernels.run.weights import KernelWeights
+from pairquant.spec.linear import Spec
 
 NARROW = [Narrow(16, 2, 1, 3), Narrow(32, 2, 2, 3), Narrow(64, 1, 4, 2)]
 WIDE = [Wide(64, 16, 4, 3, 1), Wide(64, 32, 4, 2, 2), Wide(128, 64, 8, 2, 1)]
@@ -26,10 +28,12 @@ if GPU:  # larger: the ratio of two errors is then no matter of luck
     NARROW_TOKENS, WIDE_TOKENS = [1, 3, 16], [2, 17, 65, 300]
 
 
-def built(shape, seed=0, bits=4):
+def built(shape, seed=0, bits=4, weights=None):
     """The packed linears, and their kernel weights with the dense rotation."""
     sizes, channels, group, rotations = shape
-    packed = [random_packed(n, channels, group, rotations, seed + i, bits=bits) for i, n in enumerate(sizes)]
+    packed = [
+        random_packed(n, channels, group, rotations, seed + i, bits=bits, weights=weights) for i, n in enumerate(sizes)
+    ]
     packed = [p.to(DEVICE) for p in packed]
     return packed, launch.with_matrix(KernelWeights.build(packed))
 
@@ -51,9 +55,9 @@ def bound(packed, x, want, dtype):
     return BOUND[dtype] * plain + (1e-6 if dtype == torch.float32 else 0)
 
 
-def check_products(shape, tokens, dtype, generator, choices, bits=4):
+def check_products(shape, tokens, dtype, generator, choices, bits=4, weights=None):
     """Accurate, every time the same, and the counters back at zero."""
-    packed, weights = built(shape, bits=bits)
+    packed, weights = built(shape, bits=bits, weights=weights)
     x = torch.randn(tokens, shape[1], generator=generator).to(DEVICE, dtype)
     want = exact(packed, x)
     limit = bound(packed, x, want, dtype)
@@ -115,6 +119,31 @@ def test_channel_scales_alone_are_a_transform():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_wide_products(shape, tokens, dtype, generator):
     check_products(shape, tokens, dtype, generator, [choice for choice in WIDE if tokens <= 8 * choice.tokens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_mxfp4_products(shape, dtype, generator):
+    check_products(shape, 5, dtype, generator, [NARROW[1]], weights="mxfp4")
+    check_products(shape, 18, dtype, generator, [WIDE[1], Dense(128)], weights="mxfp4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_every_mxfp4_code_stands_for_its_value(dtype):
+    """Without a transform all that 16 bits hold is exact, from the smallest scales to large ones."""
+    codes = torch.arange(256 * 128).div(5, rounding_mode="floor").view(256, 128) % 16
+    exponents = torch.arange(256 * 4).view(-1, 4) % 23 - 13
+    layout = Spec(4, 128, 0, weights="mxfp4").layout(128, 256)
+    grid = MxGrid(2.0**exponents)
+    packed = assemble(layout, Transform.identity(128, 128), codes.to(torch.uint8), grid, None).to(DEVICE)
+    weights = launch.with_matrix(KernelWeights.build([packed]))
+    assert torch.equal(launch.decode(weights, dtype).float(), rotated_weight(packed))
+    x = torch.eye(128, device=DEVICE, dtype=dtype)
+    if dtype != torch.float32:
+        y = launch.linear(x, weights, None, WIDE[1])
+        assert torch.equal(y.T.float(), rotated_weight(packed))
+        y = launch.linear(x[:8], weights, None, NARROW[0])
+        assert torch.equal(y.T.float(), rotated_weight(packed)[:, :8])
 
 
 #: As `SHAPES`, for widths whose rows are stored 32 at a time.

@@ -1,5 +1,7 @@
 """The kernels for experts against each expert's decoded weight: on the GPU if there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import BOUND, DEVICE, GPU, error, random_packed
 
-from pairquant.core.linear import decode
+from pairquant.core.linear import decode, forward
 from pairquant.kernels.run import launch, launch_experts
 from pairquant.kernels.run.expert_weights import ExpertWeights
 from pairquant.kernels.run.launch_experts import ExpertTiles
+from pairquant.spec.activations import FORMATS
 from pairquant.spec.linear import PackedLinear
 
 TILES = [
@@ -34,12 +37,15 @@ if GPU:
     SHAPES += [(64, (768, 768), 2048, 128, 8, False), (128, (2048,), 768, 128, 8, False)]
 
 
-def build(shape, bits=4):
-    """Experts that share a transform, as they are stored, and prepared."""
+def build(shape, bits=4, activations=None, form=None):
+    """Experts that share a transform, as they are stored, and prepared; form: of their weights."""
     count, sizes, channels, group, rotations, bias = shape
     experts = []
     for e in range(count):
-        linears = [random_packed(n, channels, group, rotations, 10 * e + i, bias, bits) for i, n in enumerate(sizes)]
+        linears = [
+            random_packed(n, channels, group, rotations, 10 * e + i, bias, bits, activations=activations, weights=form)
+            for i, n in enumerate(sizes)
+        ]
         experts.append([_with_transform_of(p, (experts[0] if experts else linears)[0]).to(DEVICE) for p in linears])
     return experts, ExpertWeights.build(experts)
 
@@ -78,8 +84,13 @@ def test_at_other_widths(bits, tiles, generator):
     check((3, (32, 64), 192, 64, 1, False), tiles, torch.float16, generator, bits)
 
 
-def check(shape, tiles, dtype, generator, bits=4):
-    experts, weights = build(shape, bits)
+@pytest.mark.parametrize("tiles", [TILES[2], TILES[4]], ids=str)
+def test_in_mxfp4(tiles, generator):
+    check((3, (32, 64), 192, 64, 1, False), tiles, torch.bfloat16, generator, form="mxfp4")
+
+
+def check(shape, tiles, dtype, generator, bits=4, form=None):
+    experts, weights = build(shape, bits, form)
     tokens, chosen = (64, 3) if GPU else (5, 2)
     x = torch.randn(tokens, shape[2], generator=generator).to(DEVICE, dtype)
     ids = torch.randint(-1, shape[0] + 1, (tokens, chosen), generator=generator).to(DEVICE)
@@ -104,6 +115,27 @@ def test_an_activation_between_gate_and_up_comes_first(activation, tiles, genera
     given = launch_experts.assign(ids, 5, tiles)
     found = launch_experts.product(joined, weights, given, 1, activation)
     assert error(found, expected(experts, function(gate) * up, ids, 1)) < 4e-3
+
+
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("tiles", [TILES[0], TILES[2], TILES[4]], ids=str)
+@pytest.mark.parametrize("activations", FORMATS)
+def test_rounded_activations_are_what_experts_multiply(activations, tiles, activation, generator):
+    experts, weights = build((5, (64,), 192, 64, 2, True), activations=activations)
+    weights = replace(weights, each=launch.with_matrix(weights.each))
+    weights = ExpertWeights.of_tensors(weights.tensors(), (64,), 64, weights.activations)
+    x = torch.randn(6, 192, generator=generator).to(DEVICE, torch.float16)
+    joined = torch.randn(6, 2 * 192, generator=generator).to(DEVICE, torch.float16)
+    ids = torch.tensor([[4, 0], [1, 1], [2, 3]], device=DEVICE)
+    given = launch_experts.assign(ids, 5, tiles)
+    found = launch_experts.product(joined if activation else x, weights, given, 1, activation)
+    gate, up = joined.double().chunk(2, -1)
+    read = torch.nn.functional.silu(gate) * up if activation else x.double()
+    parts = [forward(experts[e][0], row[None].float()) for e, row in zip(ids.flatten(), read, strict=True)]
+    near, far = error(found, torch.cat(parts)), error(found, expected(experts, read, ids, 1))
+    # Values just between two codes may be rounded to the other one, as the rotations differ in their last bits.
+    assert near < 2e-2
+    assert near < far / 3
 
 
 def test_the_weighted_outputs_of_a_token_are_summed_without_ids_that_stand_for_none(generator):

@@ -91,6 +91,11 @@ def test_products_whose_weights_are_rounded_to_8_bits(shape, step, activations, 
     assert error(got, torch.cat(parts, -1) + bias) < {"int8": 2e-3, "fp8": 1e-2}[activations]
 
 
+def summing(activations):
+    """The error that sums of 8-bit products may have: float32's, and that of Hopper's fp8 products, which add in fewer bits."""
+    return 2e-4 if activations == "fp8" and DEVICE.type == "cuda" else 1e-6
+
+
 @pytest.mark.parametrize("activations", REFERENCE)
 @pytest.mark.parametrize("tokens", [1, 18, 130])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -103,7 +108,7 @@ def test_products_of_8_bits_are_those_of_the_codes(shape, tokens, activations, g
     bias = torch.randn(want.shape[1], generator=generator).to(DEVICE)
     got = launch_rounded.linear(x, weights, bias, EXACT[tokens], activations)
     for row, expected in zip(got, want + bias, strict=True):  # rows, as one is a thousand times as large
-        assert error(row, expected) < 1e-6
+        assert error(row, expected) < summing(activations)
     assert weights.arrivals.count_nonzero() == 0
 
 

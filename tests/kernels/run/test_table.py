@@ -115,6 +115,13 @@ def test_what_is_rounded_in_the_rotated_basis_is_never_multiplied_by_a_weight_in
         assert isinstance(choice, Narrow if tokens <= 8 else Wide)
 
 
+def test_floats_are_multiplied_in_16_bits_whatever_the_activations(home):
+    assert not table.eight_bits("sm90", "int8", 4, floating=True)
+    for tokens in (1, 64, 100_000):
+        choice = table.choose_rounded("sm90", 4096, 4096, tokens, "int8", 4, floating=True)
+        assert isinstance(choice, Narrow if tokens <= 8 else Wide)
+
+
 @pytest.mark.parametrize(
     ("kind", "activations", "bits", "wanted"),
     [

@@ -56,10 +56,13 @@ def test_codes_are_where_the_layout_says_and_come_back(monkeypatch, rows, channe
     assert all(torch.equal(tensor, packed[name]) for name, tensor in stored.items())
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_each_linear_of_a_launch_comes_back(bits):
-    linears = [random_packed(rows, 192, 64, seed=seed, bits=bits) for seed, rows in enumerate((160, 32, 128))]
+@pytest.mark.parametrize(("bits", "form"), [*((bits, None) for bits in BITS), (4, "mxfp4")])
+def test_each_linear_of_a_launch_comes_back(bits, form):
+    linears = [
+        random_packed(rows, 192, 64, seed=seed, bits=bits, weights=form) for seed, rows in enumerate((160, 32, 128))
+    ]
     weights = KernelWeights.build(linears)
+    assert weights.floating == (form is not None)
     for index, linear in enumerate(linears):
         stored = weights.stored(index, linear.layout)
         assert all(torch.equal(tensor, linear[name]) for name, tensor in stored.items())

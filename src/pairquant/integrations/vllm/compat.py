@@ -23,6 +23,8 @@ HOMES = {
     "UnquantizedFusedMoEMethod": "model_executor.layers.fused_moe.unquantized_fused_moe_method",
     "GroupQuantScaleParameter": "model_executor.parameter",
     "PackedvLLMParameter": "model_executor.parameter",
+    "RMSNorm": "model_executor.layers.layernorm",
+    "SiluAndMul": "model_executor.layers.activation",
 }
 
 
@@ -87,3 +89,34 @@ def follow_checkpoints(sort_out: Callable[[Iterable, Any, Any, Any], Iterable]) 
 
     get_all_weights.followed = True  # type: ignore[attr-defined]
     DefaultModelLoader.get_all_weights = get_all_weights
+
+
+def may_change_layers() -> bool:
+    """Return whether the model that is being loaded runs its layers as they are: no adapters (LoRA) are added to them.
+
+    None is known where vLLM has not said what it is loading.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.lora_config is None and isinstance(config.additional_config, dict)
+
+
+def may_change_norms() -> bool:
+    """Return whether vLLM's compiler leaves norms alone: it can compute them with the exchange between GPUs, or on a part of
+    the tokens each.
+    """
+    from vllm.config import get_current_vllm_config
+
+    passes = get_current_vllm_config().compilation_config.pass_config
+    return not any(getattr(passes, name, False) for name in ("fuse_allreduce_rms", "enable_sp"))
+
+
+def tell_compiler(change: str) -> None:
+    """Have vLLM keep the compiled graphs of the model that is being loaded apart from those without this change.
+
+    Its cache of graphs knows the model's files and configuration, but not what plugins make of the layers.
+    """
+    from vllm.config import get_current_vllm_config
+
+    get_current_vllm_config().additional_config["pairquant"] = change

@@ -167,7 +167,8 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
 
 
 def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torch.dtype) -> Weights:
-    """Take what vLLM's model could not place out of a checkpoint that is ours: see `stream`.
+    """Take what vLLM's model could not place out of a checkpoint that is ours: see `stream`. Before, let its layers compute what
+    comes before them: see `fusion`.
 
     current: the quantization configuration that vLLM holds; a model that drafts for another has one of its own.
     """
@@ -178,8 +179,10 @@ def sort_out(weights: Weights, model: torch.nn.Module, current: Any, dtype: torc
     if not isinstance(config, PairQuantConfig):
         return weights
     _require_rows_in_place(model, config)
+    from .fusion import fuse
     from .stream import passed_on
 
+    fuse(model)
     plain = {config.stored_as[path]: spec for path, spec in config.unclaimed(model).items()}
     return passed_on(weights, methods, plain, dtype, config.homeless_heads(plain))
 

@@ -197,7 +197,8 @@ _WARM: set[tuple[Any, ...]] = set()
 
 
 def _warm_up_once(experts: Experts, activation: str, dtype: torch.dtype) -> None:
-    key = (experts.up.layout, experts.down.layout, experts.up.count, activation, dtype)
+    formats = experts.up.activations, experts.down.activations
+    key = (experts.up.layout, experts.down.layout, experts.up.count, formats, activation, dtype)
     if key not in _WARM:
         _WARM.add(key)
         experts.warm_up(activation, dtype)

@@ -6,9 +6,10 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...spec.fields import Field
+from ...spec.linear import Spec
 from ..packed_layers import PackedLinearMethod, Pending
 from .compat import (
     GroupQuantScaleParameter,
@@ -20,7 +21,14 @@ from .compat import (
 
 @register_weight_loader_v2_supported_method
 class PairQuantLinearMethod(PackedLinearMethod, LinearMethodBase):
-    """Creates, loads, checks, repacks and runs the weights of one layer of vLLM."""
+    """Creates, loads, checks, repacks and runs the weights of one layer of vLLM.
+
+    before: what comes before the layer and runs with it: "norm", "silu" or, if nothing does, None (see `fusion`).
+    """
+
+    def __init__(self, spec: Spec, prefix: str):
+        super().__init__(spec, prefix)
+        self.before: str | None = None
 
     def rank_of(self, layer: Any) -> int:
         """Return what vLLM has noted at the layer."""
@@ -36,3 +44,11 @@ class PairQuantLinearMethod(PackedLinearMethod, LinearMethodBase):
         if rows_per_entry == 1:
             return GroupQuantScaleParameter(**cut)
         return PackedvLLMParameter(packed_dim=1, packed_factor=rows_per_entry, **cut)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., C] → [..., N]. After "norm" x is the result, [..., N]; before "silu" it is gate and up, [..., 2 C]."""
+        if self.before == "norm":
+            return x
+        if self.before == "silu":
+            return layer.pairquant.run_after_silu(layer, x, bias)
+        return super().apply(layer, x, bias)

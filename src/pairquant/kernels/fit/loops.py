@@ -51,39 +51,49 @@ class FakeQuantize(torch.autograd.Function):
         return fake_quantize_backward(w, grad, *ctx.options), None, None, None
 
 
-def compensate(todo: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def compensate(
+    todo: Tensor, factor: Tensor, scale: Tensor, lowest: Tensor, span: float, floating: bool = False
+) -> tuple[Tensor, Tensor]:
     """Do the same as `core.rounding.compensate` by a kernel, but leave `todo` unchanged.
 
     Raises `KernelError` for tensors that are not float32.
     """
     from .triton_loops import compensate_kernel
 
-    _check_float32(todo=todo, factor=factor, scale=scale, zero=zero)
-    todo, scale, zero = todo.contiguous(), scale.contiguous(), zero.contiguous()
+    _check_float32(todo=todo, factor=factor, scale=scale, lowest=lowest)
+    todo, scale, lowest = todo.contiguous(), scale.contiguous(), lowest.contiguous()
     factor = _unit_columns(factor)
     (columns, rows), tile = todo.shape, _tile(todo)
-    codes, errors = torch.empty_like(todo, dtype=torch.uint8), torch.empty_like(todo)
+    steps, errors = torch.empty_like(todo), torch.empty_like(todo)
     with current(todo.device):
         compensate_kernel[(_cdiv(rows, tile),)](
             todo,
             factor,
             scale,
-            zero,
-            codes,
+            lowest,
+            steps,
             errors,
-            top,
+            float(span),
             columns,
             rows,
             factor.stride(0),
             B=_power_of_two(columns),
             ROWS=tile,
+            FLOATING=floating,
             num_warps=1,
         )
-    return codes, errors
+    return steps, errors
 
 
 def descend(
-    k: Tensor, m: Tensor, local: Tensor, curvature: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
+    k: Tensor,
+    m: Tensor,
+    local: Tensor,
+    curvature: Tensor,
+    scale: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    floating: bool = False,
 ) -> None:
     """Do the same as `core.rounding.descend` by a kernel.
 
@@ -112,6 +122,7 @@ def descend(
             local.stride(0),
             G=_power_of_two(columns),
             ROWS=tile,
+            FLOATING=floating,
             num_warps=1,
         )
 

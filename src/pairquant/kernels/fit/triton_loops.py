@@ -7,7 +7,7 @@ a kernel sums over all columns with the others set to zero: each lane sums its q
 What a step reads from memory is loaded one step earlier. Each lane loads a part, and all lanes get it through shared memory;
 no step has to wait for that.
 
-Rounding and division give exactly the results of PyTorch. A scale that fp16 can store times a number of steps is exact in
+Rounding and division give exactly the results of PyTorch. A scale that fp16 can store times a step of a grid is exact in
 float32, so the result is the same when the compiler fuses this product with an addition.
 """
 
@@ -33,50 +33,60 @@ def round_even(x):
 
 
 @triton.jit
-def compensate_step(factor_ptr, scale_ptr, zero_ptr, j, columns, rows, n, column, stride):
-    """Load what column j needs: its row of the factor [B], that row's diagonal entry, its scales and zero points [ROWS]."""
+def nearest_step(x, FLOATING: tl.constexpr):
+    """Round x, in units of its scale, to a whole number, or if FLOATING to a value of E2M1; both half to even, unbounded."""
+    if FLOATING:
+        magnitude = tl.abs(x)
+        step = tl.where(magnitude < 2.0, 0.5, tl.where(magnitude < 4.0, 1.0, 2.0))
+        return round_even(x / step) * step  # a power of two: the division is exact
+    return round_even(x)
+
+
+@triton.jit
+def compensate_step(factor_ptr, scale_ptr, lowest_ptr, j, columns, rows, n, column, stride):
+    """Load what column j needs: its row of the factor [B], that row's diagonal entry, its scales and lowest steps [ROWS]."""
     real = n < rows
     line = tl.load(factor_ptr + j * stride + column, mask=column < columns, other=0.0)
     pivot = tl.load(factor_ptr + j * (stride + 1))
     at = j * rows.to(tl.int64) + n
-    return line, pivot, tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(zero_ptr + at, mask=real, other=0.0)
+    return line, pivot, tl.load(scale_ptr + at, mask=real, other=1.0), tl.load(lowest_ptr + at, mask=real, other=0.0)
 
 
-@triton.jit(do_not_specialize=["top", "columns", "rows", "stride"])
+@triton.jit(do_not_specialize=["span", "columns", "rows", "stride"])
 def compensate_kernel(
     todo_ptr,  # float32 [columns, N]
     factor_ptr,  # float32 [columns, columns], stride 1 along a row; what is below the diagonal is not used
     scale_ptr,  # float32 [columns, N]
-    zero_ptr,  # float32 [columns, N]
-    codes_ptr,  # uint8 [columns, N], written
+    lowest_ptr,  # float32 [columns, N]
+    steps_ptr,  # float32 [columns, N], written
     errors_ptr,  # float32 [columns, N], written
-    top,  # the largest code
+    span,  # from the lowest step to the highest
     columns,
     rows,  # N
     stride,  # of the factor's rows
     B: tl.constexpr,  # at least `columns`
     ROWS: tl.constexpr,
+    FLOATING: tl.constexpr,
 ):
     """Do for ROWS rows of the weight what `core.rounding.compensate` does."""
     column = tl.arange(0, B)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (column < columns)[:, None] & (n < rows)[None, :]
     todo = tl.load(todo_ptr + column.to(tl.int64)[:, None] * rows + n[None, :], mask=inside, other=0.0)
-    highest = top.to(tl.float32)
-    line, pivot, scale, zero = compensate_step(factor_ptr, scale_ptr, zero_ptr, 0, columns, rows, n, column, stride)
+    line, pivot, scale, lowest = compensate_step(factor_ptr, scale_ptr, lowest_ptr, 0, columns, rows, n, column, stride)
     for j in range(columns):
         spread = line[:, None]  # early, so that it has passed through shared memory before it is needed
-        next_line, next_pivot, next_scale, next_zero = compensate_step(
-            factor_ptr, scale_ptr, zero_ptr, tl.minimum(j + 1, columns - 1), columns, rows, n, column, stride
+        next_line, next_pivot, next_scale, next_lowest = compensate_step(
+            factor_ptr, scale_ptr, lowest_ptr, tl.minimum(j + 1, columns - 1), columns, rows, n, column, stride
         )
         w = tl.sum(tl.where(column[:, None] == j, todo, 0.0), axis=0)
-        code = clamp(round_even(tl.math.div_rn(w, scale)) + zero, 0.0, highest)
-        error = tl.math.div_rn(w - (code - zero) * scale, pivot)
+        step = clamp(nearest_step(tl.math.div_rn(w, scale), FLOATING), lowest, lowest + span)
+        error = tl.math.div_rn(w - step * scale, pivot)
         todo -= spread * error[None, :]  # columns up to j are now wrong, but are not read again
         at = j * rows.to(tl.int64) + n
-        tl.store(codes_ptr + at, code.to(tl.uint8), mask=n < rows)
+        tl.store(steps_ptr + at, step, mask=n < rows)
         tl.store(errors_ptr + at, error, mask=n < rows)
-        line, pivot, scale, zero = next_line, next_pivot, next_scale, next_zero
+        line, pivot, scale, lowest = next_line, next_pivot, next_scale, next_lowest
 
 
 @triton.jit
@@ -105,6 +115,7 @@ def descend_kernel(
     stride,  # of the Hessian's rows
     G: tl.constexpr,  # at least `columns`
     ROWS: tl.constexpr,
+    FLOATING: tl.constexpr,
 ):
     """Do for ROWS rows of the weight what `core.rounding.descend` does."""
     column = tl.arange(0, G)
@@ -135,7 +146,7 @@ def descend_kernel(
             stride,
         )
         slope = tl.sum(tl.where(column[:, None] == j, m, 0.0), axis=0)
-        best = clamp(round_even(k + tl.math.div_rn(slope, curvature * scale)), lowest, highest)
+        best = clamp(nearest_step(k + tl.math.div_rn(slope, curvature * scale), FLOATING), lowest, highest)
         m -= spread * ((best - k) * scale)[None, :]
         tl.store(k_ptr + j * k_stride.to(tl.int64) + n * k_row_stride.to(tl.int64), best, mask=real)
         line, curvature, k = next_line, next_curvature, next_k

@@ -1,4 +1,4 @@
-"""The memory that decoded weights may take on CPUs, beside their codes. An environment variable gives it; by default there is none."""
+"""The memory that decoded weights may take beside their codes. Environment variables give it; by default there is none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...support.errors import ConfigError
 
-#: In GiB, for each process.
-VARIABLE = "PAIRQUANT_CPU_DECODED_GIB"
+#: By the type of the device, the variable with a number of GiB for each process.
+VARIABLES = {"cpu": "PAIRQUANT_CPU_DECODED_GIB", "cuda": "PAIRQUANT_GPU_DECODED_GIB"}
 
 
 class Budget:
@@ -42,19 +42,22 @@ class Budget:
 
 
 @cache
-def budget() -> Budget:
-    """Return the budget of this process. Raises `ConfigError` if the variable is not a number of at least 0."""
-    return Budget(limit_of(os.environ.get(VARIABLE, "0")))
+def budget(device: str) -> Budget:
+    """Return this process's budget on devices of a type of `VARIABLES`; all GPUs of a process share one.
+
+    Raises `ConfigError` if the variable is not a number of at least 0.
+    """
+    return Budget(limit_of(VARIABLES[device], os.environ.get(VARIABLES[device], "0")))
 
 
-def limit_of(text: str) -> int:
-    """Return the bytes that a number of GiB means; raises `ConfigError` for anything else."""
+def limit_of(variable: str, text: str) -> int:
+    """Return the bytes that a number of GiB means; raises `ConfigError`, which names the variable, for anything else."""
     try:
         gib = float(text)
     except ValueError:
         gib = math.nan
     if not 0 <= gib < math.inf:
         raise ConfigError(
-            f"{VARIABLE} is {text!r}, allowed: a number of GiB, 0 or more. Unset it to keep no decoded weights."
+            f"{variable} is {text!r}, allowed: a number of GiB, 0 or more. Unset it to keep no decoded weights."
         )
     return int(gib * 2**30)

@@ -19,12 +19,13 @@ class ExpertWeights:
 
     each: `KernelWeights` whose words, int32 [E · NP / 16, KB, 64 b], are those of expert after expert, and whose grid is
     int32 [E, KB · S, NP]; out_features: of one expert's linears.
-    bias: float16 [E, N] or None.
+    bias: float16 [E, N] or None; activations: the format of `spec.activations` that the input is rounded to, "" for none.
     """
 
     each: KernelWeights
     count: int
     bias: Tensor | None = None
+    activations: str = ""
 
     @classmethod
     def build(cls, experts: Sequence[Sequence[PackedLinear]]) -> ExpertWeights:
@@ -35,7 +36,8 @@ class ExpertWeights:
         bias = None
         if experts[0][0].bias is not None:
             bias = torch.stack([torch.cat([linear["bias"] for linear in linears]) for linears in experts])
-        return cls(replace(first, words=words, grid=grid, arrivals=words.new_empty(0)), count, bias)
+        each = replace(first, words=words, grid=grid, arrivals=words.new_empty(0))
+        return cls(each, count, bias, experts[0][0].layout.activations or "")
 
     @property
     def layout(self) -> KernelLayout:
@@ -53,8 +55,10 @@ class ExpertWeights:
         return [*self.each.tensors(), self.each.words.new_empty(0) if self.bias is None else self.bias]
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> ExpertWeights:
+    def of_tensors(
+        cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int, activations: str = ""
+    ) -> ExpertWeights:
         """Return the weights whose `tensors()` is this list; out_features: of one expert's linears."""
         *each, bias = tensors
         weights = KernelWeights.of_tensors(each, out_features, group_size)
-        return cls(weights, len(weights.grid), bias if bias.numel() else None)
+        return cls(weights, len(weights.grid), bias if bias.numel() else None, activations)

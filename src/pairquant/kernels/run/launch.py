@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...support.devices import current
 from .layout import KernelLayout
-from .table import Dense, Narrow, Wide
+from .table import Choice, Dense, Narrow, Overlapped, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_kernel
@@ -45,6 +45,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def dependent(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Return the launch options with which a kernel may start before its predecessor has ended, if that is wanted."""
     on = wanted and features(device)["DEPENDENT"]
@@ -59,7 +64,7 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
     """
     if weights.rotation.idle and isinstance(choice, Narrow) and x.shape[1] % 128 == 0 and x.is_contiguous():
         return x[None]
-    overlap = _overlaps(choice, weights.rotation.transforms)
+    overlap = overlaps(choice, weights.rotation.transforms)
     return rotate_padded(x, weights.rotation, isinstance(choice, Wide), overlap)
 
 
@@ -83,23 +88,24 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
 FEW_TOKENS = 8
 
 
-def rotate_relative(x: Tensor, rotation: RotationWeights) -> tuple[Tensor, Tensor]:
+def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") -> tuple[Tensor, Tensor]:
     """Scale and rotate x [M, C], and divide each block of 128 channels by its largest magnitude, so that it can be rounded.
 
     Returns float16 [T, M, 128 KB], zeros beyond C, the channels in their usual order, and the magnitudes, float32 [T, M, KB].
+    activation: as for `rotate_padded`.
     """
     blocks = rotation.coefficients.shape[1]
     out = torch.empty(rotation.transforms, len(x), blocks * 128, dtype=torch.float16, device=x.device)
     peaks = torch.empty(rotation.transforms, len(x), blocks, dtype=torch.float32, device=x.device)
     with current(x.device):
         if len(x) > FEW_TOKENS and rotation.rotations and rotation.matrix is not None:
-            _dense_rotate(x, rotation, rotation.matrix, out, True, peaks=peaks)
+            _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
         else:
-            _givens(x, rotation, out, False, peaks=peaks)
+            _givens(x, rotation, out, False, activation=activation, peaks=peaks)
     return out, peaks
 
 
-def _overlaps(choice: Narrow | Wide, transforms: int) -> bool:
+def overlaps(choice: Narrow | Wide, transforms: int) -> bool:
     """Tell whether rotation and product may start before their predecessors have ended.
 
     With several transforms they may not: their rotation still keeps many multiprocessors busy when the programs of the
@@ -120,9 +126,7 @@ def _givens(
     peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
-    rows = 1 if tokens <= 16 else 4
-    if not features(x.device)["NATIVE"]:
-        rows = 1 << (min(tokens, 128) - 1).bit_length()  # few programs, as the interpreter is slow for each
+    rows, early = givens_rows(tokens, x.device), dependent(x.device)
     blocks = rotation.coefficients.shape[1]
     givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
         x,
@@ -142,9 +146,17 @@ def _givens(
         IDENTITY=identity,
         ACTIVATION=activation,
         PEAKS=peaks is not None,
+        TRIGGER=early["DEPENDENT"] and overlap,
         num_warps=1,
-        **dependent(x.device, overlap),
+        **early,
     )
+
+
+def givens_rows(tokens: int, device: torch.device) -> int:
+    """Return how many tokens a program rotates in K steps."""
+    if not features(device)["NATIVE"]:
+        return power_of_two(min(tokens, 128))  # few programs, as the interpreter is slow for each
+    return 1 if tokens <= 16 else 4
 
 
 def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
@@ -202,18 +214,29 @@ def _dense_rotate(
     )
 
 
-def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide | Dense) -> Tensor:
+def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Choice) -> Tensor:
     """Run the linears on x [M, C]: [M, sum of out_features] in x's dtype.
 
     bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles.
     """
+    if isinstance(choice, Overlapped):
+        from . import launch_overlapped  # which needs what is in this file
+
+        if launch_overlapped.runs(x, weights):
+            return launch_overlapped.linear(x, weights, bias, choice)
+        choice = choice.otherwise
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)
 
 
-def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide) -> Tensor:
-    """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice."""
+def product(
+    x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Narrow | Wide, squares: Tensor | None = None
+) -> Tensor:
+    """Multiply by the rotated weight, without rotating; x_rot: what `rotate_for` returns for the same choice.
+
+    squares: None, or for a `Narrow` choice float32 [M, KB], by the root of whose sum each token is divided (`launch_norm`).
+    """
     layout = weights.layout
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
@@ -237,7 +260,7 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
         "HAS_BIAS": bias is not None,
         "NATIVE": features(device)["NATIVE"],
         "num_warps": choice.warps,
-        **dependent(device, _overlaps(choice, transforms)),
+        **dependent(device, overlaps(choice, transforms)),
     }
     with current(device):
         if isinstance(choice, Narrow):
@@ -245,10 +268,12 @@ def product(x_rot: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
             partial = out if split == 1 else scratch(device, split, tokens, layout.padded_rows)
             narrow_kernel[(layout.padded_rows // choice.rows, split)](
                 *before,
+                out if squares is None else squares,
                 partial,
                 *after,
                 choice.prefetch,
                 **options,
+                NORM=0 if squares is None else power_of_two(layout.k_blocks),
                 WARPS=choice.warps,
                 BM=8 if tokens <= 8 else 16,
                 ONE=tokens == 1,

@@ -90,13 +90,20 @@ def most_tiles(assignments: int, experts: int, tiles: ExpertTiles) -> int:
 
 
 def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, activation: str = "") -> Tensor:
-    """Rotate x and multiply each assignment by its expert: [A, N] in x's dtype; rows without an expert are not written.
+    """Rotate x, round it to the weights' format and multiply each assignment by its expert: [A, N] in x's dtype.
+
+    Rows without an expert are not written. Products are of 16 bits, also of activations that are rounded.
 
     x: 16-bit [A / share, C], the row a // share is that of assignment a, or with an activation (see
     `triton_rotate.load_input`) [A / share, 2 C].
     """
     layout, tiles = weights.layout, given.tiles
-    x_rot = rotate_padded(x, weights.each.rotation, tiles.wide, True, activation)
+    if weights.activations:
+        from .launch_rounded import values  # needs a newer Triton than the other kernels
+
+        x_rot = values(x, weights.each.rotation, weights.activations, tiles.wide, activation)
+    else:
+        x_rot = rotate_padded(x, weights.each.rotation, tiles.wide, True, activation)
     out = torch.empty(given.ids.numel(), sum(layout.out_features), dtype=x.dtype, device=x.device)
     bias = out if weights.bias is None else weights.bias
     before = (x_rot, weights.each.words, weights.each.grid, bias, out, given.owners, given.members)

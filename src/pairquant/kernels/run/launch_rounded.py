@@ -51,9 +51,14 @@ def codes(x: Tensor, rotation: RotationWeights, activations: str) -> Rounded:
     return out
 
 
-def values(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool) -> Tensor:
-    """Do as `codes`, but return code · scale, [T, M, 128 KB] in x's dtype, for products of 16 bits."""
-    relative, peaks = launch.rotate_relative(x, rotation)
+def values(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool, activation: str = "") -> Tensor:
+    """Scale, rotate and round x [M, C] to any format, and return the values, [T, M, 128 KB] in x's dtype, for products of 16 bits.
+
+    mma_order: for kernels that read channels in `mma_order`; activation: of `triton_rotate.load_input`, for x [M, 2 C], or "".
+    """
+    if activations not in CODES:
+        return _simulated(x, rotation, activations, mma_order, activation)
+    relative, peaks = launch.rotate_relative(x, rotation, activation)
     out = torch.empty(relative.shape, dtype=x.dtype, device=x.device)
     _round(relative, peaks, out, peaks, activations, mma_order)
     return out
@@ -214,9 +219,9 @@ def with_row_scales(weights: KernelWeights, activations: str) -> KernelWeights:
     return replace(weights, row_scales=(largest / FORMATS[activations].largest).clamp(min=1e-30))
 
 
-def simulated(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool) -> Tensor:
-    """Do as `values` for formats whose scales span a group or less, by the reference: [T, M, 128 KB] in x's dtype."""
-    x_rot = launch.rotate_padded(x.float(), rotation, wide=False, overlap=False)
+def _simulated(x: Tensor, rotation: RotationWeights, activations: str, mma_order: bool, activation: str) -> Tensor:
+    """Do as `values` for formats whose scales span a group or less, by the reference."""
+    x_rot = launch.rotate_padded(x.float(), rotation, wide=False, overlap=False, activation=activation)
     found = rounded(x_rot, activations, rotation.group_size).to(x.dtype)
     if mma_order:  # t, i1, i0 → i1, t, i0 (see `KernelLayout`)
         found = found.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).contiguous()
@@ -265,9 +270,5 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Round
             f"x is float32; {weights.bits}-bit layers with {activations} activations multiply float16 or bfloat16. Convert the "
             "model to one of these."
         )
-    mma_order = isinstance(choice, Wide)
-    if activations in CODES:
-        x_rot = values(x, weights.rotation, activations, mma_order)
-    else:
-        x_rot = simulated(x, weights.rotation, activations, mma_order)
+    x_rot = values(x, weights.rotation, activations, isinstance(choice, Wide))
     return launch.product(x_rot, weights, bias, choice)

@@ -28,7 +28,8 @@ class KernelLayout:
     8 bits as four, then one, two, four.
 
     grid: int32 [KB · S, NP] for S = 128 / g groups per block. The low 16 bits are the scale's float16 bits; the zero point
-    is shifted left by 16.
+    is shifted left by 16. Codes in MXFP4 have no zero points: their grid is float32, the scales alone, which tells kernels
+    what the codes are; g then is the size of a block, 32. Smaller numbers could not be loaded ahead of their use.
 
     `wide_kernel` needs the channels of x in another order, because it reads x from shared memory in the order that the
     tensor cores prescribe: in each run of 16 channels, channel 4 t + 2 i1 + i0 is at place 8 i1 + 2 t + i0.

@@ -50,6 +50,23 @@ class Wide:
 
 
 @dataclass(frozen=True)
+class Overlapped:
+    """Tiles of `overlapped_kernel`, one program for each multiprocessor, 128 rows a tile.
+
+    tokens: per tile; stages: buffered blocks of 128 channels; warps: that unpack weights, beside eight that multiply.
+    """
+
+    tokens: int
+    stages: int
+    warps: int
+
+    @property
+    def otherwise(self) -> Wide:
+        """What multiplies where `overlapped_kernel` does not run."""
+        return Wide(128, self.tokens, 8, 3, 1)
+
+
+@dataclass(frozen=True)
 class Dense:
     """Decode the weight, `rows` rows at a time, into a workspace of rows × in_features, and multiply by that."""
 
@@ -88,7 +105,7 @@ class RowBytes:
     stages: int = 4
 
 
-Choice = Narrow | Wide | Dense
+Choice = Narrow | Wide | Overlapped | Dense
 #: Of layers whose activations are rounded.
 RoundedChoice = Narrow | Wide | Bytes | WholeBytes | RowBytes
 
@@ -98,11 +115,16 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
 DENSE = Dense(16384)
 
 
+#: From so many tokens on, a decoded weight that is kept (`decoded_budget`) is faster than its codes: the linears of an 8B block
+#: with 128 tokens take 165 us on an H100, in 16 bits 178; with 256 tokens 267 and 207.
+DECODED_FROM = 129
+
+
 def _row(*choices: Choice) -> dict[int, Choice]:
     return dict(zip(TOKENS, choices, strict=True))
 
 
-_N, _W = Narrow, Wide
+_N, _W, _O = Narrow, Wide, Overlapped
 #: Device class → (out_features, in_features) → choices by `TOKENS`. Measured on an H100, and changed after measurements on an
 #: H200 if that made a shape at least 2 % faster (benchmarks/bench_kernels.py).
 MEASURED: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {
@@ -188,12 +210,12 @@ ROW_BYTES_FROM = {"int8": 1024, "fp8": 1024}
 MANY_TOKENS = Wide(64, 64, 4, 2, 1)
 
 
-def eight_bits(device_class: str, activations: str, bits: int) -> bool:
+def eight_bits(device_class: str, activations: str, bits: int, floating: bool = False) -> bool:
     """Tell whether activations of this format and weights of so many bits are multiplied as 8-bit numbers.
 
-    Wider weights are not: float8_e4m3 holds whole numbers up to 16 only.
+    Wider weights are not: float8_e4m3 holds whole numbers up to 16 only. Nor are floats, for which there is no such kernel.
     """
-    return device_class in BYTES and activations in ("int8", "fp8") and bits <= 4
+    return device_class in BYTES and activations in ("int8", "fp8") and bits <= 4 and not floating
 
 
 def choose_rounded(
@@ -204,12 +226,14 @@ def choose_rounded(
     activations: str,
     bits: int,
     by_row: bool = True,
+    floating: bool = False,
 ) -> RoundedChoice:
     """Return the choice for a layer whose activations are rounded to a format of `spec.activations`.
 
-    bits: of its weight; by_row: whether its weight may be rounded to 8 bits with one scale for each row (`row_scales`).
+    bits: of its weight; by_row: whether its weight may be rounded to 8 bits with one scale for each row (`row_scales`);
+    floating: whether its weight's codes are floats.
     """
-    if eight_bits(device_class, activations, bits) and tokens >= BYTES_FROM:
+    if eight_bits(device_class, activations, bits, floating) and tokens >= BYTES_FROM:
         if device_class == "sm90" and tokens >= ROW_BYTES_FROM[activations] and by_row:
             return RowBytes()
         if device_class == "sm90" and -(-out_features // 128) * -(-tokens // 256) >= WHOLE_TILES and tokens > 128:
@@ -217,6 +241,8 @@ def choose_rounded(
         return next(choice for most, choice in BYTES[device_class] if tokens <= most)
     # The weight is not decoded for many tokens: that would undo its rotation, and the activations are rounded in it.
     choice = choose(device_class, out_features, in_features, min(tokens, TOKENS[-1]))
+    if isinstance(choice, Overlapped):
+        return choice.otherwise
     return MANY_TOKENS if isinstance(choice, Dense) else choice
 
 
@@ -247,7 +273,7 @@ def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
     path = user_path(device_class)
     if not path.is_file():
         return {}
-    kinds = {"narrow": Narrow, "wide": Wide, "dense": Dense}
+    kinds = {"narrow": Narrow, "wide": Wide, "overlapped": Overlapped, "dense": Dense}
     try:
         return {
             (entry["out_features"], entry["in_features"]): {

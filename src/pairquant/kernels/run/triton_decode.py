@@ -50,8 +50,10 @@ def decode_kernel(
     """Compute Ŵ[n, c] = s[n, g(c)] · Σ_k (q - z)[n, k] · (diag(1/a) R)[c, k] for one block of 128 channels.
 
     R does not mix channels of different groups, so the scale s can be applied after the product. The product then has the
-    operand q - z, which 16 bits hold exactly.
+    operand q - z, which 16 bits hold exactly. Blocks of MXFP4 are smaller than groups may be, and float16 holds their values
+    exactly: there the scale is applied before.
     """
+    FLOATS: tl.constexpr = grid_ptr.dtype.element_ty == tl.float32
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
     channels = runs * 32
     kb = tl.program_id(0)
@@ -72,12 +74,13 @@ def decode_kernel(
         words_at = words_ptr + fragment.to(tl.int64)[None, :, None] * (64 * BITS)
         words, high = load_nibbles(words_at, True, 1, BN // 16, BITS, True)
         grid = tl.load(grid_ptr + (kb * GROUPS + tl.arange(0, GROUPS))[None, :] * (row_tiles * 128) + n[:, None])
-        weight = wide_weight(words, high, grid, False, BN, GROUPS, BITS, tl.float16, NATIVE)
+        weight = wide_weight(words, high, grid, FLOATS, BN, GROUPS, BITS, tl.float16, NATIVE)
         if dtype == tl.float32:
             y = tl.dot(weight.to(tl.float32), matrix, input_precision="ieee")
         else:
             y = dot(weight, matrix, NATIVE)
-        y = tl.reshape(tl.reshape(y, (BN, GROUPS, 128 // GROUPS)) * scale_value(grid)[:, :, None], (BN, 128))
+        if not FLOATS:
+            y = tl.reshape(tl.reshape(y, (BN, GROUPS, 128 // GROUPS)) * scale_value(grid)[:, :, None], (BN, 128))
         _, first, size, column = segment(tile * BN, start1, start2, size0, size1, size2)
         row = n - first
         at = (column - out_row + row).to(tl.int64)[:, None] * channels + c[None, :]

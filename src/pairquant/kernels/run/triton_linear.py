@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from .triton_norm import inverse_root
 from .triton_rotate import dot
 from .triton_unpack import load_nibbles, narrow_product, wide_weight
 
@@ -62,6 +63,7 @@ def narrow_kernel(
     grid_ptr,  # int32 [KB · S, NP]
     bias_ptr,  # x's dtype [N]
     out_ptr,  # [M, N]
+    squares_ptr,  # float32 [M, KB], read if NORM: parts of r², by whose root the product is divided (`triton_norm`)
     partial_ptr,  # float32 [SPLIT, M, NP]
     arrivals_ptr,  # int32 [NP / BN], all zero before and after the launch
     tokens,
@@ -84,6 +86,7 @@ def narrow_kernel(
     EVEN: tl.constexpr,  # WARPS divides the number of blocks of every program
     ONE: tl.constexpr,  # a single token
     BITS: tl.constexpr,
+    NORM: tl.constexpr,  # 0, or the smallest power of two that is not below KB
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -118,6 +121,8 @@ def narrow_kernel(
     words_at = words_ptr + fragment.to(tl.int64)[None, :, None] * (64 * BITS)
     channel = tl.arange(0, 128)
     s = tl.arange(0, GROUPS)
+    if NORM:  # loaded here, so that they have arrived at the end
+        parts = load_squares(squares_ptr, m, tokens, k_blocks, NORM)
     acc = tl.zeros((WARPS, BN, BM), tl.float32)
     for block in tl.range(start, stop, WARPS, num_stages=STAGES):
         kb = block + part
@@ -160,6 +165,8 @@ def narrow_kernel(
                 cache_modifier=".cg",
             )
         tl.store(arrivals_ptr + tile, 0)
+    if NORM:
+        y *= inverse_root(parts)[None, :]
     store_rows(y, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
 
 
@@ -251,6 +258,14 @@ def wide_kernel(
         if whole:
             store_rows(acc, out_ptr, bias_ptr, n - first, size, column, m, tokens, columns, HAS_BIAS)
         begin += stop - start
+
+
+@triton.jit
+def load_squares(squares_ptr, m, tokens, k_blocks, NORM: tl.constexpr):
+    """Load the parts of r² of tokens m, float32 [BM, NORM]; of tokens that do not exist, those of the last."""
+    b = tl.arange(0, NORM)
+    at = squares_ptr + tl.minimum(m, tokens - 1)[:, None] * k_blocks + b[None, :]
+    return tl.load(at, mask=(b < k_blocks)[None, :], other=0.0)
 
 
 @triton.jit

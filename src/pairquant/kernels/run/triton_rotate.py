@@ -51,13 +51,27 @@ def mma_order(c):
 
 
 @triton.jit
-def rotate_block(x, steps_ptr, partners_ptr, K: tl.constexpr, TOKENS: tl.constexpr):
-    """Apply K rotations to x, float32 [TOKENS, 128]; the pointers are at one block of `RotationWeights`' tensors."""
+def load_steps(steps_ptr, partners_ptr, K: tl.constexpr):
+    """Load K rotations of one block of `RotationWeights`' tensors, at which the pointers are: (cosines, sines, partners) of each.
+
+    All are loaded before the first is needed. One at a time, each would be waited for.
+    """
     c = tl.arange(0, 128)
+    steps = ()
     for k in tl.static_range(K):
         cos = tl.load(steps_ptr + k * 256 + c)
         sin = tl.load(steps_ptr + k * 256 + 128 + c)
-        partner = tl.broadcast_to(tl.load(partners_ptr + k * 128 + c)[None, :], (TOKENS, 128))
+        partners = tl.load(partners_ptr + k * 128 + c)
+        steps = steps + ((cos, sin, partners),)  # type: ignore[assignment]  # noqa: RUF005  Triton cannot unpack into a tuple
+    return steps
+
+
+@triton.jit
+def rotate_block(x, steps, TOKENS: tl.constexpr):
+    """Apply the rotations of `load_steps` to x, float32 [TOKENS, 128]."""
+    for k in tl.static_range(len(steps)):
+        cos, sin, partners = steps[k]
+        partner = tl.broadcast_to(partners[None, :], (TOKENS, 128))
         x = cos[None, :] * x + sin[None, :] * tl.gather(x, partner, axis=1)
     return x
 
@@ -93,6 +107,7 @@ def givens_kernel(
     IDENTITY: tl.constexpr,  # rotate the 128 × 128 identity in each block instead of x
     ACTIVATION: tl.constexpr,
     PEAKS: tl.constexpr,
+    TRIGGER: tl.constexpr,  # whether the next kernel may start before this one has ended
     DEPENDENT: tl.constexpr,
 ):
     """Scale and rotate one block of 128 channels of TOKENS tokens, one rotation after the other."""
@@ -104,16 +119,18 @@ def givens_kernel(
     transform = tl.program_id(2)
     real = c < channels
     scale = tl.load(scales_ptr + transform * channels + c, mask=real, other=0.0).to(tl.float32)
+    at = (transform * blocks + block) * K
+    steps = load_steps(coefficients_ptr + at * 256, partners_ptr + at * 128, K)
     if DEPENDENT:
         tl_cuda.gdc_wait()
+    if TRIGGER:
         tl_cuda.gdc_launch_dependents()
     if IDENTITY:
         x = tl.where(t[:, None] == (c % 128)[None, :], 1.0, 0.0)
     else:
         here = (t < tokens)[:, None] & real[None, :]
         x = load_input(x_ptr, t.to(tl.int64)[:, None] * x_stride, c[None, :], here, channels, ACTIVATION)
-    at = (transform * blocks + block) * K
-    x = rotate_block(x * scale[None, :], coefficients_ptr + at * 256, partners_ptr + at * 128, K, TOKENS)
+    x = rotate_block(x * scale[None, :], steps, TOKENS)
     if PEAKS:
         x = relative(x, peaks_ptr + (transform * tokens + t) * blocks + block, t < tokens)
     column = mma_order(c) if MMA_ORDER else c

@@ -1,7 +1,7 @@
 """Unpack codes in registers, directly into the operand layout of the tensor cores (see layout.KernelLayout).
 
 Codes of every width become nibbles first, eight to a word: those of 2 and 3 bits one, those of 5, 6 and 8 bits a low and a high
-one. Half of the time for a weight is unpacking. The assembly below needs 0.6 integer instructions per weight. The compiler's code
+one. Where the grid is of float32, codes are the floats of MXFP4 (`spec.mx`), one nibble each. Half of the time for a weight is unpacking. The assembly below needs 0.6 integer instructions per weight. The compiler's code
 would need about 3, and that would take longer than reading the weights: for one block of an 8B model, an H100 needs 15 us
 for each instruction per weight, and 46 us to read the weights.
 """
@@ -47,6 +47,30 @@ def _pair_assembly(pair: int, dtype: str, scaled: int) -> str:
 #: The assembly at index 8 · (1 for bfloat16) + 4 · scaled + pair.
 ASSEMBLY = tl.constexpr(
     tuple(_pair_assembly(pair, dtype, scaled) for dtype in ("fp16", "bf16") for scaled in (0, 1) for pair in range(4))
+)
+
+
+def _float_assembly(pair: int, dtype: str, scaled: int) -> str:
+    """Return assembly that turns nibbles `pair` and `pair + 4` of word $1 into two 16-bit floats, times the scale $2 if `scaled`.
+
+    A nibble holds a sign, two bits of exponent and one of mantissa. Put in the places of those of a 16-bit float, whose other
+    bits are zero, they make the value times 2^-14 (float16) or 2^-126 (bfloat16): exponents count from 15 and 127 there, and
+    from 1 here, and an exponent of zero means the same. One exact product makes the value.
+    """
+    kind, down, body, factor = (
+        ("f16x2", 3, 0x0E000E00, 0x74007400) if dtype == "fp16" else ("bf16x2", 6, 0x01C001C0, 0x7E807E80)
+    )
+    lines = [".reg .b32 a, b, none;", f"shl.b32 a, $1, {12 - 4 * pair};" if pair < 3 else "mov.b32 a, $1;"]
+    lines.append(f"shr.u32 b, a, {down}; and.b32 b, b, {body}; lop3.b32 a, a, 0x80008000, b, 0xea;")
+    # -0 is added because products alone need compute capability 9.0 in bfloat16.
+    lines.append(f"mov.b32 none, 0x80008000; mov.b32 b, {factor}; fma.rn.{kind} a, a, b, none;")
+    lines.append(f"fma.rn.{kind} $0, a, $2, none;" if scaled else "mov.b32 $0, a;")
+    return "{" + " ".join(lines) + "}"
+
+
+#: The assembly at the same index.
+FLOATS = tl.constexpr(
+    tuple(_float_assembly(pair, dtype, scaled) for dtype in ("fp16", "bf16") for scaled in (0, 1) for pair in range(4))
 )
 
 
@@ -187,12 +211,55 @@ def _two_weights(
 
 
 @triton.jit
+def _float_value(code):
+    """Return the value of E2M1 codes in the low four bits of int32, float32: its steps are 0.5 to 2, 1 to 4 and 2 to 6."""
+    size = (code & 7).to(tl.float32)
+    value = tl.maximum(tl.maximum(size * 0.5, size - 2.0), size * 2.0 - 8.0)
+    return tl.where((code & 8) != 0, -value, value)
+
+
+@triton.jit
+def _two_floats(word, scale, PAIR: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Turn E2M1 codes PAIR and PAIR + 4 of each word into their values, times the scale if SCALED: as `_two_weights`."""
+    word, scale = tl.broadcast(word, scale)
+    if NATIVE:
+        code: tl.constexpr = FLOATS[8 * (dtype == tl.bfloat16) + 4 * SCALED + PAIR]
+        both = tl.inline_asm_elementwise(code, "=r,r,r", [word, scale], tl.int32, is_pure=True, pack=1)
+        return _low_half(both, dtype), _high_half(both, dtype)
+    first, second = _float_value(word >> (4 * PAIR)), _float_value(word >> (4 * PAIR + 16))
+    if SCALED:
+        factor = _low_half(scale, dtype).to(tl.float32)
+        first, second = first * factor, second * factor
+    return first.to(dtype), second.to(dtype)
+
+
+@triton.jit
 def unpack(word, high, grid, SCALED: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Unpack words [..., c 4, t 4] into weights [..., c 4, t 4, h 2, i1 2, i0 2]; channel 32 c + 16 h + 4 t + 2 i1 + i0.
 
-    word, high: of `load_nibbles`; grid: words of scale and zero point, in a shape that broadcasts with the words. Without
-    SCALED, the result is q - z.
+    word, high: of `load_nibbles`; grid: words of scale and zero point, in a shape that broadcasts with the words, or for
+    codes that are floats, scales alone, powers of two in float32. Without SCALED, the result is q - z, or the float.
     """
+    if grid.dtype == tl.float32:
+        return _unpack_floats(word, grid, SCALED, dtype, NATIVE)
+    else:  # the compiler reads what follows a return
+        return _unpack_whole(word, high, grid, SCALED, BITS, dtype, NATIVE)
+
+
+@triton.jit
+def _unpack_floats(word, grid, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    scale = _pattern(grid.to(dtype))
+    low0, high0 = _two_floats(word, scale, 0, SCALED, dtype, NATIVE)
+    low1, high1 = _two_floats(word, scale, 1, SCALED, dtype, NATIVE)
+    low2, high2 = _two_floats(word, scale, 2, SCALED, dtype, NATIVE)
+    low3, high3 = _two_floats(word, scale, 3, SCALED, dtype, NATIVE)
+    return _joined(low0, low1, low2, low3, high0, high1, high2, high3)
+
+
+@triton.jit
+def _unpack_whole(
+    word, high, grid, SCALED: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, NATIVE: tl.constexpr
+):
     zeros = (grid >> 16) & 255
     scale = grid
     rest = grid & 0
@@ -206,6 +273,12 @@ def unpack(word, high, grid, SCALED: tl.constexpr, BITS: tl.constexpr, dtype: tl
     low1, high1 = _two_weights(word, high, zeros, scale, rest, 1, SCALED, BITS, dtype, NATIVE)
     low2, high2 = _two_weights(word, high, zeros, scale, rest, 2, SCALED, BITS, dtype, NATIVE)
     low3, high3 = _two_weights(word, high, zeros, scale, rest, 3, SCALED, BITS, dtype, NATIVE)
+    return _joined(low0, low1, low2, low3, high0, high1, high2, high3)
+
+
+@triton.jit
+def _joined(low0, low1, low2, low3, high0, high1, high2, high3):
+    """Join what the eight codes of a word stand for: [..., h 2, i1 2, i0 2]."""
     low = tl.join(tl.join(low0, low2), tl.join(low1, low3))
     upper = tl.join(tl.join(high0, high2), tl.join(high1, high3))
     return tl.join(low, upper)
@@ -219,8 +292,11 @@ def _pattern(value):
 
 @triton.jit
 def scale_value(grid):
-    """Return the scale, as float32, of each word of the grid."""
-    return _low_half(grid, tl.float16).to(tl.float32)
+    """Return the scale, as float32, of each word of the grid, or of each scale alone."""
+    if grid.dtype == tl.float32:
+        return grid
+    else:
+        return _low_half(grid, tl.float16).to(tl.float32)
 
 
 @triton.jit

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.grids import MxGrid, grid_of
 from ...core.packing import pack, unpack
 from ...core.rotation import channel_form
 from ...spec.codes import AWQ_ORDER
 from ...spec.linear import LinearLayout, PackedLinear
+from ...spec.mx import MX_BLOCK
 from .layout import KERNEL_ROWS, KernelLayout
 
 #: The most programs of one launch that share tiles: four for each multiprocessor of any GPU.
@@ -75,13 +77,14 @@ class RotationWeights:
 class KernelWeights:
     """One to three packed linears that read the same input, in `KernelLayout`.
 
-    words: int32 [NP / 16, KB, 64 b] for codes of b bits; grid: int32 [KB · S, NP].
+    words: int32 [NP / 16, KB, 64 b] for codes of b bits; grid: int32 [KB · S, NP], or for codes in MXFP4 float32.
     arrivals: int32 zeros, in which the programs of a launch count how many of them have finished. For this reason the same
     linear must not run on two streams at the same time.
     rotation: one transform (T = 1) if all linears share it, else one for each linear.
     out_features: of each linear.
     row_scales: None, or if activations are rounded to 8 bits and such scales suffice (`row_scales`) float32 [NP], scales by which
     all weights of a row fit into 8 bits (`launch_rounded.with_row_scales`). Only weights with a dense rotation matrix can have them.
+    decoded: None, or if it is kept 16-bit [sum of out_features, C], the weight in the original basis (`decoded_budget`).
     """
 
     words: Tensor
@@ -90,6 +93,7 @@ class KernelWeights:
     rotation: RotationWeights
     out_features: tuple[int, ...]
     row_scales: Tensor | None = None
+    decoded: Tensor | None = None
 
     @classmethod
     def build(cls, linears: Sequence[PackedLinear]) -> KernelWeights:
@@ -109,19 +113,28 @@ class KernelWeights:
 
     @property
     def layout(self) -> KernelLayout:
-        return KernelLayout(self.rotation.channels, self.out_features, self.rotation.group_size)
+        group_size = MX_BLOCK if self.floating else self.rotation.group_size
+        return KernelLayout(self.rotation.channels, self.out_features, group_size)
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are the floats of MXFP4."""
+        return self.grid.dtype == torch.float32
 
     @property
     def bits(self) -> int:
         return self.words.shape[2] // 64
 
     def stored(self, index: int, layout: LinearLayout) -> dict[str, Tensor]:
-        """Return qweight, qzeros and scales of the linear `index`, bit for bit as they were loaded."""
+        """Return the codes and the grid of the linear `index`, bit for bit as they were loaded."""
         start = self.layout.starts[index]
         rows = slice(start // 16, (start + self.layout.padded(layout.out_features)) // 16)
-        grid = self.grid[: layout.num_groups, start : start + layout.out_features]
+        grid = self.grid[: layout.in_features // self.layout.group_size, start : start + layout.out_features]
+        qweight = _qweight(self.words[rows], layout)
+        if self.floating:
+            return {"qweight": qweight, **MxGrid(grid.T).tensors()}
         return {
-            "qweight": _qweight(self.words[rows], layout),
+            "qweight": qweight,
             "qzeros": pack((grid >> 16).to(torch.uint8), self.bits),
             "scales": grid.to(torch.int16).view(torch.float16),
         }
@@ -129,7 +142,7 @@ class KernelWeights:
     def tensors(self) -> list[Tensor]:
         """Return all tensors in one list, which `pairquant::rotated_linear` takes and `of_tensors` reads."""
         r = self.rotation
-        optional = [tensor for tensor in (r.matrix, self.row_scales) if tensor is not None]
+        optional = [tensor for tensor in (r.matrix, self.row_scales, self.decoded) if tensor is not None]
         return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *optional]
 
     @classmethod
@@ -137,7 +150,8 @@ class KernelWeights:
         """Return the weights whose `tensors()` is this list."""
         words, grid, arrivals, coefficients, partners, scales, *optional = tensors
         rotation = RotationWeights(coefficients, partners, scales, group_size, *optional[:1])
-        return cls(words, grid, arrivals, rotation, tuple(out_features), *optional[1:])
+        rest = {("row_scales" if tensor.ndim == 1 else "decoded"): tensor for tensor in optional[1:]}
+        return cls(words, grid, arrivals, rotation, tuple(out_features), **rest)
 
 
 #: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most at 4 bits, which are
@@ -148,15 +162,22 @@ ROWS_AT_A_TIME = 4096
 def repacked(linears: Sequence[PackedLinear]) -> tuple[Tensor, Tensor]:
     """Repack the stored tensors of linears of equal in_features into words and grid, with padded rows, one after the other."""
     s = linears[0].layout
-    layout = KernelLayout(s.in_features, tuple(linear.layout.out_features for linear in linears), s.group_size)
     tile = KERNEL_ROWS * s.bits // 32  # columns of stored words that hold one tile of rows
     columns = torch.cat([_padded(linear["qweight"], tile) for linear in linears], dim=1)
     words = torch.cat([_words(part, s.bits) for part in columns.split(ROWS_AT_A_TIME // KERNEL_ROWS * tile, dim=1)])
+    if s.weights is not None:
+        scales = torch.cat([_padded(grid_of(linear).scale.T, KERNEL_ROWS) for linear in linears], dim=1)
+        return words, _whole_blocks(scales, s.in_features)
     zeros = unpack(torch.cat([_padded(linear["qzeros"], tile) for linear in linears], dim=1), s.bits)
     scales = torch.cat([_padded(linear["scales"], KERNEL_ROWS) for linear in linears], dim=1)
-    grid = torch.zeros(layout.grid_rows, layout.padded_rows, dtype=torch.int32, device=scales.device)
-    grid[: s.num_groups] = (scales.view(torch.int16).to(torch.int32) & 0xFFFF) | (zeros.to(torch.int32) << 16)
-    return words, grid
+    grid = (scales.view(torch.int16).to(torch.int32) & 0xFFFF) | (zeros.to(torch.int32) << 16)
+    return words, _whole_blocks(grid, s.in_features)
+
+
+def _whole_blocks(grid: Tensor, channels: int) -> Tensor:
+    """Pad the grid of so many channels with rows of zeros to whole blocks of 128 channels."""
+    missing = -channels % 128 * len(grid) // channels
+    return torch.nn.functional.pad(grid, (0, 0, 0, missing)) if missing else grid
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
