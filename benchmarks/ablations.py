@@ -22,7 +22,7 @@ from pairquant.spec.options import QuantConfig
 #: Table → row label → recipe. Stage 2 trains weights and quantizers after the transform.
 STAGES = {"off": "training.weight_epochs=0", "on": "training.weight_epochs=10"}
 TRANSFORMS = {
-    "none": "fits_transform=False",
+    "none": "transform=False",
     "scales": "rotations=0",
     "8 rotations": "channel_scales=False",
     "both": "rotations=8",

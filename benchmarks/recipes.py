@@ -24,8 +24,9 @@ def config_from(text: str, **setting: Any) -> QuantConfig:
 
 
 def _is_option(change: str) -> bool:
-    """Whether a change is of `QuantConfig`."""
-    return change.partition("=")[0] in {f.name for f in fields(QuantConfig)}
+    """Whether a change is of `QuantConfig`. Stored results call a recipe's `fits_transform`, True or False, `transform`."""
+    name, _, value = change.partition("=")
+    return name in {f.name for f in fields(QuantConfig)} and not (name == "transform" and value in ("True", "False"))
 
 
 def _value(text: str) -> Any:

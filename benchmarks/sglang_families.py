@@ -66,7 +66,7 @@ def settings(ranks: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         return common | {"mem_fraction_static": 0.2}
     on_cpu = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
-    return common | on_cpu | {"mem_fraction_static": 0.05, "max_total_tokens": 512}
+    return common | on_cpu | {"mem_fraction_static": 0.3, "max_total_tokens": 512}
 
 
 def one(home: Path, ranks: int, output: Path) -> None:

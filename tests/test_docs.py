@@ -1,10 +1,12 @@
 """The Python of docs/python.md runs as it stands, top to bottom; links between documents lead somewhere."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+import tomllib
 from tiny_models import TEXT, save_trained
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +31,19 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_versions_has_the_oldest_supported_ones_and_those_of_the_results():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    table = page.partition("## Versions that were run")[2].partition("\n## ")[0]
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = dict(entry.split(">=") for entry in needed)
+    assert f"| Transformers {oldest['transformers']} | {oldest['torch']} |" in table
+    found = json.loads((ROOT / "benchmarks" / "results" / "sglang-families-cpu.json").read_text())
+    ours = found["versions"]
+    row = next(line for line in table.splitlines() if line.startswith("| SGLang"))
+    assert (
+        f"SGLang {ours['sglang']} | {ours['torch'].removesuffix('.0')} | {ours['transformers'].removesuffix('.0')}"
+        in row
+    )
+    assert f"{len(found['families'])} families" in row

@@ -76,7 +76,7 @@ class Recipe:
 HALVED = (
     "training.batch=8", "training.transform_rate=0.025", "training.weight_rate=5e-6", "training.quantizer_rate=5e-7",
 )  # fmt: skip
-PLAIN, ROTATED, STAGE_1 = "fits_transform=False", "channel_scales=False", "training.weight_epochs=0"
+PLAIN, ROTATED, STAGE_1 = "transform=False", "channel_scales=False", "training.weight_epochs=0"
 #: "original" is the model as it is, "paper" the paper's section A.4; the others are its ablations.
 RECIPES: dict[str, Recipe | None] = {
     "original": None,

@@ -65,7 +65,7 @@ PEERS = (
         "PairQuant `paper`, no transform",
         "EfficientQAT's block-wise training",
         # Both stages then train what EfficientQAT's Block-AP does: weights, scales and zero points.
-        options={"preset": "paper", "changes": ["fits_transform=False"]},
+        options={"preset": "paper", "changes": ["transform=False"]},
         **OURS,
     ),
     Peer("llmcompressor-rtn", "llm-compressor", "round to nearest", options={"method": "rtn"}, **LLM_COMPRESSOR),

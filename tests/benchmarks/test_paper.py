@@ -12,7 +12,7 @@ from tiny_models import TEXT, save_tiny
 
 import pairquant
 from pairquant.cli import app
-from pairquant.cli.plan import rotations_of
+from pairquant.cli.method_options import number_or_word
 from pairquant.evaluation.reasoning import Answers
 from pairquant.evaluation.results import AnswerResults, Evaluation, ModelSpeed, SpeedResults, TaskResults
 from pairquant.evaluation.speed import Speed, Workload
@@ -60,7 +60,9 @@ def test_our_commands_parse_and_ask_for_what_exists():
             if command[1] == "quantize":
                 recipe = recipe_with(given["preset"], given["setting"] or ())
                 group_size = int(given["group_size"])
-                QuantConfig(given["preset"], given["bits"], group_size, rotations_of(given["rotations"]), recipe=recipe)
+                QuantConfig(
+                    given["preset"], given["bits"], group_size, number_or_word(given["rotations"]), recipe=recipe
+                )
     assert checked == {"quantize", "eval", "bench", "report"}
 
 

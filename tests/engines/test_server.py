@@ -79,7 +79,8 @@ def test_what_transformers_cannot_serve_is_refused(directory):
         server.command("transformers", files, server.ServerOptions(max_model_len=129))
 
 
-def test_files_and_directories_that_a_server_cannot_take_are_refused(directory):
+def test_files_and_directories_that_a_server_cannot_take_are_refused(directory, monkeypatch):
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())  # as if vLLM were installed
     gguf = ModelFiles("m.gguf", directory, "m.gguf", False)
     with pytest.raises(ConfigError, match="Use --engine transformers"):
         choice.choose("vllm", gguf, prefer_vllm=True)

@@ -69,8 +69,9 @@ def test_a_streamed_answer_comes_in_pieces(client, expected):
 
 
 def test_the_models_are_the_one_that_is_served(client):
-    (model,) = client.models.list().data
-    assert (model.id, model.owned_by, model.max_model_len) == ("q4", "pairquant", 100)
+    with urllib.request.urlopen(f"{client.base_url}models") as answer:  # newer clients drop what OpenAI does not say
+        (model,) = json.load(answer)["data"]
+    assert (model["id"], model["owned_by"], model["max_model_len"]) == ("q4", "pairquant", 100)
 
 
 def test_a_completion_is_that_of_the_quantized_model(client, expected):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -14,22 +15,34 @@ from rich.text import Text
 from ..support.formatting import counted, short_name, size
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import JobBars, command_line
+from .method_options import (
+    CALIBRATION,
+    CANDIDATES,
+    METHOD,
+    TARGET_BPW,
+    TARGET_SIZE,
+    Device,
+    GroupSize,
+    Rotations,
+    Samples,
+    Seed,
+    Trust,
+    config_of,
+    wanted,
+)
 
-SIZE, METHOD, TEXT, RUN = "Size", "Method", "Calibration", "Run"
+SIZE = "Size"
 #: Most blocks that a row of the map of bits shows.
 COLUMNS = 48
 #: The style of each width in the map.
 STYLES = {2: "red", 3: "yellow", 4: "green", 5: "cyan", 6: "blue", 8: "magenta"}
 #: How many rotations, up to 16, as a character.
 DIGITS = "·123456789abcdefg"
-TARGET_BPW = "Choose each layer's bits for this mean."
-TARGET_SIZE = "The same for a size such as 4.2GB."
-ROTATIONS = "Rotations K, 0 to 16, or auto: none where they buy least."
-CANDIDATES = "Forms to choose from, such as bits:3|4,group_size:64|128, or all."
 
 
 @app.command(epilog="Example: pairquant plan MODEL --target-bpw 3.5 --output plan.json")
 def plan(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, option(SIZE, "File to write.")],
     target_bpw: Annotated[float | None, option(SIZE, TARGET_BPW)] = None,
@@ -37,20 +50,20 @@ def plan(
     candidates: Annotated[str, option(SIZE, CANDIDATES)] = "bits:2|3|4|5|6|8",
     measured: Annotated[Path | None, option(SIZE, "An earlier plan, to use its measurements.")] = None,
     bits: Annotated[int, option(METHOD, "Bits of all layers, where no size is wanted.", rare=True)] = 4,
-    group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
-    rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
+    group_size: GroupSize = "128",
+    rotations: Rotations = "8",
     ignore: Annotated[
         list[str] | None, option(METHOD, "Layers to leave as they are; repeat.", metavar="PATTERN", rare=True)
     ] = None,
     override: Annotated[
         list[str] | None, option(METHOD, "Fix the form of some layers; the last wins.", metavar="PATTERN=…")
     ] = None,
-    calibration: Annotated[list[str] | None, option(TEXT, "Text to measure on; repeat.", metavar="TEXT")] = None,
-    samples: Annotated[int, option(TEXT, "Windows of text.")] = 128,
-    seq_len: Annotated[int, option(TEXT, "Tokens per window.", rare=True)] = 2048,
-    seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
-    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, …")] = "auto",
-    trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
+    calibration: Annotated[list[str] | None, option(CALIBRATION, "Text to measure on; repeat.", metavar="TEXT")] = None,
+    samples: Samples = 128,
+    seq_len: Annotated[int, option(CALIBRATION, "Tokens per window.", rare=True)] = 2048,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
     help_all: HelpAll = False,
 ) -> None:
     """Choose bits for each layer of MODEL, so that all together have the size you want and the output changes least.
@@ -59,24 +72,11 @@ def plan(
     """
     from ..checkpoint.files import write_json
     from ..spec.mixed import MixedPlan
-    from ..spec.options import QuantConfig
     from ..support.errors import ConfigError
 
     if not output.parent.is_dir():
         raise ConfigError(f"--output {str(output)!r}: there is no directory {str(output.parent)!r}. Create it first.")
-    config = QuantConfig(
-        bits=bits,
-        group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
-        rotations=rotations_of(rotations),
-        samples=samples,
-        seq_len=seq_len,
-        calibration=tuple(calibration or ("default",)),
-        ignore=(*QuantConfig.ignore, *(ignore or ())),
-        overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
-        target=wanted(target_bpw, target_size),
-        candidates=candidates,  # type: ignore[arg-type]  # read from text
-        seed=seed,
-    )
+    config = config_of(context.params, target=wanted(target_bpw, target_size))
     earlier = MixedPlan.read(measured) if measured else None
     quiet_libraries()
     from ..jobs.plan import plan as make
@@ -89,23 +89,6 @@ def plan(
     trust = ["--trust-remote-code"] if trust_remote_code else []
     following = command_line("pairquant", "quantize", model, "--plan", output, "--output", "DIRECTORY", *trust)
     console.print(f"\nwritten to {escape(str(output))}\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
-
-
-def wanted(bits_per_weight: float | None, text: str | None) -> Any:
-    """Return the target of --target-bpw and --target-size; None if neither is given."""
-    from ..spec.mixed import Target
-    from ..support.errors import ConfigError
-
-    if bits_per_weight is not None and text is not None:
-        raise ConfigError("--target-bpw and --target-size are both given. Leave one of them out.")
-    if text is not None:
-        return Target.of_size(text)
-    return None if bits_per_weight is None else Target(bits_per_weight=bits_per_weight)
-
-
-def rotations_of(text: str) -> Any:
-    """Return the number of --rotations, or its text for the options to judge."""
-    return int(text) if text.isdecimal() else text
 
 
 class PlanBars(JobBars):

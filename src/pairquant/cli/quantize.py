@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,9 +14,32 @@ from ..formats.table import OWN
 from ..support.formatting import counted
 from .app import HelpAll, Model, app, console, option, quiet_libraries
 from .display import command_line, duration, plain, short_name, size
-from .plan import CANDIDATES, ROTATIONS, TARGET_BPW, TARGET_SIZE, PlanBars, rotations_of, wanted
+from .method_options import (
+    CALIBRATION,
+    CANDIDATES,
+    METHOD,
+    OUTPUT,
+    RUN,
+    TARGET_BPW,
+    TARGET_SIZE,
+    Calibration,
+    Compute,
+    Device,
+    GroupSize,
+    Overwrite,
+    PairSelection,
+    Rotations,
+    Samples,
+    Seed,
+    SeqLen,
+    Trust,
+    config_of,
+    wanted,
+)
+from .plan import PlanBars
 
-OUTPUT, METHOD, CALIBRATION, RUN = "Output", "Method", "Calibration", "Run"
+if TYPE_CHECKING:
+    from ..jobs.quantize import QuantizationSummary
 
 
 @app.command(epilog="Example: pairquant quantize MODEL --output MODEL-PARO --preset best")
@@ -25,13 +48,13 @@ def quantize(
     model: Model,
     output: Annotated[Path, option(OUTPUT, "Directory to write, or .gguf file.")],
     form: Annotated[str, option(OUTPUT, "paroquant, awq, gptq, mlx, gguf, …", "--format")] = OWN,
-    overwrite: Annotated[bool, option(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
+    overwrite: Overwrite = False,
     push_to_hub: Annotated[str | None, option(OUTPUT, "Upload it as NAME or OWNER/NAME.", rare=True)] = None,
     private: Annotated[bool, option(OUTPUT, "Make the uploaded repository private.", "--private", rare=True)] = False,
     log_to: Annotated[str | None, option(OUTPUT, "Also log to tensorboard or wandb.", rare=True)] = None,
     preset: Annotated[str, option(METHOD, "See `pairquant presets`.")] = "fast",
     bits: Annotated[int, option(METHOD, "2, 3, 4, 5, 6 or 8 per weight.")] = 4,
-    group_size: Annotated[str, option(METHOD, "Weights per scale, or auto.")] = "128",
+    group_size: GroupSize = "128",
     symmetric: Annotated[bool, option(METHOD, "Codes without zero points.", "--symmetric", rare=True)] = False,
     target_bpw: Annotated[float | None, option(METHOD, TARGET_BPW)] = None,
     target_size: Annotated[str | None, option(METHOD, TARGET_SIZE, rare=True)] = None,
@@ -46,13 +69,11 @@ def quantize(
     weights: Annotated[
         str | None, option(METHOD, "Round weights to mxfp4 instead of whole numbers.", rare=True)
     ] = None,
-    rotations: Annotated[str, option(METHOD, ROTATIONS, rare=True)] = "8",
+    rotations: Rotations = "8",
     share_rotations: Annotated[
         bool, option(METHOD, "Give linears that read the same input one transform.", "--share-rotations", rare=True)
     ] = False,
-    pair_selection: Annotated[
-        str, option(METHOD, "random, or magnitude: the most different first.", rare=True)
-    ] = "random",
+    pair_selection: PairSelection = "random",
     all_experts: Annotated[
         bool,
         option(METHOD, "Fit every expert on all tokens, whatever its router chooses.", "--all-experts", rare=True),
@@ -74,11 +95,9 @@ def quantize(
         list[str] | None,
         option(METHOD, "Store some otherwise; the last wins.", metavar="PATTERN=…"),
     ] = None,
-    calibration: Annotated[
-        list[str] | None, option(CALIBRATION, "Text: a file, a data set, self; repeat.", metavar="TEXT")
-    ] = None,
-    samples: Annotated[int, option(CALIBRATION, "Windows of text.")] = 128,
-    seq_len: Annotated[int, option(CALIBRATION, "Tokens per window.")] = 2048,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
     bos: Annotated[
         str, option(CALIBRATION, "Begin windows with <bos>: auto as the tokenizer has it, never, always.", rare=True)
     ] = "auto",
@@ -86,10 +105,10 @@ def quantize(
         list[str] | None,
         option(CALIBRATION, "Text that chooses the best epoch. Default: windows of --calibration.", rare=True),
     ] = None,
-    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1.")] = "auto",
-    trust_remote_code: Annotated[bool, option(RUN, "Run the model's own Python code.", "--trust-remote-code")] = False,
-    compute: Annotated[str, option(RUN, "Forward passes in auto, float32 or bfloat16.", rare=True)] = "auto",
-    seed: Annotated[int, option(RUN, "Seed of pairs and windows.", rare=True)] = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    compute: Compute = "auto",
+    seed: Seed = 0,
     fresh: Annotated[
         bool, option(RUN, "Start over instead of continuing a stopped run.", "--fresh", rare=True)
     ] = False,
@@ -99,45 +118,16 @@ def quantize(
 
     The same command continues a run that was stopped.
     """
-    from ..spec.options import QuantConfig
     from ..spec.recipe import recipe_with
-    from ..support.errors import ConfigError
     from ..support.loggers import logger
 
     _require_used(context, plan, target_bpw, target_size)
     _require_format(form, push_to_hub)
-    if head_bits is not None and "lm_head" in (ignore or ()):
-        raise ConfigError(
-            "--head-bits quantizes the output embedding, and --ignore lm_head leaves it. Leave one of them out."
-        )
-    config = QuantConfig(
-        preset=preset,
-        bits=bits,
-        group_size=int(group_size) if group_size.isdecimal() else group_size,  # type: ignore[arg-type]
-        rotations=rotations_of(rotations),
-        symmetric=symmetric,
-        samples=samples,
-        seq_len=seq_len,
-        calibration=tuple(calibration or ("default",)),
-        validation=tuple(validation or ()),
-        pair_selection=pair_selection,
-        compute=compute,
-        bos=bos,
+    _require_head(head_bits, ignore)
+    config = config_of(
+        context.params,
         recipe=recipe_with(preset, setting or [], end_to_end),
-        share_rotations=share_rotations,
-        all_experts=all_experts,
-        transform_per_expert=transform_per_expert,
-        ignore=(*QuantConfig.ignore, *(ignore or ())),
-        overrides=tuple(override or ()),  # type: ignore[arg-type]  # read from text
-        head_bits=head_bits,
-        embedding_bits=embedding_bits,
         target=wanted(target_bpw, target_size),
-        candidates=candidates,  # type: ignore[arg-type]  # read from text
-        plan=plan,  # type: ignore[arg-type]  # read from the file
-        transform=transform,
-        activations=activations,
-        weights=weights,
-        seed=seed,
     )
     quiet_libraries()
     from ..jobs.other_formats import quantize_as as run
@@ -149,43 +139,45 @@ def quantize(
         push_to_hub = require_writable(push_to_hub, private)
     with logger(log_to, output) as log, _BlockProgress(leads) as progress:
         summary = run(
-            form,
-            model,
-            output,
-            config,
-            device=device,
-            overwrite=overwrite,
-            fresh=fresh,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            log_to=log,
-        )
+            form, model, output, config, device=device, overwrite=overwrite, fresh=fresh,
+            trust_remote_code=trust_remote_code, progress=progress, log_to=log,
+        )  # fmt: skip
     if not leads:
         return
+    console.print(_outcome(summary))
+    if push_to_hub:
+        _push(summary.output, push_to_hub, private)
+    console.print(_following(form, model, summary.output, trust_remote_code), soft_wrap=True)
+
+
+def _outcome(summary: QuantizationSummary) -> Table:
+    """Return what came out, a row for each number."""
+    config = summary.config
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    embeddings = {"output embedding": head_bits, "input embedding": embedding_bits}
+    embeddings = {"output embedding": config.head_bits, "input embedding": config.embedding_bits}
     among = " and ".join(f"the {name}" for name, given in embeddings.items() if given is not None)
     included = f", {among} among them" if among else ""
     table.add_row("bits per weight", f"{summary.bits_per_weight:.2f} in the quantized layers{included}")
-    if weights is not None:
-        table.add_row("weights", f"{weights}; pairquant inspect says what runs them here")
-    if activations is not None:
-        table.add_row("activations", f"{activations}, dynamic; pairquant inspect says what runs them here")
+    if config.weights is not None:
+        table.add_row("weights", f"{config.weights}; pairquant inspect says what runs them here")
+    if config.activations is not None:
+        table.add_row("activations", f"{config.activations}, dynamic; pairquant inspect says what runs them here")
     table.add_row("size", f"{size(summary.size_before)} → {size(summary.size_after)}")
     table.add_row("time", duration(summary.seconds))
     table.add_row("written to", escape(str(summary.output)))
-    console.print(table)
-    if push_to_hub:
-        _push(summary.output, push_to_hub, private)
+    return table
+
+
+def _following(form: str, model: str, output: Path, trust_remote_code: bool) -> str:
+    """Return what to do next with a checkpoint, as marked up text."""
     if form != OWN:
         from ..formats.table import FORMATS
 
-        following = FORMATS[form].command.format(summary.output)
-        console.print(f"\nRead by {FORMATS[form].readers}. Next: [bold]{escape(following)}[/]", soft_wrap=True)
-        return
+        command = FORMATS[form].command.format(output)
+        return f"\nRead by {FORMATS[form].readers}. Next: [bold]{escape(command)}[/]"
     trust = ["--trust-remote-code"] if trust_remote_code else []
-    following = command_line("pairquant", "eval", summary.output, "--reference", model, *trust)
-    console.print(f"\nNext: [bold]{escape(following)}[/]", soft_wrap=True)
+    command = command_line("pairquant", "eval", output, "--reference", model, *trust)
+    return f"\nNext: [bold]{escape(command)}[/]"
 
 
 def _require_used(context: typer.Context, plan: Path | None, *targets: float | str | None) -> None:
@@ -219,6 +211,16 @@ def _require_format(form: str, push_to_hub: str | None) -> None:
     if push_to_hub:
         raise ConfigError(
             f"--push-to-hub uploads checkpoints of our own format. Upload {form} with huggingface_hub's `hf upload`."
+        )
+
+
+def _require_head(head_bits: int | None, ignore: list[str] | None) -> None:
+    """Refuse to quantize the output embedding and to leave it as it is."""
+    from ..support.errors import ConfigError
+
+    if head_bits is not None and "lm_head" in (ignore or ()):
+        raise ConfigError(
+            "--head-bits quantizes the output embedding, and --ignore lm_head leaves it. Leave one of them out."
         )
 
 

@@ -184,6 +184,10 @@ class OneModel(model_manager.ModelManager):
             }
         ]
 
+    def list_models(self) -> list[dict]:
+        """Return the same: Transformers 5.24 asks by this name, earlier versions by the other."""
+        return self.get_gen_models()
+
 
 def build_server(build: Any, *parts: Any, **options: Any) -> FastAPI:
     """Return the application that Transformers' function `build` makes, with our errors and without `REMOVED`."""

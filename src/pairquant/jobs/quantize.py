@@ -35,15 +35,16 @@ from ..spec.linear import PackedLinear
 from ..spec.mixed import MixedPlan
 from ..spec.options import QuantConfig
 from ..support.devices import current, resolve_device
-from ..support.errors import PairQuantError, ResourceError, SourceError
+from ..support.errors import PairQuantError, SourceError
 from ..support.version import __version__, code_digest
 from . import remarks
+from .finished import Finished
 from .folded import folded
 from .opened import Opened
 from .outcome import PLAN_FILE, Outcome
 from .plan import Planner, PlanProgress
 from .plan import Silent as SilentPlan
-from .refusals import needed_bytes, require_separate_embeddings, require_storable, shares_head
+from .refusals import needed_bytes, out_of_memory_explained, require_separate_embeddings, require_storable, shares_head
 from .texts import Texts
 
 
@@ -117,7 +118,7 @@ def quantize(
     opened = Opened.of(model, config, trust_remote_code)
     require_apart(output, opened.files)
     require_space(output, needed_bytes(opened))
-    with current(target), joined(target) as ranks, _out_of_memory_explained(config):
+    with current(target), joined(target) as ranks, out_of_memory_explained(config):
         if not ranks.leads:
             progress = None
         return Job(opened, output, target, ranks, progress or Silent(), log_to).run(overwrite, fresh)
@@ -260,7 +261,7 @@ class Job:
         self.source.fill_all_but(self.opened.skeleton, self.opened.blocks)
         walk = Walk(
             self.opened.skeleton, self.opened.blocks, self.opened.plan, self.opened.config, self.device, share, held_out,
-            home=self.source, finished=_Finished(self.journal), ranks=self.ranks, store=memory.store,
+            home=self.source, finished=Finished(self.journal), ranks=self.ranks, store=memory.store,
             notice=self._notice, kept=self._keep_streams, embedding=self._decoded_embedding(),
         )  # fmt: skip
         for result in walk.run():
@@ -308,7 +309,7 @@ class Job:
             self.progress.trained(epoch, how.epochs, divergence)
             self._log({"event": "end_to_end", "epoch": epoch, "kl": divergence})
 
-        finished = _Finished(self.journal)
+        finished = Finished(self.journal)
         training = EndToEndTraining(
             opened.skeleton, opened.blocks, [finished.result(i) for i in range(self.journal.count)], opened.config,
             self.device, self.source, self.ranks, self._notice, tell, self._decoded_embedding(),
@@ -381,36 +382,3 @@ class Job:
             raise
         if self.ranks.leads:
             self.journal.remove()
-
-
-class _Finished:
-    """The journal, as the walk asks for it."""
-
-    def __init__(self, journal: Journal):
-        self.journal = journal
-        self.count = journal.count  # those of earlier runs
-
-    def result(self, index: int) -> BlockResult:
-        entry = self.journal.entries[index]
-        packed, parameters = self.journal.packed(index)
-        shared = [tuple(group) for group in entry["shared"]]
-        return BlockResult(index, entry["path"], packed, entry["errors"], shared, parameters=parameters)
-
-    def snapshot(self) -> tuple[int, dict[str, Tensor]] | None:
-        return self.journal.streams()
-
-
-class _out_of_memory_explained:
-    """Turns the allocator's error into what to lower."""
-
-    def __init__(self, config: QuantConfig):
-        self.config = config
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            raise ResourceError(
-                f"out of memory with {self.config.samples} samples of {self.config.seq_len} tokens. Lower --samples "
-                "(128 to 64 costs little accuracy) or --seq-len, or choose --device cpu."
-            ) from error

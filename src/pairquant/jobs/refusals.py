@@ -8,7 +8,8 @@ from torch import Tensor
 from ..checkpoint.source import SourceWeights
 from ..core.range import require_fp16, require_representable
 from ..models.sites import Site
-from ..support.errors import ConfigError, SourceError
+from ..spec.options import QuantConfig
+from ..support.errors import ConfigError, ResourceError, SourceError
 from .opened import Opened
 
 
@@ -67,3 +68,19 @@ def _require_values(opened: Opened, path: str, name: str, value: Tensor) -> None
         asked = opened.plan.reasons.get(path, "").partition(" ")[0]
         remedy = f"leave out {asked}" if asked in ("--head-bits", "--embedding-bits") else f"--ignore {path}"
         raise ConfigError(f"{path}.{name} {error}: {remedy}") from error
+
+
+class out_of_memory_explained:
+    """Turns the allocator's error into what to lower."""
+
+    def __init__(self, config: QuantConfig):
+        self.config = config
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise ResourceError(
+                f"out of memory with {self.config.samples} samples of {self.config.seq_len} tokens. Lower --samples "
+                "(128 to 64 costs little accuracy) or --seq-len, or choose --device cpu."
+            ) from error
