@@ -77,7 +77,14 @@ def sizes() -> go.Figure:
     plans = [row for row in lines("mixed-h200.jsonl") if row["preset"] == "fast"]
     trained = [row for row in lines("end-to-end-h100.jsonl") if row["end_to_end"] == "more=192,epochs=3"]
     found = {
-        "one width for all, fast": [row for row in plans if row["plan"].startswith("uniform")],
+        "one width for all, fast": [
+            *(row for row in plans if row["plan"].startswith("uniform")),
+            *(
+                row
+                for row in lines("quality-h200.jsonl")
+                if row["recipe"] in ("fast:bits=5", "fast:bits=6", "fast:bits=8")
+            ),
+        ],
         "by plan, fast": [row for row in plans if row["plan"].startswith("mixed") and "rotations" in row["candidates"]],
         "best, then trained as a whole": [row for row in trained if "smol" in row["model"]],
     }

@@ -256,11 +256,11 @@ def test_a_plain_model_that_does_not_compute_what_the_quantizer_does_is_refused(
     logits = plain.first_logits(own, job.windows)
     assert logits.shape == (16, own.config.vocab_size)
     weights = {path: linear.weight.detach() for path, linear in plain.linears_of(own).items()}
-    assert plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, {}, logits)) < 1e-6
+    assert plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, {}, logits=logits)) < 1e-6
     norm = next(name for name in own.state_dict() if "norm" in name)
     misread = {norm: 1.5 * own.state_dict()[norm]}
     with pytest.raises(ValueError, match="the plain model's logits differ"):
-        plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits))
+        plain._save(job, plain.Outcome(weights, 1.0, 4.5, 32, misread, logits=logits))
 
 
 def test_the_biased_model_has_biases_and_outliers_that_rounding_feels(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def quantize(job: Job) -> Outcome:
     known = job.load().state_dict()
     others = {name: value for name, value in model.state_dict().items() if name in known}
     bits = affine_bits(job.bits, job.group_size, zero_point)
-    return Outcome(weights, watch.seconds, bits, job.group_size, others, logits)
+    return Outcome(weights, watch.seconds, bits, job.group_size, others, logits=logits)
 
 
 if __name__ == "__main__":
