@@ -62,9 +62,6 @@ DOORS = {
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {
-        "kernels/run/gluon_overlapped.py",
-        "kernels/run/gluon_unpack.py",
-        "kernels/run/launch_overlapped.py",
         "kernels/run/triton_bytes.py",
         "kernels/run/triton_decode.py",
         "kernels/run/triton_experts.py",
@@ -106,7 +103,7 @@ TESTED_ELSEWHERE = {
 TESTED_SHARE = 0.8
 #: Lines of a function that fits on a screen. Not so: kernels, which are one loop, and commands, whose options are parameters.
 SCREEN = 60
-LONGER = {"kernels/run/gluon_", "kernels/run/triton_", "kernels/fit/triton_", "cli/"}
+LONGER = {"kernels/run/triton_", "kernels/fit/triton_", "cli/"}
 #: Files directly in the package: a newcomer sees at a glance where to go on.
 TOP_FILES = 6
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...support.devices import current
 from .layout import KernelLayout
-from .table import Choice, Dense, Narrow, Overlapped, Wide
+from .table import Choice, Dense, Narrow, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_kernel
@@ -219,12 +219,6 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Choic
 
     bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles.
     """
-    if isinstance(choice, Overlapped):
-        from . import launch_overlapped  # which needs what is in this file
-
-        if launch_overlapped.runs(x, weights):
-            return launch_overlapped.linear(x, weights, bias, choice)
-        choice = choice.otherwise
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)

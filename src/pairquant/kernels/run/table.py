@@ -50,23 +50,6 @@ class Wide:
 
 
 @dataclass(frozen=True)
-class Overlapped:
-    """Tiles of `overlapped_kernel`, one program for each multiprocessor, 128 rows a tile.
-
-    tokens: per tile; stages: buffered blocks of 128 channels; warps: that unpack weights, beside eight that multiply.
-    """
-
-    tokens: int
-    stages: int
-    warps: int
-
-    @property
-    def otherwise(self) -> Wide:
-        """What multiplies where `overlapped_kernel` does not run."""
-        return Wide(128, self.tokens, 8, 3, 1)
-
-
-@dataclass(frozen=True)
 class Dense:
     """Decode the weight, `rows` rows at a time, into a workspace of rows × in_features, and multiply by that."""
 
@@ -105,7 +88,7 @@ class RowBytes:
     stages: int = 4
 
 
-Choice = Narrow | Wide | Overlapped | Dense
+Choice = Narrow | Wide | Dense
 #: Of layers whose activations are rounded.
 RoundedChoice = Narrow | Wide | Bytes | WholeBytes | RowBytes
 
@@ -124,7 +107,7 @@ def _row(*choices: Choice) -> dict[int, Choice]:
     return dict(zip(TOKENS, choices, strict=True))
 
 
-_N, _W, _O = Narrow, Wide, Overlapped
+_N, _W = Narrow, Wide
 #: Device class → (out_features, in_features) → choices by `TOKENS`. Measured on an H100, and changed after measurements on an
 #: H200 if that made a shape at least 2 % faster (benchmarks/bench_kernels.py).
 MEASURED: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {
@@ -241,8 +224,6 @@ def choose_rounded(
         return next(choice for most, choice in BYTES[device_class] if tokens <= most)
     # The weight is not decoded for many tokens: that would undo its rotation, and the activations are rounded in it.
     choice = choose(device_class, out_features, in_features, min(tokens, TOKENS[-1]))
-    if isinstance(choice, Overlapped):
-        return choice.otherwise
     return MANY_TOKENS if isinstance(choice, Dense) else choice
 
 
@@ -273,7 +254,7 @@ def user_table(device_class: str) -> dict[tuple[int, int], dict[int, Choice]]:
     path = user_path(device_class)
     if not path.is_file():
         return {}
-    kinds = {"narrow": Narrow, "wide": Wide, "overlapped": Overlapped, "dense": Dense}
+    kinds = {"narrow": Narrow, "wide": Wide, "dense": Dense}
     try:
         return {
             (entry["out_features"], entry["in_features"]): {
