@@ -40,5 +40,5 @@ def test_smollm2_from_gguf():
         model = copy.deepcopy(original)
         list(quantize_blocks(model, tokens, QuantConfig(preset=preset, group_size=64), torch.device("cpu")))
         divergence[preset] = measure(model, windows, original).kl
-    assert PRESETS["rtn"].transform is False
+    assert PRESETS["rtn"].fits_transform is False
     assert divergence["quick"] < 0.5 * divergence["rtn"]

@@ -134,6 +134,6 @@ def test_numbers_beyond_float16_are_refused(checkpoint, tmp_path):
 
 
 def test_presets_without_a_transform_need_nothing_special(root, tmp_path):
-    assert not PRESETS["rtn"].transform
+    assert not PRESETS["rtn"].fits_transform
     pairquant.quantize(save_tiny(tmp_path / "source"), tmp_path / "rtn", pairquant.QuantConfig("rtn", group_size=32))
     pairquant.export(tmp_path / "rtn", tmp_path / "out", "awq")

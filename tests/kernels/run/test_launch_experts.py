@@ -90,7 +90,7 @@ def test_in_mxfp4(tiles, generator):
 
 
 def check(shape, tiles, dtype, generator, bits=4, form=None):
-    experts, weights = build(shape, bits, form)
+    experts, weights = build(shape, bits, form=form)
     tokens, chosen = (64, 3) if GPU else (5, 2)
     x = torch.randn(tokens, shape[2], generator=generator).to(DEVICE, dtype)
     ids = torch.randint(-1, shape[0] + 1, (tokens, chosen), generator=generator).to(DEVICE)
