@@ -5,7 +5,8 @@
 SHAPE: one of SHAPES; all weights are random. The contenders: awq, bf16, and ours in several ways, see OURS. Every contender
 runs in a process of its own: prompts of 128 tokens, 128 decoded, the median of `--repeats`; then the time to the first token
 of prompts of 128 and of 1900 tokens. Ours is written to a temporary directory and loaded as users load it; the others have
-vLLM's dummy weights. With --profile also the GPU's microseconds by kernel, of 16 decoded tokens.
+vLLM's dummy weights. With --profile also the GPU's microseconds by kernel, of 16 decoded tokens, and what the first token after 1900
+takes on the GPU and on the processor.
 """
 
 from __future__ import annotations
@@ -211,18 +212,21 @@ def measure(directory: str, contender: str, options: argparse.Namespace) -> dict
             statistics.median(seconds(1, prompt, 1) for _ in range(2 * options.repeats + 1)) * 1000, 1
         )
     if options.profile:
-        found["kernels"] = {n: profiled(lambda n=n: seconds(n, 128, 17)) for n in options.requests}
+        found["kernels"] = {n: profiled(lambda n=n: seconds(n, 128, 17), "device") for n in options.requests}
+        for where in ("device", "cpu"):
+            found[f"first token of 1900, by {where}"] = profiled(lambda: seconds(1, 1900, 1), where)
     return found
 
 
-def profiled(call: Any) -> dict[str, list[float]]:
-    """Kernel → microseconds on the GPU and launches, the twenty that take most."""
+def profiled(call: Any, where: str) -> dict[str, list[float]]:
+    """What takes most microseconds on the GPU ("device") or the processor ("cpu") → those, and how often; 25 entries."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA] if where == "device" else [ProfilerActivity.CPU]) as trace:
         call()
-    rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)[:25]
-    return {f"{i} {row.key[:60]}": [round(row.self_device_time_total, 1), row.count] for i, row in enumerate(rows)}
+    time_of = f"self_{where}_time_total"
+    rows = sorted(trace.key_averages(), key=lambda row: -getattr(row, time_of))[:25]
+    return {f"{i} {row.key[:60]}": [round(getattr(row, time_of), 1), row.count] for i, row in enumerate(rows)}
 
 
 def entry_points(root: Path) -> str:
