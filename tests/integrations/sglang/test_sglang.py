@@ -1,8 +1,9 @@
 """The plugin for SGLang, against stand-ins for the few names that it takes from there: SGLang does not install without CUDA.
 
-benchmarks/bench_sglang.py runs the engine itself, on a CPU too.
+benchmarks/sglang_families.py runs the engine itself, on a CPU too.
 """
 
+import shutil
 import sys
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -131,16 +132,46 @@ def test_packed_experts_and_embeddings_are_refused(sglang, layer, packed, prefix
     assert config.get_quant_method(layer(), "b.other") is None
 
 
+def read_config(sglang, **model):
+    """What SGLang is handed for a model that Transformers' configuration describes so."""
+    added = {"packed_modules_mapping": {"in_proj": ["x", "y"]}, "hf_config": SimpleNamespace(**model)}
+    return sglang.config.PairQuantConfig.from_config(CheckpointConfig(SPEC).to_dict() | added)
+
+
 def test_config_json_and_the_files_of_a_directory_are_read(sglang, tiny_checkpoint):
-    stored = CheckpointConfig(SPEC).to_dict()
-    away = {"packed_modules_mapping": {"in_proj": ["x", "y"]}, "hf_config": SimpleNamespace(name_or_path="org/model")}
-    config = sglang.config.PairQuantConfig.from_config(stored | away)
-    assert config.quantized is None
-    assert config.members("a.in_proj") == ["a.x", "a.y"]
-    here = {"hf_config": SimpleNamespace(name_or_path=str(tiny_checkpoint))}
-    config = sglang.config.PairQuantConfig.from_config(stored | here)
+    config = read_config(sglang, name_or_path=str(tiny_checkpoint))
     assert "model.layers.0.self_attn.q_proj" in config.quantized
     assert "lm_head" not in config.quantized
+    assert config.members("a.in_proj") == ["a.x", "a.y"]
+
+
+def test_the_files_of_a_hub_name_are_read_from_the_cache_at_its_commit(sglang, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    home, commit = tmp_path / "models--org--model", "c" * 40
+    shutil.copytree(tiny_checkpoint, home / "snapshots" / commit)
+    (home / "snapshots" / ("d" * 40)).mkdir()  # another commit, of which nothing has been downloaded
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("d" * 40)
+    here = read_config(sglang, name_or_path=str(tiny_checkpoint))
+    assert read_config(sglang, name_or_path="org/model", _commit_hash=commit).quantized == here.quantized
+    with pytest.raises(ConfigError, match=r"'org/model' is neither a directory nor .*--local-dir DIRECTORY"):
+        read_config(sglang, name_or_path="org/model")
+
+
+@pytest.mark.parametrize("model", ["org/model", "", "/no/such/directory"])
+def test_a_model_whose_files_are_not_here_is_refused(sglang, tmp_path, monkeypatch, model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"model {model!r} is neither a directory"):
+        read_config(sglang, name_or_path=model)
+
+
+def test_a_hub_name_with_a_missing_file_is_refused(sglang, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a.qweight": "model-1.safetensors"}}')
+    with pytest.raises(ConfigError, match="whose files are all in the hub's cache"):
+        read_config(sglang, name_or_path="org/model", _commit_hash="c" * 40)
 
 
 def test_pipeline_stages_are_refused(sglang):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ...checkpoint.headers import StoredTensors
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
@@ -52,10 +53,10 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
-        """Read the JSON object, and which linears a directory holds packed.
+        """Read the JSON object, and from the model's files which linears are packed.
 
-        Raises `CheckpointError` naming the entry that is wrong, `ConfigError` for more than one pipeline stage: whether all
-        that is packed has found its layer is seen only where all layers are.
+        Raises `CheckpointError` naming the entry that is wrong, `ConfigError` for a model whose files are not here, and for more
+        than one pipeline stage: whether all that is packed has found its layer is seen only where all layers are.
         """
         if (stages := pipeline_stages()) > 1:
             raise ConfigError(
@@ -64,9 +65,7 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
             )
         stored = {name: value for name, value in config.items() if name not in ADDED}
         found = cls(CheckpointConfig.from_dict(stored), config.get("packed_modules_mapping"))
-        model = getattr(config.get("hf_config"), "name_or_path", "")
-        if model and Path(model).is_dir():
-            found.take_names(StoredTensors.of_directory(Path(model)).fields)
+        found.take_names(_stored_tensors(config.get("hf_config")).fields)
         return found
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
@@ -102,3 +101,23 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
                 f"{len(lost)} quantized layers, such as {min(lost)}, have no linear layer of their name in SGLang's model. Serve "
                 "the checkpoint with vLLM, or in AWQ's format (`pairquant quantize MODEL --format awq`)."
             )
+
+
+def _stored_tensors(hf_config: Any) -> StoredTensors:
+    """Return what the model's files hold. hf_config: Transformers' configuration of the model, which knows where it came from.
+
+    A hub name's files are those of the same commit in the hub's cache: SGLang makes its layers before it downloads weights.
+    Raises `ConfigError` if they are not there: config.json alone does not say which layers are plain.
+    """
+    model = getattr(hf_config, "name_or_path", "")
+    if model and Path(model).is_dir():
+        return StoredTensors.of_directory(Path(model))
+    try:
+        commit = getattr(hf_config, "_commit_hash", None)
+        return StoredTensors.of_directory(Path(snapshot_download(model, revision=commit, local_files_only=True)))
+    except (OSError, ValueError, CheckpointError) as error:
+        raise ConfigError(
+            f"model {model!r} is neither a directory nor a hub name whose files are all in the hub's cache. Download it "
+            "(`hf download NAME --local-dir DIRECTORY`) and pass the directory as --model-path: SGLang makes its layers before it "
+            "downloads weights, and only these say which layers are quantized."
+        ) from error
