@@ -100,8 +100,12 @@ def test_kinds_that_a_file_names_are_read(tmp_path):
     keys.append(("rope.scaling.original_context_length", "uint32", 32768))
     found = read(written(tmp_path / "c.gguf", keys)).rope_parameters
     assert (found["rope_type"], found["original_max_position_embeddings"]) == ("yarn", 32768)
-    with pytest.raises(SourceError, match="attn_factor"):
-        read(written(tmp_path / "d.gguf", [*keys, ("rope.scaling.attn_factor", "float32", 2.0)]))
+    assert "beta_fast" not in found
+    keys += [("rope.scaling.yarn_beta_fast", "float32", 16.0), ("rope.scaling.yarn_beta_slow", "float32", 2.0)]
+    found = read(written(tmp_path / "d.gguf", keys)).rope_parameters
+    assert (found["beta_fast"], found["beta_slow"]) == (16.0, 2.0)
+    with pytest.raises(SourceError, match="a way that PairQuant does not translate .*attn_factor"):
+        read(written(tmp_path / "e.gguf", [*keys, ("rope.scaling.attn_factor", "float32", 2.0)]))
 
 
 def test_of_two_kinds_of_attention_the_full_one_is_stretched(tmp_path):

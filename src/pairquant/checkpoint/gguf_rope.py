@@ -22,10 +22,14 @@ ROUNDING = 1e-5
 #: The bounds of the waves that LLaMA 3.1 and its successors stretch in part; only their ratios to the context matter.
 USUAL = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 #: Kinds of stretching that a file names → Transformers' parameters and the keys that have their values.
-KINDS = {
+STRETCHINGS = {
     "linear": {"factor": "factor"},
     "yarn": {"factor": "factor", "original_max_position_embeddings": "original_context_length"},
 }
+#: The same for parameters that a file need not give: without them Transformers and llama.cpp take the same values, 32 and 1.
+#: `attn_factor` is none of them: llama.cpp multiplies what yarn computes from the factor by it, Transformers'
+#: `attention_factor` takes the place of what yarn computes.
+OPTIONAL = {"yarn": {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}}
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def llama3_factors(rope: dict[str, Any], width: int) -> Tensor:
 def with_rope(config: Any, source: Path) -> Any:
     """Return the configuration that Transformers made of a GGUF file, with the heads' width and the rotary embedding it says.
 
-    Raises `SourceError` for a rotary embedding that Transformers' parameters cannot describe.
+    Raises `SourceError` for a rotary embedding that is not translated into Transformers' parameters.
     """
     from gguf import GGUFReader
 
@@ -77,14 +81,14 @@ def with_rope(config: Any, source: Path) -> Any:
     if not getattr(config, "rope_parameters", None) or rope_of(config).get("rope_type", "default") != "default":
         return config
     if _tensor(reader, LONG_FACTORS) is not None:
-        raise _indescribable(source, LONG_FACTORS)
+        raise _untranslated(source, LONG_FACTORS)
     said = {name: _value(reader, f"{family}.rope.scaling.{name}") for name in _names(reader, f"{family}.rope.scaling.")}
     if (kind := said.pop("type", None)) not in (None, "none"):
         _stretch(config, _of_kind(kind, said, source))
     elif (factors := _tensor(reader, FACTORS)) is not None and not torch.all(factors == 1):
         found = _of_factors(factors.double(), config)
         if found is None:
-            raise _indescribable(source, FACTORS)
+            raise _untranslated(source, FACTORS)
         _stretch(config, found)
     return config
 
@@ -98,11 +102,11 @@ def _stretch(config: Any, parameters: dict[str, Any]) -> None:
 
 def _of_kind(kind: str, said: dict[str, Any], source: Path) -> dict[str, Any]:
     """Return Transformers' parameters of a stretching that a file names; said: its other keys."""
-    names = KINDS.get(kind, {})
-    known = {*names.values(), "finetuned", "original_context_length"}
-    if not names or not set(names.values()) <= set(said) <= known:
-        raise _indescribable(source, f"rope.scaling.type {kind!r} with {', '.join(sorted(said)) or 'nothing else'}")
-    return {"rope_type": kind, **{name: said[key] for name, key in names.items()}}
+    needed, optional = STRETCHINGS.get(kind, {}), OPTIONAL.get(kind, {})
+    known = {*needed.values(), *optional.values(), "finetuned", "original_context_length"}
+    if not needed or not set(needed.values()) <= set(said) <= known:
+        raise _untranslated(source, f"rope.scaling.type {kind!r} with {', '.join(sorted(said)) or 'nothing else'}")
+    return {"rope_type": kind, **{name: said[key] for name, key in (needed | optional).items() if key in said}}
 
 
 def _of_factors(factors: Tensor, config: Any) -> dict[str, Any] | None:
@@ -137,9 +141,9 @@ def _of_factors(factors: Tensor, config: Any) -> dict[str, Any] | None:
     return None
 
 
-def _indescribable(source: Path, what: str) -> SourceError:
+def _untranslated(source: Path, what: str) -> SourceError:
     return SourceError(
-        f"{source.name} stretches the rotary embedding in a way that Transformers has no parameters for ({what}): answers would "
+        f"{source.name} stretches the rotary embedding in a way that PairQuant does not translate ({what}): answers would "
         "be wrong at later positions. Quantize the original model's Transformers directory."
     )
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..spec.checkpoint import CheckpointConfig
+import torch
+
+from ..spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ..spec.linear import Spec
 from ..spec.patterns import matches
 from ..support.errors import CheckpointError
@@ -29,6 +31,26 @@ class PackedPaths:
     engine: str
     #: The engine's own attribute: name of a merged layer → the names of the linears in it.
     packed_modules_mapping: dict[str, list[str]]
+
+    @classmethod
+    def get_name(cls) -> Any:  # vLLM's list of names knows no outsiders
+        """Return the `quant_method` in config.json. This and the next three are what both engines ask of a configuration."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the dtypes that a model may compute in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the least compute capability of NVIDIA GPUs, times ten."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return the files to read beside config.json: none."""
+        return []
 
     def begin(self, checkpoint: CheckpointConfig) -> None:
         """Set the fields; the engine's base class makes its own."""

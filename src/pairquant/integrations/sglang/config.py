@@ -32,22 +32,6 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
         self.begin(checkpoint)
         self.packed_modules_mapping = {**MERGED, **(merged or {})}
 
-    @classmethod
-    def get_name(cls) -> str:
-        return QUANT_METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
     def get_scaled_act_names(self) -> list[str]:
         return []
 

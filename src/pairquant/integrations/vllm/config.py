@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
+from ...spec.checkpoint import CheckpointConfig
 from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...support.errors import CheckpointError, ConfigError
@@ -48,22 +48,6 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
         """Also in vLLM's workers, which are given this object pickled, what is loaded is sorted out."""
         self.__dict__.update(state)
         follow_checkpoints(sort_out)
-
-    @classmethod
-    def get_name(cls) -> Any:  # vLLM's list of names knows no outsiders
-        return QUANT_METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
