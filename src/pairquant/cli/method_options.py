@@ -53,20 +53,30 @@ READ: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ignore": ("ignore", ignored),
     "override": ("overrides", lambda texts: tuple(texts or ())),
 }
+#: Parameters that are no options of `QuantConfig`, and do not become a field by `READ`: what is done with the result, where
+#: it runs, and what commands make fields of themselves.
+OTHERS = frozenset(
+    (
+        *("model", "output", "form", "overwrite", "push_to_hub", "private", "log_to"),
+        *("device", "trust_remote_code", "fresh", "help_all", "untie", "measured"),
+        *("target_bpw", "target_size"),  # become `target`
+        *("setting", "end_to_end", "steps"),  # become `recipe`
+    )
+)
 
 
 def config_of(given: Mapping[str, Any], **more: Any) -> QuantConfig:
     """Return the options that a command was given as `QuantConfig`, which checks them and raises `ConfigError`.
 
-    given: its parameters by name; those that are no options of `QuantConfig` are passed over. more: fields that are not
-    taken from parameters of their name.
+    given: its parameters by name; `OTHERS` are passed over. more: fields that are not taken from parameters. Raises
+    `TypeError` for a parameter that is neither a field nor in `READ` or `OTHERS`: it would be ignored without a word.
     """
     from ..spec.options import QuantConfig
 
-    names = {field.name for field in fields(QuantConfig)} - set(more)
-    read = {name: READ.get(name, (name, lambda value: value)) for name in given}
-    found = {field: make(given[name]) for name, (field, make) in read.items() if field in names}
-    return QuantConfig(**found, **more)
+    read = {name: READ.get(name, (name, lambda value: value)) for name in given if name not in OTHERS}
+    if unknown := {field for field, _ in read.values()} - {field.name for field in fields(QuantConfig)}:
+        raise TypeError(f"{', '.join(sorted(unknown))}: no fields of QuantConfig. Add them to READ or OTHERS.")
+    return QuantConfig(**{field: make(given[name]) for name, (field, make) in read.items()}, **more)
 
 
 def wanted(bits_per_weight: float | None, text: str | None) -> Any:

@@ -33,8 +33,9 @@ WEIGHT_FORMATS = ("mxfp4",)
 class MxCodes:
     """The codes of a weight in MXFP4, in the order of `Codes` at 4 bits, and a scale for each row and 32 channels: 4.25 bits.
 
-    group_size: channels that are rotated with one another, a multiple of `MX_BLOCK`. Exponents are packed as codes of 8 bits are, four rows in a word. So `scales` has another dtype and shape than that of
-    `Codes`, and a reader that does not know this form cannot take one for the other.
+    group_size: channels that are rotated with one another, a multiple of `MX_BLOCK`. Exponents are packed as codes of 8 bits
+    are, four rows in a word. So `scales` has another dtype and shape than that of `Codes`, and a reader that does not know
+    this form cannot take one for the other.
     """
 
     group_size: int

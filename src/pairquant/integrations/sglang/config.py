@@ -39,8 +39,8 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> PairQuantConfig:
         """Read the JSON object, and from the model's files which linears are packed.
 
-        Raises `CheckpointError` naming the entry that is wrong, `ConfigError` for a model whose files are not here, and for more
-        than one pipeline stage: whether all that is packed has found its layer is seen only where all layers are.
+        Raises `CheckpointError` naming the entry that is wrong, `ConfigError` for a model whose files are not here, and for
+        more than one pipeline stage: whether all that is packed has found its layer is seen only where all layers are.
         """
         if (stages := pipeline_stages()) > 1:
             raise ConfigError(
@@ -88,7 +88,7 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
 
 
 def _stored_tensors(hf_config: Any) -> StoredTensors:
-    """Return what the model's files hold. hf_config: Transformers' configuration of the model, which knows where it came from.
+    """Return what the model's files hold. hf_config: Transformers' configuration of the model, which says where it lies.
 
     A hub name's files are those of the same commit in the hub's cache: SGLang makes its layers before it downloads weights.
     Raises `ConfigError` if they are not there: config.json alone does not say which layers are plain.
@@ -102,6 +102,6 @@ def _stored_tensors(hf_config: Any) -> StoredTensors:
     except (OSError, ValueError, CheckpointError) as error:
         raise ConfigError(
             f"model {model!r} is neither a directory nor a hub name whose files are all in the hub's cache. Download it "
-            "(`hf download NAME --local-dir DIRECTORY`) and pass the directory as --model-path: SGLang makes its layers before it "
-            "downloads weights, and only these say which layers are quantized."
+            "(`hf download NAME --local-dir DIRECTORY`) and pass the directory as --model-path: SGLang makes its layers "
+            "before it downloads weights, and only these say which layers are quantized."
         ) from error

@@ -74,7 +74,8 @@ def tensor_names(model: str, revision: str | None) -> frozenset[str]:
 def follow_checkpoints(sort_out: Callable[[Iterable, Any, Any, Any], Iterable]) -> None:
     """Have what vLLM's default loader reads pass through `sort_out`. Idempotent.
 
-    sort_out: (names and tensors, model, vLLM's quantization configuration, dtype of weights) → names and tensors. vLLM has no hook between a checkpoint and its models, whose own loaders know packed experts by no common names.
+    sort_out: (names and tensors, model, vLLM's quantization configuration, dtype of weights) → names and tensors. vLLM has no
+    hook between a checkpoint and its models, whose own loaders know packed experts by no common names.
     """
     from vllm.config import get_current_vllm_config_or_none
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

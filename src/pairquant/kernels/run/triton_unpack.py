@@ -1,7 +1,9 @@
 """Unpack codes in registers, directly into the operand layout of the tensor cores (see layout.KernelLayout).
 
-Codes of every width become nibbles first, eight to a word: those of 2 and 3 bits one, those of 5, 6 and 8 bits a low and a high
-one. Where the grid is of float32, codes are the floats of MXFP4 (`spec.mx`), one nibble each. Half of the time for a weight is unpacking. The assembly below needs 0.6 integer instructions per weight. The compiler's code
+Codes of every width become nibbles first, eight to a word: those of 2 and 3 bits one, those of 5, 6 and 8 bits a low and a
+high one. Where the grid is of float32, codes are the floats of MXFP4 (`spec.mx`), one nibble each.
+
+Half of the time for a weight is unpacking. The assembly below needs 0.6 integer instructions per weight. The compiler's code
 would need about 3, and that would take longer than reading the weights: for one block of an 8B model, an H100 needs 15 us
 for each instruction per weight, and 46 us to read the weights.
 """
