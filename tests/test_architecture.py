@@ -56,7 +56,7 @@ DOORS = {
     },
     "accelerate": {"checkpoint/read.py"},
     "wandb": {"support/loggers.py"},
-    "huggingface_hub": {"checkpoint/read.py", "hub/"},
+    "huggingface_hub": {"checkpoint/downloads.py", "checkpoint/read.py", "hub/"},
     "pydantic": {"evaluation/results.py"},
     "scipy": {"optimize/allocation.py"},
     "lm_eval": {"evaluation/tasks.py"},

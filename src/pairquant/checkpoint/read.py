@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..models.names import OWN, Names
@@ -34,15 +33,14 @@ from .architecture import (
     require_one_tensor_a_name,
 )
 from .describe import describe_anew, describe_copy
+from .downloads import download, nearby
 from .files import read_json
 from .gguf import with_bos
 from .gguf_rope import with_rope
 from .headers import REMEDY, StoredTensors, weight_files
 from .record import END_TO_END, REPORT_FILE, read_record
-from .side_files import WEIGHTS, side_files
+from .side_files import side_files
 
-#: What is not downloaded: weights in other formats (pickles above all), or once more in the publisher's own layout.
-NOT_DOWNLOADED = (*(p for p in WEIGHTS if p != "*.safetensors"), "consolidated*", "original/*", "onnx/*", "openvino/*")
 #: What tells that a directory holds a LoRA adapter.
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 #: What Transformers raises for files that make no sense: it checks little, and so fails anywhere.
@@ -71,13 +69,13 @@ class ModelFiles:
         path = Path(name)
         if path.suffix == ".gguf":
             if not path.is_file():
-                raise SourceError(f"model file {name!r} does not exist{_nearby(path, '*.gguf')}")
+                raise SourceError(f"model file {name!r} does not exist{nearby(path, '*.gguf')}")
             return cls(name, path.parent, path.name, trust_remote_code)
         if path.is_dir():
             return cls._of_directory(name, path, trust_remote_code)
         if path.exists():
             raise SourceError(f"{name!r} is neither a model directory, a .gguf file, nor a hub name")
-        return cls._of_directory(name, _download(name), trust_remote_code)
+        return cls._of_directory(name, download(name), trust_remote_code)
 
     @classmethod
     def _of_directory(cls, name: str, directory: Path, trust_remote_code: bool) -> ModelFiles:
@@ -388,20 +386,3 @@ class Checkpoint:
     def bits_per_weight(self) -> float:
         """Stored bits of all quantized linears over the number of their weights."""
         return bits_per_weight({path: self.layout(path) for path in self.stored.linears()}, self.stored.pools())
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, ignore_patterns=list(NOT_DOWNLOADED)))
-    except HFValidationError as error:
-        raise SourceError(f"model {name!r} does not exist{_nearby(Path(name), '*')}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise SourceError(
-            f"model {name!r} is no local directory, and cannot be fetched from the hub{_nearby(Path(name), '*')}\n  {reason[0]}"
-        ) from error
-
-
-def _nearby(path: Path, pattern: str) -> str:
-    parent = path.parent
-    return did_you_mean(str(path), [str(p) for p in parent.glob(pattern)]) if parent.is_dir() else ""

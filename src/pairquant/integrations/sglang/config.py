@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
+from ...checkpoint.downloads import in_cache
 from ...checkpoint.headers import StoredTensors
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
-from ...support.errors import CheckpointError, ConfigError
+from ...support.errors import CheckpointError, ConfigError, SourceError
 from ..packed_paths import PackedPaths
 from .compat import FusedMoE, LinearBase, QuantizationConfig, VocabParallelEmbedding, pipeline_stages
 from .linear import PairQuantLinearMethod, PlainLinearMethod
@@ -97,9 +97,8 @@ def _stored_tensors(hf_config: Any) -> StoredTensors:
     if model and Path(model).is_dir():
         return StoredTensors.of_directory(Path(model))
     try:
-        commit = getattr(hf_config, "_commit_hash", None)
-        return StoredTensors.of_directory(Path(snapshot_download(model, revision=commit, local_files_only=True)))
-    except (OSError, ValueError, CheckpointError) as error:
+        return StoredTensors.of_directory(in_cache(model, getattr(hf_config, "_commit_hash", None)))
+    except (SourceError, CheckpointError) as error:
         raise ConfigError(
             f"model {model!r} is neither a directory nor a hub name whose files are all in the hub's cache. Download it "
             "(`hf download NAME --local-dir DIRECTORY`) and pass the directory as --model-path: SGLang makes its layers "
