@@ -20,14 +20,16 @@ def cache(tmp_path, monkeypatch):
     return home / "snapshots"
 
 
-def test_a_model_lies_where_its_commit_or_else_its_branch_does(cache):
-    assert in_cache("org/model") == cache / NEW
+def test_a_model_lies_where_its_commit_or_else_its_branch_does(cache, monkeypatch):
+    assert in_cache("org/model") == in_cache("org/model", "main") == cache / NEW
     assert in_cache("org/model", OLD) == cache / OLD
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/such/directory")
+    assert in_cache("org/model", cache=str(cache.parents[1])) == cache / NEW
 
 
 @pytest.mark.parametrize(
-    ("name", "commit"), [("org/other", None), ("org/model", "c" * 40), ("", None), ("/no/such/directory", None)]
+    ("name", "revision"), [("org/other", None), ("org/model", "c" * 40), ("", None), ("/no/such/directory", None)]
 )
-def test_what_is_not_there_is_an_error(cache, name, commit):
+def test_what_is_not_there_is_an_error(cache, name, revision):
     with pytest.raises(SourceError, match=f"model {name!r} is not in the hub's cache"):
-        in_cache(name, commit)
+        in_cache(name, revision)

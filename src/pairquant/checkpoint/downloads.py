@@ -30,14 +30,14 @@ def download(name: str) -> Path:
         ) from error
 
 
-def in_cache(name: str, commit: str | None = None) -> Path:
-    """Return the directory in the hub's cache with what was downloaded of a model, which may not be all of it.
+def in_cache(name: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """Return the directory in a cache of the hub with what was downloaded of a model, which may not be all of it.
 
-    commit: that of which files are wanted; without one, that of the branch "main" when it was last looked at. Raises
-    `SourceError` if nothing was downloaded of it.
+    revision: the branch, tag or commit that is wanted, by default the branch "main", as it was when it was last looked at;
+    cache: a directory that is used instead of the hub's own. Raises `SourceError` if nothing was downloaded of the model.
     """
     try:
-        return Path(snapshot_download(name, revision=commit, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise SourceError(f"model {name!r} is not in the hub's cache. Download it: `hf download {name}`.") from error
 

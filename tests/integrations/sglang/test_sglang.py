@@ -5,6 +5,7 @@ benchmarks/sglang_families.py runs the engine itself, on a CPU too.
 
 import shutil
 import sys
+from hashlib import sha1
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -51,9 +52,11 @@ def sglang(monkeypatch):
     choices = ["awq"]
     tables = SimpleNamespace(QUANTIZATION_METHODS={}, CPU_QUANTIZATION_METHODS={})
     parallel = SimpleNamespace(pp_size=1)
+    model = SimpleNamespace(model_path="org/model", revision=None, download_dir=None)
+    drafts = SimpleNamespace(speculative_draft_model_revision="drafts")
     names = {
         "distributed.utils": group,
-        "runtime_context": {"get_parallel": lambda: parallel},
+        "runtime_context": {"get_parallel": lambda: parallel, "get_model": lambda: model, "get_spec": lambda: drafts},
         "arg_groups.choices": {"QUANTIZATION_CHOICES": choices, "add_quantization_method_choices": choices.extend},
         "layers.quantization": vars(tables),
         "layers.quantization.base_config": {"LinearMethodBase": object, "QuantizationConfig": object},
@@ -75,7 +78,12 @@ def sglang(monkeypatch):
     for name in ("linear", "config"):
         monkeypatch.delitem(sys.modules, f"{ours}.{name}", raising=False)
     found = SimpleNamespace(config=import_module(f"{ours}.config"), linear=import_module(f"{ours}.linear"))
-    found.parallel, found.choices, found.tables = parallel, choices, sys.modules["sglang.srt.layers.quantization"]
+    found.model, found.parallel, found.choices, found.tables = (
+        model,
+        parallel,
+        choices,
+        sys.modules["sglang.srt.layers.quantization"],
+    )
     yield found
     for name in ("linear", "config"):
         sys.modules.pop(f"{ours}.{name}", None)
@@ -132,46 +140,66 @@ def test_packed_experts_and_embeddings_are_refused(sglang, layer, packed, prefix
     assert config.get_quant_method(layer(), "b.other") is None
 
 
-def read_config(sglang, **model):
-    """What SGLang is handed for a model that Transformers' configuration describes so."""
-    added = {"packed_modules_mapping": {"in_proj": ["x", "y"]}, "hf_config": SimpleNamespace(**model)}
+def read_config(sglang, model):
+    """What SGLang is handed for a directory or hub name."""
+    added = {"packed_modules_mapping": {"in_proj": ["x", "y"]}, "hf_config": SimpleNamespace(name_or_path=str(model))}
     return sglang.config.PairQuantConfig.from_config(CheckpointConfig(SPEC).to_dict() | added)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache, without any model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def downloaded(cache, name, revision):
+    """Where the files of a revision of a model lie in a cache: there are none yet."""
+    home, commit = cache / f"models--{name.replace('/', '--')}", sha1(revision.encode()).hexdigest()
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    (home / "refs" / revision).write_text(commit)
+    (home / "snapshots" / commit).mkdir(parents=True)
+    return home / "snapshots" / commit
+
+
 def test_config_json_and_the_files_of_a_directory_are_read(sglang, tiny_checkpoint):
-    config = read_config(sglang, name_or_path=str(tiny_checkpoint))
+    config = read_config(sglang, tiny_checkpoint)
     assert "model.layers.0.self_attn.q_proj" in config.quantized
     assert "lm_head" not in config.quantized
     assert config.members("a.in_proj") == ["a.x", "a.y"]
 
 
-def test_the_files_of_a_hub_name_are_read_from_the_cache_at_its_commit(sglang, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    home, commit = tmp_path / "models--org--model", "c" * 40
-    shutil.copytree(tiny_checkpoint, home / "snapshots" / commit)
-    (home / "snapshots" / ("d" * 40)).mkdir()  # another commit, of which nothing has been downloaded
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("d" * 40)
-    here = read_config(sglang, name_or_path=str(tiny_checkpoint))
-    assert read_config(sglang, name_or_path="org/model", _commit_hash=commit).quantized == here.quantized
-    with pytest.raises(ConfigError, match=r"'org/model' is neither a directory nor .*--local-dir DIRECTORY"):
-        read_config(sglang, name_or_path="org/model")
+@pytest.mark.parametrize(
+    ("name", "revision", "wanted"),
+    [("org/model", None, "main"), ("org/model", "tag", "tag"), ("org/draft", "tag", "drafts")],
+)
+def test_the_files_of_a_hub_name_are_read_from_the_cache(sglang, cache, tiny_checkpoint, name, revision, wanted):
+    sglang.model.revision = revision
+    for other in {"main", "tag", "drafts"} - {wanted}:
+        downloaded(cache, name, other)
+    with pytest.raises(ConfigError, match=rf"'{name}' is neither a directory nor a hub name .*--local-dir DIRECTORY"):
+        read_config(sglang, name)
+    shutil.copytree(tiny_checkpoint, downloaded(cache, name, wanted), dirs_exist_ok=True)
+    assert read_config(sglang, name).quantized == read_config(sglang, tiny_checkpoint).quantized
+
+
+def test_the_files_are_looked_for_where_sglang_downloads_to(sglang, cache, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, downloaded(tmp_path / "here", "org/model", "main"), dirs_exist_ok=True)
+    sglang.model.download_dir = str(tmp_path / "here")
+    assert read_config(sglang, "org/model").quantized
 
 
 @pytest.mark.parametrize("model", ["org/model", "", "/no/such/directory"])
-def test_a_model_whose_files_are_not_here_is_refused(sglang, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+def test_a_model_whose_files_are_not_here_is_refused(sglang, cache, model):
     with pytest.raises(ConfigError, match=f"model {model!r} is neither a directory"):
-        read_config(sglang, name_or_path=model)
+        read_config(sglang, model)
 
 
-def test_a_hub_name_with_a_missing_file_is_refused(sglang, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    snapshot = tmp_path / "models--org--model" / "snapshots" / ("c" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a.qweight": "model-1.safetensors"}}')
+def test_a_hub_name_with_a_missing_file_is_refused(sglang, cache):
+    index = downloaded(cache, "org/model", "main") / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a.qweight": "model-1.safetensors"}}')
     with pytest.raises(ConfigError, match="whose files are all in the hub's cache"):
-        read_config(sglang, name_or_path="org/model", _commit_hash="c" * 40)
+        read_config(sglang, "org/model")
 
 
 def test_pipeline_stages_are_refused(sglang):

@@ -48,3 +48,12 @@ def pipeline_stages() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().pp_size
+
+
+def place_of_downloads(model: str) -> tuple[str | None, str | None]:
+    """Return the revision of a hub name that SGLang was asked for, and where it keeps what it downloads; None: as usual."""
+    from sglang.srt.runtime_context import get_model, get_spec
+
+    asked = get_model()
+    drafts = model != asked.model_path
+    return get_spec().speculative_draft_model_revision if drafts else asked.revision, asked.download_dir

@@ -12,7 +12,14 @@ from ...checkpoint.headers import StoredTensors
 from ...spec.checkpoint import QUANT_METHOD, CheckpointConfig
 from ...support.errors import CheckpointError, ConfigError, SourceError
 from ..packed_paths import PackedPaths
-from .compat import FusedMoE, LinearBase, QuantizationConfig, VocabParallelEmbedding, pipeline_stages
+from .compat import (
+    FusedMoE,
+    LinearBase,
+    QuantizationConfig,
+    VocabParallelEmbedding,
+    pipeline_stages,
+    place_of_downloads,
+)
 from .linear import PairQuantLinearMethod, PlainLinearMethod
 
 #: What most of SGLang's models merge; few of them say so in their own `packed_modules_mapping`.
@@ -90,14 +97,14 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
 def _stored_tensors(hf_config: Any) -> StoredTensors:
     """Return what the model's files hold. hf_config: Transformers' configuration of the model, which says where it lies.
 
-    A hub name's files are those of the same commit in the hub's cache: SGLang makes its layers before it downloads weights.
-    Raises `ConfigError` if they are not there: config.json alone does not say which layers are plain.
+    A hub name's files are looked for in the hub's cache: SGLang makes its layers before it downloads weights. Raises
+    `ConfigError` if they are not there: config.json alone does not say which layers are plain.
     """
     model = getattr(hf_config, "name_or_path", "")
     if model and Path(model).is_dir():
         return StoredTensors.of_directory(Path(model))
     try:
-        return StoredTensors.of_directory(in_cache(model, getattr(hf_config, "_commit_hash", None)))
+        return StoredTensors.of_directory(in_cache(model, *place_of_downloads(model)))
     except (SourceError, CheckpointError) as error:
         raise ConfigError(
             f"model {model!r} is neither a directory nor a hub name whose files are all in the hub's cache. Download it "
