@@ -33,6 +33,12 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_files_that_the_tree_of_the_house_names_are_there():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    there = {file.name for file in (ROOT / "src" / "pairquant").rglob("*.py")}
+    assert set(re.findall(r"(?<!\*)\b\w+\.py\b", tree)) <= there
+
+
 def test_the_table_of_versions_has_the_oldest_supported_ones_and_those_of_the_results():
     page = (ROOT / "docs" / "serving.md").read_text()
     table = page.partition("## Versions that were run")[2].partition("\n## ")[0]
