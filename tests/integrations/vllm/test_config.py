@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pairquant.kernels.run.decoded_budget import VARIABLES
 from pairquant.spec.checkpoint import CheckpointConfig
 from pairquant.spec.linear import Spec
 from pairquant.support.errors import CheckpointError
@@ -45,6 +46,19 @@ def test_layers_are_quantized_where_the_checkpoint_holds_them_packed():
     for prefix, plain in (("a.qkv_proj", False), ("a.o_proj", False), ("a.down_proj", True)):
         assert isinstance(config.get_quant_method(bare_linear(), prefix), UnquantizedLinearMethod) is plain
     assert config.get_quant_method(torch.nn.Identity(), "a.attn") is None
+
+
+@pytest.mark.parametrize("variable", VARIABLES.values())
+def test_vllms_compiler_hears_what_decides_which_decoded_weights_are_kept(variable, monkeypatch):
+    import vllm.config
+
+    keys = []
+    for value in ("0", "1.5"):
+        monkeypatch.setenv(variable, value)
+        with vllm.config.set_current_vllm_config(whole := vllm.config.VllmConfig()):
+            settings().get_quant_method(bare_linear(), "a.down_proj")
+        keys.append(whole.compute_hash())
+    assert keys[0] != keys[1], "the graphs of one are never taken for those of the other"
 
 
 def test_without_files_the_configuration_says_which_layers_are_plain():

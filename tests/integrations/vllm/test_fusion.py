@@ -114,8 +114,9 @@ def test_what_vllm_itself_does_with_layers_and_norms_decides(monkeypatch, settin
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
     assert compat.may_change_layers() == layers
     assert compat.may_change_norms() == norms
-    compat.tell_compiler("1 norm")
-    assert config.additional_config == {"pairquant": "1 norm"}
+    compat.tell_compiler("fused", "1 norm")
+    compat.tell_compiler("decoded", {"NAME": "2"})
+    assert config.additional_config == {"pairquant": {"fused": "1 norm", "decoded": {"NAME": "2"}}}
 
 
 def test_without_a_configuration_nothing_is_changed():

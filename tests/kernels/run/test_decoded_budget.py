@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from pairquant.kernels.run.decoded_budget import VARIABLES, Budget, budget, limit_of
+from pairquant.kernels.run.decoded_budget import VARIABLES, Budget, budget, limit_of, settings
 from pairquant.support.errors import ConfigError
 
 
@@ -43,3 +43,10 @@ def test_by_default_nothing_is_kept_and_each_type_of_device_has_its_own(device, 
     budget.cache_clear()
     assert [kind for kind in VARIABLES if budget(kind).take(2**30)] == [device]
     budget.cache_clear()
+
+
+def test_the_settings_are_the_texts_of_the_variables(monkeypatch):
+    first, second = VARIABLES.values()
+    monkeypatch.setenv(first, "1.5")
+    monkeypatch.delenv(second, raising=False)
+    assert settings() == {first: "1.5", second: "0"}

@@ -112,11 +112,15 @@ def may_change_norms() -> bool:
     return not any(getattr(passes, name, False) for name in ("fuse_allreduce_rms", "enable_sp"))
 
 
-def tell_compiler(change: str) -> None:
-    """Have vLLM keep the compiled graphs of the model that is being loaded apart from those without this change.
+def tell_compiler(subject: str, change: str | dict[str, str]) -> None:
+    """Have vLLM keep the compiled graphs of the model that is being loaded apart from those with another change of this subject.
 
-    Its cache of graphs knows the model's files and configuration, but not what plugins make of the layers.
+    Its cache of graphs knows the model's files and configuration, but not what plugins make of the layers. Does nothing while
+    no model is loaded, nor where a platform's plugin has put an object of its own in the place of the dict; our kernels run
+    on none of those platforms.
     """
-    from vllm.config import get_current_vllm_config
+    from vllm.config import get_current_vllm_config_or_none
 
-    get_current_vllm_config().additional_config["pairquant"] = change
+    config = get_current_vllm_config_or_none()
+    if config is not None and isinstance(config.additional_config, dict):
+        config.additional_config.setdefault("pairquant", {})[subject] = change

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.run import decoded_budget
 from ...spec.checkpoint import CheckpointConfig
 from ...spec.experts import EXPERT
 from ...spec.linear import Spec
 from ...support.errors import CheckpointError, ConfigError
 from ..packed_paths import PackedPaths
-from .compat import QuantizationConfig, follow_checkpoints, is_embedding, is_experts, is_head, tensor_names
+from .compat import (
+    QuantizationConfig,
+    follow_checkpoints,
+    is_embedding,
+    is_experts,
+    is_head,
+    tell_compiler,
+    tensor_names,
+)
 
 if TYPE_CHECKING:
     from .linear import PairQuantLinearMethod
@@ -88,6 +97,9 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
         from .compat import LinearBase, UnquantizedLinearMethod
 
+        tell_compiler(
+            "decoded", decoded_budget.settings()
+        )  # a decoded weight is one more tensor, or a larger one, in the graph
         if is_head(layer):
             return self._head_method(prefix)
         if is_embedding(layer):

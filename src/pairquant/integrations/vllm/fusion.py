@@ -61,7 +61,7 @@ def fuse(model: nn.Module) -> None:
     for silu, linear in silus:
         run_in_linear(silu, linear)
     if norms or silus:
-        tell_compiler(f"{len(norms)} norms, {len(silus)} activations fused")
+        tell_compiler("fused", f"{len(norms)} norms, {len(silus)} activations")
         LOGGER.info(
             "%d norms and %d activations are computed with the linears that follow them (%s=0: by themselves)",
             len(norms),

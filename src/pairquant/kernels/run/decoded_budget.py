@@ -47,7 +47,12 @@ def budget(device: str) -> Budget:
 
     Raises `ConfigError` if the variable is not a number of at least 0.
     """
-    return Budget(limit_of(VARIABLES[device], os.environ.get(VARIABLES[device], "0")))
+    return Budget(limit_of(VARIABLES[device], settings()[VARIABLES[device]]))
+
+
+def settings() -> dict[str, str]:
+    """Return the text of each of `VARIABLES`, "0" where it is not set: with the same, the same weights of a model are kept."""
+    return {variable: os.environ.get(variable, "0") for variable in VARIABLES.values()}
 
 
 def limit_of(variable: str, text: str) -> int:
