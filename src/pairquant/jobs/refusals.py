@@ -61,7 +61,7 @@ def _require_values(opened: Opened, path: str, name: str, value: Tensor) -> None
         raise SourceError(f"{path}.{name} has {wrong} values that are NaN or infinite: the source is damaged.")
     try:
         if name == "weight":
-            require_representable(value, opened.plan.layouts[path].bits)
+            require_representable(value, opened.plan.layouts[path].spec)
         else:
             require_fp16(value)
     except ConfigError as error:

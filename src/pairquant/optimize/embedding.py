@@ -25,7 +25,7 @@ def quantize_embedding(
     path: str, weight: Tensor, layout: LinearLayout, config: QuantConfig, device: torch.device
 ) -> tuple[PackedLinear, float]:
     """Return the packed rows on the CPU, and their relative error ‖W - Ŵ‖² / ‖W‖². weight: floating [V, C], on the CPU."""
-    factor = power_of_two(*extent(weight), layout.bits)
+    factor = power_of_two(*extent(weight), layout.spec)
     some = weight[:: -(-len(weight) // FITTED_ROWS)].to(device, torch.float32) / factor
     eye = torch.eye(layout.in_features, device=device)
     problem = Problem(some.contiguous(), eye, seed_of(config.seed, path), layout.spec)

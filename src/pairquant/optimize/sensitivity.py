@@ -214,7 +214,7 @@ class Measurement:
         weights, factors = {}, {}
         for path, spec in fitted:
             weight = block.sites[path].weight.float().contiguous()
-            factors[path] = power_of_two(*extent(weight), spec.bits)
+            factors[path] = power_of_two(*extent(weight), spec)
             weights[path] = weight / factors[path]
         problems = [Problem(weights[p], hessians[p], seed_of(config.seed, p), spec) for p, spec in fitted]
         transforms = dict(zip(fitted, fit_transforms(problems, config), strict=True))

@@ -302,7 +302,7 @@ def starts(work: BlockWork) -> list[float]:
         work.ranks.add(sums)
         work.ranks.largest(peak)
         rms = (sums[0] / sums[1].clamp(min=1)).sqrt().item()
-        factors.append(power_of_two(rms, peak.item(), work.layouts[group[0]].bits))
+        factors.append(power_of_two(rms, peak.item(), work.layouts[group[0]].spec))
     return factors
 
 
