@@ -2,7 +2,7 @@
 
 import torch
 
-from pairquant.core.mx import e2m1, e2m1_codes, e2m1_values, exponent, floor_scale, nearest_power, power_of_two
+from pairquant.core.mx import e2m1, e2m1_codes, e2m1_values, exp2, exponent, floor_scale, nearest_power
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 CODES = torch.arange(16, dtype=torch.uint8)
@@ -37,8 +37,8 @@ def test_the_specifications_scale_leaves_the_largest_between_four_and_eight():
 
 def test_powers_of_two_are_exact_and_the_nearest_is_found():
     every = torch.arange(-126, 128, dtype=torch.int32)
-    assert torch.equal(power_of_two(every).double(), 2.0 ** every.double())
-    assert torch.equal(exponent(power_of_two(every) * 1.99), every)
+    assert torch.equal(exp2(every).double(), 2.0 ** every.double())
+    assert torch.equal(exponent(exp2(every) * 1.99), every)
     assert nearest_power(torch.tensor([1.49, 1.51, 2.9, 3.1, -1.0, 0.0, 1e9])).tolist() == [
         1, 2, 2, 4, 2.0**-23, 2.0**-23, 2.0**13,
     ]  # fmt: skip

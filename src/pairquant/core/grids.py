@@ -16,7 +16,7 @@ from torch import Tensor
 from ..spec.linear import PackedLinear
 from ..spec.mx import E2M1_MAX, E8M0_BIAS
 from .grid import MIN_SCALE, affine_parameters, dequantize, quantize
-from .mx import e2m1, e2m1_codes, e2m1_values, exponent, nearest_power, power_of_two
+from .mx import e2m1, e2m1_codes, e2m1_values, exp2, exponent, nearest_power
 from .packing import pack, unpack
 
 
@@ -147,7 +147,7 @@ def stored(x: Tensor) -> Tensor:
 def grid_of(packed: PackedLinear) -> Grid:
     """Return the grid that a packed linear stores."""
     if packed.layout.weights is not None:
-        return MxGrid(power_of_two(unpack(packed["scales"], 8).T.int() - E8M0_BIAS))
+        return MxGrid(exp2(unpack(packed["scales"], 8).T.int() - E8M0_BIAS))
     bits = packed.layout.bits
     return WholeGrid(packed["scales"].T.float(), unpack(packed["qzeros"], bits).T.float(), bits)
 

@@ -11,7 +11,7 @@ from ..spec.mx import E2M1, E2M1_MAX, LEAST_EXPONENT, MOST_EXPONENT
 def e2m1(x: Tensor) -> Tensor:
     """Return the nearest values of E2M1, which are ±0, 0.5, 1, 1.5, 2, 3, 4, 6: half to even, saturating; float32, any shape."""
     x = x.clamp(-E2M1_MAX, E2M1_MAX)
-    step = power_of_two(exponent(x.abs()).clamp(0, 2) - 1)  # 0.5 below 2, 1 below 4, 2 from there on
+    step = exp2(exponent(x.abs()).clamp(0, 2) - 1)  # 0.5 below 2, 1 below 4, 2 from there on
     return (x / step).round() * step
 
 
@@ -34,7 +34,7 @@ def floor_scale(largest: Tensor) -> Tensor:
     largest: float32, any shape. At least 2^-126: of what is smaller float32 has no normal number. The largest element then is
     between 4 and 8 scales, of which 6 is the most that E2M1 has. (Section 6.3)
     """
-    return power_of_two((exponent(largest) - 2).clamp(min=-126))
+    return exp2((exponent(largest) - 2).clamp(min=-126))
 
 
 def nearest_power(x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def nearest_power(x: Tensor) -> Tensor:
     Numbers that are not positive give the smallest.
     """
     x = x.clamp(2.0**LEAST_EXPONENT, 2.0**MOST_EXPONENT)
-    return power_of_two(exponent(x * (4 / 3)))  # the middle between 2^e and 2^(e+1) is 1.5 · 2^e
+    return exp2(exponent(x * (4 / 3)))  # the middle between 2^e and 2^(e+1) is 1.5 · 2^e
 
 
 def exponent(x: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ def exponent(x: Tensor) -> Tensor:
     return (x.view(torch.int32) >> 23) - 127
 
 
-def power_of_two(exponents: Tensor) -> Tensor:
+def exp2(exponents: Tensor) -> Tensor:
     """Return 2^exponents, float32, exactly, for int32 exponents from -126 to 127."""
     return ((exponents + 127) << 23).view(torch.float32)

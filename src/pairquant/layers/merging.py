@@ -84,10 +84,11 @@ class Merged:
                 self.bias = torch.cat(parts)
         self.backend = backend
         for member in self.members:
-            for name in filter(
-                member.layout.fields().__contains__, backend.replaces
-            ):  # an empty tensor keeps the device, where PEFT then puts its adapters
-                member._buffers[name] = getattr(member, name).new_empty(0)
+            fields = member.layout.fields()
+            for name in backend.replaces:
+                if name in fields:  # weights in MXFP4 have no zero points
+                    # an empty tensor keeps the device, where PEFT then puts its adapters
+                    member._buffers[name] = getattr(member, name).new_empty(0)
 
     def stored(self, member: RotatedLinear) -> dict[str, Tensor]:
         """Return the stored tensors that `build` freed in this layer; an empty dict before `build`."""

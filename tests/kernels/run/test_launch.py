@@ -108,6 +108,34 @@ def test_linears_that_run_as_one_need_no_launch_either_if_none_has_a_transform(g
     assert error(launch.linear(x, weights, None, NARROW[0]), want) < bound(packed, x, want, torch.float16)
 
 
+class Recorded:
+    """Stands for a kernel, and notes the options of its launches."""
+
+    def __init__(self):
+        self.options = []
+
+    def __getitem__(self, grid):
+        return lambda *_, **options: self.options.append(options)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_rotation_in_steps_starts_early_but_not_right_after_its_constants_were_written(
+    overlap, generator, monkeypatch
+):
+    _, weights = built(((136,), 256, 64, 2))
+    x = torch.randn(2, 256, generator=generator).to(DEVICE, torch.float16)
+    monkeypatch.setattr(launch, "features", lambda _: {"NATIVE": True, "DEPENDENT": True})
+    monkeypatch.setattr(launch, "givens_kernel", kernel := Recorded())
+    launch.rotate_padded(x, weights.rotation, False, overlap)
+    launch.rotation_blocks(weights.rotation, 256, torch.float16, True)
+    given, identity = kernel.options
+    assert given["launch_pdl"]
+    assert given["TRIGGER"] == overlap
+    assert not identity.get("launch_pdl", False)
+    assert not identity["DEPENDENT"]
+    assert not identity["TRIGGER"]
+
+
 def test_channel_scales_alone_are_a_transform():
     (packed,), weights = built(((136,), 256, 64, 0))
     assert not (packed["channel_scales"] == 1).all()

@@ -77,7 +77,7 @@ def compensate(
             columns,
             rows,
             factor.stride(0),
-            B=_power_of_two(columns),
+            B=_next_power_of_two(columns),
             ROWS=tile,
             FLOATING=floating,
             num_warps=1,
@@ -120,7 +120,7 @@ def descend(
             *k.stride(),
             m.stride(0),
             local.stride(0),
-            G=_power_of_two(columns),
+            G=_next_power_of_two(columns),
             ROWS=tile,
             FLOATING=floating,
             num_warps=1,
@@ -185,10 +185,10 @@ def _unit_columns(x: Tensor) -> Tensor:
 
 def _tile(columns: Tensor) -> int:
     """Return the rows per program for columns [B, N]: many on a CPU, because the interpreter is slow for each program."""
-    return ROWS if columns.is_cuda else min(_power_of_two(columns.shape[1]), 128)
+    return ROWS if columns.is_cuda else min(_next_power_of_two(columns.shape[1]), 128)
 
 
-def _power_of_two(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 

@@ -45,7 +45,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     """Return the smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
 
@@ -71,8 +71,9 @@ def rotate_for(choice: Narrow | Wide, x: Tensor, weights: KernelWeights) -> Tens
 def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: bool, activation: str = "") -> Tensor:
     """Scale and rotate x [M, C] by all T transforms: [T, M, 128 KB] in x's dtype, with zeros beyond C.
 
-    wide: for kernels that read channels in `mma_order`; overlap: whether to start before the kernel before has ended, and let
-    the next one start; activation: of `triton_rotate.load_input`, for x [M, 2 C], or "".
+    wide: for kernels that read channels in `mma_order`; overlap: whether to let the next kernel start before this one has ended,
+    and for the product with the dense R also whether to start before the kernel before has ended, which the rotation in K
+    steps always does; activation: of `triton_rotate.load_input`, for x [M, 2 C], or "".
     """
     width = rotation.coefficients.shape[1] * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
@@ -85,7 +86,7 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
 
 
 #: Up to so many tokens, what is then rounded is rotated in K steps, more by a product with the dense R.
-FEW_TOKENS = 8
+ROUNDED_BY_STEPS = 8
 
 
 def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") 
     out = torch.empty(rotation.transforms, len(x), blocks * 128, dtype=torch.float16, device=x.device)
     peaks = torch.empty(rotation.transforms, len(x), blocks, dtype=torch.float32, device=x.device)
     with current(x.device):
-        if len(x) > FEW_TOKENS and rotation.rotations and rotation.matrix is not None:
+        if len(x) > ROUNDED_BY_STEPS and rotation.rotations and rotation.matrix is not None:
             _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
         else:
             _givens(x, rotation, out, False, activation=activation, peaks=peaks)
@@ -106,11 +107,11 @@ def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") 
 
 
 def overlaps(choice: Narrow | Wide, transforms: int) -> bool:
-    """Tell whether rotation and product may start before their predecessors have ended.
+    """Tell whether the product, and the rotation by the dense R, may start before their predecessors have ended.
 
-    With several transforms they may not: their rotation still keeps many multiprocessors busy when the programs of the
-    product are distributed, so the product is distributed unevenly (18.1 instead of 10.3 us for q, k, v of an 8B model on
-    an H100).
+    The rotation in K steps always does. With several transforms they may not: the rotation still keeps many multiprocessors
+    busy when the programs of the product are distributed, so the product is distributed unevenly (18.1 instead of 10.3 us
+    for q, k, v of an 8B model on an H100).
     """
     return transforms == 1 and (isinstance(choice, Wide) or choice.overlap)
 
@@ -126,7 +127,8 @@ def _givens(
     peaks: Tensor | None = None,
 ) -> None:
     transforms, tokens, width = out.shape
-    rows, early = givens_rows(tokens, x.device), dependent(x.device)
+    # With `identity` it runs as weights are prepared, and would read constants that the kernel before may still be writing.
+    rows, early = givens_rows(tokens, x.device), dependent(x.device, not identity)
     blocks = rotation.coefficients.shape[1]
     givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
         x,
@@ -155,15 +157,15 @@ def _givens(
 def givens_rows(tokens: int, device: torch.device) -> int:
     """Return how many tokens a program rotates in K steps."""
     if not features(device)["NATIVE"]:
-        return power_of_two(min(tokens, 128))  # few programs, as the interpreter is slow for each
+        return next_power_of_two(min(tokens, 128))  # few programs, as the interpreter is slow for each
     return 1 if tokens <= 16 else 4
 
 
 def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype, mma_order: bool) -> Tensor:
     """Compute diag(1/a) R as dense blocks of 128 channels: [T, 128, channels]; the row is the input channel in its block.
 
-    The launch does not overlap with the next kernel, because kernels read the matrix before they wait for their
-    predecessor.
+    The launch overlaps neither with the kernel before, which may write what it reads, nor with the next one, because kernels
+    read the matrix before they wait for their predecessor.
     """
     out = torch.empty(rotation.transforms, 128, channels, dtype=dtype, device=rotation.scales.device)
     _givens(out[0], rotation, out, mma_order, identity=True, overlap=False)
@@ -267,7 +269,7 @@ def product(
                 *after,
                 choice.prefetch,
                 **options,
-                NORM=0 if squares is None else power_of_two(layout.k_blocks),
+                NORM=0 if squares is None else next_power_of_two(layout.k_blocks),
                 WARPS=choice.warps,
                 BM=8 if tokens <= 8 else 16,
                 ONE=tokens == 1,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...support.devices import current
 from . import launch
-from .launch import cdiv, dependent, overlaps, power_of_two
+from .launch import cdiv, dependent, next_power_of_two, overlaps
 from .table import Choice, Narrow
 from .triton_norm import add_norm_kernel, norm_givens_kernel, silu_kernel
 from .weights import KernelWeights
@@ -92,7 +92,7 @@ def add_norm(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Ten
     """Return the norm of h = x + residual, and h, both [M, C] in x's dtype."""
     tokens, channels = x.shape
     normed, h = (torch.empty(tokens, channels, dtype=x.dtype, device=x.device) for _ in range(2))
-    width = power_of_two(channels)
+    width = next_power_of_two(channels)
     with current(x.device):
         add_norm_kernel[(tokens,)](
             x, residual, norm, normed, h, eps, channels, x.stride(0), residual.stride(0),
