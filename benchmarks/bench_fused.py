@@ -24,6 +24,7 @@ from bench_kernels import DEVICE, GROUP, MODELS, ROTATIONS, copies, save
 
 from pairquant.kernels.availability import device_class
 from pairquant.kernels.run import launch, launch_norm
+from pairquant.kernels.run.norm import Norm
 from pairquant.kernels.run.table import choose
 from pairquant.kernels.run.tune import random_weights
 
@@ -53,11 +54,11 @@ def after_norm(tokens: int, sizes: tuple[int, ...], channels: int, weights: list
     tile = choose(device_class(DEVICE), sum(sizes), channels, tokens)
     agree(
         launch.linear(add_norm(x, residual, norm)[0], weights[0], None, tile),
-        launch_norm.norm_linear(x, residual, norm, EPS, weights[0], None, tile)[0],
+        launch_norm.norm_linear(x, residual, Norm(norm, EPS), weights[0], None, tile)[0],
     )
     return {
         "apart": lambda w: launch.linear(add_norm(x, residual, norm)[0], w, None, tile),
-        "fused": lambda w: launch_norm.norm_linear(x, residual, norm, EPS, w, None, tile),
+        "fused": lambda w: launch_norm.norm_linear(x, residual, Norm(norm, EPS), w, None, tile),
     }
 
 

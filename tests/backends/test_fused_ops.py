@@ -60,6 +60,44 @@ def test_an_input_that_does_not_fit_is_named():
     x, residual, norm = inputs(torch.bfloat16)
     rest = (prepared("cpu-int4", torch.bfloat16), None, [48], 32, "cpu-int4")
     with pytest.raises(KernelError, match=r"\[2, 3, 32\], its last dimension must be 64"):
-        fused_ops.norm_linear(x, residual[..., :32], norm, 1e-5, *rest)
+        fused_ops.norm_linear(x[..., :32], residual, norm, 1e-5, *rest)
     with pytest.raises(KernelError, match=r"\[2, 3, 64\], its last dimension must be 128"):
         fused_ops.silu_linear(x, *rest)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"residual": (6, 64)},
+            r"the residual is bfloat16 \[6, 64\] on cpu, it must be as x, bfloat16 \[2, 3, 64\] on cpu",
+        ),
+        ({"residual": (2, 1, 64)}, r"the residual is bfloat16 \[2, 1, 64\]"),
+        ({"residual": torch.float32}, r"the residual is float32 \[2, 3, 64\] on cpu, it must be as x, bfloat16"),
+        ({"norm": (2, 3, 64)}, r"the norm's weight is bfloat16 \[2, 3, 64\] on cpu, for x, .* must have shape \[64\]"),
+        ({"norm": (1,)}, r"the norm's weight is bfloat16 \[1\]"),
+    ],
+    ids=str,
+)
+def test_a_residual_or_norm_that_does_not_fit_is_named(changed, said):
+    x, residual, norm = inputs(torch.bfloat16)
+    given = {"x": x, "residual": residual, "norm": norm}
+    for name, change in changed.items():
+        given[name] = given[name].to(change) if isinstance(change, torch.dtype) else torch.ones(change, dtype=x.dtype)
+    with pytest.raises(KernelError, match=said):
+        fused_ops.norm_linear(
+            **given,
+            eps=1e-5,
+            tensors=prepared("cpu-int4", x.dtype),
+            bias=None,
+            sizes=[48],
+            group_size=32,
+            backend="cpu-int4",
+        )
+
+
+def test_the_norms_weight_may_have_another_dtype_than_x():
+    x, residual, norm = inputs(torch.bfloat16)
+    rest = (prepared("cpu-int4", torch.bfloat16), None, [48], 32, "cpu-int4")
+    y, _ = fused_ops.norm_linear(x, residual, norm.float(), 1e-5, *rest)
+    assert error(y, fused_ops.norm_linear(x, residual, norm, 1e-5, *rest)[0]) < 1e-2

@@ -15,6 +15,7 @@ from pairquant.backends.ops import run
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
 from pairquant.kernels.run.decoded_budget import Budget
+from pairquant.kernels.run.norm import Norm
 from pairquant.kernels.run.table import DECODED_FROM
 from pairquant.kernels.run.weights import KernelWeights
 from pairquant.layers.experts import explain_experts
@@ -194,8 +195,8 @@ def test_what_comes_before_is_computed_as_by_any_backend(packed, tokens, dtype):
     x, residual = torch.randn(2, tokens, 96, generator=generator).to(DEVICE, dtype)
     norm = torch.rand(96, generator=generator).to(DEVICE, dtype)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
-    y, h = BACKEND.compute_after_norm(x, residual, norm, 1e-5, tensors, None, SIZES, 32)
-    want, total = Backend.compute_after_norm(BACKEND, x, residual, norm, 1e-5, tensors, None, SIZES, 32)
+    y, h = BACKEND.compute_after_norm(x, residual, Norm(norm, 1e-5), tensors, None, SIZES, 32)
+    want, total = Backend.compute_after_norm(BACKEND, x, residual, Norm(norm, 1e-5), tensors, None, SIZES, 32)
     assert error(y, want) < bound
     assert error(h, total) < bound
     given = torch.cat([x, residual], -1)
@@ -234,7 +235,7 @@ def test_what_comes_before_multiplies_kept_decoded_weights_too(packed, limit):
     generator = torch.Generator().manual_seed(3)
     x, residual = torch.randn(2, DECODED_FROM, 96, generator=generator).to(DEVICE, torch.bfloat16)
     norm = torch.rand(96, generator=generator).to(DEVICE, torch.bfloat16)
-    y, h = BACKEND.compute_after_norm(x, residual, norm, 1e-5, tensors, None, SIZES, 32)
+    y, h = BACKEND.compute_after_norm(x, residual, Norm(norm, 1e-5), tensors, None, SIZES, 32)
     normed = torch.nn.functional.rms_norm((x + residual).float(), (96,), norm.float(), 1e-5)
     assert error(h, x + residual) < 1e-2
     assert error(y, normed @ dense.float().T) < 1e-2

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.run.norm import Norm
 from ..spec.linear import LinearLayout, PackedLinear
 
 
@@ -78,22 +79,19 @@ class Backend(ABC):
         self,
         x: Tensor,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
+        norm: Norm,
         tensors: Sequence[Tensor],
         bias: Tensor | None,
         sizes: Sequence[int],
         group_size: int,
     ) -> tuple[Tensor, Tensor]:
-        """Run the linears on h / sqrt(mean(h²) + eps) · norm, where h = x + residual: [M, N], and h [M, C].
+        """Run the linears on the norm of h = x + residual: [M, N], and h [M, C].
 
-        x, residual: [M, C] of one dtype; norm: [C], the weight of an RMSNorm (arXiv 1910.07467), whose output has x's dtype.
-        The other arguments are those of `compute`.
+        x, residual: [M, C] of one dtype, which the results and the norm's output have too. The other arguments are those of
+        `compute`.
         """
-        exact = x.float() + residual.float()
-        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-        given = (normed.to(norm.dtype) * norm).to(x.dtype)
-        return self.compute(given, tensors, bias, sizes, group_size), exact.to(x.dtype)
+        normed, h = norm.of_sum(x, residual)
+        return self.compute(normed, tensors, bias, sizes, group_size), h
 
     def compute_after_silu(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int

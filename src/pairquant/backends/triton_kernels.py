@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.availability import device_class, has_float8, triton_missing
 from ..kernels.run import row_scales, table
 from ..kernels.run.decoded_budget import budget
+from ..kernels.run.norm import Norm
 from ..kernels.run.weights import MAX_SEGMENTS, KernelWeights
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
@@ -93,23 +94,22 @@ class TritonKernels(Backend):
         self,
         x: Tensor,
         residual: Tensor,
-        norm: Tensor,
-        eps: float,
+        norm: Norm,
         tensors: Sequence[Tensor],
         bias: Tensor | None,
         sizes: Sequence[int],
         group_size: int,
     ) -> tuple[Tensor, Tensor]:
         if x.dtype == torch.float32:
-            return super().compute_after_norm(x, residual, norm, eps, tensors, bias, sizes, group_size)
+            return super().compute_after_norm(x, residual, norm, tensors, bias, sizes, group_size)
         from ..kernels.run import launch_norm
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
         if (decoded := _decoded_for(x, weights)) is not None:
-            normed, total = launch_norm.add_norm(x, residual, norm, eps)
+            normed, total = launch_norm.add_norm(x, residual, norm)
             return torch.nn.functional.linear(normed, decoded, bias), total
         choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
-        return launch_norm.norm_linear(x, residual, norm, eps, weights, bias, choice)
+        return launch_norm.norm_linear(x, residual, norm, weights, bias, choice)
 
     def compute_after_silu(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int

@@ -9,6 +9,7 @@ from packed import BOUND, DEVICE, GPU, error, random_packed
 
 from pairquant.core.linear import decode
 from pairquant.kernels.run import launch, launch_norm
+from pairquant.kernels.run.norm import Norm
 from pairquant.kernels.run.table import Dense, Narrow, Wide
 from pairquant.kernels.run.weights import KernelWeights
 
@@ -90,14 +91,14 @@ def check_norm_and_linear(shape, tokens, choice, dtype, generator):
     x, residual, norm = inputs(tokens, shape[1], dtype, generator)
     before = x.clone(), residual.clone()
     bias = torch.randn(sum(shape[0]), generator=generator).to(DEVICE, dtype)
-    y, h = launch_norm.norm_linear(x, residual, norm, EPS, weights, bias, choice)
+    y, h = launch_norm.norm_linear(x, residual, Norm(norm, EPS), weights, bias, choice)
     want, limit = limits(packed, normalized(x, residual, norm), dtype)
     assert error(y.double() - bias.double(), want) < limit + 0.004  # of rounding y + bias
     assert torch.equal(h, total(x, residual))
     assert all(map(torch.equal, (x, residual), before)), "others still read these"
     assert weights.arrivals.count_nonzero() == 0
     if GPU:
-        again, _ = launch_norm.norm_linear(x, residual, norm, EPS, weights, bias, choice)
+        again, _ = launch_norm.norm_linear(x, residual, Norm(norm, EPS), weights, bias, choice)
         assert torch.equal(y, again), "not reproducible"
 
 
@@ -108,7 +109,7 @@ def test_in_float16_nothing_overflows_before_it_is_normalized(generator):
     residual, norm = residual * 200, norm * 20
     assert normalized(x, residual, norm).abs().max() < 1000
     assert ((x + residual) * norm).isinf().any()
-    y, _ = launch_norm.norm_linear(x, residual, norm, EPS, weights, None, NARROW)
+    y, _ = launch_norm.norm_linear(x, residual, Norm(norm, EPS), weights, None, NARROW)
     want, limit = limits(packed, normalized(x, residual, norm), torch.float16)
     assert error(y, want) < limit
 
@@ -117,7 +118,7 @@ def test_in_float16_nothing_overflows_before_it_is_normalized(generator):
 @pytest.mark.parametrize("channels", [192, 1500])
 def test_the_norm_alone_is_that_of_vllm(channels, dtype, generator):
     x, residual, norm = inputs(3, channels, dtype, generator)
-    normed, h = launch_norm.add_norm(x, residual, norm, EPS)
+    normed, h = launch_norm.add_norm(x, residual, Norm(norm, EPS))
     exact = x.float() + residual.float()
     scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPS)
     assert torch.equal(h, total(x, residual))
@@ -143,6 +144,6 @@ def test_without_a_transform_the_norm_is_computed_on_the_way(generator):
     weights = KernelWeights.of_tensors(weights.tensors(), (200,), 32)
     x, residual, norm = inputs(3, 160, torch.bfloat16, generator)
     for choice in (NARROW, WIDE):
-        y, _ = launch_norm.norm_linear(x, residual, norm, EPS, weights, None, choice)
+        y, _ = launch_norm.norm_linear(x, residual, Norm(norm, EPS), weights, None, choice)
         want, limit = limits([packed], normalized(x, residual, norm), torch.bfloat16)
         assert error(y, want) < limit

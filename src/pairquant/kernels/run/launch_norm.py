@@ -12,6 +12,7 @@ from torch import Tensor
 from ...support.devices import current
 from . import launch
 from .launch import cdiv, dependent, next_power_of_two, overlaps
+from .norm import Norm
 from .table import Choice, Narrow
 from .triton_norm import add_norm_kernel, norm_givens_kernel, silu_kernel
 from .weights import KernelWeights
@@ -23,20 +24,19 @@ NORM_WIDTH, SILU_WIDTH = 512, 1024
 def norm_linear(
     x: Tensor,
     residual: Tensor,
-    norm: Tensor,
-    eps: float,
+    norm: Norm,
     weights: KernelWeights,
     bias: Tensor | None,
     choice: Choice,
 ) -> tuple[Tensor, Tensor]:
     """Run linears on the norm of h = x + residual; return their output [M, sum of out_features], and h [M, C].
 
-    x, residual: [M, C], both of one 16-bit dtype, which the results have too; norm: [C], the weight of the norm, any dtype.
+    x, residual: [M, C], both of one 16-bit dtype, which the results have too.
     """
     if isinstance(choice, Narrow) and x.dtype == torch.bfloat16:  # float16 may not hold what has not been normalized
-        x_rot, h, squares = rotate_sum(x, residual, norm, eps, weights, overlaps(choice, weights.rotation.transforms))
+        x_rot, h, squares = rotate_sum(x, residual, norm, weights, overlaps(choice, weights.rotation.transforms))
         return launch.product(x_rot, weights, bias, choice, squares), h
-    normed, h = add_norm(x, residual, norm, eps)
+    normed, h = add_norm(x, residual, norm)
     return launch.linear(normed, weights, bias, choice), h
 
 
@@ -50,9 +50,9 @@ def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: 
 
 
 def rotate_sum(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weights: KernelWeights, overlap: bool
+    x: Tensor, residual: Tensor, norm: Norm, weights: KernelWeights, overlap: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate h · w, not yet normalized, by all T transforms; overlap: whether the product may start meanwhile.
+    """Rotate h times the norm's weight, not yet normalized, by all T transforms; overlap: whether the product may start meanwhile.
 
     Returns it for a `Narrow` choice, [T, M, 128 KB]; h [M, C]; and float32 [M, KB], whose sums over KB are mean(h²) + eps.
     """
@@ -66,14 +66,14 @@ def rotate_sum(
         norm_givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
             x,
             residual,
-            norm,
+            norm.weight,
             rotation.coefficients,
             rotation.partners,
             rotation.scales,
             out,
             h,
             squares,
-            eps,
+            norm.eps,
             tokens,
             channels // 32,
             x.stride(0),
@@ -88,14 +88,14 @@ def rotate_sum(
     return out, h, squares
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Return the norm of h = x + residual, and h, both [M, C] in x's dtype."""
     tokens, channels = x.shape
     normed, h = (torch.empty(tokens, channels, dtype=x.dtype, device=x.device) for _ in range(2))
     width = next_power_of_two(channels)
     with current(x.device):
         add_norm_kernel[(tokens,)](
-            x, residual, norm, normed, h, eps, channels, x.stride(0), residual.stride(0),
+            x, residual, norm.weight, normed, h, norm.eps, channels, x.stride(0), residual.stride(0),
             WIDTH=width, num_warps=min(16, max(1, width // NORM_WIDTH)), **dependent(x.device),
         )  # fmt: skip
     return normed, h
