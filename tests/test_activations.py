@@ -102,14 +102,21 @@ def test_evaluations_reports_and_model_cards_name_the_format(made, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text(TEXT.read_text()[:2000])
     found = compare(root / "source", [root / "int8"], [str(text)], seq_len=64, device="cpu")
-    assert [row["evaluation"]["activations"] for row in found["rows"]] == ["16 bits", "int8"]
+    assert [row["evaluation"]["activations"] for row in found["rows"]] == ["not rounded", "int8"]
     results = tmp_path / "found.json"
     results.write_text(json.dumps(found))
     facts = gather([root / "int8"], [results])
     assert [card.value for card in _cards(facts.checkpoints[0]) if card.label == "activations"] == ["int8"]
     table = _comparison_table(facts, [name for name in facts.models if name != "int8"])
     place = table.columns.index("activations")
-    assert [row[place].text for row in table.rows] == ["int8", "16 bits"]
+    assert [row[place].text for row in table.rows] == ["int8", "not rounded"]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    found["rows"][1]["evaluation"]["activations"] = None
+    results.write_text(json.dumps(found))
+    plain = gather([], [results])
+    table = _comparison_table(plain, list(plain.models))
+    assert "activations" not in table.columns
+    assert all(len(row) == len(table.columns) for row in table.rows)
     assert _facts(facts.checkpoints[0].checkpoint)["activations"].startswith("int8: ")
 
 

@@ -7,11 +7,15 @@ import sys
 
 import pytest
 from tiny_models import TEXT, beginning_tokenizer, byte_tokenizer, save_tiny
+from typer.testing import CliRunner
 
 import pairquant
+from pairquant.checkpoint.read import ModelFiles
+from pairquant.cli import app
 from pairquant.evaluation.chains import ChainPlan
 from pairquant.evaluation.reasoning import AnswerPlan
-from pairquant.jobs.evaluate import chain_prompts
+from pairquant.jobs.evaluate import activations, chain_prompts
+from pairquant.jobs.other_formats import quantize_as
 from pairquant.support.errors import ConfigError, PairQuantError, SourceError
 
 
@@ -70,6 +74,23 @@ def test_a_model_alone_has_accuracies_and_nothing_to_compare(directory):
     assert found["answers"]["gsm8k"]["reference"] is found["answers"]["gsm8k"]["paired"] is None
     (text,) = found["texts"].values()
     assert text["kl"] is text["kl_interval"] is text["kl_by_position"] is None
+
+
+def test_of_a_model_that_others_quantized_neither_bits_nor_activations_are_claimed(directory, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    config = pairquant.QuantConfig(group_size=64, recipe=pairquant.PRESETS["rtn"])
+    quantize_as("compressed-tensors", directory / "source", tmp_path / "theirs", config, device="cpu")
+    result = CliRunner().invoke(
+        app,
+        ["eval", str(tmp_path / "theirs"), "--text", str(TEXT), "--seq-len", "32", "--max-tokens", "64", "--device", "cpu",
+         "--json", str(tmp_path / "found.json")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "unknown bits per weight, on" in result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["bits_per_weight"] is found["activations"] is None
+    plain = ModelFiles.find(str(directory / "source"))
+    assert activations(plain) == activations(ModelFiles.find(str(directory / "packed"))) == "not rounded"
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,15 @@ class ModelFiles:
         known = method == "mxfp4" or (method == "fp8" and "weight_block_size" in entries)
         return method if known else None
 
+    @property
+    def quantized_by_others(self) -> bool:
+        """Whether config.json says that the model is quantized, but not by us, nor as published (`published_as`)."""
+        return self.quantization is not None and not self.is_packed and not self.published_as
+
     def require_plain(self) -> None:
         """Refuse a source that is quantized already: its rounding errors would be fitted as if they were weights."""
-        if (entries := self.quantization) is not None and not self.published_as:
+        if self.is_packed or self.quantized_by_others:
+            entries = self.quantization
             method = entries.get("quant_method", "an unknown method") if isinstance(entries, dict) else entries
             raise SourceError(f"{self.name!r} is quantized already ({method}). Quantize the original model instead.")
 
@@ -379,7 +385,7 @@ class Checkpoint:
         return [f"{spec} ({counted(count, 'layer')})" for spec, count in ordered]
 
     def activations(self) -> str:
-        """Return for tables what layers round their inputs to: "int8", "int8, fp8", or "16 bits" where none is rounded."""
+        """Return for tables what layers round their inputs to: "int8", "int8, fp8", or `UNROUNDED`."""
         found = {self.layout(path).activations for path in self.stored.linears()}
         return ", ".join(name for name in FORMATS if name in found) or UNROUNDED
 

@@ -96,6 +96,7 @@ def evaluate(
         console.print(f"[yellow]{escape(notice)}[/]")
     by = f", answers by vLLM {found.versions['vllm']}" if found.engine == "vllm" else ""
     rounds = "" if found.activations in (None, UNROUNDED) else f", {found.activations} activations"
-    console.print(f"{found.bits_per_weight:.2f} bits per weight{rounds}, on {found.device}{by}")
+    bits = "unknown" if found.bits_per_weight is None else f"{found.bits_per_weight:.2f}"
+    console.print(f"{bits} bits per weight{rounds}, on {found.device}{by}")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")

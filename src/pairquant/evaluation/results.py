@@ -76,7 +76,8 @@ class Evaluation(_Stored):
 
     model, reference: as they were named; texts: name → quality; bos: whether windows began with `<bos>`; notices: what a
     user should know of the texts; bits_per_weight: stored bits over weights, of the quantized layers if there are any;
-    activations: the formats that layers round their inputs to, "16 bits" for none, None in files of earlier versions;
+    activations: the formats that layers round their inputs to, "not rounded" for none. Both are None for a model that others
+    quantized, since we do not read how, and activations in files of earlier versions;
     versions: library → version; the rest: None unless it was asked for.
     """
 

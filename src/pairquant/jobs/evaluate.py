@@ -208,7 +208,7 @@ def assess(asked: Assessment, on_part: OnPart | None = None) -> tuple[Evaluation
         bos=bool(asked.prefix),
         notices=list(asked.notices),
         bits_per_weight=bits_per_weight(asked.files, networks["model"]),
-        activations=Checkpoint.open(asked.files).activations() if asked.files.is_packed else UNROUNDED,
+        activations=activations(asked.files),
         engine=asked.engine,
         device=device_name(asked.device),
         versions=_versions(asked),
@@ -263,11 +263,22 @@ def _dtype(device: torch.device) -> str:
     return "float32" if device.type == "cpu" else "auto"
 
 
-def bits_per_weight(files: ModelFiles, network: nn.Module) -> float:
-    """Return the bits per weight: of a packed checkpoint those of its quantized linears, of a plain model its files' size over its parameters."""
-    if files.quantization is not None:
+def bits_per_weight(files: ModelFiles, network: nn.Module) -> float | None:
+    """Return the bits per weight: of a packed checkpoint those of its quantized linears, of a plain model its files' size over
+    its parameters, and None of a model that others quantized, whose parameters are not its weights.
+    """
+    if files.is_packed:
         return Checkpoint.open(files).bits_per_weight()
+    if files.quantized_by_others:
+        return None
     return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
+
+
+def activations(files: ModelFiles) -> str | None:
+    """Return what the layers of a model round their inputs to (`Checkpoint.activations`); None if others quantized it."""
+    if files.is_packed:
+        return Checkpoint.open(files).activations()
+    return None if files.quantized_by_others else UNROUNDED
 
 
 def _check_vocabularies(both: Iterable[ModelFiles]) -> None:

@@ -331,7 +331,7 @@ def _linear_table(linears: list[LinearFacts]) -> Table:
 
 
 def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
-    """Return a row per checkpoint, and per measured model that is none of them."""
+    """Return a row per checkpoint, and per measured model that is none of them; `activations` only where some are rounded."""
     texts = dict.fromkeys(
         (text, m) for e in facts.measured.evaluations for text in e.texts for m in ("kl", "perplexity")
     )
@@ -347,6 +347,9 @@ def _comparison_table(facts: ReportFacts, others: Sequence[str]) -> Table:
         [*cells, *_text_cells(texts, measured), *(_chain_cells(measured) if followed else ())]
         for cells, measured in known
     ]
+    at = columns.index("activations")
+    if all(row[at].text in ("", UNROUNDED) for row in rows):
+        columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
     return Table("Models", columns, rows)
 
 

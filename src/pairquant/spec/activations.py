@@ -13,7 +13,7 @@ from .mx import E2M1_MAX, MX_BLOCK
 #: The largest number that float8_e4m3fn holds.
 E4M3_MAX = 448.0
 #: What tables say of models whose activations are not rounded.
-UNROUNDED = "16 bits"
+UNROUNDED = "not rounded"
 
 
 @dataclass(frozen=True)
