@@ -87,7 +87,7 @@ def test_a_failing_peer_is_a_row_and_the_next_one_runs_and_rows_last(folder, mod
     assert len(measured["gsm8k-test"]["kl_of_windows"]) == 2
     assert measured["chains"]["chains"] == 2
     assert measured["chains"]["kl"] > 0
-    assert [rows[name, 4]["activations"] for name in ("here", "rounded")] == ["16 bits", "int4"]
+    assert [rows[name, 4]["activations"] for name in ("here", "rounded")] == ["not rounded", "int4"]
     assert rows["rounded", 4]["wikitext2-test"]["kl"] > 1.2 * measured["wikitext2-test"]["kl"]
     assert not list(folder.rglob("plain")), "plain models are left behind"
 
@@ -127,7 +127,7 @@ def test_rows_are_read_by_the_report(tmp_path):
     file.write_text(json.dumps(bench_peers.as_comparison(rows)))
     (found,) = read_for_report([file], {}).evaluations
     assert found.name == "fast"
-    assert (found.bits_per_weight, found.activations, found.quantized_in_s) == (4.3, "16 bits", 3.0)
+    assert (found.bits_per_weight, found.activations, found.quantized_in_s) == (4.3, "not rounded", 3.0)
     assert found.texts["wikitext2-test"].kl == pytest.approx(0.2)
 
 

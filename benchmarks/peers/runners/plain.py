@@ -85,7 +85,7 @@ class Outcome:
     bits_per_weight: float
     group_size: int
     others: Mapping[str, Tensor]
-    activations: str = "16 bits"
+    activations: str = "not rounded"
     logits: Tensor | None = None
 
 
