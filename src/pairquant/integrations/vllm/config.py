@@ -97,9 +97,8 @@ class PairQuantConfig(PackedPaths, QuantizationConfig):
         """Ours for packed linears, vLLM's own for all else; raises `CheckpointError` for what we cannot run."""
         from .compat import LinearBase, UnquantizedLinearMethod
 
-        tell_compiler(
-            "decoded", decoded_budget.settings()
-        )  # a decoded weight is one more tensor, or a larger one, in the graph
+        # A decoded weight that is kept is one more tensor of the graph, or a larger one.
+        tell_compiler("decoded", decoded_budget.settings())
         if is_head(layer):
             return self._head_method(prefix)
         if is_embedding(layer):
