@@ -69,22 +69,16 @@ class TritonKernels(Backend):
         from ..kernels.run import launch
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
-        kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
-        if (decoded := _decoded_for(x, weights)) is not None:
-            return torch.nn.functional.linear(x, decoded, bias)
-        if activations is not None:
-            from ..kernels.run import launch_rounded
+        if activations is None:
+            return launch.linear(x, weights, bias, _choice(x, weights))
+        from ..kernels.run import launch_rounded
 
-            if x.dtype == torch.float32:
-                tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
-            by_row = weights.row_scales is not None
-            chosen = table.choose_rounded(
-                kind, rows, channels, tokens, activations, weights.bits, by_row, weights.floating
-            )
-            return launch_rounded.linear(x, weights, bias, chosen, activations)
-        # The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
-        choice = table.DENSE if x.dtype == torch.float32 else table.choose(kind, rows, channels, tokens)
-        return launch.linear(x, weights, bias, choice)
+        kind, rows, channels, tokens = device_class(x.device), sum(sizes), x.shape[1], x.shape[0]
+        if x.dtype == torch.float32:
+            tokens = max(tokens, table.BYTES_FROM)  # those of fewer are of 16 bits
+        by_row = weights.row_scales is not None
+        chosen = table.choose_rounded(kind, rows, channels, tokens, activations, weights.bits, by_row, weights.floating)
+        return launch_rounded.linear(x, weights, bias, chosen, activations)
 
     def fuses(self, before: str, layout: LinearLayout, dtype: torch.dtype) -> bool:
         allowed = (torch.bfloat16,) if before == "norm" else (torch.float16, torch.bfloat16)
@@ -105,11 +99,7 @@ class TritonKernels(Backend):
         from ..kernels.run import launch_norm
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
-        if (decoded := _decoded_for(x, weights)) is not None:
-            normed, total = launch_norm.add_norm(x, residual, norm)
-            return torch.nn.functional.linear(normed, decoded, bias), total
-        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
-        return launch_norm.norm_linear(x, residual, norm, weights, bias, choice)
+        return launch_norm.norm_linear(x, residual, norm, weights, bias, _choice(x, weights))
 
     def compute_after_silu(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int], group_size: int
@@ -119,10 +109,7 @@ class TritonKernels(Backend):
         from ..kernels.run import launch_norm
 
         weights = KernelWeights.of_tensors(tensors, sizes, group_size)
-        if (decoded := _decoded_for(x, weights)) is not None:
-            return torch.nn.functional.linear(launch_norm.silu(x), decoded, bias)
-        choice = table.choose(device_class(x.device), sum(sizes), weights.rotation.channels, x.shape[0])
-        return launch_norm.silu_linear(x, weights, bias, choice)
+        return launch_norm.silu_linear(x, weights, bias, _choice(x, weights))
 
     def input_gradient(self, grad: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], group_size: int) -> Tensor:
         from ..kernels.run.launch import decode
@@ -159,11 +146,17 @@ def _with_decoded(weights: KernelWeights, layout: LinearLayout, dtype: torch.dty
     return replace(weights, decoded=decoded)
 
 
-def _decoded_for(x: Tensor, weights: KernelWeights) -> Tensor | None:
-    """Return the decoded weight that is kept, if it multiplies x: of its dtype, and of many tokens."""
-    decoded = weights.decoded
-    many = x.shape[0] >= table.DECODED_FROM
-    return decoded if decoded is not None and many and decoded.dtype == x.dtype else None
+def _choice(x: Tensor, weights: KernelWeights) -> table.Product:
+    """Return what multiplies x, whose activations are not rounded.
+
+    The kernels multiply in 16 bits. For float32 the weight is decoded, so that no precision is lost.
+    """
+    if x.dtype == torch.float32:
+        return table.DENSE
+    tokens, decoded = x.shape[0], weights.decoded
+    if decoded is not None and decoded.dtype == x.dtype and tokens >= table.DECODED_FROM:
+        return table.Kept()
+    return table.choose(device_class(x.device), sum(weights.out_features), weights.rotation.channels, tokens)
 
 
 def _eight_bits(layout: LinearLayout, device: torch.device) -> bool:

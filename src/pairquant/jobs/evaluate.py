@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoint.read import Checkpoint, ModelFiles
+from ..checkpoint.read import ModelFiles
 from ..engines import choice
 from ..engines.engine import chat_tokens, context_of
 from ..engines.examination import Answered, Examinee, OnTransformers, OnVllm, Questions
@@ -23,7 +23,6 @@ from ..evaluation.reasoning import AnswerPlan
 from ..evaluation.results import AnswerResults, ChainResults, Evaluation, TaskResults
 from ..evaluation.tasks import TaskPlan, Tasks, paired
 from ..models.limits import check_length, check_tokens
-from ..spec.activations import UNROUNDED
 from ..spec.checks import require_choice
 from ..spec.options import BOS_CHOICES
 from ..support.devices import resolve_device
@@ -31,6 +30,7 @@ from ..support.environment import device_name, versions
 from ..support.errors import ConfigError, TextError
 from ..support.text import BUNDLED_TEST, documents
 from ..support.windows import Notice, describe, token_windows, window_prefix
+from .storage import activations, bits_per_weight
 
 #: Told what is coming and how many steps it takes; returns what to call after each.
 OnPart = Callable[[str, int], Callable[[], None]]
@@ -261,24 +261,6 @@ def load(files: ModelFiles, device: torch.device) -> Any:
 def _dtype(device: torch.device) -> str:
     """Return the dtype to compute in, the same for every engine: float32 on a CPU, for exactness, the stored one on a GPU."""
     return "float32" if device.type == "cpu" else "auto"
-
-
-def bits_per_weight(files: ModelFiles, network: nn.Module) -> float | None:
-    """Return the bits per weight: of a packed checkpoint those of its quantized linears, of a plain model its files' size over
-    its parameters, and None of a model that others quantized, whose parameters are not its weights.
-    """
-    if files.is_packed:
-        return Checkpoint.open(files).bits_per_weight()
-    if files.quantized_by_others:
-        return None
-    return files.size_bytes() * 8 / sum(p.numel() for p in network.parameters())
-
-
-def activations(files: ModelFiles) -> str | None:
-    """Return what the layers of a model round their inputs to (`Checkpoint.activations`); None if others quantized it."""
-    if files.is_packed:
-        return Checkpoint.open(files).activations()
-    return None if files.quantized_by_others else UNROUNDED
 
 
 def _check_vocabularies(both: Iterable[ModelFiles]) -> None:

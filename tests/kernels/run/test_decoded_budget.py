@@ -1,6 +1,7 @@
 """The memory that decoded weights may take."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from pairquant.support.errors import ConfigError
 
 
 def test_no_more_is_given_than_there_is_and_freed_tensors_give_theirs_back():
-    found = Budget(100)
+    found = Budget(100, "NAME")
     tensor = torch.empty(60, dtype=torch.uint8)
     assert found.take(tensor.nbytes)
     found.give_back_with(tensor)
-    assert not found.take(41)
+    with pytest.warns(UserWarning, match="NAME holds no more decoded weights: 0.00 of 0.00 GiB"):
+        assert not found.take(41)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert not found.take(41)
     assert found.take(40)
     view = tensor.view(6, 10)
     del tensor, view

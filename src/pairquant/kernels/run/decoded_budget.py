@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import warnings
 import weakref
 from functools import cache
 
@@ -17,19 +18,28 @@ VARIABLES = {"cpu": "PAIRQUANT_CPU_DECODED_GIB", "cuda": "PAIRQUANT_GPU_DECODED_
 
 
 class Budget:
-    """Counts the bytes of decoded weights that exist. limit: how many there may be at a time."""
+    """Counts the bytes of decoded weights that exist. limit: how many there may be at a time; name: of what gives it.
 
-    def __init__(self, limit: int):
-        self.limit, self.taken = limit, 0
+    Warns once when a limit above 0 leaves no more.
+    """
+
+    def __init__(self, limit: int, name: str = "the limit"):
+        self.limit, self.name, self.taken, self.told = limit, name, 0, limit == 0
         self.lock = threading.Lock()
 
     def take(self, nbytes: int) -> bool:
         """Take so many bytes, if they are left; tells whether they were."""
         with self.lock:
-            if self.taken + nbytes > self.limit:
-                return False
-            self.taken += nbytes
-            return True
+            if fits := self.taken + nbytes <= self.limit:
+                self.taken += nbytes
+            first, self.told = not fits and not self.told, self.told or not fits
+        if first:
+            warnings.warn(
+                f"{self.name} holds no more decoded weights: {self.taken / 2**30:.2f} of {self.limit / 2**30:.2f} GiB are taken. "
+                "This layer, and others that follow, keep their codes alone, which is slower for many tokens. Raise it to keep more.",
+                stacklevel=2,
+            )
+        return fits
 
     def give_back_with(self, tensor: Tensor) -> None:
         """Give the bytes of a tensor back when it is freed."""
@@ -47,7 +57,8 @@ def budget(device: str) -> Budget:
 
     Raises `ConfigError` if the variable is not a number of at least 0.
     """
-    return Budget(limit_of(VARIABLES[device], settings()[VARIABLES[device]]))
+    name = VARIABLES[device]
+    return Budget(limit_of(name, settings()[name]), name)
 
 
 def settings() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...support.devices import current
 from .layout import KernelLayout
-from .table import Choice, Dense, Narrow, Wide
+from .table import Dense, Kept, Narrow, Product, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
 from .triton_rotate import dense_rotate_kernel, givens_kernel
@@ -216,11 +216,14 @@ def _dense_rotate(
     )
 
 
-def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Choice) -> Tensor:
+def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Product) -> Tensor:
     """Run the linears on x [M, C]: [M, sum of out_features] in x's dtype.
 
     bias: [sum of out_features] in x's dtype, or None; choice: the kernel and its tiles.
     """
+    if isinstance(choice, Kept):
+        assert weights.decoded is not None, "only kept weights are chosen"
+        return torch.nn.functional.linear(x, weights.decoded, bias)
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)

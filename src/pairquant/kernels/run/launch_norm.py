@@ -13,7 +13,7 @@ from ...support.devices import current
 from . import launch
 from .launch import cdiv, dependent, next_power_of_two, overlaps
 from .norm import Norm
-from .table import Choice, Narrow
+from .table import Narrow, Product
 from .triton_norm import add_norm_kernel, norm_givens_kernel, silu_kernel
 from .weights import KernelWeights
 
@@ -27,7 +27,7 @@ def norm_linear(
     norm: Norm,
     weights: KernelWeights,
     bias: Tensor | None,
-    choice: Choice,
+    choice: Product,
 ) -> tuple[Tensor, Tensor]:
     """Run linears on the norm of h = x + residual; return their output [M, sum of out_features], and h [M, C].
 
@@ -40,7 +40,7 @@ def norm_linear(
     return launch.linear(normed, weights, bias, choice), h
 
 
-def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Choice) -> Tensor:
+def silu_linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Product) -> Tensor:
     """Run linears on silu(gate) · up, where x [M, 2 C] is gate and up side by side: [M, sum of out_features]."""
     if isinstance(choice, Narrow):
         rotation = weights.rotation

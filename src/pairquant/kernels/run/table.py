@@ -57,6 +57,11 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Multiply by the decoded weight, where it is kept (`decoded_budget`)."""
+
+
+@dataclass(frozen=True)
 class Bytes:
     """Tiles of `wide_bytes_kernel`, for activations that were rounded to 8 bits; as `Wide`."""
 
@@ -89,6 +94,8 @@ class RowBytes:
 
 
 Choice = Narrow | Wide | Dense
+#: What multiplies activations that are not rounded.
+Product = Choice | Kept
 #: Of layers whose activations are rounded.
 RoundedChoice = Narrow | Wide | Bytes | WholeBytes | RowBytes
 
