@@ -62,6 +62,7 @@ DOORS = {
     "lm_eval": {"evaluation/tasks.py"},
     "math_verify": {"evaluation/grading.py"},
     "triton": {
+        "kernels/run/start.py",
         "kernels/run/triton_bytes.py",
         "kernels/run/triton_decode.py",
         "kernels/run/triton_experts.py",

@@ -55,7 +55,7 @@ class TritonKernels(Backend):
         return _with_decoded(weights, layout, dtype).tensors()
 
     def channels(self, tensors: Sequence[Tensor], group_size: int) -> int:
-        return KernelWeights.of_tensors(tensors, (), group_size).rotation.channels
+        return KernelWeights.channels(tensors)
 
     def compute(
         self,

@@ -17,6 +17,7 @@ def triton_missing() -> str | None:
     return None
 
 
+@lru_cache
 def device_class(device: torch.device) -> str:
     """Return the name of the device's class in `kernels.run.table`: "sm90" for an H100.
 

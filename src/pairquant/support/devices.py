@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -32,9 +33,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def current(device: torch.device) -> AbstractContextManager:
+_AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which the GPU is the current one, as launching a kernel requires; does nothing for a CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(device)
 
 
 def free_bytes(device: torch.device) -> int:

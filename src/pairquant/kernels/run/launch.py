@@ -12,8 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...support.devices import current
-from .layout import KernelLayout
+from .start import start
 from .table import Dense, Kept, Narrow, Product, Wide
 from .triton_decode import decode_kernel
 from .triton_linear import narrow_kernel, wide_kernel
@@ -77,11 +76,10 @@ def rotate_padded(x: Tensor, rotation: RotationWeights, wide: bool, overlap: boo
     """
     width = rotation.coefficients.shape[1] * 128
     out = torch.empty(rotation.transforms, x.shape[0], width, dtype=x.dtype, device=x.device)
-    with current(x.device):
-        if wide and rotation.rotations and rotation.matrix is not None:
-            _dense_rotate(x, rotation, rotation.matrix, out, overlap, activation)
-        else:
-            _givens(x, rotation, out, wide, overlap=overlap, activation=activation)
+    if wide and rotation.rotations and rotation.matrix is not None:
+        _dense_rotate(x, rotation, rotation.matrix, out, overlap, activation)
+    else:
+        _givens(x, rotation, out, wide, overlap=overlap, activation=activation)
     return out
 
 
@@ -98,11 +96,10 @@ def rotate_relative(x: Tensor, rotation: RotationWeights, activation: str = "") 
     blocks = rotation.coefficients.shape[1]
     out = torch.empty(rotation.transforms, len(x), blocks * 128, dtype=torch.float16, device=x.device)
     peaks = torch.empty(rotation.transforms, len(x), blocks, dtype=torch.float32, device=x.device)
-    with current(x.device):
-        if len(x) > ROUNDED_BY_STEPS and rotation.rotations and rotation.matrix is not None:
-            _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
-        else:
-            _givens(x, rotation, out, False, activation=activation, peaks=peaks)
+    if len(x) > ROUNDED_BY_STEPS and rotation.rotations and rotation.matrix is not None:
+        _dense_rotate(x, rotation, rotation.matrix, out, True, activation, peaks)
+    else:
+        _givens(x, rotation, out, False, activation=activation, peaks=peaks)
     return out, peaks
 
 
@@ -130,17 +127,11 @@ def _givens(
     # With `identity` it runs as weights are prepared, and would read constants that the kernel before may still be writing.
     rows, early = givens_rows(tokens, x.device), dependent(x.device, not identity)
     blocks = rotation.coefficients.shape[1]
-    givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
-        x,
-        rotation.coefficients,
-        rotation.partners,
-        rotation.scales,
-        out,
-        out if peaks is None else peaks,
-        tokens,
-        rotation.channels // 32,
-        x.stride(0),
-        blocks,
+    start(
+        givens_kernel,
+        (blocks, cdiv(tokens, rows), transforms),
+        (x, rotation.coefficients, rotation.partners, rotation.scales, out, out if peaks is None else peaks),
+        (tokens, rotation.channels // 32, x.stride(0), blocks),
         K=rotation.rotations,
         TOKENS=rows,
         PADDED=width % 128 == 0,
@@ -175,11 +166,10 @@ def rotation_blocks(rotation: RotationWeights, channels: int, dtype: torch.dtype
 def with_matrix(weights: KernelWeights) -> KernelWeights:
     """Return the weights with their dense rotation matrix, which rotating many tokens and decoding need."""
     rotation = weights.rotation
-    with current(weights.words.device):
-        if rotation.transforms == 1 and not rotation.rotations and bool((rotation.scales == 1).all()):
-            matrix = torch.empty(1, 128, 0, dtype=torch.float16, device=weights.words.device)
-        else:
-            matrix = rotation_blocks(rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
+    if rotation.transforms == 1 and not rotation.rotations and bool((rotation.scales == 1).all()):
+        matrix = torch.empty(1, 128, 0, dtype=torch.float16, device=weights.words.device)
+    else:
+        matrix = rotation_blocks(rotation, weights.layout.k_blocks * 128, torch.float16, mma_order=True)
     return replace(weights, rotation=replace(rotation, matrix=matrix))
 
 
@@ -196,15 +186,11 @@ def _dense_rotate(
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     blocks = width // 128 * transforms
     tiles = cdiv(cdiv(tokens, rows) * blocks, ROTATE_WAVES * multiprocessors(x.device))
-    dense_rotate_kernel[(width // 128, cdiv(tokens, rows * tiles), transforms)](
-        x,
-        matrix,
-        out,
-        out if peaks is None else peaks,
-        tokens,
-        rotation.channels // 32,
-        x.stride(0),
-        width // 128,
+    start(
+        dense_rotate_kernel,
+        (width // 128, cdiv(tokens, rows * tiles), transforms),
+        (x, matrix, out, out if peaks is None else peaks),
+        (tokens, rotation.channels // 32, x.stride(0), width // 128),
         TOKENS=rows,
         TILES=tiles,
         STAGES=1 if tiles < 4 else 3,
@@ -240,15 +226,8 @@ def product(
     transforms, tokens, _ = x_rot.shape
     device = x_rot.device
     out = torch.empty(tokens, sum(weights.out_features), dtype=x_rot.dtype, device=device)
-    before = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
-    after = (
-        weights.arrivals,
-        tokens,
-        layout.k_blocks,
-        layout.padded_rows // 128,
-        out.shape[1] // 8,
-        *segments(layout),
-    )
+    tensors = (x_rot, weights.words, weights.grid, out if bias is None else bias, out)
+    numbers = (tokens, layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *layout.segments)
     in_stage = (choice.rows, 0, choice.warps) if isinstance(choice, Narrow) else (choice.rows, choice.tokens, 1)
     options = {
         "BN": choice.rows,
@@ -261,30 +240,30 @@ def product(
         "num_warps": choice.warps,
         **dependent(device, overlaps(choice, transforms)),
     }
-    with current(device):
-        if isinstance(choice, Narrow):
-            split = choice.split
-            partial = out if split == 1 else scratch(device, split, tokens, layout.padded_rows)
-            narrow_kernel[(layout.padded_rows // choice.rows, split)](
-                *before,
-                out if squares is None else squares,
-                partial,
-                *after,
-                choice.prefetch,
-                **options,
-                NORM=0 if squares is None else next_power_of_two(layout.k_blocks),
-                WARPS=choice.warps,
-                BM=8 if tokens <= 8 else 16,
-                ONE=tokens == 1,
-                SPLIT=split > 1,
-                EVEN=layout.k_blocks % (choice.warps * split) == 0,
-            )
-        else:
-            tiles = layout.padded_rows // choice.rows * cdiv(tokens, choice.tokens)
-            most = min(multiprocessors(device) * choice.waves, weights.arrivals.numel())
-            programs = min(most, tiles * layout.k_blocks)
-            partial = out if tiles % programs == 0 else scratch(device, programs, 2, choice.rows, choice.tokens)
-            wide_kernel[(programs,)](*before, partial, *after, **options, BM=choice.tokens)
+    if isinstance(choice, Narrow):
+        split = choice.split
+        partial = out if split == 1 else scratch(device, split, tokens, layout.padded_rows)
+        start(
+            narrow_kernel,
+            (layout.padded_rows // choice.rows, split, 1),
+            (*tensors, out if squares is None else squares, partial, weights.arrivals),
+            (*numbers, choice.prefetch),
+            **options,
+            NORM=0 if squares is None else next_power_of_two(layout.k_blocks),
+            WARPS=choice.warps,
+            BM=8 if tokens <= 8 else 16,
+            ONE=tokens == 1,
+            SPLIT=split > 1,
+            EVEN=layout.k_blocks % (choice.warps * split) == 0,
+        )
+    else:
+        tiles = layout.padded_rows // choice.rows * cdiv(tokens, choice.tokens)
+        most = min(multiprocessors(device) * choice.waves, weights.arrivals.numel())
+        programs = min(most, tiles * layout.k_blocks)
+        partial = out if tiles % programs == 0 else scratch(device, programs, 2, choice.rows, choice.tokens)
+        start(
+            wide_kernel, (programs, 1, 1), (*tensors, partial, weights.arrivals), numbers, **options, BM=choice.tokens
+        )
     return out
 
 
@@ -304,14 +283,6 @@ def _shared_memory(device: torch.device) -> int:
         return 232_448
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
-
-
-def segments(layout: KernelLayout) -> tuple[int, ...]:
-    """Return start1 and start2 in tiles of 128 rows, and size0, size1 and size2 in units of 8 rows, for the kernels."""
-    row_tiles = layout.padded_rows // 128
-    starts = (*(start // 128 for start in layout.starts[1:]), row_tiles, row_tiles)[:2]
-    sizes = (*(size // 8 for size in layout.out_features), 0, 0)[:3]
-    return starts + sizes
 
 
 def scratch(device: torch.device, *shape: int) -> Tensor:
@@ -335,8 +306,7 @@ def _matrix(weights: KernelWeights, dtype: torch.dtype) -> Tensor:
     kind = torch.float32 if dtype == torch.float32 else torch.float16
     if kind == torch.float16 and weights.rotation.matrix is not None and not weights.rotation.idle:
         return weights.rotation.matrix
-    with current(weights.words.device):
-        return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
+    return rotation_blocks(weights.rotation, weights.layout.k_blocks * 128, kind, mma_order=True)
 
 
 def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int, out: Tensor) -> None:
@@ -345,36 +315,31 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
     shared = len(matrix) == 1
     rows = 64 if matrix.dtype == torch.float32 else DECODE_ROWS
     tiles = 128 // rows * (DECODE_TILES if shared else 1)
-    with current(out.device):
-        decode_kernel[(layout.k_blocks, cdiv((last - first) * 128 // rows, tiles))](
-            weights.words,
-            weights.grid,
-            matrix,
-            out,
-            first,
-            last,
-            layout.k_blocks,
-            layout.padded_rows // 128,
-            out.shape[1] // 32,
-            *segments(layout),
-            BN=rows,
-            TILES=tiles,
-            GROUPS=layout.groups_per_block,
-            SHARED=shared,
-            BITS=weights.bits,
-            STAGES=DECODE_STAGES,
-            NATIVE=features(out.device)["NATIVE"],
-            num_warps=DECODE_WARPS,
-        )
+    start(
+        decode_kernel,
+        (layout.k_blocks, cdiv((last - first) * 128 // rows, tiles), 1),
+        (weights.words, weights.grid, matrix, out),
+        (first, last, layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 32, *layout.segments),
+        BN=rows,
+        TILES=tiles,
+        GROUPS=layout.groups_per_block,
+        SHARED=shared,
+        BITS=weights.bits,
+        STAGES=DECODE_STAGES,
+        NATIVE=features(out.device)["NATIVE"],
+        num_warps=DECODE_WARPS,
+    )
 
 
 def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
     """Multiply chunk by chunk: decode some rows of the weight into a workspace, then multiply x by them."""
     layout = weights.layout
+    if layout.padded_rows <= choice.rows:
+        return torch.nn.functional.linear(x, decode(weights, x.dtype), bias)
     matrix = _matrix(weights, x.dtype)
     out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
     step = max(1, choice.rows // 128)
-    workspace = torch.empty(min(step * 128, out.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
+    workspace = torch.empty(step * 128, x.shape[1], dtype=x.dtype, device=x.device)
     column = 0
     for first in range(0, layout.padded_rows // 128, step):
         last = min(first + step, layout.padded_rows // 128)

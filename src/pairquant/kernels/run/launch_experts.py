@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...support.devices import current
 from .expert_weights import ExpertWeights
-from .launch import cdiv, dependent, features, rotate_padded, segments, stages_for
+from .launch import cdiv, dependent, features, rotate_padded, stages_for
+from .start import start
 from .triton_experts import assign_kernel, combine_kernel, narrow_experts_kernel, wide_experts_kernel
 
 
@@ -79,8 +79,8 @@ def assign(ids: Tensor, experts: int, tiles: ExpertTiles) -> Assignments:
     owners = torch.empty(most, dtype=torch.int32, device=ids.device)
     members = torch.empty(most * tiles.tokens, dtype=torch.int32, device=ids.device)
     bins = max(2, 1 << experts.bit_length())
-    with current(ids.device):
-        assign_kernel[(experts,)](ids, members, owners, count, experts, most, BINS=bins, BM=tiles.tokens)
+    numbers = (count, experts, most)
+    start(assign_kernel, (experts, 1, 1), (ids, members, owners), numbers, BINS=bins, BM=tiles.tokens)
     return Assignments(ids, owners, members, tiles)
 
 
@@ -106,8 +106,8 @@ def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, a
         x_rot = rotate_padded(x, weights.each.rotation, tiles.wide, True, activation)
     out = torch.empty(given.ids.numel(), sum(layout.out_features), dtype=x.dtype, device=x.device)
     bias = out if weights.bias is None else weights.bias
-    before = (x_rot, weights.each.words, weights.each.grid, bias, out, given.owners, given.members)
-    sizes = (layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *segments(layout))
+    tensors = (x_rot, weights.each.words, weights.each.grid, bias, out, given.owners, given.members)
+    sizes = (layout.k_blocks, layout.padded_rows // 128, out.shape[1] // 8, *layout.segments)
     in_stage = (tiles.rows, tiles.tokens, 1) if tiles.wide else (tiles.rows, 0, tiles.warps)
     options = {
         "BN": tiles.rows,
@@ -119,21 +119,22 @@ def product(x: Tensor, weights: ExpertWeights, given: Assignments, share: int, a
         "num_warps": tiles.warps,
         **dependent(x.device),
     }
-    grid = (layout.padded_rows // tiles.rows, given.owners.numel())
-    arguments = (*before, given.ids.numel(), weights.count, share, *sizes)
-    with current(x.device):
-        if tiles.wide:
-            wide_experts_kernel[grid](*arguments, **options, BM=tiles.tokens)
-        else:
-            narrow_experts_kernel[grid](
-                *arguments,
-                tiles.prefetch,
-                **options,
-                BM=max(8, tiles.tokens),
-                WARPS=tiles.warps,
-                ONE=tiles.tokens == 1,
-                EVEN=layout.k_blocks % tiles.warps == 0,
-            )
+    grid = (layout.padded_rows // tiles.rows, given.owners.numel(), 1)
+    numbers = (given.ids.numel(), weights.count, share, *sizes)
+    if tiles.wide:
+        start(wide_experts_kernel, grid, tensors, numbers, **options, BM=tiles.tokens)
+    else:
+        start(
+            narrow_experts_kernel,
+            grid,
+            tensors,
+            (*numbers, tiles.prefetch),
+            **options,
+            BM=max(8, tiles.tokens),
+            WARPS=tiles.warps,
+            ONE=tiles.tokens == 1,
+            EVEN=layout.k_blocks % tiles.warps == 0,
+        )
     return out
 
 
@@ -141,17 +142,13 @@ def combine(y: Tensor, weights: Tensor, ids: Tensor, experts: int) -> Tensor:
     """Sum the weighted outputs of each token: y [A, N] → [T, N]; weights, ids: [T, k]."""
     (tokens, chosen), columns = ids.shape, 512
     out = torch.empty(tokens, y.shape[1], dtype=y.dtype, device=y.device)
-    with current(y.device):
-        combine_kernel[(tokens, cdiv(y.shape[1], columns))](
-            y,
-            ids,
-            weights,
-            out,
-            experts,
-            chosen,
-            y.shape[1],
-            COLUMNS=columns,
-            num_warps=4,
-            **dependent(y.device),
-        )
+    start(
+        combine_kernel,
+        (tokens, cdiv(y.shape[1], columns), 1),
+        (y, ids, weights, out),
+        (experts, chosen, y.shape[1]),
+        COLUMNS=columns,
+        num_warps=4,
+        **dependent(y.device),
+    )
     return out

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...support.devices import current
 from . import launch
 from .launch import cdiv, dependent, next_power_of_two, overlaps
 from .norm import Norm
+from .start import start
 from .table import Narrow, Product
 from .triton_norm import add_norm_kernel, norm_givens_kernel, silu_kernel
 from .weights import KernelWeights
@@ -62,29 +62,18 @@ def rotate_sum(
     h = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
     squares = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)
     rows, early = launch.givens_rows(tokens, x.device), dependent(x.device)
-    with current(x.device):
-        norm_givens_kernel[(blocks, cdiv(tokens, rows), transforms)](
-            x,
-            residual,
-            norm.weight,
-            rotation.coefficients,
-            rotation.partners,
-            rotation.scales,
-            out,
-            h,
-            squares,
-            norm.eps,
-            tokens,
-            channels // 32,
-            x.stride(0),
-            residual.stride(0),
-            blocks,
-            K=rotation.rotations,
-            TOKENS=rows,
-            TRIGGER=early["DEPENDENT"] and overlap,
-            num_warps=1,
-            **early,
-        )
+    read = (x, residual, norm.weight, rotation.coefficients, rotation.partners, rotation.scales)
+    start(
+        norm_givens_kernel,
+        (blocks, cdiv(tokens, rows), transforms),
+        (*read, out, h, squares),
+        (norm.eps, tokens, channels // 32, x.stride(0), residual.stride(0), blocks),
+        K=rotation.rotations,
+        TOKENS=rows,
+        TRIGGER=early["DEPENDENT"] and overlap,
+        num_warps=1,
+        **early,
+    )
     return out, h, squares
 
 
@@ -93,11 +82,15 @@ def add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     tokens, channels = x.shape
     normed, h = (torch.empty(tokens, channels, dtype=x.dtype, device=x.device) for _ in range(2))
     width = next_power_of_two(channels)
-    with current(x.device):
-        add_norm_kernel[(tokens,)](
-            x, residual, norm.weight, normed, h, norm.eps, channels, x.stride(0), residual.stride(0),
-            WIDTH=width, num_warps=min(16, max(1, width // NORM_WIDTH)), **dependent(x.device),
-        )  # fmt: skip
+    start(
+        add_norm_kernel,
+        (tokens, 1, 1),
+        (x, residual, norm.weight, normed, h),
+        (norm.eps, channels, x.stride(0), residual.stride(0)),
+        WIDTH=width,
+        num_warps=min(16, max(1, width // NORM_WIDTH)),
+        **dependent(x.device),
+    )
     return normed, h
 
 
@@ -105,8 +98,6 @@ def silu(x: Tensor) -> Tensor:
     """Return silu(gate) · up of x [M, 2 C]: [M, C]."""
     tokens, channels = x.shape[0], x.shape[1] // 2
     out = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
-    with current(x.device):
-        silu_kernel[(tokens, cdiv(channels, SILU_WIDTH))](
-            x, out, channels, x.stride(0), WIDTH=SILU_WIDTH, num_warps=4, **dependent(x.device)
-        )
+    grid, options = (tokens, cdiv(channels, SILU_WIDTH), 1), dependent(x.device)
+    start(silu_kernel, grid, (x, out), (channels, x.stride(0)), WIDTH=SILU_WIDTH, num_warps=4, **options)
     return out

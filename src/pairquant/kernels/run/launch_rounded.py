@@ -15,7 +15,8 @@ from ...spec.activations import FORMATS
 from ...support.devices import current
 from ...support.errors import KernelError
 from . import launch
-from .launch import cdiv, dependent, features, multiprocessors, scratch, segments
+from .launch import cdiv, dependent, features, multiprocessors, scratch
+from .start import start
 from .table import Bytes, Narrow, RoundedChoice, RowBytes, WholeBytes, Wide
 from .triton_round import round_kernel
 from .triton_row_bytes import decode_rows_kernel, row_bytes_kernel
@@ -109,7 +110,7 @@ def _wide(given: Rounded, weights: KernelWeights, bias: Tensor | None, choice: B
         layout.k_blocks,
         layout.padded_rows // 128,
         out.shape[1] // 8,
-        *segments(layout),
+        *layout.segments,
         BN=choice.rows,
         BM=choice.tokens,
         STAGES=choice.stages,
@@ -133,7 +134,7 @@ def _whole(given: Rounded, weights: KernelWeights, bias: Tensor | None, choice: 
         layout.k_blocks,
         layout.padded_rows // 128,
         out.shape[1] // 8,
-        *segments(layout),
+        *layout.segments,
         BN=choice.rows,
         HALF=choice.half,
         STAGES=choice.stages,
@@ -165,7 +166,7 @@ def _by_row(given: Rounded, weights: KernelWeights, bias: Tensor | None, choice:
             last,
             layout.k_blocks,
             out.shape[1] // 8,
-            *segments(layout),
+            *layout.segments,
             BN=choice.rows,
             BM=choice.tokens,
             STAGES=choice.stages,
@@ -192,15 +193,11 @@ DECODE_ROWS, DECODE_TILES = 128, 4
 def _decode_rows(weights: KernelWeights, scales: Tensor, first: int, last: int, out: Tensor) -> None:
     """Write the rows of the tiles [first, last), of 128 padded rows, into out [(last - first) · 128, 128 KB], 8-bit."""
     layout = weights.layout
-    decode_rows_kernel[(layout.k_blocks, cdiv((last - first) * 128 // DECODE_ROWS, DECODE_TILES))](
-        weights.words,
-        weights.grid,
-        scales,
-        out,
-        first,
-        last,
-        layout.k_blocks,
-        layout.padded_rows // 128,
+    start(
+        decode_rows_kernel,
+        (layout.k_blocks, cdiv((last - first) * 128 // DECODE_ROWS, DECODE_TILES), 1),
+        (weights.words, weights.grid, scales, out),
+        (first, last, layout.k_blocks, layout.padded_rows // 128),
         BN=DECODE_ROWS,
         TILES=DECODE_TILES,
         GROUPS=layout.groups_per_block,
@@ -236,24 +233,21 @@ def _round(relative: Tensor, peaks: Tensor, out: Tensor, scales: Tensor, activat
     blocks = peaks.shape[2]
     rows = peaks.numel() // blocks
     of_program = ROUND_ROWS if features(out.device)["NATIVE"] else 64  # the interpreter is slow for each program
-    with current(out.device):
-        round_kernel[(cdiv(rows, of_program), cdiv(blocks, ROUND_BLOCKS))](
-            relative,
-            peaks,
-            out,
-            scales,
-            rows,
-            blocks,
-            FLOAT8=activations == "fp8",
-            VALUES=out.dtype not in CODES.values(),
-            MMA_ORDER=mma_order,
-            ROWS=of_program,
-            BLOCKS=ROUND_BLOCKS,
-            ALL_BLOCKS=max(16, 1 << (blocks - 1).bit_length()),
-            NATIVE=features(out.device)["NATIVE"],
-            num_warps=4,
-            **dependent(out.device),
-        )
+    start(
+        round_kernel,
+        (cdiv(rows, of_program), cdiv(blocks, ROUND_BLOCKS), 1),
+        (relative, peaks, out, scales),
+        (rows, blocks),
+        FLOAT8=activations == "fp8",
+        VALUES=out.dtype not in CODES.values(),
+        MMA_ORDER=mma_order,
+        ROWS=of_program,
+        BLOCKS=ROUND_BLOCKS,
+        ALL_BLOCKS=max(16, 1 << (blocks - 1).bit_length()),
+        NATIVE=features(out.device)["NATIVE"],
+        num_warps=4,
+        **dependent(out.device),
+    )
 
 
 def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: RoundedChoice, activations: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 #: The rows of each linear are padded to a multiple of this, the largest row tile, so that no tile has rows of two linears.
 KERNEL_ROWS = 128
@@ -39,11 +40,11 @@ class KernelLayout:
     out_features: tuple[int, ...]
     group_size: int
 
-    @property
+    @cached_property
     def k_blocks(self) -> int:
         return -(-self.in_features // 128)
 
-    @property
+    @cached_property
     def groups_per_block(self) -> int:
         return 128 // self.group_size
 
@@ -56,15 +57,23 @@ class KernelLayout:
         """Round a number of rows up to a multiple of `KERNEL_ROWS`."""
         return -(-rows // KERNEL_ROWS) * KERNEL_ROWS
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """The first padded row of each linear."""
         ends = list(itertools.accumulate(self.padded(rows) for rows in self.out_features))
         return (0, *ends[:-1])
 
-    @property
+    @cached_property
     def padded_rows(self) -> int:
         return sum(self.padded(rows) for rows in self.out_features)
+
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """start1 and start2 in tiles of 128 rows, and size0, size1 and size2 in units of 8 rows, for the kernels."""
+        row_tiles = self.padded_rows // 128
+        starts = (*(start // 128 for start in self.starts[1:]), row_tiles, row_tiles)[:2]
+        sizes = (*(size // 8 for size in self.out_features), 0, 0)[:3]
+        return starts + sizes
 
     def real_rows(self, start: int, end: int) -> int:
         """Count the rows in [start, end), in padded rows, that are not padding."""

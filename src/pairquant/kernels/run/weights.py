@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class KernelWeights:
     @property
     def layout(self) -> KernelLayout:
         group_size = MX_BLOCK if self.floating else self.rotation.group_size
-        return KernelLayout(self.rotation.channels, self.out_features, group_size)
+        return _layout(self.rotation.channels, self.out_features, group_size)
 
     @property
     def floating(self) -> bool:
@@ -145,6 +146,11 @@ class KernelWeights:
         optional = [tensor for tensor in (r.matrix, self.row_scales, self.decoded) if tensor is not None]
         return [self.words, self.grid, self.arrivals, r.coefficients, r.partners, r.scales, *optional]
 
+    @staticmethod
+    def channels(tensors: Sequence[Tensor]) -> int:
+        """Return C of the weights whose `tensors()` is this list."""
+        return tensors[5].shape[-1]
+
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], out_features: Sequence[int], group_size: int) -> KernelWeights:
         """Return the weights whose `tensors()` is this list."""
@@ -152,6 +158,12 @@ class KernelWeights:
         rotation = RotationWeights(coefficients, partners, scales, group_size, *optional[:1])
         rest = {("row_scales" if tensor.ndim == 1 else "decoded"): tensor for tensor in optional[1:]}
         return cls(words, grid, arrivals, rotation, tuple(out_features), **rest)
+
+
+@lru_cache
+def _layout(channels: int, out_features: tuple[int, ...], group_size: int) -> KernelLayout:
+    """Return the layout, the same object for equal arguments, as what it computes takes longer than finding it."""
+    return KernelLayout(channels, out_features, group_size)
 
 
 #: Rows repacked at a time. With 16384 input channels, the temporary tensors then take about 150 MB at most at 4 bits, which are
