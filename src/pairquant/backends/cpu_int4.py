@@ -13,6 +13,7 @@ from ..kernels.run.decoded_budget import budget
 from ..spec.fields import short
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
+from .operators import fake, operator
 
 
 class CpuInt4(Backend):
@@ -121,7 +122,7 @@ def _runs(linears: Sequence[PackedLinear]) -> list[list[PackedLinear]]:
     return runs
 
 
-@torch.library.custom_op("pairquant::cpu_weights", mutates_args=())
+@operator("cpu_weights")
 def cpu_weights(stored: list[Tensor], layout: list[int], keep_decoded: bool) -> list[Tensor]:
     """Prepare a 4-bit linear for the CPU and return `CpuWeights.tensors()`.
 
@@ -131,7 +132,7 @@ def cpu_weights(stored: list[Tensor], layout: list[int], keep_decoded: bool) -> 
     return cpu.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))), keep_decoded).tensors()
 
 
-@cpu_weights.register_fake
+@fake("cpu_weights")
 def _(stored, layout, keep_decoded):
     known = LinearLayout.of_numbers(layout)
     groups, g = known.num_groups, known.group_size

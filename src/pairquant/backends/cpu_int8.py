@@ -12,6 +12,7 @@ from ..kernels.run import cpu_int8, row_scales
 from ..kernels.run.cpu_int8 import Int8Weights
 from ..spec.linear import LinearLayout, PackedLinear
 from .cpu_int4 import CpuInt4, as_one
+from .operators import fake, operator
 
 
 class CpuInt8(CpuInt4):
@@ -58,14 +59,14 @@ class CpuInt8(CpuInt4):
         return super().input_gradient(grad, Int8Weights.of_tensors(list(tensors)).int4.tensors(), sizes, group_size)
 
 
-@torch.library.custom_op("pairquant::cpu_int8_weights", mutates_args=())
+@operator("cpu_int8_weights")
 def cpu_int8_weights(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
     """Prepare a 4-bit linear and return `Int8Weights.tensors()`; for the arguments see `cpu_int4.cpu_weights`."""
     known = LinearLayout.of_numbers(layout)
     return Int8Weights.build(PackedLinear(known, dict(zip(known.fields(), stored, strict=True)))).tensors()
 
 
-@cpu_int8_weights.register_fake
+@fake("cpu_int8_weights")
 def _(stored, layout):
     known = LinearLayout.of_numbers(layout)
     groups, g = known.num_groups, known.group_size

@@ -17,6 +17,7 @@ from ..core.linear import decode, rotated_weight, transform_of
 from ..core.rotation import rotate_dense
 from ..spec.linear import LinearLayout, PackedLinear
 from .base import Backend
+from .operators import fake, operator
 
 
 class Dense(Backend):
@@ -79,7 +80,7 @@ def decoded(linear: PackedLinear) -> Tensor:
     return torch.ops.pairquant.decode([linear[name] for name in layout.fields()], layout.numbers())
 
 
-@torch.library.custom_op("pairquant::decode", mutates_args=())
+@operator("decode")
 def decode_op(stored: list[Tensor], layout: list[int]) -> Tensor:
     """Decode the weight, float32 [N, C].
 
@@ -89,13 +90,13 @@ def decode_op(stored: list[Tensor], layout: list[int]) -> Tensor:
     return decode(PackedLinear(known, dict(zip(known.fields(), stored, strict=True))))
 
 
-@decode_op.register_fake
+@fake("decode")
 def _(stored, layout):
     known = LinearLayout.of_numbers(layout)
     return stored[0].new_empty(known.out_features, known.in_features, dtype=torch.float32)
 
 
-@torch.library.custom_op("pairquant::decode_rotated", mutates_args=())
+@operator("decode_rotated")
 def decode_rotated_op(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
     """Decode the weight but leave it in the rotated basis, float32 [N, C]; also return the matrix of `turned`, float32.
 
@@ -108,7 +109,7 @@ def decode_rotated_op(stored: list[Tensor], layout: list[int]) -> list[Tensor]:
     return [rotated_weight(packed), factors * transform.matrix if known.rotations else factors]
 
 
-@decode_rotated_op.register_fake
+@fake("decode_rotated")
 def _(stored, layout):
     known = LinearLayout.of_numbers(layout)
     g = known.group_size

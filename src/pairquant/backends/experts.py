@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels.run.expert_weights import ExpertWeights
 from ..spec.fields import short
 from ..spec.linear import LinearLayout, PackedLinear
+from .operators import fake, operator
 from .triton_kernels import TritonKernels
 
 #: Activations between gate and up that are computed together with the rotation after them; "" is none.
@@ -124,14 +125,14 @@ def _combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
     return launch_experts.combine(y, weights.contiguous(), ids, experts)
 
 
-assign_experts = torch.library.custom_op("pairquant::assign_experts", _assign, mutates_args=())
-experts_linear = torch.library.custom_op("pairquant::experts_linear", _linear, mutates_args=())
-combine_experts = torch.library.custom_op("pairquant::combine_experts", _combine, mutates_args=())
+assign_experts = operator("assign_experts")(_assign)
+experts_linear = operator("experts_linear")(_linear)
+combine_experts = operator("combine_experts")(_combine)
 FUNCTIONS = (_assign, _linear, _combine)
 OPERATORS = (assign_experts, experts_linear, combine_experts)
 
 
-@assign_experts.register_fake
+@fake("assign_experts")
 def _(ids, experts):
     from ..kernels.run import launch_experts
 
@@ -142,11 +143,11 @@ def _(ids, experts):
     return [ids.new_empty(n, dtype=torch.int32) for n in (most, most * tiles.tokens)]
 
 
-@experts_linear.register_fake
+@fake("experts_linear")
 def _(x, ids, given, tensors, sizes, group_size, activations, activation):
     return x.new_empty(ids.numel(), sum(sizes))
 
 
-@combine_experts.register_fake
+@fake("combine_experts")
 def _(y, ids, weights, experts):
     return y.new_empty(ids.shape[0], y.shape[1])

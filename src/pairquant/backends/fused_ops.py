@@ -13,11 +13,12 @@ from torch import Tensor
 from ..kernels.run.norm import Norm
 from ..spec.fields import short
 from ..support.errors import KernelError
+from .operators import fake, operator
 from .ops import rows_of
 from .table import BY_NAME
 
 
-@torch.library.custom_op("pairquant::norm_linear", mutates_args=())
+@operator("norm_linear")
 def norm_linear(
     x: Tensor,
     residual: Tensor,
@@ -61,12 +62,12 @@ def _described(tensor: Tensor) -> str:
     return f"{short(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
 
 
-@norm_linear.register_fake
+@fake("norm_linear")
 def _(x, residual, norm, eps, tensors, bias, sizes, group_size, backend):
     return x.new_empty(*x.shape[:-1], sum(sizes)), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("pairquant::silu_linear", mutates_args=())
+@operator("silu_linear")
 def silu_linear(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, sizes: list[int], group_size: int, backend: str
 ) -> Tensor:
@@ -82,6 +83,6 @@ def silu_linear(
     return y.view(*x.shape[:-1], sum(sizes))
 
 
-@silu_linear.register_fake
+@fake("silu_linear")
 def _(x, tensors, bias, sizes, group_size, backend):
     return x.new_empty(*x.shape[:-1], sum(sizes))

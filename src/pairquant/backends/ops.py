@@ -16,6 +16,7 @@ from torch import Tensor
 from ..spec.fields import short
 from ..support.errors import KernelError
 from .base import Backend
+from .operators import fake, operator
 from .table import BY_NAME
 
 
@@ -41,7 +42,19 @@ def run(
     return backend.compute(x, tensors, bias if bias is None else bias.to(x.dtype), sizes, group_size, activations)
 
 
-@torch.library.custom_op("pairquant::rotated_linear", mutates_args=())
+def _save_for_backward(ctx, inputs, output):
+    x, tensors, bias, sizes, group_size, backend, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options, ctx.has_bias = (sizes, group_size, backend, x.shape[-1]), bias is not None
+
+
+def _backward(ctx, grad):
+    grad_x = torch.ops.pairquant.rotated_linear_backward(grad, list(ctx.saved_tensors), *ctx.options)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None, None
+
+
+@operator("rotated_linear", _backward, _save_for_backward)
 def rotated_linear(
     x: Tensor,
     tensors: list[Tensor],
@@ -59,12 +72,12 @@ def rotated_linear(
     return _compute(x, tensors, bias, sizes, group_size, BY_NAME[backend], activations)
 
 
-@rotated_linear.register_fake
+@fake("rotated_linear")
 def _(x, tensors, bias, sizes, group_size, backend, activations):
     return x.new_empty(*x.shape[:-1], sum(sizes))
 
 
-@torch.library.custom_op("pairquant::rotated_linear_backward", mutates_args=())
+@operator("rotated_linear_backward")
 def rotated_linear_backward(
     grad: Tensor, tensors: list[Tensor], sizes: list[int], group_size: int, backend: str, channels: int
 ) -> Tensor:
@@ -73,24 +86,9 @@ def rotated_linear_backward(
     return BY_NAME[backend].input_gradient(rows, tensors, sizes, group_size).view(*grad.shape[:-1], channels)
 
 
-@rotated_linear_backward.register_fake
+@fake("rotated_linear_backward")
 def _(grad, tensors, sizes, group_size, backend, channels):
     return grad.new_empty(*grad.shape[:-1], channels)
-
-
-def _save_for_backward(ctx, inputs, output):
-    x, tensors, bias, sizes, group_size, backend, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options, ctx.has_bias = (sizes, group_size, backend, x.shape[-1]), bias is not None
-
-
-def _backward(ctx, grad):
-    grad_x = torch.ops.pairquant.rotated_linear_backward(grad, list(ctx.saved_tensors), *ctx.options)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None, None, None, None
-
-
-rotated_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _needs_operator(x: Tensor, bias: Tensor | None) -> bool:

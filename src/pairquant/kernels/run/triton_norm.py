@@ -111,7 +111,7 @@ def silu_kernel(x_ptr, out_ptr, channels, x_stride, WIDTH: tl.constexpr, DEPENDE
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     real = c < channels
     if DEPENDENT:
+        # It never lets the rotation start early: that, and then the product, would be spread unevenly over the multiprocessors.
         tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
     y = load_input(x_ptr, t * x_stride, c, real, channels, "silu")
     tl.store(out_ptr + t * channels + c, y.to(out_ptr.dtype.element_ty), mask=real)
