@@ -132,7 +132,7 @@ def test_every_kind_of_recipe_and_a_last_training_round_to_it(source, tmp_path, 
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for path in checkpoint.stored.linears():
         weight = original.get_parameter(f"{path}.weight").detach()
-        assert error(decode(checkpoint.packed(path)), weight) < 0.3
+        assert error(decode(checkpoint.packed(path)), weight) < 0.4  # other weights than the original's are 1.4 away
     assert (preset == "paper") == any(
         "with mxfp4 weights this preset fits one linear" in text for text in heard.notices
     )
