@@ -66,14 +66,21 @@ def test_a_network_bends_each_of_its_numbers_by_its_own_factor(layer, kind):
     torch.testing.assert_close(found, expected @ module.correction_outer.T, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_brings_blocks_nearer_to_the_original(kind, monkeypatch):
-    model, strategy = tiny_model(), Compensating(kind, 4, 0.03)
+def walked(strategy, monkeypatch, refit):
+    """A tiny model quantized to 2 bits with this strategy, and the plan."""
+    model = tiny_model()
     tokens = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(1))
-    config = QuantConfig(bits=2, group_size=32, recipe=Recipe(steps=5, refit=Refit(epochs=3, batch=4)))
+    config = QuantConfig(bits=2, group_size=32, recipe=Recipe(steps=5, refit=refit))
     plan, blocks = plan_model(model, config)
     monkeypatch.setattr(walking, "strategy_for", lambda _: strategy)
     list(Walk(model, blocks, plan, config, torch.device("cpu"), tokens).run())
+    return blocks, plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_brings_blocks_nearer_to_the_original(kind, monkeypatch):
+    strategy = Compensating(kind, 4, 0.03)
+    blocks, plan = walked(strategy, monkeypatch, Refit(epochs=3, batch=4))
     assert all(last < first for first, last in strategy.losses)
     assert len(strategy.error_left) == len(plan.layouts)
     assert all(0 < left < 1 for left in strategy.error_left)
@@ -81,6 +88,15 @@ def test_training_brings_blocks_nearer_to_the_original(kind, monkeypatch):
     bends = [parameter for name, parameter in found.items() if name.endswith("correction_bend")]
     assert len(bends) == (7 if KINDS[kind] else 0)
     assert all(bend.abs().min() > 0 for bend in bends), "each number of a network has learned"
+
+
+def test_without_a_training_the_closed_form_stays(monkeypatch):
+    strategy = Compensating("svd", 4, 0.03)
+    blocks, plan = walked(strategy, monkeypatch, None)
+    assert strategy.losses == []
+    assert len(strategy.error_left) == len(plan.layouts)
+    found = dict(blocks[1].module.named_parameters())
+    assert sum(name.endswith("correction_outer") and parameter.any().item() for name, parameter in found.items()) == 7
 
 
 def test_added_bits_count_every_stored_number():
