@@ -1,88 +1,74 @@
-"""Low-rank compensation of what rounding loses, against smaller groups and more bits, at equal size.
+"""Low-rank and learned compensation of what rounding loses, against smaller groups, more rotations and more bits, at equal size.
 
-    python benchmarks/bench_compensation.py MODEL --output FILE [--cases bits:rank:group …] [--preset quick] [--samples 32]
-        [--seq-len 512] [--windows 10] [--device auto]
+    python benchmarks/bench_compensation.py MODEL --output FILE [--cases OPTIONS[+KIND:RANK] …] [--preset best] [--samples 64]
+        [--seq-len 1024] [--windows 80] [--blocks N] [--rate 0.03] [--device auto]
 
-A correction of rank r is the best there is under the second moments H = L Lᵀ of a linear's inputs: of the residual E = W - Ŵ
-the product E L is cut to its r largest singular values, and L⁻¹ takes it back. Both factors are in fp16. Later blocks are
-fitted on the corrected ones. One JSON line a case; bits_per_weight counts everything stored, the factors included.
+A case is options of `QuantConfig`, or settings of its recipe (see recipes.py), and what is added to each linear: kind and rank, as
+corrections.py says: `bits=3`, `bits=3,group_size=32`, `bits=3+svd:16`, `bits=3+silu:16`. Later blocks are fitted on the corrected
+ones. One JSON line a case; bits_per_weight counts everything stored, added_bits is the correction's part of it;
+error_left is the share of a linear's squared error that the closed form leaves, block_losses are those of all blocks
+together, before and after the training.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
+from corrections import KINDS, Compensating, added_bits
 from experiment import Experiment, parser_of
-from torch import Tensor
+from recipes import config_from
+from setting import SETTING
 
-from pairquant.core.linear import decode
-from pairquant.core.rounding import proxy_error
-from pairquant.optimize.strategies import BlockWork, Rounding
-
-DAMPING = 0.01
+from pairquant.spec.options import QuantConfig
 
 
-def correction(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:
-    """The best approximation of rank `rank` of the residual [N, C] under H [C, C], with factors in fp16."""
-    damped = hessian.double()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    lower = torch.linalg.cholesky(damped)
-    whitened = residual.double() @ lower
-    left, right = largest(whitened, rank)
-    right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
-    return left.half().float() @ right.half().float()
+def correction_in(text: str) -> tuple[str, int]:
+    """Kind and rank: "silu:16"."""
+    kind, _, rank = text.partition(":")
+    if kind not in KINDS or not rank.isdecimal() or not int(rank):
+        raise SystemExit(f"correction {text!r} is none of {', '.join(KINDS)} with a rank after it, such as silu:16")
+    return kind, int(rank)
 
 
-def largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U √S [N, rank] and √S Vᵀ [rank, C] of the largest singular values of a float64 matrix [N, C].
-
-    From the eigenvectors of the smaller Gram matrix: a GPU takes seconds for a singular value decomposition.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        right, left = largest(matrix.T, rank)
-        return left.T, right.T
-    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
-    rows = u.T @ matrix
-    s = rows.norm(dim=1)
-    return u * s.sqrt(), rows / s.sqrt()[:, None]
-
-
-class Compensating(Rounding):
-    """`Rounding`, then a low-rank correction of every linear."""
-
-    def __init__(self, rank: int):
-        self.rank, self.left = rank, []
-
-    def quantize(self, work: BlockWork) -> None:
-        packed, hessians = self.rounded(work), work.hessians
-        for path, linear in packed.items():
-            site = work.block.sites[path]
-            original, rounded = site.weight.float().clone(), decode(linear)
-            better = rounded + correction(original - rounded, hessians[path], self.rank) if self.rank else rounded
-            errors = [proxy_error(original, w, hessians[path]) for w in (rounded, better)]
-            self.left.append(errors[1] / max(errors[0], 1e-30))
-            site.put(better)
-        work.packed, work.errors = packed, dict.fromkeys(packed, 0.0)
+def run(experiment: Experiment, case: str, config: QuantConfig, correction: tuple[str, int] | None) -> None:
+    """Quantize, measure, and add the row to the file."""
+    options = experiment.options
+    strategy = Compensating(*correction, options.rate) if correction else None
+    model, plan, seconds = experiment.quantized(config, experiment.tokens, strategy, options.blocks)
+    sizes = [(layout.out_features, layout.in_features) for layout in plan.layouts.values()]
+    added = added_bits(*correction, sizes) if correction else 0.0
+    facts = {
+        "case": case, "bits": config.bits, "group_size": config.group_size, "rotations": config.rotations,
+        "bits_per_weight": round(plan.bits_per_weight + added, 4), "added_bits": round(added, 4), "blocks": options.blocks,
+    }  # fmt: skip
+    if strategy is not None:
+        sums = [sum(losses) for losses in zip(*strategy.losses, strict=True)]
+        facts |= {
+            "kind": strategy.kind, "rank": strategy.rank, "rate": strategy.rate,
+            "error_left": round(sum(strategy.error_left) / len(strategy.error_left), 4),
+            "block_losses": [round(loss, 5) for loss in sums],
+        }  # fmt: skip
+    experiment.note(facts, model, seconds)
 
 
 def main() -> None:
-    parser = parser_of(__doc__, samples=32, windows=10)
-    cases = ["3:0:64", "3:8:64", "3:16:64", "3:0:32", "4:0:64", "4:8:64", "5:0:64"]
+    parser = parser_of(__doc__, samples=64, windows=80)
+    parser.set_defaults(preset="best", seq_len=1024)
+    cases = ["bits=3", "bits=3,group_size=32", "bits=3,rotations=16"]
+    cases += [f"bits=3+{kind}:16" for kind in KINDS]
     parser.add_argument("--cases", nargs="+", default=cases)
-    experiment = Experiment.of(parser.parse_args())
-    for case in experiment.options.cases:
-        bits, rank, group = map(int, case.split(":"))
-        strategy = Compensating(rank)
-        config = replace(experiment.config, bits=bits, group_size=group)
-        model, plan, seconds = experiment.quantized(config, experiment.tokens, strategy)
-        sizes = [(layout.out_features, layout.in_features) for layout in plan.layouts.values()]
-        extra = sum(16 * rank * (n + c) for n, c in sizes) / sum(n * c for n, c in sizes)
-        facts = {
-            "bits": bits, "rank": rank, "group_size": group, "bits_per_weight": round(plan.bits_per_weight + extra, 4),
-            "error_left": round(sum(strategy.left) / len(strategy.left), 4),
-        }  # fmt: skip
-        experiment.note(facts, model, seconds)
+    parser.add_argument("--blocks", type=int, help="quantize only so many blocks, to try things out")
+    parser.add_argument("--rate", type=float, default=0.03, help="of learning, for corrections")
+    options = parser.parse_args()
+    setting = {**SETTING, "samples": options.samples, "seq_len": options.seq_len}
+    work = []
+    for case in options.cases:
+        changes, plus, correction = case.partition("+")
+        config = config_from(f"{options.preset}:{changes}", **setting)
+        work.append((case, config, correction_in(correction) if plus else None))
+        if plus and config.recipe.refit is None and not correction.startswith("svd"):
+            parser.error(f"{correction} is trained with the block, which preset {options.preset} does not do. Use best")
+    experiment = Experiment.of(options)
+    for each in work:
+        run(experiment, *each)
 
 
 if __name__ == "__main__":

@@ -66,15 +66,18 @@ class Experiment:
         return cls(options, device, original, tokenizer, texts, config, calibration_tokens(tokenizer, config))
 
     def quantized(
-        self, config: QuantConfig, tokens: Tensor, strategy: Rounding | None = None
+        self, config: QuantConfig, tokens: Tensor, strategy: Rounding | None = None, first: int | None = None
     ) -> tuple[torch.nn.Module, Plan, float]:
-        """The model quantized on these windows, its plan, and the seconds it took; strategy: in place of the recipe's."""
+        """The model quantized on these windows, its plan, and the seconds it took.
+
+        strategy: in place of the recipe's; first: quantize only so many blocks.
+        """
         model, start = copy.deepcopy(self.original), time.perf_counter()
         plan, blocks = plan_model(model, config)
         usual = walking.strategy_for
         walking.strategy_for = usual if strategy is None else lambda _: strategy
         try:
-            for _ in Walk(model, blocks, plan, config, self.device, tokens).run():
+            for _ in Walk(model, blocks[:first], plan, config, self.device, tokens).run():
                 pass
         finally:
             walking.strategy_for = usual

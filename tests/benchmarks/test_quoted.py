@@ -42,6 +42,11 @@ def recipe(name: str) -> Callable[[dict[str, Any]], bool]:
     return lambda row: row["recipe"] == name
 
 
+def corrected(case: str) -> Callable[[dict[str, Any]], bool]:
+    """Of the corrections of what rounding loses."""
+    return lambda row: row["case"] == case
+
+
 def trained(start: str, model: str, rate: float) -> Callable[[dict[str, Any]], bool]:
     """Of the long training as a whole."""
     return lambda row: (
@@ -96,6 +101,15 @@ QUOTES = [
     }.items()),
     *(Quote(QUANTIZING, begins, "quality-h200.jsonl", recipe(f"fast:bits={bits}"), TEXTS) for bits, begins in
       ((5, "| 5.62 |"), (6, "| 6.64 |"), (8, "| 8.67 |"))),
+    *(Quote(QUANTIZING, begins, "compensation-h200.jsonl", corrected(case), (BITS, *TEXTS)) for begins, case in (
+        ("| 3 bits, nothing added |", "bits=3"),
+        ("| 3 bits in groups of 32, nothing added |", "bits=3,group_size=32"),
+        ("| 3 bits and a low-rank product in closed form |", "bits=3+svd:16"),
+        ("| 3 bits and a trained low-rank product |", "bits=3+linear:16"),
+        ("| 3 bits and a trained network with SiLU |", "bits=3+silu:16"),
+    )),
+    Quote(QUANTIZING, "| 4 bits without rotations, nothing added |", TRAINED,
+          lambda row: (row["start"], row["end_to_end"]) == ("best:rotations=0", None), (BITS, *TEXTS)),
     Quote(README, "| 0.5B, held out | **PairQuant `best`** |", HELD_OUT, "best", tuple("012")),
     Quote(README, "| | **PairQuant `fast`** |", HELD_OUT, "fast", tuple("012")),
     Quote(README, "| | ParoQuant 0.1.16, the original's code |", HELD_OUT, "ParoQuant, its own code", tuple("012")),

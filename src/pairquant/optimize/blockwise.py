@@ -116,11 +116,17 @@ def refit_block(
 
     The block keeps its weights but for the norms', with values that `kept_as`, the dtype of the checkpoint, can hold.
     """
-    block, refit = task.block, task.config.recipe.refit or Refit()
-    block.module.requires_grad_(False).eval()
+    block, recipe = task.block, task.config.recipe
     device = next(block.module.parameters()).device
-    stage = RefitStage(block, task.groups, dict(packed), task.config.recipe, refit, kept_as, device)
-    fit(stage, 3, task, refit.training)
+    return refit(RefitStage(block, task.groups, dict(packed), recipe, recipe.refit or Refit(), kept_as, device), task)
+
+
+@torch.no_grad()
+def refit(stage: RefitStage, task: BlockTask) -> dict[str, PackedLinear]:
+    """Train a stage by `recipe.refit`, give the block the trained norm weights, and return the packed linears."""
+    block, rates = task.block, task.config.recipe.refit or Refit()
+    block.module.requires_grad_(False).eval()
+    fit(stage, 3, task, rates.training)
     for name, norm in stage.norms.items():
         parameter = block.module.get_parameter(name.removeprefix(f"{block.path}."))
         parameter.copy_(stage.as_kept(norm))
