@@ -315,6 +315,8 @@ class QuantConfig:
         """
         entries = asdict(replace(self, plan=None))
         entries["plan"] = None if self.plan is None else self.plan.form()
+        if self.head_bits is None:
+            del entries["recipe"]["head"]  # added later as well, and of no effect
         usual = {field.name: field.default for field in fields(self)}
         return {k: v for k, v in entries.items() if k not in ADDED_LATER or getattr(self, k) != usual[k]}
 

@@ -104,6 +104,36 @@ class EndToEnd(Refit):
         require_whole("fresh", self.fresh, 0, 1000)
 
 
+@dataclass(frozen=True)
+class HeadTraining:
+    """A training of the quantized output embedding on the original's output, the divergence KL(original ‖ quantized) itself.
+
+    Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens. `scale_rate` is
+    the learning rate of the logarithms of group scales, `code_rate` that of the weights between the steps of their grid, in
+    steps: codes move where these cross the middle between two. The rates decay along a cosine to `final_rate` times their
+    first value. The result is kept if it is better on windows that are not trained on, an eighth of the text.
+
+    Raises `ConfigError` for values that are not allowed.
+    """
+
+    steps: int = 200
+    batch: int = 1024
+    scale_rate: float = 1e-3
+    code_rate: float = 1e-2
+    final_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_whole("steps", self.steps, 0, 1_000_000)
+        require_whole("batch", self.batch, 1, 1_000_000)
+        for name in ("scale_rate", "code_rate", "final_rate"):
+            require_between(name, getattr(self, name), 0, 1000)
+
+    @property
+    def training(self) -> Training:
+        """How the optimizer goes: the same decay, and no weight decay."""
+        return Training(final_rate=self.final_rate, weight_decay=0.0)
+
+
 #: Settings as records and commands of earlier versions call them → their names now.
 EARLIER_NAMES = {"transform": "fits_transform"}
 
@@ -118,6 +148,7 @@ class Recipe:
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
     refit: train the scales, angles and norm weights of the rounded block a little more.
     end_to_end: when all blocks are rounded, train the same in all of them at once, on the original model's output.
+    head: train the output embedding, if it is quantized, on the original model's output.
     steps, learning_rate, final_rate: AdamW on the quadratic proxy; the rate decays along a cosine to `final_rate` times its
     first value.
     rounding: "nearest" or "gptq".
@@ -136,6 +167,7 @@ class Recipe:
     training: Training | None = None
     refit: Refit | None = None
     end_to_end: EndToEnd | None = None
+    head: HeadTraining | None = None
     steps: int = 150
     learning_rate: float = 0.05
     final_rate: float = 0.05
@@ -186,7 +218,7 @@ class Recipe:
 
         Raises `ConfigError` for settings that a recipe does not have, and for values that are not allowed.
         """
-        kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd}
+        kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd, "head": HeadTraining}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
         given = {EARLIER_NAMES.get(name, name): value for name, value in given.items()}
         try:
@@ -199,8 +231,8 @@ class Recipe:
 #: things out, is "fast" with a sixth of the steps, less refinement and without the original model's activations. "gptq" and
 #: "rtn" (round to nearest) use no transform; they are baselines to compare with.
 PRESETS: dict[str, Recipe] = {
-    "fast": Recipe(),
-    "best": Recipe(refit=Refit()),
+    "fast": Recipe(head=HeadTraining()),
+    "best": Recipe(refit=Refit(), head=HeadTraining()),
     "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
     "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
     "gptq": Recipe(fits_transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
@@ -221,7 +253,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
-        if isinstance(value, (Training, Refit)):
+        if isinstance(value, (Training, Refit, HeadTraining)):
             found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
         elif value is not None:
             found[name] = value
