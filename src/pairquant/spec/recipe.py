@@ -110,7 +110,9 @@ class HeadTraining:
 
     Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens. `scale_rate` is
     the learning rate of the logarithms of group scales, `code_rate` that of the weights between the steps of their grid, in
-    steps: codes move where these cross the middle between two. The rates decay along a cosine to `final_rate` times their
+    steps: codes move where these cross the middle between two. AdamW would go as far for tokens that hardly occur, whose
+    gradients are noise, as for frequent ones: `floor` is added to its estimate of a gradient's size, as a multiple of the root
+    mean square of the first step's gradients, so that smaller ones go less far. The rates decay along a cosine to `final_rate` times their
     first value. The result is kept if it is better on windows that are not trained on, an eighth of the text.
 
     Raises `ConfigError` for values that are not allowed.
@@ -120,18 +122,19 @@ class HeadTraining:
     batch: int = 1024
     scale_rate: float = 1e-3
     code_rate: float = 1e-2
+    floor: float = 1.0
     final_rate: float = 0.05
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps, 0, 1_000_000)
         require_whole("batch", self.batch, 1, 1_000_000)
-        for name in ("scale_rate", "code_rate", "final_rate"):
+        for name in ("scale_rate", "code_rate", "floor", "final_rate"):
             require_between(name, getattr(self, name), 0, 1000)
 
     @property
     def training(self) -> Training:
-        """How the optimizer goes: the same decay, and no weight decay."""
-        return Training(final_rate=self.final_rate, weight_decay=0.0)
+        """How the optimizer goes: the same decay, this floor, and no weight decay."""
+        return Training(final_rate=self.final_rate, eps=self.floor, weight_decay=0.0)
 
 
 #: Settings as records and commands of earlier versions call them → their names now.
