@@ -16,6 +16,7 @@ from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .end_to_end import MEASURED_TOGETHER
+from .head import CHUNK_NUMBERS
 from .noise import CORRECTED
 from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
@@ -30,6 +31,9 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 TRAINED_COPIES = 10
 #: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
 REFITTED_COPIES = 7
+#: The same for the training of the output embedding: where each weight lies between the steps, its gradient, AdamW's moments,
+#: the weight that these stand for, and its steps. Of the logits of a few tokens it holds as many as a training of the whole.
+HEAD_COPIES = 6
 #: Copies of all group scales in float32 that a training of the whole model holds: at the start, trained, gradients, AdamW's
 #: moments, the best; and of a window's logits (SmolLM2, 64 windows of 1024 tokens, an H100: 3.0 GB predicted, 2.8 taken).
 SCALE_COPIES, LOGIT_COPIES = 6, 8
@@ -139,7 +143,8 @@ def _block_bytes(
     if config.transform_per_expert:  # gate and up of every expert lie beside each other until all transforms are found
         fitting += weights * 4
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
-    batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
+    text = tokens.numel() if tokens is not None else 0
+    batch = min(MICRO_BATCH_TOKENS, text)
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     if block.head:  # its outputs are not computed
         read = sizes[0][1]
@@ -147,11 +152,16 @@ def _block_bytes(
     if config.all_experts:
         activations += _one_expert_bytes(experts, batch, itemsize)
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
-    if block.head:
-        copies = 0
     trained = weights * 4 * copies
+    if block.head:
+        trained = _head_training_bytes(weights, text * read * itemsize) if text and config.recipe.head else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _head_training_bytes(weights: int, states: int) -> int:
+    """Predict what the training of an output embedding takes. states: bytes of a stream, of which it makes one piece."""
+    return weights * 4 * HEAD_COPIES + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states
 
 
 def _fitted_together(block: Block) -> int:

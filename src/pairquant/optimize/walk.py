@@ -186,10 +186,7 @@ class Walk:
         return Rounding() if streams is None else HeadStrategy(partial(self._head_text, streams), self.notice)
 
     def _head_text(self, streams: Streams) -> HeadText:
-        """Return what the output embedding reads, which the streams need no longer hold."""
-        states = torch.cat(streams.quantized)
-        originals = states if streams.original is None else torch.cat(streams.original)
-        return HeadText(states, originals, self._after_head)
+        return HeadText(*streams.whole(), self._after_head)
 
     @contextmanager
     def _after_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
