@@ -1,42 +1,41 @@
-"""The output embedding: rounded like any linear, then trained on what it is for, the probabilities of the next token.
+"""The output embedding, fitted to what it is for: the probabilities of the next token.
 
-With X the states that the quantized blocks hand over and X₀ those of the original model, both of which no longer change, the
-training minimises over the tokens of the text the mean of
+With h the states that the quantized blocks hand over and h₀ those of the original model, both of which no longer change, the
+mean over the tokens of the text of
 
-    KL(softmax(f(W x₀)) ‖ softmax(f(Ŵ x))),
+    KL(softmax(f(W h₀)) ‖ softmax(f(Ŵ h)))
 
-where f is what the model does to its logits (Gemma 2 caps them). Its gradient by the logits y = Ŵ x is p̂ - p where f changes
-nothing. The transform is final, so that all of this happens in the rotated basis: Ŵ = k · s there, and what is trained is
-the scale s of each group and, between the whole steps, the place that is rounded to k (straight-through).
+is minimised twice, f being what the model does to its logits (Gemma 2 caps them). Before rounding, over a matrix A with
+Ŵ = W (I + A): what the blocks lost is corrected by the few numbers that all tokens share. After rounding, over what is
+continuous in Ŵ: group scales, channel scales and angles. Each result is kept if it is better on windows held out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.grid import MIN_SCALE
-from ..core.grids import WholeGrid, grid_of, stored
-from ..core.linear import assemble, transform_of
-from ..core.packing import unpack
-from ..core.rotation import rotate_dense
 from ..models.sites import Site
-from ..spec.linear import PackedLinear
 from ..spec.recipe import HeadTraining
-from .descent import Descent
+from .descent import Descent, leaves_of, pass_on
+from .drift import drift_matrix
 from .ranks import Ranks
 from .search import fast_products
+from .stages import RefitStage
 from .strategies import BlockWork, Rounding
 
 #: Logits held at a time, as numbers: 64 MiB in float32; some eight tensors of this size are alive at once.
 CHUNK_NUMBERS = 2**24
 #: One of so many windows is not trained on: these tell whether the training helped.
 HELD_OUT = 8
+
+Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,127 +48,138 @@ class HeadText:
 
     states: Tensor
     originals: Tensor
-    finish: Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
+    finish: Callable[[], AbstractContextManager[Logits]]
 
 
 class HeadStrategy(Rounding):
-    """`Rounding`, then the training of the recipe, if there is one."""
+    """`Rounding`, with a target and scales that are trained by the recipe's `head`."""
 
-    def __init__(self, text: Callable[[], HeadText], notice: Callable[[str], None]):
-        """text: makes what is trained on, called only where something is trained; notice: is told what that brought."""
-        self.text, self.notice = text, notice
+    def __init__(self, text: HeadText, how: HeadTraining, notice: Callable[[str], None]):
+        """notice: is told what the training brought."""
+        self.text, self.how, self.notice = text, how, notice
+        self.told: list[str] = []
 
     def quantize(self, work: BlockWork) -> None:
-        packed, how = self.rounded(work), work.config.recipe.head
-        for path, linear in packed.items() if how is not None and how.steps else ():
-            fit = HeadFit(self.text(), work.block.sites[path], how or HeadTraining(), work.ranks, work.device)
-            packed[path], before, after = fit.run(linear, work.config.seed)
-            self.notice(
-                f"{path} was trained on the output of the original model: divergence {before:.4f} before, {after:.4f} after, "
-                f"on windows held out{'' if after < before else '. It is left as it was'}"
-            )
-        work.settle(packed, trained=False)
+        if not work.groups:
+            return
+        packed = self.rounded(work)
+        ((path, site),) = ((path, work.block.sites[path]) for path in packed)
+        recipe, refit = work.config.recipe, self.how.refit
+        stage = RefitStage(work.block, work.groups, packed, recipe, refit, work.kept_as, work.device)
+        better = self._fit(work, "after rounding", Rounded(stage, site))
+        self.notice(f"{path}: divergence from the original model on windows held out, {'; '.join(self.told)}")
+        work.settle(stage.packed() if better else packed, trained=False)
+
+    def targets(self, work: BlockWork) -> dict[str, Tensor]:
+        (path,) = work.paths
+        moments = next(m for m in work.moments if path in m.readers)
+        if moments.cross is None or not work.config.recipe.drift:
+            return super().targets(work)
+        start = work.config.recipe.drift * drift_matrix(moments)
+        size = (moments.hessian.diagonal() / max(1, moments.tokens)).sqrt().clamp(min=1e-12)
+        correction = Correction(start, size, work.block.sites[path], self.how)
+        if not self._fit(work, "before rounding", correction):
+            return super().targets(work)
+        rows = work.rows(path).float()
+        return {path: rows + rows @ correction.matrix().detach()}
+
+    def _fit(self, work: BlockWork, when: str, student: Student) -> bool:
+        """Train; return whether that helped."""
+        (path,) = work.paths
+        fit = HeadFit(self.text, work.block.sites[path], self.how, work.ranks, work.device)
+        before, after = fit.run(student, work.config.seed)
+        self.told.append(f"{when} {before:.4f}, trained {after:.4f}{'' if after < before else ', which is not used'}")
+        return after < before
 
 
-class TrainedHead:
-    """A quantized output embedding in its rotated basis. places: float32 [N, G, g], log_scale: [N, G], the change of log s."""
+class Student(Protocol):
+    """Something trained in place of the output embedding. trained: float32 leaf tensors, with their learning rates."""
 
-    def __init__(self, packed: PackedLinear, how: HeadTraining):
-        grid, bits = grid_of(packed), packed.layout.bits
-        assert isinstance(grid, WholeGrid), "embeddings are stored as whole numbers"
-        self.start, self.grid, self.transform = packed, grid, transform_of(packed)
-        self.places = grid.steps(unpack(packed["qweight"], bits).T.contiguous()).view(*grid.scale.shape, -1)
-        self.log_scale = torch.zeros_like(grid.scale)
-        self.lowest = grid.lowest[..., None]
-        self.trained = [(self.log_scale, how.scale_rate)]
-        self.trained += [(self.places, how.code_rate)] if how.code_rate else []
+    trained: list[tuple[Tensor, float]]
 
-    @property
-    def scale(self) -> Tensor:
-        """The scales as they are stored, [N, G]."""
-        return stored((self.grid.scale * self.log_scale.exp()).clamp(min=MIN_SCALE))
+    def logits(self) -> AbstractContextManager[Logits]:
+        """Open the function from states, float32 [n, C], to logits, [n, N]; where gradients are enabled they gather until it closes."""
 
-    def steps(self) -> Tensor:
-        """Return k of every weight, [N, G, g]."""
-        return self.places.round().clamp_(self.lowest, self.lowest + self.grid.span)
 
-    def weight(self) -> Tensor:
-        """Return k s, [N, C]."""
-        return self.steps().mul_(self.scale[..., None]).flatten(1)
+class Correction:
+    """The weight W (I + A), not rounded. change: A in units of the channels' sizes, which is trained.
 
-    def logits(self, states: Tensor, weight: Tensor) -> Tensor:
-        """states: in the rotated basis, [n, C] → [n, N]."""
-        bias = self.start.bias
-        return F.linear(states, weight, None if bias is None else bias.float())
+    start: A to begin with, float32 [C, C], its rows of the channels of W; size: root mean square of each channel of the
+    states, [C].
+    """
 
-    def turned(self, states: Tensor) -> Tensor:
-        """Return states [n, C] in the rotated basis, float32."""
-        return rotate_dense(states.float() * self.transform.inverse_scales, self.transform.matrix)
+    def __init__(self, start: Tensor, size: Tensor, site: Site, how: HeadTraining):
+        self.weight, self.bias = site.weight.float(), bias_of(site)
+        self.units = size[:, None] / size
+        self.change = start / self.units
+        self.trained = [(self.change, how.correction_rate / len(size))]
 
-    def gather(self, slope: Tensor) -> None:
-        """Set the gradients of what is trained from that of `weight`, [N, C], which is overwritten.
+    def matrix(self) -> Tensor:
+        """Return A, [C, C]."""
+        return self.change * self.units
 
-        A place outside the grid has none that leads farther out: `keep_within` puts it back after each step.
-        """
-        slope = slope.view(self.places.shape)
-        self.log_scale.grad = (slope * self.steps()).sum(-1).mul_(self.scale)
-        self.places.grad = slope.mul_(self.scale[..., None])
+    @contextmanager
+    def logits(self) -> Iterator[Logits]:
+        yield lambda x: F.linear(x + F.linear(x, self.matrix()), self.weight, self.bias)
 
-    def keep_within(self) -> None:
-        """Put places that left the grid on its ends."""
-        self.places.clamp_(self.lowest, self.lowest + self.grid.span)
 
-    def packed(self) -> PackedLinear:
-        """Return it as it is stored."""
-        codes = self.grid.codes_of(self.steps(), self.lowest).flatten(1)
-        bias = self.start.bias
-        return assemble(self.start.layout, self.transform, codes, replace(self.grid, scale=self.scale), bias)
+class Rounded:
+    """The quantized weight, its codes fixed."""
+
+    def __init__(self, stage: RefitStage, site: Site):
+        self.stage, self.site, self.trained = stage, site, stage.trained
+
+    @contextmanager
+    def logits(self) -> Iterator[Logits]:
+        weights = self.stage.weights()
+        leaves = leaves_of(weights)
+        weight = self.site.taken(leaves[self.site.parameter])
+        yield lambda x: F.linear(x, weight, bias_of(self.site))
+        if torch.is_grad_enabled():
+            pass_on(weights, leaves)
 
 
 class HeadFit:
-    """The training of one output embedding."""
+    """Trains what stands for an output embedding."""
 
     def __init__(self, text: HeadText, site: Site, how: HeadTraining, ranks: Ranks, device: torch.device):
         self.text, self.how, self.ranks, self.device = text, how, ranks, device
-        self.weight = site.weight.float()
-        self.bias = None if site.bias is None else site.bias.float()
+        self.weight, self.bias = site.weight.float(), bias_of(site)
 
-    def run(self, packed: PackedLinear, seed: int) -> tuple[PackedLinear, float, float]:
-        """Return the trained one and the mean divergence on windows held out, before and after.
+    def run(self, student: Student, seed: int) -> tuple[float, float]:
+        """Train; return the mean divergence on windows held out, before and after. seed: of the order of the tokens."""
+        windows = torch.arange(len(self.text.states))
+        held = windows % HELD_OUT == 0 if len(windows) > 1 else torch.zeros(1, dtype=torch.bool)
+        judge = self._tokens(windows[held] if len(windows) > 1 else windows)
+        with self.text.finish() as finish, fast_products(self.device):
+            before = self._divergence(student, judge, finish)
+            self._descend(student, self._tokens(windows[~held]), finish, torch.Generator().manual_seed(seed))
+            return before, self._divergence(student, judge, finish)
 
-        If that is not lower, the one that was given is returned. seed: of the order of the tokens.
+    def _descend(self, student: Student, tokens: Tensor, finish: Logits, generator: torch.Generator) -> None:
+        """Train on the tokens at these places, int64 [n].
+
+        Gradients are divided by their root mean square in the first step, in which the floor of the recipe is counted.
         """
-        head = TrainedHead(packed.to(self.device), self.how)
-        train, judge = _parted(len(self.text.states))
-        with self.text.finish() as self.finish, fast_products(self.device):
-            before = self._divergence(head, judge)
-            self._descend(head, train, torch.Generator().manual_seed(seed))
-            after = self._divergence(head, judge)
-        return head.packed() if after < before else packed, before, after
-
-    def _descend(self, head: TrainedHead, windows: Tensor, generator: torch.Generator) -> None:
-        """Train on the tokens of some windows, int64 [n]."""
-        descent = Descent(head.trained, self.how.training, self.how.steps)
-        per_step = max(1, self.how.batch // self.ranks.size)
+        descent = Descent(student.trained, self.how.training, self.how.steps)
         units: list[Tensor] = []
-        for tokens in self._drawn(self._tokens(windows), per_step, generator):
-            slope = torch.zeros_like(self.weight)
-            self._divergences(head, tokens, slope)
-            head.gather(slope.div_(len(tokens)))
+        for some in self._drawn(tokens, max(1, self.how.batch // self.ranks.size), generator):
+            with torch.enable_grad(), student.logits() as logits:
+                for divergence in self._divergences(logits, some, finish):
+                    (divergence / len(some)).backward()
             self.ranks.average(descent.gradients)
             units = units or [gradient.square().mean().sqrt().clamp(min=1e-30) for gradient in descent.gradients]
             for gradient, unit in zip(descent.gradients, units, strict=True):
                 gradient.div_(unit)
             descent.step()
-            head.keep_within()
         descent.end(descent.values())
 
-    def _drawn(self, places: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def _drawn(self, tokens: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield `count` of the places, int64 [n], for each step: all in a random order, again and again."""
-        waiting = places[:0]
+        waiting = tokens[:0]
         for _ in range(self.how.steps):
             while len(waiting) < count:
-                waiting = torch.cat([waiting, places[torch.randperm(len(places), generator=generator)]])
+                waiting = torch.cat([waiting, tokens[torch.randperm(len(tokens), generator=generator)]])
             yield waiting[:count]
             waiting = waiting[count:]
 
@@ -178,32 +188,23 @@ class HeadFit:
         length = self.text.states.shape[1]
         return (windows[:, None] * length + torch.arange(length)).flatten()
 
-    def _divergence(self, head: TrainedHead, windows: Tensor) -> float:
-        """Return the mean over the tokens of some windows, of all ranks."""
-        tokens = self._tokens(windows)
-        return self.ranks.mean(self._divergences(head, tokens) / len(tokens), self.device)
+    def _divergence(self, student: Student, tokens: Tensor, finish: Logits) -> float:
+        """Return the mean over tokens of all ranks."""
+        with torch.no_grad(), student.logits() as logits:
+            total = torch.stack(list(self._divergences(logits, tokens, finish))).double().sum()
+        return self.ranks.mean(total.item() / len(tokens), self.device)
 
-    def _divergences(self, head: TrainedHead, tokens: Tensor, slope: Tensor | None = None) -> float:
-        """Return the sum over tokens at these places, int64 [n]; slope: add the gradient by the weight, [N, C], to this."""
-        weight, total = head.weight(), torch.zeros((), dtype=torch.float64, device=self.device)
-        states, originals = (s.flatten(0, 1) for s in (self.text.states, self.text.originals))
-        for some in tokens.split(max(1, CHUNK_NUMBERS // len(weight))):
+    def _divergences(self, logits: Logits, tokens: Tensor, finish: Logits) -> Iterator[Tensor]:
+        """Yield sums over some of the tokens at a time, differentiable. tokens: their places, int64 [n]."""
+        states, originals = (stream.flatten(0, 1) for stream in (self.text.states, self.text.originals))
+        for some in tokens.split(max(1, CHUNK_NUMBERS // len(self.weight))):
             x, x0 = (s[some.to(s.device)].to(self.device, torch.float32) for s in (states, originals))
-            wanted = self.finish(F.linear(x0, self.weight, self.bias)).log_softmax(-1)
-            x = head.turned(x)
-            with torch.enable_grad():
-                logits = head.logits(x, weight).requires_grad_(slope is not None)
-                found = self.finish(logits).log_softmax(-1)
-                divergence = F.kl_div(found, wanted, reduction="sum", log_target=True)
-            total += divergence.detach()
-            if slope is not None:
-                (of_logits,) = torch.autograd.grad(divergence, logits)
-                slope.addmm_(of_logits.T, x)
-        return total.item()
+            with torch.no_grad():
+                wanted = finish(F.linear(x0, self.weight, self.bias)).log_softmax(-1)
+            found = finish(logits(x)).log_softmax(-1)
+            yield F.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
-def _parted(windows: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the windows to train on and to judge by, int64: the same for a text of a single window."""
-    numbers = torch.arange(windows)
-    held = numbers % HELD_OUT == 0
-    return (numbers[~held], numbers[held]) if windows > 1 else (numbers, numbers)
+def bias_of(site: Site) -> Tensor | None:
+    """Return the bias in float32, if there is one."""
+    return None if site.bias is None else site.bias.float()

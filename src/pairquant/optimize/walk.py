@@ -181,12 +181,12 @@ class Walk:
         )
 
     def _strategy(self, block: Block, streams: Streams | None) -> Strategy:
+        how = self.config.recipe.head
         if not block.head:
             return strategy_for(self.config)
-        return Rounding() if streams is None else HeadStrategy(partial(self._head_text, streams), self.notice)
-
-    def _head_text(self, streams: Streams) -> HeadText:
-        return HeadText(*streams.whole(), self._after_head)
+        if how is None or not how.steps or streams is None:
+            return Rounding()
+        return HeadStrategy(HeadText(*streams.whole(), self._after_head), how, self.notice)
 
     @contextmanager
     def _after_head(self) -> Iterator[Callable[[Tensor], Tensor]]:

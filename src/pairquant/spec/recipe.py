@@ -106,35 +106,42 @@ class EndToEnd(Refit):
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """A training of the quantized output embedding on the original's output, the divergence KL(original ‖ quantized) itself.
+    """A training of the quantized output embedding on the original's output, KL(original ‖ quantized) of the next token.
 
-    Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens. `scale_rate` is
-    the learning rate of the logarithms of group scales, `code_rate` that of the weights between the steps of their grid, in
-    steps: codes move where these cross the middle between two. AdamW would go as far for tokens that hardly occur, whose
-    gradients are noise, as for frequent ones: `floor` is added to its estimate of a gradient's size, as a multiple of the root
-    mean square of the first step's gradients, so that smaller ones go less far. The rates decay along a cosine to `final_rate` times their
-    first value. The result is kept if it is better on windows that are not trained on, an eighth of the text.
+    Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens before it is
+    rounded, and as often afterwards. `correction_rate` is the learning rate of the matrix that corrects what the blocks
+    lost, about the most by which a step changes what the output embedding reads, relative to that; `scale_rate` that of the logarithms of group scales and channel scales,
+    `transform_rate` that of the angles in radians. The rates decay along a cosine to `final_rate` times their first value.
+    AdamW would go as far for tokens that hardly occur, whose gradients are noise, as for frequent ones: `floor` is added to
+    its estimate of a gradient's size, as a multiple of the root mean square of the first step's gradients, so that smaller
+    ones go less far.
 
     Raises `ConfigError` for values that are not allowed.
     """
 
     steps: int = 200
     batch: int = 1024
-    scale_rate: float = 1e-3
-    code_rate: float = 1e-2
+    correction_rate: float = 0.05
+    scale_rate: float = 3e-3
+    transform_rate: float = 1e-3
     floor: float = 1.0
     final_rate: float = 0.05
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps, 0, 1_000_000)
         require_whole("batch", self.batch, 1, 1_000_000)
-        for name in ("scale_rate", "code_rate", "floor", "final_rate"):
+        for name in ("correction_rate", "scale_rate", "transform_rate", "floor", "final_rate"):
             require_between(name, getattr(self, name), 0, 1000)
 
     @property
     def training(self) -> Training:
         """How the optimizer goes: the same decay, this floor, and no weight decay."""
         return Training(final_rate=self.final_rate, eps=self.floor, weight_decay=0.0)
+
+    @property
+    def refit(self) -> Refit:
+        """The rates of what is trained after rounding."""
+        return Refit(scale_rate=self.scale_rate, transform_rate=self.transform_rate)
 
 
 #: Settings as records and commands of earlier versions call them → their names now.
