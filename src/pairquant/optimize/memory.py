@@ -31,9 +31,6 @@ FITTING_COPIES, FACTOR_COPIES = 6, 3
 TRAINED_COPIES = 10
 #: The same for a refit, which trains no weights (7 for 16 experts of 1024 channels, 5 without experts, on a CPU).
 REFITTED_COPIES = 7
-#: The same for the training of the output embedding: where each weight lies between the steps, its gradient, AdamW's moments,
-#: the weight that these stand for, and its steps. Of the logits of a few tokens it holds as many as a training of the whole.
-HEAD_COPIES = 6
 #: Copies of all group scales in float32 that a training of the whole model holds: at the start, trained, gradients, AdamW's
 #: moments, the best; and of a window's logits (SmolLM2, 64 windows of 1024 tokens, an H100: 3.0 GB predicted, 2.8 taken).
 SCALE_COPIES, LOGIT_COPIES = 6, 8
@@ -154,14 +151,14 @@ def _block_bytes(
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
     trained = weights * 4 * copies
     if block.head:
-        trained = _head_training_bytes(weights, text * read * itemsize) if text and config.recipe.head else 0
+        trained = _head_training_bytes(weights, int(text * read * itemsize)) if text and config.recipe.head else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
 
 
 def _head_training_bytes(weights: int, states: int) -> int:
     """Predict what the training of an output embedding takes. states: bytes of a stream, of which it makes one piece."""
-    return weights * 4 * HEAD_COPIES + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states
+    return weights * 4 * REFITTED_COPIES + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states
 
 
 def _fitted_together(block: Block) -> int:
