@@ -137,7 +137,8 @@ def test_a_run_that_stopped_before_it_ends_with_the_same_bytes(made, tmp_path):
 def test_every_recipe_quantizes_it(made, tmp_path, preset):
     root, _, _ = made
     sets = {
-        "best": ["refit.epochs=1"],
+        "fast": ["head.steps=5"],
+        "best": ["refit.epochs=1", "head.steps=5"],
         "paper": ["training.epochs=1", "training.weight_epochs=0", "training.validation_samples=2"],
     }
     recipe = pairquant.spec.recipe.recipe_with(preset, sets.get(preset, []) + (["steps=5"] if preset != "rtn" else []))

@@ -12,6 +12,7 @@ from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.models.sites import site_of
+from pairquant.optimize.descent import Descent
 from pairquant.optimize.drift import drift_matrix, drift_targets
 from pairquant.optimize.head import Correction, HeadFit, HeadText
 from pairquant.optimize.moments import Moments
@@ -149,3 +150,19 @@ def test_without_the_original_model_s_states_it_learns_from_the_quantized_one_s(
     quantized(None, heard.append, **options)
     (line,) = [line for line in heard if "divergence" in line]
     assert "before rounding" not in line
+
+
+def test_gradients_lie_in_memory_as_what_they_change_does(monkeypatch):
+    """AdamW's fused steps on GPUs refuse any others."""
+    seen = []
+
+    def step(descent, usual=Descent.step):
+        seen.extend(
+            (tensor.dtype, tensor.stride()) == (tensor.grad.dtype, tensor.grad.stride()) for tensor in descent.tensors
+        )
+        usual(descent)
+
+    monkeypatch.setattr(Descent, "step", step)
+    quantized(HeadTraining(steps=2, batch=64))
+    assert len(seen) == 2 * (1 + 3), "the correction; then group scales, channel scales and angles"
+    assert all(seen)

@@ -111,7 +111,7 @@ class Correction:
     def __init__(self, start: Tensor, size: Tensor, site: Site, how: HeadTraining):
         self.weight, self.bias = site.weight.float(), bias_of(site)
         self.units = size[:, None] / size
-        self.change = start / self.units
+        self.change = (start / self.units).contiguous()
         self.trained = [(self.change, how.correction_rate / len(size))]
 
     def matrix(self) -> Tensor:
