@@ -63,10 +63,10 @@ class HeadStrategy(Rounding):
         if not work.groups:
             return
         packed = self.rounded(work)
-        ((path, site),) = ((path, work.block.sites[path]) for path in packed)
+        (path,) = packed
         recipe, refit = work.config.recipe, self.how.refit
         stage = RefitStage(work.block, work.groups, packed, recipe, refit, work.kept_as, work.device)
-        better = self._fit(work, "after rounding", Rounded(stage, site))
+        better = self._fit(work, "after rounding", Rounded(stage, work.block.sites[path]))
         self.notice(f"{path}: divergence from the original model on windows held out, {'; '.join(self.told)}")
         work.settle(stage.packed() if better else packed, trained=False)
 
@@ -149,12 +149,12 @@ class HeadFit:
     def run(self, student: Student, seed: int) -> tuple[float, float]:
         """Train; return the mean divergence on windows held out, before and after. seed: of the order of the tokens."""
         windows = torch.arange(len(self.text.states))
-        held = windows % HELD_OUT == 0 if len(windows) > 1 else torch.zeros(1, dtype=torch.bool)
-        judge = self._tokens(windows[held] if len(windows) > 1 else windows)
+        held = windows % HELD_OUT == 0
+        train, judge = (windows[~held], windows[held]) if len(windows) > 1 else (windows, windows)
         with self.text.finish() as finish, fast_products(self.device):
-            before = self._divergence(student, judge, finish)
-            self._descend(student, self._tokens(windows[~held]), finish, torch.Generator().manual_seed(seed))
-            return before, self._divergence(student, judge, finish)
+            before = self._divergence(student, self._tokens(judge), finish)
+            self._descend(student, self._tokens(train), finish, torch.Generator().manual_seed(seed))
+            return before, self._divergence(student, self._tokens(judge), finish)
 
     def _descend(self, student: Student, tokens: Tensor, finish: Logits, generator: torch.Generator) -> None:
         """Train on the tokens at these places, int64 [n].
