@@ -1,92 +1,105 @@
-"""The output embedding of a model on a GPU: microseconds of one call, on the GPU and on the host.
+"""What a quantized output embedding costs: KL with it in 16 bits, and quantized in several ways after the same blocks.
 
-    python benchmarks/bench_head.py [--shapes 128256x4096 151936x2048] [--bits 4 6 8] [--tokens 1 8 32] [--output FILE]
+    python benchmarks/bench_head.py MODEL --output FILE [--heads head_bits=4 head_bits=4,head.steps=200 …] [--preset fast]
+        [--group-size 64] [--samples 64] [--seq-len 1024] [--windows 80] [--device auto]
 
-vLLM runs the output embedding outside its CUDA graphs, so that a call's time on the host counts as well. Rows: the bfloat16
-weight; our kernels launched one by one; our kernels by a CUDA graph, as in vLLM.
+The blocks are quantized once; each entry of --heads is options of `QuantConfig`, or settings of its recipe, for the output
+embedding alone. `head.steps=200` trains it, 0 does not. One JSON line a row; bits_per_weight counts all quantized layers.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
+from experiment import Experiment, parser_of
+from recipes import config_from
+from setting import SETTING
+from torch import Tensor
 
-from pairquant.backends.ops import run
-from pairquant.backends.table import BY_NAME, prepare_all
-from pairquant.kernels.run.replay import Replayed
-from pairquant.spec.linear import PackedLinear, Spec
-
-
-def random_linear(spec: Spec, rows: int, channels: int) -> PackedLinear:
-    """A packed linear of random codes on the GPU."""
-    tensors = {}
-    for name, field in spec.layout(channels, rows).fields().items():
-        if field.dtype == torch.int32:
-            tensors[name] = torch.randint(-(2**31), 2**31 - 1, field.shape, dtype=torch.int32, device="cuda")
-        elif name == "pairs":
-            order = torch.rand(field.shape[0], channels // spec.group_size, spec.group_size, device="cuda").argsort(-1)
-            tensors[name] = order.to(torch.int16).view(field.shape)
-        else:
-            tensors[name] = torch.rand(field.shape, device="cuda").mul_(0.01).add_(0.001).half()
-    return PackedLinear(spec.layout(channels, rows), tensors)
+from pairquant.models.planning import plan_model
+from pairquant.optimize.finished import BlockResult
+from pairquant.optimize.streams import Streams
+from pairquant.optimize.walk import Walk
+from pairquant.spec.linear import PackedLinear, bits_per_weight
+from pairquant.spec.options import QuantConfig
 
 
-def microseconds(call: Callable[[], object], repeats: int = 200) -> tuple[float, float]:
-    """Of one call: on the GPU, from a graph of many calls; on the host, launching without waiting."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        call()
-    host = (time.perf_counter() - start) / 20
-    torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / repeats * 1000, host * 1e6
+@dataclass
+class Blocks:
+    """Finished decoder blocks, and the states at their end: what a walk goes on from."""
+
+    results: list[BlockResult]
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.results)
+
+    def result(self, index: int) -> BlockResult:
+        return self.results[index]
+
+    def snapshot(self) -> tuple[int, dict[str, Tensor]]:
+        return self.count, self.states
+
+
+class Heads:
+    """A model whose decoder blocks are quantized once, by the first of the options, and its output embedding anew by each."""
+
+    def __init__(self, experiment: Experiment, first: QuantConfig):
+        self.experiment, self.model = experiment, copy.deepcopy(experiment.original)
+        self.done = Blocks([])
+        start = time.perf_counter()
+        results = self._walked(first)
+        self.seconds = time.perf_counter() - start - results[-1].seconds
+        self.done.results = results[:-1]
+        self.leave_plain()
+
+    def quantize(self, config: QuantConfig) -> tuple[list[PackedLinear], float]:
+        """Quantize the output embedding by these options; return all packed linears, and the seconds that it took."""
+        self.leave_plain()
+        results = [*self.done.results, *self._walked(config)]
+        return [packed for result in results for packed in result.packed.values()], results[-1].seconds
+
+    def leave_plain(self) -> None:
+        """Give the output embedding its own weight back."""
+        weight = self.experiment.original.get_output_embeddings().weight
+        self.model.get_output_embeddings().weight.data.copy_(weight.data)
+
+    def _walked(self, config: QuantConfig) -> list[BlockResult]:
+        plan, blocks = plan_model(self.model, config)
+
+        def keep(index: int, streams: Streams) -> None:
+            if index == len(blocks) - 2:
+                self.done.states = streams.tensors()
+
+        walk = Walk(
+            self.model, blocks, plan, config, self.experiment.device, self.experiment.tokens, finished=self.done,
+            notice=print, kept=keep,
+        )  # fmt: skip
+        return list(walk.run())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["128256x4096", "151936x2048"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 6, 8])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--output", type=Path)
+    parser = parser_of(__doc__, samples=64, windows=80)
+    parser.set_defaults(preset="fast", seq_len=1024)
+    usual = [f"head_bits={bits}{training}" for bits in (4, 6, 8) for training in ("", ",head.steps=200")]
+    parser.add_argument("--heads", nargs="+", default=usual)
+    parser.add_argument("--group-size", type=int, default=SETTING["group_size"])
     options = parser.parse_args()
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "us per call, us on the host": {}}
-    for shape in options.shapes:
-        rows, channels = map(int, shape.split("x"))
-        weight = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
-        calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"bf16": lambda x, w=weight: F.linear(x, w)}
-        for bits in options.bits:
-            spec = Spec(bits=bits, group_size=128)
-            (ready,) = prepare_all([random_linear(spec, rows, channels)], torch.bfloat16)
-
-            def launched(x: torch.Tensor, ready=ready) -> torch.Tensor:
-                backend = BY_NAME[ready.backend]
-                return run(backend, x, ready.tensors, None, ready.out_features, ready.group_size)
-
-            calls[f"{bits} bits, launched"], calls[f"{bits} bits, graph"] = launched, Replayed(launched)
-        times = {}
-        for tokens in options.tokens:
-            x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
-            for name, call in calls.items():
-                times[f"{name}, {tokens} tokens"] = [round(t, 1) for t in microseconds(lambda call=call, x=x: call(x))]
-                print(shape, name, tokens, times[f"{name}, {tokens} tokens"], flush=True)
-        found["us per call, us on the host"][shape] = times
-        del weight, calls
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    experiment = Experiment.of(options)
+    setting = {**SETTING, "samples": options.samples, "seq_len": options.seq_len, "group_size": options.group_size}
+    configs = {text: config_from(f"{options.preset}:{text}", **setting) for text in options.heads}
+    heads = Heads(experiment, next(iter(configs.values())))
+    layouts = [packed.layout for result in heads.done.results for packed in result.packed.values()]
+    experiment.note(
+        {"head": "16 bits", "bits_per_weight": round(bits_per_weight(layouts), 3)}, heads.model, heads.seconds
+    )
+    for text, config in configs.items():
+        packed, seconds = heads.quantize(config)
+        size = bits_per_weight([each.layout for each in packed])
+        experiment.note({"head": text, "bits_per_weight": round(size, 3)}, heads.model, seconds)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class Compensating(Rounding):
         corrections = {}
         for moments in work.moments:
             for path in moments.readers:
-                corrections[path] = self._correction(packed[path], self.targets[path], moments.hessian, moments.tokens)
+                corrections[path] = self._correction(packed[path], self.wanted[path], moments.hessian, moments.tokens)
                 corrections[path].attach(sites[path].module)
         recipe = work.config.recipe
         if recipe.refit is not None:
@@ -169,7 +169,7 @@ class Compensating(Rounding):
         transforms: Mapping[str, Transform],
         hessians: Mapping[str, Tensor],
     ) -> dict[str, PackedLinear]:
-        self.targets = dict(targets)
+        self.wanted = dict(targets)
         return super()._round(work, targets, transforms, hessians)
 
     def _correction(self, packed: PackedLinear, target: Tensor, hessian: Tensor, tokens: int) -> Correction:

@@ -112,7 +112,11 @@ def test_only_the_quantized_stream_reads_the_quantized_rows(tmp_path):
 
 def test_a_stopped_run_continues_to_the_same_bytes(tmp_path):
     source = save_tiny(tmp_path / "source")
-    options = {"head_bits": 6, "preset": "fast", "recipe": pairquant.spec.recipe.recipe_with("fast", ["steps=3"], 1)}
+    options = {
+        "head_bits": 6,
+        "preset": "fast",
+        "recipe": pairquant.spec.recipe.recipe_with("fast", ["steps=3", "head.steps=3"], 1),
+    }
     quantize(source, tmp_path / "whole", **options)
 
     class Stop(pairquant.jobs.quantize.Silent):

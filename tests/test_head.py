@@ -23,7 +23,7 @@ from pairquant.core.linear import decode
 from pairquant.evaluation.quality import measure
 from pairquant.jobs.quantize import Silent
 from pairquant.layers.linear import RotatedLinear
-from pairquant.models.blocks import find_blocks, head_block, read_by_head
+from pairquant.models.blocks import after_head, find_blocks, head_block, read_by_head
 from pairquant.spec.linear import Spec
 from pairquant.support.errors import ConfigError
 
@@ -137,7 +137,8 @@ def test_a_run_that_stopped_before_it_ends_with_the_same_bytes(made, tmp_path):
 def test_every_recipe_quantizes_it(made, tmp_path, preset):
     root, _, _ = made
     sets = {
-        "best": ["refit.epochs=1"],
+        "fast": ["head.steps=5"],
+        "best": ["refit.epochs=1", "head.steps=5"],
         "paper": ["training.epochs=1", "training.weight_epochs=0", "training.validation_samples=2"],
     }
     recipe = pairquant.spec.recipe.recipe_with(preset, sets.get(preset, []) + (["steps=5"] if preset != "rtn" else []))
@@ -189,6 +190,23 @@ def test_what_it_reads_is_what_a_forward_pass_gives_it(family):
         model(TOKENS, use_cache=False)
         found = read_by_head(model, blocks, last[0])
     torch.testing.assert_close(found, read[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_does_to_its_logits_is_done_to_any(family):
+    model = tiny_model(family)
+    if caps := hasattr(model.config, "final_logit_softcapping"):  # Gemma 2 and 3
+        model.config.final_logit_softcapping = 0.5  # far below the logits
+    blocks, block = find_blocks(model), head_block(model)
+    raw = []
+    handle = block.module.register_forward_hook(lambda _, __, out: raw.append(out[0]))
+    with torch.no_grad():
+        expected = model(TOKENS[:1], use_cache=False).logits[0]
+        handle.remove()
+        found = after_head(model, blocks, raw[0])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, raw[0]) != caps
+    assert "forward" not in vars(block.module)
 
 
 def test_vocabularies_and_models_that_do_not_allow_it_are_refused(tmp_path):

@@ -8,7 +8,8 @@ from families import DENSE, FAMILIES
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from pairquant.models.blocks import find_blocks
+from pairquant.models.blocks import find_blocks, head_block
+from pairquant.optimize.head import CHUNK_NUMBERS
 from pairquant.optimize.memory import MARGIN, REFITTED_COPIES, demand
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import PRESETS, EndToEnd
@@ -35,6 +36,17 @@ def test_streams_cost_what_their_elements_do(predicted):
     few, many = predicted(windows=4), predicted(windows=8)
     assert many.streams - few.streams == 4 * 4096 * 128 * 2 * 2  # windows, tokens, hidden, bfloat16, two streams
     assert many.device - few.device == many.streams - few.streams
+
+
+def test_training_the_output_embedding_holds_copies_of_it_a_few_logits_and_a_stream_in_one_piece(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    model, tokens = tiny_model(dtype=torch.bfloat16), torch.zeros(4, 4096, dtype=torch.int64)
+    head = [head_block(model)]
+    config = QuantConfig(group_size=64, head_bits=4)
+    untrained = replace(config, recipe=replace(config.recipe, head=None))
+    trained, plain = (demand(model, head, c, tokens, None, CUDA).device for c in (config, untrained))
+    least = CHUNK_NUMBERS * 4 + 288 * 128 * 4 * 5 + 4 * 4096 * 128 * 2  # the vocabulary, hidden, bfloat16
+    assert trained - plain > MARGIN * least
 
 
 def test_one_stream_suffices_without_comparison(predicted):

@@ -63,7 +63,7 @@ def outputs(tmp_path_factory):
     command = ["-m", "pairquant", "quantize"]
     options = ["--seq-len", "32", "--calibration", str(TEXT), "--device", "cpu"]
     dense, routed = [*command, str(source), "--group-size", "64"], [*command, str(experts), "--group-size", "32"]
-    proxy = ["--samples", "9", "--set", "steps=8", "--head-bits", "6", "--target-bpw", "6"]
+    proxy = ["--samples", "9", "--set", "steps=8", "--set", "head.steps=4", "--head-bits", "6", "--target-bpw", "6"]
     trained = ["--preset", "paper", "--samples", "8", "--end-to-end", "1"]
     for setting in ("epochs=2", "weight_epochs=1", "batch=4", "validation_samples=2"):
         trained += ["--set", f"training.{setting}"]

@@ -176,16 +176,16 @@ def _entered(
     return Entry(hidden, linked([calls[i].call(block.path, i) for i, block in enumerate(blocks)]), passes)
 
 
-def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tensor) -> Tensor:
+def run_from(model: nn.Module, blocks: list[Block], tokens: Tensor, states: Tensor | None) -> Tensor:
     """Run the part of the model after the blocks, as if the last one had returned `states`; differentiable.
 
-    tokens: int64 [B, T]; states: [B, T, H]. Returns the logits, [B, T, vocabulary]. The blocks themselves are skipped:
-    their weights may be absent.
+    tokens: int64 [B, T]; states: [B, T, H], None for those that entered the blocks. Returns the logits, [B, T, vocabulary].
+    The blocks themselves are skipped: their weights may be absent.
     """
 
     def attempt(returned: Callable[[Tensor], Any]) -> Tensor:
         def skip(given: Tensor, *_: Any, **__: Any) -> Any:
-            return returned(states.transpose(0, window_axis(given, tokens)))
+            return returned(given if states is None else states.transpose(0, window_axis(given, tokens)))
 
         try:
             for block in blocks:
@@ -232,6 +232,22 @@ def read_by_head(model: nn.Module, blocks: list[Block], states: Tensor) -> Tenso
             "--head-bits out."
         ) from failure
     return found[0]
+
+
+def after_head(model: nn.Module, blocks: list[Block], logits: Tensor) -> Tensor:
+    """Return what the model makes of the logits of its output embedding, both [n, vocabulary]; differentiable.
+
+    Most models return them as they are; some cap or divide them. blocks: without the output embedding; the weights of all of
+    them may be absent.
+    """
+    head = embedding_of(model, "output")
+    assert head is not None, "asked for by a block of its own"
+    tokens = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    head.forward = lambda _: logits[:, None]  # type: ignore[method-assign]
+    try:
+        return run_from(model, blocks, tokens, None)[:, 0]
+    finally:
+        del head.forward
 
 
 @contextmanager

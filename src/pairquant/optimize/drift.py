@@ -35,3 +35,10 @@ def drift_targets(weights: dict[str, Tensor], moments: Moments, drift: float, ra
         ranks.add(terms)
         targets[path] = weight + change * min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)
     return targets
+
+
+def drift_matrix(moments: Moments) -> Tensor:
+    """Return A, float32 [C, C], with D = W A the correction of `drift_targets` in full, whatever the weight W that reads the input."""
+    assert moments.cross is not None, "the recipe compares"
+    difference = (moments.cross - moments.hessian).double()
+    return torch.cholesky_solve(difference.T, damped_cholesky(moments.hessian, DRIFT_DAMPING)).T.float()

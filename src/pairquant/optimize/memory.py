@@ -16,6 +16,7 @@ from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
 from ..support.devices import free_bytes
 from .end_to_end import MEASURED_TOGETHER
+from .head import CHUNK_NUMBERS
 from .noise import CORRECTED
 from .search import SHARED_ROWS
 from .streams import MICRO_BATCH_TOKENS
@@ -139,7 +140,8 @@ def _block_bytes(
     if config.transform_per_expert:  # gate and up of every expert lie beside each other until all transforms are found
         fitting += weights * 4
     factor = max(c for _, c in sizes) ** 2 * 8 * FACTOR_COPIES if config.recipe.rounding == "gptq" else 0
-    batch = min(MICRO_BATCH_TOKENS, tokens.numel()) if tokens is not None else 0
+    text = tokens.numel() if tokens is not None else 0
+    batch = min(MICRO_BATCH_TOKENS, text)
     read = sum(sum((s.size.out_features, s.size.in_features)) * (share if s.pool else 1) for s in block.sites.values())
     if block.head:  # its outputs are not computed
         read = sizes[0][1]
@@ -147,11 +149,16 @@ def _block_bytes(
     if config.all_experts:
         activations += _one_expert_bytes(experts, batch, itemsize)
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
-    if block.head:
-        copies = 0
     trained = weights * 4 * copies
+    if block.head:
+        trained = _head_training_bytes(weights, int(text * read * itemsize)) if text and config.recipe.head else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
+
+
+def _head_training_bytes(weights: int, states: int) -> int:
+    """Predict what the training of an output embedding takes. states: bytes of a stream, of which it makes one piece."""
+    return weights * 4 * REFITTED_COPIES + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states
 
 
 def _fitted_together(block: Block) -> int:

@@ -115,8 +115,8 @@ def _by_group(w: Tensor, g: int) -> Tensor:
 
 
 @contextmanager
-def _fast_products(device: torch.device) -> Iterator[None]:
-    """Allow TF32 for the small rotations of the fit's steps on CUDA; rounding itself always uses full float32."""
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Allow TF32 on CUDA, for the steps of a fit; rounding itself always uses full float32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
     try:
@@ -143,7 +143,7 @@ def fit_transforms(problems: list[Problem], config: QuantConfig, ranks: Ranks = 
                 for i in alike
             }
             continue
-        with _fast_products(chosen[0].weight.device):
+        with fast_products(chosen[0].weight.device):
             search = _Search(chosen, config, ranks)
             search.run()
             search.losses = search.evaluate(slopes=False)

@@ -144,14 +144,20 @@ class Rounding:
 
     def rounded(self, work: BlockWork) -> dict[str, PackedLinear]:
         """Return the packed linears, on every rank; the block keeps its weights. This rank fits on its rows of each linear."""
-        targets: dict[str, Tensor] = {}
+        targets = self.targets(work)
         for m in work.moments:
-            weights = {path: work.rows(path).float() for path in m.readers}
-            targets.update(drift_targets(weights, m, work.config.recipe.drift, work.ranks))
             m.cross = None
         transforms = self._transforms(work, targets)
         hessians = {**work.hessians, **self._fit_to_rounding(work, targets, transforms)}
         return self._round(work, targets, transforms, hessians)
+
+    def targets(self, work: BlockWork) -> dict[str, Tensor]:
+        """Return the weights to approximate: by path, this rank's rows."""
+        targets: dict[str, Tensor] = {}
+        for m in work.moments:
+            weights = {path: work.rows(path).float() for path in m.readers}
+            targets.update(drift_targets(weights, m, work.config.recipe.drift, work.ranks))
+        return targets
 
     def _fit_to_rounding(
         self, work: BlockWork, targets: dict[str, Tensor], transforms: Mapping[str, Transform]

@@ -172,6 +172,14 @@ class Streams:
                 for i, hidden in enumerate(stream):
                     stream[i] = self._within_memory(lambda _, h: read_by_head(model, blocks, h), i, hidden)
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return both streams in one piece each, [windows, T, H]: the quantized one twice where no original is kept."""
+        self.quantized = [torch.cat(self.quantized)]
+        if self.original is None:
+            return self.quantized[0], self.quantized[0]
+        self.original = [torch.cat(self.original)]
+        return self.quantized[0], self.original[0]
+
     def _advance(self, stream: list[Tensor], block: Block, index: int, name: str) -> None:
         call = self.call(index, name, writes=True)
         for i, hidden in enumerate(stream):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.linear import decode
-from ..models.blocks import Block, outside_on, read_by_head
+from ..models.blocks import Block, after_head, outside_on, read_by_head
 from ..models.planning import plan_model
 from ..models.rounded_inputs import InputRounding, Undo, round_inputs, roundings_of
 from ..models.sharing import fold_shared, lenders_of, settle_scales
@@ -30,13 +30,14 @@ from ..spec.plan import Plan
 from ..support.errors import ConfigError
 from .blockwise import BlockData
 from .finished import BlockResult, Finished, Nothing
+from .head import HeadStrategy, HeadText
 from .homes import Home, InPlace
 from .loans import Loans
 from .moments import Moments, MomentSum, Pool, pooled
 from .noise import SAMPLED_TOKENS, RoundedMoments
 from .ranks import Ranks
 from .stages import Groups, Layouts
-from .strategies import BlockWork, Rounding, strategy_for
+from .strategies import BlockWork, Rounding, Strategy, strategy_for
 from .streams import Places, Streams
 
 #: The share of the earlier layers' error that the output embedding corrects, where the recipe corrects any.
@@ -162,10 +163,7 @@ class Walk:
             held_out.advance_original(block, index)
         self.loans.put(block, settled=True)
         work = self._work(index, block, moments, streams, held_out)
-        strategy = (
-            Rounding() if block.head else strategy_for(self.config)
-        )  # no outputs of the head are kept to train on
-        strategy.quantize(work)
+        self._strategy(block, streams).quantize(work)
         self._round_inputs(block, work.packed)
         after = _other_parameters(block)
         return BlockResult(
@@ -181,6 +179,20 @@ class Walk:
             time.perf_counter() - start,
             torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
         )
+
+    def _strategy(self, block: Block, streams: Streams | None) -> Strategy:
+        how = self.config.recipe.head
+        if not block.head:
+            return strategy_for(self.config)
+        if how is None or not how.steps or streams is None:
+            return Rounding()
+        return HeadStrategy(HeadText(*streams.whole(), self._after_head), how, self.notice)
+
+    @contextmanager
+    def _after_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield what the model does to the logits of its output embedding, [n, vocabulary]."""
+        with outside_on(self.device, self.dtype, self.model, self.blocks):
+            yield partial(after_head, self.model, [block for block in self.blocks if not block.head])
 
     def _moments(self, index: int, block: Block, streams: Streams | None) -> tuple[list[Moments], list[str]]:
         """Return the moments of every distinct input, summed over all ranks, and the linears that were never called."""

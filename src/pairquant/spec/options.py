@@ -315,6 +315,8 @@ class QuantConfig:
         """
         entries = asdict(replace(self, plan=None))
         entries["plan"] = None if self.plan is None else self.plan.form()
+        if self.head_bits is None and self.recipe.head == PRESETS[self.preset].head:
+            del entries["recipe"]["head"]  # added later as well, and of no effect
         usual = {field.name: field.default for field in fields(self)}
         return {k: v for k, v in entries.items() if k not in ADDED_LATER or getattr(self, k) != usual[k]}
 
@@ -327,6 +329,8 @@ class QuantConfig:
                 f"option {unknown[0]!r} is not known{did_you_mean(unknown[0], (f.name for f in fields(cls)))}"
             )
         recipe = entries.get("recipe")
+        if isinstance(recipe, Mapping) and entries.get("head_bits") is None and entries.get("preset") in PRESETS:
+            recipe = {"head": PRESETS[entries["preset"]].head, **recipe}
         return cls(**{**entries, "recipe": Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe})
 
     def with_group_size(self, group_size: int) -> QuantConfig:

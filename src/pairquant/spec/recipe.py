@@ -104,6 +104,46 @@ class EndToEnd(Refit):
         require_whole("fresh", self.fresh, 0, 1000)
 
 
+@dataclass(frozen=True)
+class HeadTraining:
+    """A training of the quantized output embedding on the original's output, KL(original ‖ quantized) of the next token.
+
+    Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens before it is
+    rounded, and as often afterwards. `correction_rate` is the learning rate of the matrix that corrects what the blocks
+    lost, about the most by which a step changes what the output embedding reads, relative to that; `scale_rate` that of the logarithms of group scales and channel scales,
+    `transform_rate` that of the angles in radians. The rates decay along a cosine to `final_rate` times their first value.
+    AdamW would go as far for tokens that hardly occur, whose gradients are noise, as for frequent ones: `floor` is added to
+    its estimate of a gradient's size, as a multiple of the root mean square of the first step's gradients, so that smaller
+    ones go less far.
+
+    Raises `ConfigError` for values that are not allowed.
+    """
+
+    steps: int = 200
+    batch: int = 1024
+    correction_rate: float = 0.05
+    scale_rate: float = 3e-3
+    transform_rate: float = 1e-3
+    floor: float = 1.0
+    final_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_whole("steps", self.steps, 0, 1_000_000)
+        require_whole("batch", self.batch, 1, 1_000_000)
+        for name in ("correction_rate", "scale_rate", "transform_rate", "floor", "final_rate"):
+            require_between(name, getattr(self, name), 0, 1000)
+
+    @property
+    def training(self) -> Training:
+        """How the optimizer goes: the same decay, this floor, and no weight decay."""
+        return Training(final_rate=self.final_rate, eps=self.floor, weight_decay=0.0)
+
+    @property
+    def refit(self) -> Refit:
+        """The rates of what is trained after rounding."""
+        return Refit(scale_rate=self.scale_rate, transform_rate=self.transform_rate)
+
+
 #: Settings as records and commands of earlier versions call them → their names now.
 EARLIER_NAMES = {"transform": "fits_transform"}
 
@@ -118,6 +158,7 @@ class Recipe:
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
     refit: train the scales, angles and norm weights of the rounded block a little more.
     end_to_end: when all blocks are rounded, train the same in all of them at once, on the original model's output.
+    head: train the output embedding, if it is quantized, on the original model's output.
     steps, learning_rate, final_rate: AdamW on the quadratic proxy; the rate decays along a cosine to `final_rate` times its
     first value.
     rounding: "nearest" or "gptq".
@@ -136,6 +177,7 @@ class Recipe:
     training: Training | None = None
     refit: Refit | None = None
     end_to_end: EndToEnd | None = None
+    head: HeadTraining | None = None
     steps: int = 150
     learning_rate: float = 0.05
     final_rate: float = 0.05
@@ -186,7 +228,7 @@ class Recipe:
 
         Raises `ConfigError` for settings that a recipe does not have, and for values that are not allowed.
         """
-        kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd}
+        kinds = {"training": Training, "refit": Refit, "end_to_end": EndToEnd, "head": HeadTraining}
         given = {k: kinds[k](**v) if k in kinds and isinstance(v, Mapping) else v for k, v in entries.items()}
         given = {EARLIER_NAMES.get(name, name): value for name, value in given.items()}
         try:
@@ -199,8 +241,8 @@ class Recipe:
 #: things out, is "fast" with a sixth of the steps, less refinement and without the original model's activations. "gptq" and
 #: "rtn" (round to nearest) use no transform; they are baselines to compare with.
 PRESETS: dict[str, Recipe] = {
-    "fast": Recipe(),
-    "best": Recipe(refit=Refit()),
+    "fast": Recipe(head=HeadTraining(steps=0)),  # `--set head.steps=200` trains it
+    "best": Recipe(refit=Refit(), head=HeadTraining()),
     "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
     "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
     "gptq": Recipe(fits_transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
@@ -221,7 +263,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
-        if isinstance(value, (Training, Refit)):
+        if isinstance(value, (Training, Refit, HeadTraining)):
             found |= {f"{name}.{inner}": setting for inner, setting in vars(value).items()}
         elif value is not None:
             found[name] = value
