@@ -8,10 +8,10 @@ from families import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pairquant.backends.experts import explain_experts
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.pairs import select_pairs
-from pairquant.layers.experts import explain_experts
 from pairquant.models.sites import ExpertSite, packed_experts, sites_in
 from pairquant.spec.linear import Spec
 from pairquant.spec.recipe import PRESETS
