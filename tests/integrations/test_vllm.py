@@ -164,6 +164,17 @@ def test_experts_answer_as_the_reference_does(experts, root):
     jobs = [{"model": str(path), "options": {"dtype": "float32"}} for path, _ in experts.values()]
     for found, (family, (_, expected)) in zip(run(jobs, root), experts.items(), strict=True):
         assert divergence(expected, found["logprobs"]) < EXACT, family
+        assert any("decoded on loading" in line for line in found["said"]), found["said"]
+
+
+def test_experts_run_from_their_codes_in_bfloat16(experts, root):
+    families = ("qwen3-moe", "gpt-oss")
+    jobs = [{"model": str(experts[family][0]), "options": {"dtype": "bfloat16"}} for family in families]
+    for found, family in zip(run(jobs, root), families, strict=True):
+        path, expected = experts[family]
+        assert "error" not in found, found
+        assert divergence(expected, found["logprobs"]) < allowed(expected, load(path, torch.bfloat16)), family
+        assert not any("decoded" in line for line in found["said"]), found["said"]
 
 
 def test_an_experts_tensor_that_is_missing_is_named(experts, root):

@@ -92,6 +92,13 @@ def test_in_bfloat16_it_is_as_close_as_that_allows(packed):
     found = made(tokens.bfloat16(), index, weights)
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() < 0.03 * expected.norm()
+    assert not any("qweight" in name for name, _ in made.named_buffers()), "the codes are held twice"
+    saved = made.state_dict()
+    assert set(saved) == set(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    torch.testing.assert_close(made(tokens, index, weights), expected, rtol=1e-4, atol=1e-5)  # float32 is decoded
+    made.load_state_dict(saved)
+    assert torch.equal(made(tokens.bfloat16(), index, weights), found)
 
 
 @torch.no_grad()
