@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from packed import random_packed
 
+from pairquant.backends.triton_experts import TritonExperts
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode
 from pairquant.spec.experts import TRANSFORM, pool_of
@@ -116,9 +117,13 @@ def expected(linears, x, ids, weights):
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "with biases"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.004), (torch.bfloat16, 0.015)], ids=["GPU", "CPU"])
-def test_the_ranks_together_compute_what_the_decoded_experts_do(linears, biased, ranks, bias, dtype, bound, generator):
+def test_the_ranks_together_compute_what_the_decoded_experts_do(
+    linears, biased, ranks, bias, dtype, bound, generator, monkeypatch
+):
     from pairquant.integrations.vllm.experts import PackedExpertsMethod
 
+    if bias or ranks != [{}]:  # half a minute in the interpreter, so once
+        monkeypatch.setattr(TritonExperts, "warm_up", lambda self, activation, dtype: None)
     which = biased if bias else linears
     x = torch.randn(5, HIDDEN, generator=generator).to(dtype)
     ids = torch.stack([torch.randperm(COUNT, generator=generator)[:2] for _ in range(5)]).to(torch.int32)
