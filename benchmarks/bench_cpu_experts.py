@@ -4,7 +4,8 @@
 
 Three ways run the same random weights and the same tokens, call by call in turns in one process, so that a slower minute hits
 all: PairQuant, from the codes; PyTorch's bfloat16 product for each expert that has tokens, as Transformers does it; and, where
-vLLM is installed, its own kernel for plain experts, which is what packed experts were decoded for. Routing is random and even. The first
+vLLM is installed, its own kernel for plain experts, which is what packed experts were decoded for. Routing is random and even. Turns go
+round several blocks, so that no way finds its weights in the cache, as in a model. The first
 tenth of the sorted times is given (`--quantile`), because what else runs on a shared machine only adds time. Memory: what each way
 holds, and what the process peaks at while it makes that of the stored tensors, each in a process of its own.
 """
@@ -56,7 +57,7 @@ def decoded(experts: Linears) -> Tensor:
     return torch.stack([torch.cat([decode(linear).bfloat16() for linear in linears]) for linears in experts])
 
 
-def plain(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def plain(up: Tensor, down: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Run decoded experts by PyTorch, one after the other."""
     output = torch.zeros_like(x)
     for number in torch.unique(ids).tolist():
@@ -88,19 +89,23 @@ def speed(options: argparse.Namespace) -> list[dict[str, float]]:
     """A row for each number of tokens: milliseconds of each way, and tokens per second."""
     shape = options.experts, options.hidden, options.inner, options.group_size
     up, down = stored(*shape)
-    ours, dense = CpuExperts.build(up, down), (decoded(up), decoded(down))
-    theirs = vllms(*dense)
+    ours, dense, theirs = [], [], []
+    for _ in range(options.blocks):
+        ours.append(CpuExperts.build(up, down))
+        dense.append((decoded(up), decoded(down)))
+        theirs.append(vllms(*dense[-1]))
     rows = []
     for tokens in options.tokens:
         x = torch.randn(tokens, options.hidden).bfloat16()
         ids = torch.stack([torch.randperm(options.experts)[: options.chosen] for _ in range(tokens)])
         weights = torch.rand(tokens, options.chosen).softmax(-1)
+        given = x, ids, weights
         calls: dict[str, Callable[[int], Tensor]] = {
-            "codes": lambda i, x=x, ids=ids, w=weights: ours.run(x, ids, w, "silu"),
-            "decoded": lambda i, x=x, ids=ids, w=weights: plain(x, *dense, ids, w),
+            "codes": lambda i, given=given: ours[i % options.blocks].run(*given, "silu"),
+            "decoded": lambda i, given=given: plain(*dense[i % options.blocks], *given),
         }
-        if theirs is not None:
-            calls["decoded, vLLM's kernel"] = lambda i, x=x, ids=ids, w=weights: theirs(x, ids, w)
+        if theirs[0] is not None:
+            calls["decoded, vLLM's kernel"] = lambda i, given=given: theirs[i % options.blocks](*given)
         exact = calls["decoded"](0).float()
         far = {name: float((call(0).float() - exact).norm() / exact.norm()) for name, call in calls.items()}
         assert max(far.values()) < 0.03, f"the ways disagree: {far}"
@@ -138,7 +143,7 @@ def installed(package: str) -> str | None:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"experts": 32, "hidden": 1024, "inner": 512, "chosen": 8, "group-size": 128, "threads": 1}
+    sizes = {"experts": 32, "hidden": 1024, "inner": 512, "chosen": 8, "group-size": 128, "threads": 1, "blocks": 4}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
