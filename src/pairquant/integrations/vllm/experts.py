@@ -26,6 +26,8 @@ from ...support.errors import CheckpointError, ConfigError
 from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod
 from .expert_activations import between, known_activation
 
+#: vLLM shows what loggers below its own say.
+LOGGER = logging.getLogger("vllm.pairquant")
 #: vLLM's names for the parts of an expert.
 SHARDS = {"gate_proj": "w1", "w1": "w1", "up_proj": "w3", "w3": "w3", "down_proj": "w2", "w2": "w2"}
 
@@ -295,7 +297,7 @@ def _interleave(parameter: Tensor) -> None:
 
 @cache
 def _tell_once(count: int, reason: str) -> None:
-    logging.getLogger("vllm.pairquant").warning(
+    LOGGER.warning(
         "experts (%d in a block) are decoded on loading and take as much memory as in the unquantized model: %s",
         count,
         reason,
