@@ -16,9 +16,9 @@ from .experts_base import ACTIVATIONS, Experts
 
 @dataclass(frozen=True)
 class CpuExperts(Experts):
-    """A block's experts as PyTorch's int4 product reads them: no tensor holds them in more bits.
+    """A block's experts as PyTorch's int4 product reads them, which multiplies at every number of tokens.
 
-    Other tokens than those of an expert never meet it: they are sorted by expert once, for both products.
+    Assignments are sorted by expert once, for both products.
     """
 
     up: CpuExpertWeights
