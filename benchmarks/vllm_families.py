@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import traceback
@@ -119,6 +120,7 @@ def one(home: Path, dtype: str, output: Path) -> None:
         found = torch.tensor([[place[token].logprob for token in range(len(place))] for place in places])
         row[f"vLLM {dtype}"] = error(found, exact)
         row["by token"] = [error(f, e) for f, e in zip(found, exact, strict=True)]
+        row[f"vLLM {dtype}, median token"] = statistics.median(row["by token"])
     except Exception as failure:
         traceback.print_exc()
         row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"

@@ -55,16 +55,15 @@ def set_fusing(fused: bool | None) -> None:
 
 
 def listen() -> list[str]:
-    """Return the list of what will be logged about layers that compute what comes before them."""
-    from pairquant.integrations.vllm import fusion
+    """Return the list of what will be logged about layers that compute what comes before them, and about experts."""
+    from pairquant.integrations.vllm import experts, fusion
 
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    fusion.LOGGER = logging.Logger(
-        "heard", logging.INFO
-    )  # what vLLM does to loggers below its own does not matter to it
-    fusion.LOGGER.addHandler(handler)
+    heard = logging.Logger("heard", logging.INFO)  # what vLLM does to loggers below its own does not matter to it
+    heard.addHandler(handler)
+    fusion.LOGGER = experts.LOGGER = heard
     return said
 
 

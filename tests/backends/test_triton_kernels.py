@@ -10,15 +10,15 @@ from packed import check_rounded, error, random_packed, with_uneven_groups
 pytest.importorskip("triton")
 
 from pairquant.backends.base import Backend
-from pairquant.backends.experts import experts_refusal
+from pairquant.backends.experts import explain_experts
 from pairquant.backends.ops import run
+from pairquant.backends.triton_experts import TritonExperts
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode, forward
 from pairquant.kernels.run.decoded_budget import Budget
 from pairquant.kernels.run.norm import Norm
 from pairquant.kernels.run.table import DECODED_FROM
 from pairquant.kernels.run.weights import KernelWeights
-from pairquant.layers.experts import explain_experts
 from pairquant.spec.activations import FORMATS
 from pairquant.spec.linear import Spec
 
@@ -223,9 +223,11 @@ def test_experts_round_activations_as_other_layers_do(monkeypatch):
     monkeypatch.setattr("pairquant.backends.triton_kernels.has_float8", lambda device: False)
     int8, fp8 = (Spec(4, activations=name).layout(128, 64) for name in ("int8", "fp8"))
     cuda = torch.device("cuda")
-    assert experts_refusal(int8, cuda, torch.float16) is None
-    assert experts_refusal(int8, cuda, torch.float32) == "multiplies experts in 16 bits, the activations are float32"
-    assert "compute capability 8.9" in experts_refusal(fp8, cuda, torch.float16)
+    assert TritonExperts.refusal(int8, cuda, torch.float16) is None
+    assert (
+        TritonExperts.refusal(int8, cuda, torch.float32) == "multiplies experts in 16 bits, the activations are float32"
+    )
+    assert "compute capability 8.9" in TritonExperts.refusal(fp8, cuda, torch.float16)
     assert explain_experts(int8, cuda, torch.float16).label == "triton (int8 activations simulated)"
 
 

@@ -162,8 +162,25 @@ def quantized_experts(root, family, config):
 
 def test_experts_answer_as_the_reference_does(experts, root):
     jobs = [{"model": str(path), "options": {"dtype": "float32"}} for path, _ in experts.values()]
-    for found, (family, (_, expected)) in zip(run(jobs, root), experts.items(), strict=True):
+    results = run(jobs, root)
+    for found, (family, (_, expected)) in zip(results, experts.items(), strict=True):
         assert divergence(expected, found["logprobs"]) < EXACT, family
+    said = [line for found in results for line in found["said"]]
+    assert any("decoded on loading" in line and "bfloat16 only" in line for line in said), said
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+def test_experts_run_from_their_codes_in_bfloat16(experts, root, family):
+    """Every token gets all experts, so that no near tie of a router is decided otherwise than by the reference."""
+    path = root / f"{family}-all"
+    shutil.copytree(experts[family][0], path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 4}))
+    expected = reference(load(path))
+    (found,) = run([{"model": str(path), "options": {"dtype": "bfloat16"}}], root)
+    assert "error" not in found, found
+    assert divergence(expected, found["logprobs"]) < allowed(expected, load(path, torch.bfloat16))
+    assert not any("decoded" in line for line in found["said"]), found["said"]
 
 
 def test_an_experts_tensor_that_is_missing_is_named(experts, root):

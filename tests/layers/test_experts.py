@@ -8,10 +8,10 @@ from families import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pairquant.backends.experts import explain_experts
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import Transform, decode, encode
 from pairquant.core.pairs import select_pairs
-from pairquant.layers.experts import explain_experts
 from pairquant.models.sites import ExpertSite, packed_experts, sites_in
 from pairquant.spec.linear import Spec
 from pairquant.spec.recipe import PRESETS
@@ -92,6 +92,13 @@ def test_in_bfloat16_it_is_as_close_as_that_allows(packed):
     found = made(tokens.bfloat16(), index, weights)
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() < 0.03 * expected.norm()
+    assert not any("qweight" in name for name, _ in made.named_buffers()), "the codes are held twice"
+    saved = made.state_dict()
+    assert set(saved) == set(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    torch.testing.assert_close(made(tokens, index, weights), expected, rtol=1e-4, atol=1e-5)  # float32 is decoded
+    made.load_state_dict(saved)
+    assert torch.equal(made(tokens.bfloat16(), index, weights), found)
 
 
 @torch.no_grad()

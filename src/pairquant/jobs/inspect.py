@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ..backends.experts import explain_experts
 from ..backends.table import Explanation, explain
 from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
-from ..layers.experts import explain_experts
 from ..spec.linear import LinearLayout
 from ..support.devices import resolve_device
 from ..support.errors import ConfigError, SourceError, did_you_mean

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from ..backends.experts import experts_refusal
+from ..backends.experts import explain_experts
 from ..backends.table import DENSE, Explanation, explain
 from ..core.rounding import POOR_ERROR
-from ..layers.experts import explain_experts
 from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
 from ..optimize.memory import Demand
@@ -58,7 +57,7 @@ def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[st
         kinds[
             f"{'of experts ' if experts else ''}read is rounded to {layout.activations}, {_how_multiplied(running)}"
         ] += count
-        refused += count if experts and (own or experts_refusal(layout, device, bf16)) else 0
+        refused += count if experts and (own or running.backend == DENSE.name) else 0
     lines = [f"what {counted(count, 'layer')} {text}" for text, count in kinds.items()]
     if refused:
         lines.append(

@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.cpu_int4 import CpuInt4
-from ..backends.experts import ACTIVATIONS, Experts, experts_refusal
-from ..backends.table import Explanation
-from ..backends.triton_kernels import TritonKernels
+from ..backends.experts import choose_experts, explain_experts
+from ..backends.experts_base import ACTIVATIONS, Experts
 from ..core.activations import rounded
-from ..core.linear import rotated_weight, transform_of
+from ..core.linear import Transform, rotated_weight
 from ..core.rotation import rotate_dense
-from ..kernels.run.cpu import int4_product, int4_weights
 from ..spec.experts import TRANSFORM, pool_of
 from ..spec.linear import LinearLayout, PackedLinear
 from .expert_form import ExpertForm
 from .merging import offloaded, plain_tensors
-
-#: What our kernels for GPUs hold in another form.
-CODES = TritonKernels.replaces
-#: `ACTIVATIONS` by PyTorch.
-EXACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-#: What multiplies experts where there is no int4 product.
-DECODED = "decoded"
-#: Why our kernels for GPUs do not run experts with transforms of their own: they rotate the input once for all.
-OWN_TRANSFORMS = "rotates once for all experts, and each of these has a transform of its own"
-
-
-def has_int4(layout: LinearLayout, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether experts of this layout are multiplied from their codes, by PyTorch's int4 product for CPUs."""
-    return CpuInt4().refusal(layout, device, dtype) is None
-
-
-def explain_experts(
-    layout: LinearLayout, device: torch.device, dtype: torch.dtype, per_expert: bool = False
-) -> Explanation:
-    """Return what multiplies experts of this layout; decoded ones are decoded at each use, which keeps them small.
-
-    per_expert: whether each expert has a transform of its own.
-    """
-    refusals: dict[str, str] = {}
-    for name, refusal in ((TritonKernels.name, experts_refusal), (CpuInt4.name, CpuInt4().refusal)):
-        reason = refusal(layout, device, dtype)
-        if per_expert and name == TritonKernels.name:
-            reason = reason or OWN_TRANSFORMS
-        if reason is None:
-            return Explanation(name, refusals, layout.activations)
-        refusals[name] = reason
-    return Explanation(DECODED, refusals, layout.activations)
 
 
 @dataclass(frozen=True)
@@ -90,14 +49,13 @@ class RotatedExperts(nn.Module):
 
     The buffers have the stored names: `3.gate_proj.qweight`, and for all experts together `gate_up_weight_theta`.
     forward: as of the module that it replaces, mostly hidden states [T, H] and each token's experts and their weights [T, k] →
-    [T, H] (`ExpertForm`). The input is rotated once for all experts, which are multiplied from their codes: by our kernels on NVIDIA GPUs in
-    16 bits, by PyTorch's int4 product on CPUs in bfloat16 at 4 bits. Else the weight of an expert that has tokens is decoded
-    each time. What our kernels need takes the place of the stored codes, which come back bit for bit when the module is saved
-    or moved.
+    [T, H] (`ExpertForm`). Experts are multiplied from their codes by the first in `backends.experts` that accepts them. What it
+    needs takes the place of the stored codes, which come back bit for bit when the module is saved or moved. Where none accepts
+    them, and where x needs a gradient, the weight of an expert that has tokens is decoded each time.
 
     source: the module that is replaced, which says how gate and up are joined and what lies between the products; plans:
     of "gate_proj" (if there is a gate), "up_proj" and "down_proj"; per_expert: each expert has transforms of its own, with names
-    such as `3.gate_up_weight_theta`. No kernel of ours for GPUs runs those.
+    such as `3.gate_up_weight_theta`.
     """
 
     def __init__(
@@ -125,7 +83,6 @@ class RotatedExperts(nn.Module):
                     tensor = torch.empty(field.shape, dtype=field.dtype, device=device)
                     home.register_buffer(f"{plan.pool}_weight_{name}", tensor)
         self._matrices: dict[str, Tensor] = {}
-        self._int4: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._prepared: Experts | None = None
         self._activation: str | None = None
 
@@ -139,14 +96,17 @@ class RotatedExperts(nn.Module):
         """Return one weight of one expert; part: "gate_proj", "up_proj" or "down_proj"."""
         plan = self.plans[part]
         own = getattr(getattr(self, str(number)), plan.name)
-        given_up = self._codes(number, part)
-        home = getattr(self, str(number)) if self.per_expert else self
-        shared = {name: getattr(home, f"{plan.pool}_weight_{name}") for name in TRANSFORM} | given_up
+        shared = self._transform(number, part) | self._codes(number, part)
         tensors = {name: shared[name] if name in shared else getattr(own, name) for name in plan.layout.fields()}
         return PackedLinear(plan.layout, tensors)
 
+    def _transform(self, number: int, part: str) -> dict[str, Tensor]:
+        """Return what is stored of the transform of one weight, by the names in `TRANSFORM`."""
+        home, pool = getattr(self, str(number)) if self.per_expert else self, self.plans[part].pool
+        return {name: getattr(home, f"{pool}_weight_{name}") for name in TRANSFORM}
+
     def _codes(self, number: int, part: str) -> dict[str, Tensor]:
-        """Return the stored codes, scales and zero points that our kernels' tensors have taken the place of; else nothing."""
+        """Return the stored tensors of one weight that others have taken the place of; else nothing."""
         if self._prepared is None:
             return {}
         weights = self._prepared.down if part == "down_proj" else self._prepared.up
@@ -164,31 +124,33 @@ class RotatedExperts(nn.Module):
                 seen.add(transform)
 
     def prepare(self, dtype: torch.dtype) -> bool:
-        """Let the tensors of our kernels for GPUs take the place of the stored codes; return whether they can run.
+        """Let what runs the experts take the place of their stored codes; return whether there is something that does.
 
         dtype: that of the activations. The first forward pass does this if it was not done before. Warns on a GPU if
         experts are decoded at each use.
         """
-        device = next(self.buffers()).device
-        reasons = (experts_refusal(plan.layout, device, dtype) for plan in self.plans.values())
-        if self.per_expert:
-            reasons = (reason for reason in (OWN_TRANSFORMS,))
-        if reason := next(filter(None, reasons), None):
+        device, layouts = next(self.buffers()).device, {plan.layout for plan in self.plans.values()}
+        chosen = choose_experts(layouts, device, dtype, self.per_expert)
+        if chosen is None:
             if device.type == "cuda":
-                warnings.warn(
-                    f"experts are decoded at each use, which is slow: {TritonKernels.name} {reason}", stacklevel=2
-                )
+                self._warn_of_decoding(layouts, dtype)
             return False
         if self._prepared is None:
             if offloaded(self):
                 return False
             outer = ("gate_proj", "up_proj") if self.has_gate else ("up_proj",)
             with plain_tensors():
-                self._prepared = Experts.build(self._each(outer), self._each(("down_proj",)))
+                self._prepared = chosen.build(self._each(outer), self._each(("down_proj",)))
             for owner in self._owners():
-                owner._buffers.update(dict.fromkeys(name for name in CODES if name in owner._buffers))
+                owner._buffers.update(dict.fromkeys(name for name in chosen.replaces if name in owner._buffers))
             self._known_activation()
         return True
+
+    def _warn_of_decoding(self, layouts: Collection[LinearLayout], dtype: torch.dtype) -> None:
+        device = next(self.buffers()).device
+        refusals = (explain_experts(layout, device, dtype, self.per_expert).refusals for layout in layouts)
+        reasons = {f"{name} {reason}": None for each in refusals for name, reason in each.items() if reason}
+        warnings.warn(f"experts are decoded at each use, which is slow: {'; '.join(reasons)}", stacklevel=3)
 
     def _each(self, parts: Sequence[str]) -> list[list[PackedLinear]]:
         """Return these parts of every expert."""
@@ -237,7 +199,7 @@ class RotatedExperts(nn.Module):
             # Numbers so large that a module that cuts them off is told from one that does not.
             gate, up = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 3, 64)
             for name in ACTIVATIONS if self.has_gate else ():
-                expected = EXACT[name](gate) * up
+                expected = ACTIVATIONS[name](gate) * up
                 found = self._between_products(torch.cat((gate, up), -1))
                 if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
                     self._activation = name
@@ -276,19 +238,14 @@ class RotatedExperts(nn.Module):
 
     def _matrix(self, number: int, part: str) -> Tensor:
         """Return diag(1/a) · R of one expert's part, float32 [G, g, g]."""
-        transform = transform_of(self.packed_part(number, part))
+        theta, pairs, scales = (self._transform(number, part)[name] for name in TRANSFORM)
+        transform = Transform.build(theta, pairs, scales, self.plans[part].layout.group_size)
         groups, g, _ = transform.matrix.shape
         return transform.inverse_scales.view(groups, g, 1) * transform.matrix
 
     def _product(self, number: int, part: str, turned: Tensor) -> Tensor:
-        layout = self.plans[part].layout
         packed = self.packed_part(number, part)
-        if has_int4(layout, turned.device, turned.dtype) and not turned.requires_grad:
-            if (number, part) not in self._int4:
-                self._int4[number, part] = int4_weights(packed)
-            y = int4_product(turned, *self._int4[number, part], layout.group_size)
-        else:
-            y = turned @ rotated_weight(packed).T.to(turned.dtype)
+        y = turned @ rotated_weight(packed).T.to(turned.dtype)
         return y if packed.bias is None else y + packed.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -305,7 +262,7 @@ class RotatedExperts(nn.Module):
 
     def _restore(self) -> None:
         """Take the stored codes back, and forget what was made of them."""
-        self._matrices, self._int4 = {}, {}
+        self._matrices = {}
         for number in range(self.count):
             for part, plan in self.plans.items():
                 getattr(getattr(self, str(number)), plan.name)._buffers.update(self._codes(number, part))

@@ -1,4 +1,4 @@
-"""How packed experts come into vLLM's layers and are cut for several GPUs; the kernels run in Triton's interpreter."""
+"""How packed experts come into vLLM's layers and are cut for several ranks; kernels for GPUs run in Triton's interpreter."""
 
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from packed import random_packed
 
+from pairquant.backends.triton_experts import TritonExperts
 from pairquant.backends.triton_kernels import TritonKernels
 from pairquant.core.linear import decode
 from pairquant.spec.experts import TRANSFORM, pool_of
@@ -23,17 +24,29 @@ SPEC = Spec(4, 32, 2)
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.setattr(TritonKernels, "refusal", lambda self, layout, device, dtype: None)
+    """Those for GPUs take float16, PyTorch's for CPUs bfloat16."""
+    monkeypatch.setattr(
+        TritonKernels, "refusal", lambda self, layout, device, dtype: None if dtype == torch.float16 else "not here"
+    )
 
 
 @pytest.fixture(scope="module")
 def linears():
+    return made(bias=False)
+
+
+@pytest.fixture(scope="module")
+def biased():
+    return made(bias=True)
+
+
+def made(bias):
     """Path → packed linear; the experts share their transforms."""
     found, shared = {}, {}
     for number in range(COUNT):
         for i, (part, (rows, channels)) in enumerate(PARTS.items()):
             path = f"{HOME}.{number}.{part}"
-            one = random_packed(rows, channels, 32, 2, seed=10 * number + i)
+            one = random_packed(rows, channels, 32, 2, seed=10 * number + i, bias=bias)
             transform = shared.setdefault(pool_of(path), {name: one[name] for name in TRANSFORM})
             found[path] = PackedLinear.from_tensors(path, one.layout, {**one.tensors, **transform})
     return found
@@ -52,10 +65,10 @@ def stored(linears):
 class Layer(torch.nn.Module):
     """What the method asks of vLLM's layer. local: which experts, by their numbers, lie on this rank."""
 
-    def __init__(self, tp_size=1, tp_rank=0, local=range(COUNT), has_bias=False):
+    def __init__(self, tp_size=1, tp_rank=0, local=range(COUNT), has_bias=False, dtype=torch.float16):
         super().__init__()
         parallel = SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank)
-        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=torch.float16)
+        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=dtype)
         self.local = list(local)
         self.activation, self.swiglu_limit = SimpleNamespace(value="silu"), None
         self.apply_router_weight_on_input = False
@@ -81,13 +94,18 @@ def loaded(linears, tensors, **how):
     return layer, method
 
 
+def product(linear, x):
+    y = decode(linear) @ x.float()
+    return y if linear.bias is None else y + linear.bias
+
+
 def expected(linears, x, ids, weights):
     rows = []
     for t in range(len(x)):
         y = torch.zeros(HIDDEN)
         for weight, number in zip(weights[t], ids[t].tolist(), strict=True):
-            gate, up, down = (decode(linears[f"{HOME}.{number}.{part}"]) for part in PARTS)
-            y += weight * (down @ (torch.nn.functional.silu(gate @ x[t].float()) * (up @ x[t].float())))
+            gate, up, down = (linears[f"{HOME}.{number}.{part}"] for part in PARTS)
+            y += weight * product(down, torch.nn.functional.silu(product(gate, x[t])) * product(up, x[t]))
         rows.append(y)
     return torch.stack(rows)
 
@@ -95,18 +113,59 @@ def expected(linears, x, ids, weights):
 @pytest.mark.parametrize(
     "ranks",
     [[{}], [{"tp_size": 2, "tp_rank": 0}, {"tp_size": 2, "tp_rank": 1}], [{"local": [0, 2]}, {"local": [1, 3]}]],
-    ids=["one GPU", "tensor parallel", "expert parallel"],
+    ids=["one", "tensor parallel", "expert parallel"],
 )
-def test_the_ranks_together_compute_what_the_decoded_experts_do(linears, ranks, generator):
-    x = torch.randn(5, HIDDEN, generator=generator).half()
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "with biases"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.004), (torch.bfloat16, 0.015)], ids=["GPU", "CPU"])
+def test_the_ranks_together_compute_what_the_decoded_experts_do(
+    linears, biased, ranks, bias, dtype, bound, generator, monkeypatch
+):
+    from pairquant.integrations.vllm.experts import PackedExpertsMethod
+
+    if bias or ranks != [{}]:  # half a minute in the interpreter, so once
+        monkeypatch.setattr(TritonExperts, "warm_up", lambda self, activation, dtype: None)
+    which = biased if bias else linears
+    x = torch.randn(5, HIDDEN, generator=generator).to(dtype)
     ids = torch.stack([torch.randperm(COUNT, generator=generator)[:2] for _ in range(5)]).to(torch.int32)
     weights = torch.rand(5, 2, generator=generator)
     total = torch.zeros(5, HIDDEN)
     for how in ranks:
-        layer, method = loaded(linears, stored(linears), **how)
+        layer, method = loaded(which, stored(which), **how, has_bias=bias, dtype=dtype)
+        assert isinstance(method, PackedExpertsMethod)
+        assert not method.arrivals.tensors, "what was loaded is kept beside what runs"
         total += method.apply(layer, x, weights, ids, None, None).float()
-    want = expected(linears, x, ids, weights)
-    assert (total - want).norm() < 0.004 * want.norm()
+    want = expected(which, x, ids, weights)
+    assert (total - want).norm() < bound * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "cpu-int4 is fast in bfloat16 only"),
+        ({"activation": "situ", "dtype": torch.bfloat16}, "nothing here computes situ"),
+        ({"bits": 8, "dtype": torch.bfloat16}, "cpu-int4 multiplies 4-bit weights, the layer has 8"),
+    ],
+)
+def test_why_experts_are_decoded_is_said(linears, change, reason, monkeypatch, caplog):
+    from pairquant.integrations.vllm import experts
+
+    monkeypatch.setattr(experts, "DecodedExpertsMethod", lambda arrivals, moe: "decoded")
+    monkeypatch.setattr(experts, "_tell_once", experts._tell_once.__wrapped__)
+    layer = Layer(dtype=change["dtype"])
+    layer.activation = SimpleNamespace(value=change.get("activation", "silu"))
+    specs = {path: Spec(change.get("bits", 4), 32, 2) for path in linears}
+    with caplog.at_level("WARNING", logger="vllm.pairquant"):
+        assert experts.experts_method(specs, HOME, layer, {path: path for path in linears}) == "decoded"
+    assert f"experts ({COUNT} in a block) are decoded" in caplog.text
+    assert reason in caplog.text
+
+
+def test_experts_that_would_be_decoded_and_round_what_they_read_are_refused(linears):
+    from pairquant.integrations.vllm.experts import experts_method
+
+    specs = {path: Spec(8, 32, 2, activations="int8") for path in linears}
+    with pytest.raises(ConfigError, match=r"round what they read to int8.*cpu-int4 multiplies 4-bit weights"):
+        experts_method(specs, HOME, Layer(dtype=torch.bfloat16), {path: path for path in linears})
 
 
 def test_a_tensor_that_is_missing_is_named(linears):

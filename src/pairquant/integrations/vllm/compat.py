@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 #: Name → module of vLLM that has it.
 HOMES = {
     "LinearBase": "model_executor.layers.linear",
@@ -19,7 +21,6 @@ HOMES = {
     "register_quantization_config": "model_executor.layers.quantization",
     "QuantizationConfig": "model_executor.layers.quantization.base_config",
     "FusedMoEMethodBase": "model_executor.layers.fused_moe.fused_moe_method_base",
-    "apply_moe_activation": "model_executor.layers.fused_moe.activation",
     "UnquantizedFusedMoEMethod": "model_executor.layers.fused_moe.unquantized_fused_moe_method",
     "GroupQuantScaleParameter": "model_executor.parameter",
     "PackedvLLMParameter": "model_executor.parameter",
@@ -41,6 +42,24 @@ def is_experts(layer: Any) -> bool:
     except ImportError:
         return False
     return isinstance(layer, RoutedExperts)
+
+
+def activate_experts(layer: Any, joined: Tensor) -> Tensor:
+    """Apply what a layer of experts has between its products, by vLLM's own kernel, as its version wants to be told:
+    [A, 2 I] or, without a gate, [A, I] → [A, I].
+    """
+    from vllm.model_executor.layers.fused_moe import activation as home
+
+    options = {"clamp_limit": layer.swiglu_limit}
+    options |= {"alpha": layer.swiglu_alpha} if layer.swiglu_alpha is not None else {}
+    options |= {"beta": layer.swiglu_beta} if layer.swiglu_beta is not None else {}
+    if hasattr(home, "ApplyMoEActivationConfig"):  # vLLM 0.32, not 0.26
+        names = ("activation_situ_beta", "activation_situ_linear_beta")
+        options |= {name: getattr(layer.moe_config, name) for name in names}
+        options = {"activation_config": home.ApplyMoEActivationConfig(**options)}
+    kind = layer.activation
+    out = joined.new_empty(len(joined), joined.shape[1] // (2 if kind.is_gated else 1))
+    return home.apply_moe_activation(kind, out, joined, **options)
 
 
 def is_head(layer: Any) -> bool:

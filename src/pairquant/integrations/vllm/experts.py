@@ -1,7 +1,7 @@
 """How vLLM loads and runs packed experts.
 
-On an NVIDIA GPU they are run from their codes by our kernels, tensor or expert parallel. All others, and those with biases,
-are decoded once and run by vLLM's own kernels for plain experts, which takes the memory of the unquantized model; vLLM's own
+Where `backends.experts` has something for them, they are run from their codes, tensor or expert parallel. All others are
+decoded once and run by vLLM's own kernels for plain experts, which takes the memory of the unquantized model; vLLM's own
 loader then cuts them for several GPUs.
 """
 
@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends.experts import ACTIVATIONS, Experts, experts_refusal
+from ...backends.experts import choose_experts, explain_experts
+from ...backends.experts_base import Experts
 from ...core.linear import decode
 from ...spec.experts import DOWN, EXPERT, shared_name
 from ...spec.fields import CHANNELS, ROWS
 from ...spec.linear import PackedLinear, Spec
 from ...support.errors import CheckpointError, ConfigError
-from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod, apply_moe_activation
+from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod
+from .expert_activations import between, known_activation
 
+#: vLLM shows what loggers below its own say.
+LOGGER = logging.getLogger("vllm.pairquant")
 #: vLLM's names for the parts of an expert.
 SHARDS = {"gate_proj": "w1", "w1": "w1", "up_proj": "w3", "w3": "w3", "down_proj": "w2", "w2": "w2"}
 
@@ -33,21 +38,38 @@ def experts_method(
     """Return what loads and runs the experts of a layer.
 
     specs: by path, of every expert's weights; prefix: what the experts are named by; stored_as: path → that in the checkpoint;
-    per_expert: whether each expert has a transform of its own, so that no kernel runs it.
+    per_expert: whether each expert has a transform of its own. Raises `ConfigError` for experts that must be decoded and round
+    what they read, because nothing in vLLM would do that.
     """
-    moe = layer.moe_config
+    moe, spec = layer.moe_config, next(iter(specs.values()))
     arrivals = Arrivals(specs, prefix, stored_as, per_expert)
-    device, dtype = torch.empty(0).device, moe.in_dtype  # vLLM makes its layers on the device that they run on
-    alike = len(set(specs.values())) == 1 and not moe.has_bias and not per_expert
-    spec = next(iter(specs.values()))
-    if alike and experts_refusal(spec.layout(128, 128), device, dtype) is None:
-        return PackedExpertsMethod(arrivals, moe)
+    device = torch.empty(0).device  # vLLM makes its layers on the device that they run on
+    kind, reason = _choice(specs, layer, device, per_expert)
+    if kind is not None:
+        return PackedExpertsMethod(arrivals, moe, kind)
     if spec.activations is not None:  # decoded ones are vLLM's own layers, which round nothing
         raise ConfigError(
-            f"{prefix}: these experts round what they read to {spec.activations}, and nothing in vLLM does that here. Run the "
-            "model with Transformers, or quantize it without --activations."
+            f"{prefix}: these experts round what they read to {spec.activations}, and nothing in vLLM does that here: {reason}. "
+            "Run the model with Transformers, or quantize it without --activations."
         )
+    _tell_once(len({path.rpartition(".")[0] for path in specs}), reason)
     return DecodedExpertsMethod(arrivals, moe)
+
+
+def _choice(
+    specs: Mapping[str, Spec], layer: Any, device: torch.device, per_expert: bool
+) -> tuple[type[Experts] | None, str]:
+    """Return what runs the experts of a layer from their codes, or None and the reason, in words, why nothing does."""
+    if len(set(specs.values())) > 1:
+        return None, "they differ in bits, group size or rotations"
+    if per_expert:
+        return None, "each has a transform of its own"
+    if not known_activation(layer) and between(layer, device) is None:
+        return None, f"nothing here computes {layer.activation.value} between their products on a CPU"
+    # Every size that can be stored is as good as this one for what runs experts: groups are of 32 channels or more.
+    layout, dtype = next(iter(specs.values())).layout(128, 128), layer.moe_config.in_dtype
+    refusals = explain_experts(layout, device, dtype).refusals
+    return choose_experts([layout], device, dtype), "; ".join(f"{name} {reason}" for name, reason in refusals.items())
 
 
 class Arrivals:
@@ -87,12 +109,15 @@ class Arrivals:
         fields = spec.layout(128, 128).fields()  # the same names at every size
         return [shared_name(path, field, self.per_expert) or f"{path}.{field}" for field in fields]
 
-    def packed(self, path: str) -> PackedLinear:
-        """Return one weight. Raises `CheckpointError` naming a tensor that is missing or damaged."""
+    def packed(self, path: str, has_bias: bool = False) -> PackedLinear:
+        """Return one weight, with its bias if it has one. Raises `CheckpointError` naming a tensor that is missing or damaged."""
         spec = self.specs[path]
         names = zip(spec.layout(128, 128).fields(), self._own_names(path), strict=True)
         tensors = {field: self._arrived(own) for field, own in names}
-        return PackedLinear.from_tensors(path, spec.layout_around(tensors["qweight"]), tensors)
+        if has_bias:
+            tensors["bias"] = self.bias(path)
+        layout = replace(spec.layout_around(tensors["qweight"]), bias=has_bias)
+        return PackedLinear.from_tensors(path, layout, tensors)
 
     def bias(self, path: str) -> Tensor:
         """Return the bias [N] of one weight. Raises `CheckpointError` if it is missing."""
@@ -117,19 +142,20 @@ class Arrivals:
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's class is looked up late
-    """Runs experts from their codes on a GPU. moe: vLLM's configuration of the layer."""
+    """Runs experts from their codes. moe: vLLM's configuration of the layer; kind: what runs them."""
 
-    def __init__(self, arrivals: Arrivals, moe: Any):
+    def __init__(self, arrivals: Arrivals, moe: Any, kind: type[Experts]):
         super().__init__(moe)
-        self.arrivals = arrivals
+        self.arrivals, self.kind = arrivals, kind
         self.spec = next(iter(arrivals.specs.values()))
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, **extra: Any
     ) -> None:
         """Say what this rank needs of the packed tensors. Raises `ConfigError` when tensor parallelism would split a group."""
-        inner = intermediate_size_per_partition
-        self.layouts = {"up": self.spec.layout(hidden_size, inner), "down": self.spec.layout(inner, hidden_size)}
+        inner, bias = intermediate_size_per_partition, self.moe.has_bias
+        sizes = {"up": (hidden_size, inner), "down": (inner, hidden_size)}
+        self.layouts = {name: self.spec.layout(*size, bias) for name, size in sizes.items()}
         parallel = self.moe.moe_parallel_config
         if faults := [fault for layout in self.layouts.values() for fault in layout.misfits()]:
             raise ConfigError(
@@ -140,7 +166,10 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
         self.arrivals.cut = partial(self._cut, layer)
 
     def _cut(self, layer: Any, name: str, tensor: Tensor) -> Tensor | None:
-        """Return this rank's share of a stored tensor: of its experts, and of their inner channels."""
+        """Return this rank's share of a stored tensor: of its experts, and of their inner channels.
+
+        Ranks of tensor parallelism are summed, so the first alone adds the bias of down.
+        """
         if name.startswith(("gate_up_weight_", "down_weight_")):
             down, field = name.startswith("down_"), name.rpartition("_weight_")[2]
         else:
@@ -155,11 +184,14 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
         axis = stored.axis(CHANNELS if down else ROWS)
         if axis is not None and tensor.shape[axis] != stored.shape[axis]:
             tensor = tensor.narrow(axis, self.rank * stored.shape[axis], stored.shape[axis])
+        if field == "bias" and down and self.rank:
+            tensor = torch.zeros_like(tensor)
         return tensor.to(self.device)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and repack it. Raises `CheckpointError` naming the tensor that is missing or damaged."""
-        self.arrivals.require_no_bias()
+        if not self.moe.has_bias:
+            self.arrivals.require_no_bias()
         experts: dict[int, dict[str, str]] = {}
         for path in self.arrivals.specs:
             found = EXPERT.fullmatch(path)
@@ -170,14 +202,16 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
         made = []
         for shards in (("w1", "w3"), ("w2",)):
             paths = [[parts[s] for s in shards if s in parts] for _, parts in sorted(experts.items())]
-            linears = [[self.arrivals.packed(path) for path in each] for each in paths]
+            linears = [[self.arrivals.packed(path, self.moe.has_bias) for path in each] for each in paths]
             for i, (each, packed) in enumerate(zip(paths, linears, strict=True)):
                 for path, linear in zip(each, packed, strict=True):
                     linear.check_values(path, transform=i == 0)
             made.append(linears)
-        self.experts = Experts.build(*made)
+        self.experts = self.kind.build(*made)
         self.arrivals.tensors.clear()
-        _warm_up_once(self.experts, _known_activation(layer), self.moe.in_dtype)
+        self.activation = known_activation(layer)
+        self.between = None if self.activation else between(layer, self.device)
+        _warm_up_once(self.experts, self.layouts, self.activation, self.moe.in_dtype)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Return None: our kernels need nothing of it."""
@@ -187,37 +221,18 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        activation = _known_activation(layer)
-        between = None if activation else partial(_activated, layer)
-        return self.experts.run(x, ids, topk_weights, activation, between)
+        return self.experts.run(x, ids, topk_weights, self.activation, self.between)
 
 
 #: Shapes of experts whose kernels have been compiled by this process.
 _WARM: set[tuple[Any, ...]] = set()
 
 
-def _warm_up_once(experts: Experts, activation: str, dtype: torch.dtype) -> None:
-    formats = experts.up.activations, experts.down.activations
-    key = (experts.up.layout, experts.down.layout, experts.up.count, formats, activation, dtype)
+def _warm_up_once(experts: Experts, layouts: Mapping[str, Any], activation: str, dtype: torch.dtype) -> None:
+    key = (type(experts), *layouts.values(), experts.up.count, activation, dtype)
     if key not in _WARM:
         _WARM.add(key)
         experts.warm_up(activation, dtype)
-
-
-def _known_activation(layer: Any) -> str:
-    """Return which of `ACTIVATIONS` the layer has between gate and up; "" if another."""
-    name = layer.activation.value
-    return name if name in ACTIVATIONS and layer.swiglu_limit is None else ""
-
-
-def _activated(layer: Any, joined: Tensor) -> Tensor:
-    """Apply vLLM's own activation: [A, 2 I] or, without a gate, [A, I] → [A, I]."""
-    activation = layer.activation
-    out = joined.new_empty(len(joined), joined.shape[1] // (2 if activation.is_gated else 1))
-    options = {"clamp_limit": layer.swiglu_limit}
-    options |= {"alpha": layer.swiglu_alpha} if layer.swiglu_alpha is not None else {}
-    options |= {"beta": layer.swiglu_beta} if layer.swiglu_beta is not None else {}
-    return apply_moe_activation(activation, out, joined, **options)
 
 
 class DecodedExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vLLM's class is looked up late
@@ -226,7 +241,6 @@ class DecodedExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
     def __init__(self, arrivals: Arrivals, moe: Any):
         super().__init__(moe)
         self.arrivals = arrivals
-        _tell_once(len({path.rpartition(".")[0] for path in arrivals.specs}))
 
     def create_weights(
         self,
@@ -282,7 +296,9 @@ def _interleave(parameter: Tensor) -> None:
 
 
 @cache
-def _tell_once(count: int) -> None:
-    logging.getLogger("vllm.pairquant").warning(
-        "experts (%d in a block) are decoded on loading: they take as much memory as in the unquantized model", count
+def _tell_once(count: int, reason: str) -> None:
+    LOGGER.warning(
+        "experts (%d in a block) are decoded on loading and take as much memory as in the unquantized model: %s",
+        count,
+        reason,
     )

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.activations import rounded
+from ...core.linear import Transform, transform_of
 from ...core.linear import decode as decoded_weight
-from ...core.linear import transform_of
 from ...core.packing import unpack
 from ...core.rotation import rotate_dense
 from ...spec.linear import PackedLinear
@@ -97,10 +97,8 @@ def multiplies_bfloat16() -> bool:
 def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = True) -> CpuWeights:
     """Prepare a 4-bit linear. keep_decoded: also decode the weight, to be kept; many_tokens: whether it will run more than
     `FEW_TOKENS`, for which `rows` are needed."""
-    transform = transform_of(linear)
-    groups, g, _ = transform.matrix.shape
-    factors = transform.inverse_scales.view(groups, g, 1)
-    matrix = factors * transform.matrix if linear.layout.rotations else factors
+    matrix = factors(transform_of(linear))
+    groups, g, _ = matrix.shape
     scales, shrink = linear["scales"].float(), shrink_of(linear)
     codes = unpack(linear["qweight"], 4).T.contiguous()
     zeros = unpack(linear["qzeros"], 4).float()
@@ -110,6 +108,13 @@ def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = 
     dense = decoded_weight(linear) if keep_decoded else torch.empty(0, groups * g)
     found = CpuCodes(packed, _grid(scales / shrink, zeros), rows, dense.bfloat16())
     return CpuWeights((matrix * shrink)[None], (found,))
+
+
+def factors(transform: Transform) -> Tensor:
+    """Return diag(1/a) R of a transform, float32 [G, g, g]; without rotations the factors 1/a alone, [G, g, 1]."""
+    groups, g, _ = transform.matrix.shape
+    inverse = transform.inverse_scales.view(groups, g, 1)
+    return inverse * transform.matrix if len(transform.theta) else inverse
 
 
 def shrink_of(linear: PackedLinear) -> float:
