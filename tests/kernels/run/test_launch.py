@@ -12,6 +12,7 @@ from pairquant.core.linear import Transform, assemble, decode, rotated_weight
 from pairquant.core.rotation import rotate, rotation_matrix
 from pairquant.kernels.run import launch
 from pairquant.kernels.run.table import Dense, Narrow, Wide
+from pairquant.kernels.run.tune import random_weights
 from pairquant.kernels.run.weights import KernelWeights
 from pairquant.spec.linear import Spec
 
@@ -277,3 +278,15 @@ def test_second_gpu():
     x = torch.randn(3, 128, dtype=torch.half, device="cuda:1")
     want = exact([packed], x.cpu())
     assert error(launch.linear(x, weights, None, NARROW[0]).cpu(), want) < 1e-3
+
+
+def test_no_number_of_tokens_has_a_rotation_kernel_of_its_own(monkeypatch):
+    """Each set of constants is compiled when it is first met, and a request would wait for that."""
+    weights = launch.with_matrix(random_weights((128,), 512, 64, torch.device("cpu")))
+    seen = []
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 6)
+    monkeypatch.setattr(launch, "start", lambda kernel, grid, tensors, numbers, **constants: seen.append(constants))
+    for tokens in range(1, 4096, 31):
+        launch.rotate_padded(torch.empty(tokens, 512), weights.rotation, wide=True, overlap=True)
+    assert len(seen) > 100
+    assert len({tuple(constants.values()) for constants in seen}) <= 6

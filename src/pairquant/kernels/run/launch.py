@@ -25,6 +25,9 @@ DECODE_ROWS, DECODE_TILES, DECODE_STAGES, DECODE_WARPS = 128, 4, 3, 8
 #: For `dense_rotate_kernel`: most programs for each multiprocessor. With few tiles a program, buffering stages only takes away the
 #: shared memory that a second program needs: 14336 channels of 256 tokens 12.1 → 6.6 us on an H100, of 128 tokens 6.4 → 4.6.
 ROTATE_WAVES = 2
+#: For `dense_rotate_kernel`: from so many tiles a program on, loads are buffered, and the number is no constant: else the first
+#: request of each length would wait for the compiler.
+PIPELINED_FROM = 4
 
 
 @lru_cache
@@ -190,10 +193,10 @@ def _dense_rotate(
         dense_rotate_kernel,
         (width // 128, cdiv(tokens, rows * tiles), transforms),
         (x, matrix, out, out if peaks is None else peaks),
-        (tokens, rotation.channels // 32, x.stride(0), width // 128),
+        (tokens, rotation.channels // 32, x.stride(0), width // 128, tiles),
         TOKENS=rows,
-        TILES=tiles,
-        STAGES=1 if tiles < 4 else 3,
+        TILES=tiles if tiles < PIPELINED_FROM else 0,
+        STAGES=1 if tiles < PIPELINED_FROM else 3,
         ACTIVATION=activation,
         PEAKS=peaks is not None,
         NATIVE=features(x.device)["NATIVE"],

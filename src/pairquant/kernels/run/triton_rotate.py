@@ -139,7 +139,7 @@ def givens_kernel(
     tl.store(out_ptr + row + column[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "runs", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "runs", "blocks", "tiles"])
 def dense_rotate_kernel(
     x_ptr,  # [M, C], row stride x_stride, or [M, 2 C] with an activation (`load_input`)
     matrix_ptr,  # float16 [T, 128, 128 KB]: R of each block of channels, scales included
@@ -149,15 +149,16 @@ def dense_rotate_kernel(
     runs,  # C / 32
     x_stride,
     blocks,  # KB
+    tiles,  # of TOKENS tokens per program
     TOKENS: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of TOKENS tokens per program
+    TILES: tl.constexpr,  # the same where they are few, else 0, so that no number of tokens has a kernel of its own
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PEAKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Scale and rotate one block of 128 channels of TILES · TOKENS tokens, by one matrix product for each tile."""
+    """Scale and rotate one block of 128 channels of tiles · TOKENS tokens, by one matrix product for each tile."""
     channels = runs * 32
     out_channels = blocks * 128
     transform = tl.program_id(2)
@@ -170,8 +171,12 @@ def dense_rotate_kernel(
     if DEPENDENT:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
-    first = tl.program_id(1) * TILES
-    for tile in tl.range(first, first + TILES, num_stages=STAGES):
+    first = tl.program_id(1) * tiles
+    if TILES > 0:
+        end = first + TILES
+    else:
+        end = first + tiles
+    for tile in tl.range(first, end, num_stages=STAGES):
         t = tile * TOKENS + tl.arange(0, TOKENS)
         here = (t < tokens)[:, None] & (c < channels)[None, :]
         x = load_input(x_ptr, t.to(tl.int64)[:, None] * x_stride, c[None, :], here, channels, ACTIVATION).to(dtype)
