@@ -172,10 +172,7 @@ def dense_rotate_kernel(
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
     first = tl.program_id(1) * tiles
-    if TILES > 0:
-        end = first + TILES
-    else:
-        end = first + tiles
+    end = first + (TILES if TILES > 0 else tiles)
     for tile in tl.range(first, end, num_stages=STAGES):
         t = tile * TOKENS + tl.arange(0, TOKENS)
         here = (t < tokens)[:, None] & (c < channels)[None, :]
