@@ -58,4 +58,4 @@ def _key(
         places = tuple(i for i, parameter in enumerate(parameters) if not parameter.do_not_specialize)
         _SPECIALIZED[id(kernel)] = places
     kinds = [(numbers[i] % _ALIGNED == 0, numbers[i] == 1) for i in places]
-    return (id(kernel), device, *[tensor.dtype for tensor in tensors], *kinds, *constants.values())
+    return (id(kernel), device, *[tensor.dtype for tensor in tensors], *kinds, *constants, *constants.values())
