@@ -64,7 +64,7 @@ def scale_kernel(x_ptr, out_ptr, eps, tokens, stride, WIDTH: tl.constexpr, ADD: 
 def main() -> None:
     driver.set_active(Gpu())
     x, half = torch.zeros(4096), torch.zeros(4096, dtype=torch.float16)
-    usual: dict[str, Any] = {"x": x, "tokens": 5, "stride": 64, "width": 32, "add": 1}
+    usual: dict[str, Any] = {"x": x, "eps": 1e-5, "tokens": 5, "stride": 64, "add": 1, "warps": 1}
     cases = {
         "as it was": {},
         "other tensors": {"x": torch.ones(4096)},
@@ -74,12 +74,17 @@ def main() -> None:
         "another dtype": {"x": half},
         "another constant": {"add": 2},
         "a tensor that is not aligned": {"x": x[1:]},
+        "an empty tensor": {"x": x[:0]},
+        "a whole number in place of a fraction": {"eps": 0},
+        "a stride of 64 bits": {"stride": 2**31},
+        "a number of 64 bits": {"tokens": 2**31},
+        "another launch option": {"warps": 2},
     }
     found = {}
     for name, changed in cases.items():
         case = {**usual, **changed}
-        tensors, numbers = (case["x"], torch.empty_like(case["x"])), (1e-5, case["tokens"], case["stride"])
-        constants = {"WIDTH": case["width"], "ADD": case["add"], "num_warps": 1}
+        tensors, numbers = (case["x"], torch.empty_like(case["x"])), (case["eps"], case["tokens"], case["stride"])
+        constants = {"WIDTH": 32, "ADD": case["add"], "num_warps": case["warps"]}
         NOTED.clear()
         for _ in range(2):
             start(scale_kernel, (3, 2, 1), tensors, numbers, **constants)

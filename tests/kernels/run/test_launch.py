@@ -290,3 +290,14 @@ def test_no_number_of_tokens_has_a_rotation_kernel_of_its_own(monkeypatch):
         launch.rotate_padded(torch.empty(tokens, 512), weights.rotation, wide=True, overlap=True)
     assert len(seen) > 100
     assert len({tuple(constants.values()) for constants in seen}) <= 6
+
+
+@pytest.mark.parametrize("rows", [128, 4096], ids=["in chunks", "at once"])
+def test_autocast_changes_no_dtype(rows):
+    weights = launch.with_matrix(random_weights((200, 64), 128, 64, torch.device("cpu")))
+    x, bias = torch.randn(3, 128), torch.randn(264)
+    expected = launch.linear(x, weights, bias, Dense(rows))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = launch.linear(x, weights, bias, Dense(rows))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -13,6 +13,10 @@ import pytest
 pytest.importorskip("triton")
 
 
+#: What is left to Triton each time.
+TRITONS = {"a tensor that is not aligned", "a stride of 64 bits", "a number of 64 bits"}
+
+
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """By case: what `start` launched at first and then, and what Triton did: grid, kernel, arguments, whether any was a tensor."""
@@ -25,7 +29,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 
 
 def test_every_launch_is_the_one_that_triton_does(launches):
-    assert len(launches) == 8
+    assert len(launches) == 13
     for case, (first, second, tritons) in launches.items():
         assert first[:3] == second[:3] == tritons[:3], case
 
@@ -33,7 +37,7 @@ def test_every_launch_is_the_one_that_triton_does(launches):
 def test_the_second_launch_is_given_numbers(launches):
     for case, (_, second, tritons) in launches.items():
         assert tritons[3]
-        assert second[3] == (case == "a tensor that is not aligned"), case
+        assert second[3] == (case in TRITONS), case
     assert launches["as it was"][0][3]  # the first is left to Triton
     assert not launches["other tensors"][0][3]  # the kernel is known
 
@@ -41,4 +45,8 @@ def test_the_second_launch_is_given_numbers(launches):
 def test_kernels_are_told_apart_by_what_triton_compiles_for(launches):
     kernels = {case: noted[0][1] for case, noted in launches.items()}
     usual = kernels.pop("as it was")
-    assert {case for case, kernel in kernels.items() if kernel == usual} == {"other tensors", "other number"}
+    assert {case for case, kernel in kernels.items() if kernel == usual} == {
+        "other tensors",
+        "other number",
+        "an empty tensor",
+    }

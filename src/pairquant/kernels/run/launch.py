@@ -212,7 +212,8 @@ def linear(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Produ
     """
     if isinstance(choice, Kept):
         assert weights.decoded is not None, "only kept weights are chosen"
-        return torch.nn.functional.linear(x, weights.decoded, bias)
+        out = torch.empty(x.shape[0], len(weights.decoded), dtype=x.dtype, device=x.device)
+        return _multiply(x, weights.decoded, bias, out)
     if isinstance(choice, Dense):
         return _dense(x, weights, bias, choice)
     return product(rotate_for(choice, x, weights), weights, bias, choice)
@@ -337,12 +338,10 @@ def _decode_tiles(weights: KernelWeights, matrix: Tensor, first: int, last: int,
 def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense) -> Tensor:
     """Multiply chunk by chunk: decode some rows of the weight into a workspace, then multiply x by them."""
     layout = weights.layout
-    if layout.padded_rows <= choice.rows:
-        return torch.nn.functional.linear(x, decode(weights, x.dtype), bias)
     matrix = _matrix(weights, x.dtype)
     out = torch.empty(x.shape[0], sum(weights.out_features), dtype=x.dtype, device=x.device)
     step = max(1, choice.rows // 128)
-    workspace = torch.empty(step * 128, x.shape[1], dtype=x.dtype, device=x.device)
+    workspace = torch.empty(min(step * 128, out.shape[1]), x.shape[1], dtype=x.dtype, device=x.device)
     column = 0
     for first in range(0, layout.padded_rows // 128, step):
         last = min(first + step, layout.padded_rows // 128)
@@ -350,9 +349,13 @@ def _dense(x: Tensor, weights: KernelWeights, bias: Tensor | None, choice: Dense
         weight = workspace[:rows]
         _decode_tiles(weights, matrix, first, last, weight)
         columns = slice(column, column + rows)
-        if bias is None:
-            torch.mm(x, weight.T, out=out[:, columns])
-        else:
-            torch.addmm(bias[columns], x, weight.T, out=out[:, columns])
+        _multiply(x, weight, bias if bias is None else bias[columns], out[:, columns])
         column += rows
     return out
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write x Wᵀ + bias into `out` and return it. Where the result is given, autocast does not change dtypes."""
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
