@@ -22,6 +22,7 @@ from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import HeadTraining, Recipe
 
 CPU = torch.device("cpu")
+UNTRAINED = HeadTraining(steps=0)
 ROWS, CHANNELS, WINDOWS, LENGTH = 80, 24, 9, 40
 
 
@@ -125,7 +126,7 @@ def quantized(how, notice=print, **options):
 
 def test_a_model_ends_nearer_to_the_original_and_says_what_was_gained():
     heard = []
-    _, _, without = quantized(None)
+    _, _, without = quantized(UNTRAINED)
     result, model, kl = quantized(HeadTraining(steps=60, batch=256), heard.append)
     assert kl < 0.95 * without
     (line,) = [line for line in heard if "divergence" in line]
@@ -136,7 +137,7 @@ def test_a_model_ends_nearer_to_the_original_and_says_what_was_gained():
 
 def test_a_training_that_does_not_help_is_not_used():
     heard = []
-    plain, _, _ = quantized(None)
+    plain, _, _ = quantized(UNTRAINED)
     wild = HeadTraining(steps=2, batch=64, correction_rate=50.0, scale_rate=3.0, transform_rate=3.0)
     result, _, _ = quantized(wild, heard.append)
     assert sum(line.count("which is not used") for line in heard) == 2
@@ -147,7 +148,7 @@ def test_a_training_that_does_not_help_is_not_used():
 def test_without_the_original_model_s_states_it_learns_from_the_quantized_one_s():
     options = {"recipe": replace(Recipe(steps=5, drift=0.0), head=HeadTraining(steps=30, batch=256))}
     heard = []
-    quantized(None, heard.append, **options)
+    quantized(UNTRAINED, heard.append, **options)
     (line,) = [line for line in heard if "divergence" in line]
     assert "before rounding" not in line
 

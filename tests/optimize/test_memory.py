@@ -12,7 +12,7 @@ from pairquant.models.blocks import find_blocks, head_block
 from pairquant.optimize.head import CHUNK_NUMBERS
 from pairquant.optimize.memory import MARGIN, REFITTED_COPIES, demand
 from pairquant.spec.options import QuantConfig
-from pairquant.spec.recipe import PRESETS, EndToEnd
+from pairquant.spec.recipe import PRESETS, EndToEnd, HeadTraining
 
 CUDA = torch.device("cuda")
 
@@ -42,8 +42,8 @@ def test_training_the_output_embedding_holds_copies_of_it_a_few_logits_and_a_str
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
     model, tokens = tiny_model(dtype=torch.bfloat16), torch.zeros(4, 4096, dtype=torch.int64)
     head = [head_block(model)]
-    config = QuantConfig(group_size=64, head_bits=4)
-    untrained = replace(config, recipe=replace(config.recipe, head=None))
+    untrained = QuantConfig(group_size=64, head_bits=4)
+    config = replace(untrained, recipe=replace(untrained.recipe, head=HeadTraining()))
     trained, plain = (demand(model, head, c, tokens, None, CUDA).device for c in (config, untrained))
     least = CHUNK_NUMBERS * 4 + 288 * 128 * 4 * 5 + 4 * 4096 * 128 * 2  # the vocabulary, hidden, bfloat16
     assert trained - plain > MARGIN * least

@@ -151,7 +151,7 @@ def _block_bytes(
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
     trained = weights * 4 * copies
     if block.head:
-        trained = _head_training_bytes(weights, int(text * read * itemsize)) if text and config.recipe.head else 0
+        trained = _head_training_bytes(weights, int(text * read * itemsize)) if text and config.recipe.head.steps else 0
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
 
