@@ -1,6 +1,6 @@
 """What a quantized output embedding costs: KL with it in 16 bits, and quantized in several ways after the same blocks.
 
-    python benchmarks/bench_head.py MODEL --output FILE [--heads head_bits=4 head_bits=4,head.steps=200 …] [--preset fast]
+    python benchmarks/bench_head.py MODEL --output FILE [--heads head_bits=4,head.steps=0 head_bits=4,head.steps=200 …] [--preset fast]
         [--group-size 64] [--samples 64] [--seq-len 1024] [--windows 80] [--device auto]
 
 The blocks are quantized once; each entry of --heads is options of `QuantConfig`, or settings of its recipe, for the output
@@ -84,7 +84,7 @@ class Heads:
 def main() -> None:
     parser = parser_of(__doc__, samples=64, windows=80)
     parser.set_defaults(preset="fast", seq_len=1024)
-    usual = [f"head_bits={bits}{training}" for bits in (4, 6, 8) for training in ("", ",head.steps=200")]
+    usual = [f"head_bits={bits},head.steps={steps}" for bits in (4, 6, 8) for steps in (0, 200)]
     parser.add_argument("--heads", nargs="+", default=usual)
     parser.add_argument("--group-size", type=int, default=SETTING["group_size"])
     options = parser.parse_args()

@@ -133,13 +133,14 @@ def test_a_run_that_stopped_before_it_ends_with_the_same_bytes(made, tmp_path):
     assert content(tmp_path / "out") == content(root / "out")
 
 
-@pytest.mark.parametrize("preset", ["rtn", "fast", "best", "paper"])
+@pytest.mark.parametrize("preset", ["rtn", "fast", "best", "paper", "gptq"])
 def test_every_recipe_quantizes_it(made, tmp_path, preset):
     root, _, _ = made
     sets = {
         "fast": ["head.steps=5"],
         "best": ["refit.epochs=1", "head.steps=5"],
-        "paper": ["training.epochs=1", "training.weight_epochs=0", "training.validation_samples=2"],
+        "paper": ["training.epochs=1", "training.weight_epochs=0", "training.validation_samples=2", "head.steps=5"],
+        "gptq": ["head.steps=5"],
     }
     recipe = pairquant.spec.recipe.recipe_with(preset, sets.get(preset, []) + (["steps=5"] if preset != "rtn" else []))
     quantize(root / "source", tmp_path / "out", preset=preset, recipe=recipe)

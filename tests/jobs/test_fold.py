@@ -12,12 +12,12 @@ import pairquant
 from pairquant.checkpoint.headers import StoredTensors
 from pairquant.checkpoint.read import Checkpoint, ModelFiles
 from pairquant.checkpoint.source import SourceWeights
-from pairquant.jobs.fold import Silent, fold
+from pairquant.jobs.fold import Silent, fitting, fold
 from pairquant.jobs.folded import is_there
 from pairquant.jobs.quantize import Silent as SilentQuantize
 from pairquant.models.folding import Foldable
 from pairquant.models.names import OWN
-from pairquant.spec.recipe import PRESETS
+from pairquant.spec.recipe import PRESETS, recipe_with
 from pairquant.support.errors import ConfigError
 
 CONFIG = pairquant.QuantConfig(
@@ -248,3 +248,10 @@ def test_a_size_that_no_choice_has_is_refused_before_folding(source, tmp_path):
     with pytest.raises(ConfigError, match="target"):
         pairquant.quantize(source, tmp_path / "out", replace(FOLDED, target={"bits_per_weight": 1.5}), device="cpu")
     assert not list(tmp_path.iterdir()), "nothing was folded"
+
+
+def test_an_output_embedding_to_be_trained_later_does_not_hinder_folding():
+    recipe = recipe_with("fast", ["head.steps=3"])
+    found = fitting(pairquant.QuantConfig(transform="folded", head_bits=4, recipe=recipe))
+    assert found.head_bits is None
+    assert not found.recipe.head.steps

@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from tiny_models import tiny_model
 
 from pairquant.core.linear import decode
+from pairquant.core.rounding import proxy_terms, ratio
 from pairquant.evaluation.quality import measure
 from pairquant.models.planning import plan_model
 from pairquant.models.sites import site_of
 from pairquant.optimize.descent import Descent
-from pairquant.optimize.drift import drift_matrix, drift_targets
+from pairquant.optimize.drift import MAX_DRIFT, drift_matrix, drift_targets
 from pairquant.optimize.head import Correction, HeadFit, HeadText
 from pairquant.optimize.moments import Moments
 from pairquant.optimize.ranks import ALONE
+from pairquant.optimize.strategies import Rounding
 from pairquant.optimize.walk import Walk
 from pairquant.spec.options import QuantConfig
 from pairquant.spec.recipe import HeadTraining, Recipe
 
 CPU = torch.device("cpu")
+UNTRAINED = HeadTraining(steps=0)
 ROWS, CHANNELS, WINDOWS, LENGTH = 80, 24, 9, 40
 
 
@@ -51,7 +54,8 @@ class Scene:
 
     def correction(self, how):
         x = self.states.flatten(0, 1)
-        return Correction(torch.zeros(CHANNELS, CHANNELS), x.square().mean(0).sqrt(), self.site, how)
+        weight, bias = self.site.weight, self.site.bias
+        return Correction(torch.zeros(CHANNELS, CHANNELS), x.square().mean(0).sqrt(), weight, bias, how)
 
     def divergence(self, windows, matrix):
         """Of the probabilities of the next token, by the definition."""
@@ -96,13 +100,15 @@ def test_every_step_has_tokens_of_its_own_until_all_were_seen():
         assert part.sort().values.tolist() == list(range(20))
 
 
-def test_the_matrix_of_a_drift_is_that_of_its_targets():
+@pytest.mark.parametrize("drift", [1e-3, 1.0])
+def test_the_matrix_of_a_drift_is_that_of_its_targets(drift):
     scene = Scene()
     x, x0 = scene.states.flatten(0, 1), scene.originals.flatten(0, 1)
     moments, weight = Moments(["a"], x.T @ x, x0.T @ x, len(x)), scene.site.weight
-    small = 1e-3  # no correction so small is cut off
-    expected = drift_targets({"a": weight}, moments, small, ALONE)["a"]
-    torch.testing.assert_close(weight + small * weight @ drift_matrix(moments), expected)
+    target = drift_targets({"a": weight}, moments, drift, ALONE)["a"]
+    torch.testing.assert_close(weight + weight @ drift_matrix(weight, moments, drift, ALONE), target)
+    changed = ratio(proxy_terms(weight, target, moments.hessian))
+    assert changed == pytest.approx(MAX_DRIFT, rel=1e-3) if drift == 1 else changed < MAX_DRIFT / 10
 
 
 def peaked():
@@ -125,7 +131,7 @@ def quantized(how, notice=print, **options):
 
 def test_a_model_ends_nearer_to_the_original_and_says_what_was_gained():
     heard = []
-    _, _, without = quantized(None)
+    _, _, without = quantized(UNTRAINED)
     result, model, kl = quantized(HeadTraining(steps=60, batch=256), heard.append)
     assert kl < 0.95 * without
     (line,) = [line for line in heard if "divergence" in line]
@@ -136,7 +142,7 @@ def test_a_model_ends_nearer_to_the_original_and_says_what_was_gained():
 
 def test_a_training_that_does_not_help_is_not_used():
     heard = []
-    plain, _, _ = quantized(None)
+    plain, _, _ = quantized(UNTRAINED)
     wild = HeadTraining(steps=2, batch=64, correction_rate=50.0, scale_rate=3.0, transform_rate=3.0)
     result, _, _ = quantized(wild, heard.append)
     assert sum(line.count("which is not used") for line in heard) == 2
@@ -144,10 +150,32 @@ def test_a_training_that_does_not_help_is_not_used():
         assert torch.equal(result.packed["lm_head"][name], tensor), name
 
 
+def test_a_training_is_judged_by_what_is_used_without_it(monkeypatch):
+    began, used = [], []
+
+    def run(fit, student, seed):
+        if isinstance(student, Correction):
+            began.append(fit.weight + fit.weight @ student.matrix())
+        return 0.0, 1.0  # of no use
+
+    def targets(strategy, work, usual=Rounding.targets):
+        found = usual(strategy, work)
+        used.extend(target for path, target in found.items() if path == "lm_head")
+        return found
+
+    monkeypatch.setattr(HeadFit, "run", run)
+    monkeypatch.setattr(Rounding, "targets", targets)
+    monkeypatch.setattr("pairquant.optimize.drift.MAX_DRIFT", 1e-6)  # far below what is to be corrected
+    quantized(HeadTraining(steps=1))
+    weight = peaked().get_output_embeddings().weight.data
+    torch.testing.assert_close(began[0] - weight, used[0] - weight, rtol=1e-2, atol=1e-5)
+    assert 0 < (used[0] - weight).norm() < 0.01 * weight.norm()
+
+
 def test_without_the_original_model_s_states_it_learns_from_the_quantized_one_s():
     options = {"recipe": replace(Recipe(steps=5, drift=0.0), head=HeadTraining(steps=30, batch=256))}
     heard = []
-    quantized(None, heard.append, **options)
+    quantized(UNTRAINED, heard.append, **options)
     (line,) = [line for line in heard if "divergence" in line]
     assert "before rounding" not in line
 

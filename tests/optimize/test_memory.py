@@ -12,7 +12,7 @@ from pairquant.models.blocks import find_blocks, head_block
 from pairquant.optimize.head import CHUNK_NUMBERS
 from pairquant.optimize.memory import MARGIN, REFITTED_COPIES, demand
 from pairquant.spec.options import QuantConfig
-from pairquant.spec.recipe import PRESETS, EndToEnd
+from pairquant.spec.recipe import PRESETS, EndToEnd, HeadTraining
 
 CUDA = torch.device("cuda")
 
@@ -41,12 +41,15 @@ def test_streams_cost_what_their_elements_do(predicted):
 def test_training_the_output_embedding_holds_copies_of_it_a_few_logits_and_a_stream_in_one_piece(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
     model, tokens = tiny_model(dtype=torch.bfloat16), torch.zeros(4, 4096, dtype=torch.int64)
-    head = [head_block(model)]
-    config = QuantConfig(group_size=64, head_bits=4)
-    untrained = replace(config, recipe=replace(config.recipe, head=None))
+    head = [*find_blocks(model), head_block(model)]
+    untrained = QuantConfig(group_size=64, head_bits=4)
+    config = replace(untrained, recipe=replace(untrained.recipe, head=HeadTraining()))
     trained, plain = (demand(model, head, c, tokens, None, CUDA).device for c in (config, untrained))
     least = CHUNK_NUMBERS * 4 + 288 * 128 * 4 * 5 + 4 * 4096 * 128 * 2  # the vocabulary, hidden, bfloat16
     assert trained - plain > MARGIN * least
+    model.get_input_embeddings().weight.data = torch.zeros(10**6, 128, dtype=torch.bfloat16)
+    larger = demand(model, head, config, tokens, None, CUDA).device
+    assert larger - trained == pytest.approx(MARGIN * (10**6 - 288) * 128 * 2, abs=10), "it is on the GPU as well"
 
 
 def test_one_stream_suffices_without_comparison(predicted):

@@ -7,7 +7,7 @@ import pytest
 
 from pairquant.spec.mixed import Candidates, Target
 from pairquant.spec.options import ROTATED, Override, QuantConfig
-from pairquant.spec.recipe import PRESETS, Recipe, Refit, Training
+from pairquant.spec.recipe import PRESETS, HeadTraining, Recipe, Refit, Training, recipe_with
 from pairquant.support.errors import ConfigError
 
 FOREIGN = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8, "zero_point": True}
@@ -141,12 +141,41 @@ def test_resolving_auto_changes_the_group_size_only():
         {"preset": "paper"},
         {"preset": "best", "overrides": ("down_proj=bits:8", "re:.*q_proj$=group_size:32,rotations:0")},
         {"recipe": Recipe(training=Training(epochs=3), refit=Refit(batch=2))},
+        {"head_bits": 4, "recipe": Recipe(head=HeadTraining(steps=3, floor=0.1))},
+        {"head_bits": 4, "recipe": Recipe(head=HeadTraining(steps=0, floor=0.1))},
     ],
     ids=str,
 )
 def test_quant_config_comes_back_from_json(options):
     config = QuantConfig(**options)
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("head_bits", [None, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_record_from_before_the_training_of_the_output_embedding_is_what_would_be_written_now(preset, head_bits):
+    config = QuantConfig(preset=preset, head_bits=head_bits)
+    record = config.to_dict()
+    settings = {
+        "fits_transform", "channel_scales", "scales_alone", "training", "refit", "end_to_end", "steps", "learning_rate",
+        "final_rate", "rounding", "damping", "by_activation", "shrinks", "sweeps", "refit_scales", "drift",
+    }  # fmt: skip
+    assert set(record["recipe"]) == settings
+    read = QuantConfig.from_dict(json.loads(json.dumps(record)))
+    assert read == config
+    assert not read.recipe.head.steps
+
+
+def test_a_training_of_the_output_embedding_needs_its_codes_and_text():
+    with pytest.raises(
+        ConfigError, match=r"head.steps is 200, but the output embedding is not quantized.*Add --head-bits"
+    ):
+        QuantConfig(preset="best", recipe=recipe_with("best", ["head.steps=200"]))
+    with pytest.raises(ConfigError, match=r"head.steps is 200, allowed with preset 'rtn': 0"):
+        QuantConfig(preset="rtn", head_bits=4, recipe=recipe_with("rtn", ["head.steps=200"]))
+    for preset, epochs in [(name, 0) for name in PRESETS if name != "rtn"] + [("rtn", 1)]:
+        recipe = recipe_with(preset, ["head.steps=200"], epochs)
+        assert QuantConfig(preset=preset, head_bits=4, recipe=recipe).to_dict()["recipe"]["head"]["steps"] == 200
 
 
 def test_an_unknown_entry_of_a_saved_config_is_named():

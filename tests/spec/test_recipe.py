@@ -25,6 +25,7 @@ def test_settings_change_a_preset():
         ("fast", "steps=many", "steps is 'many', allowed: a value such as 150"),
         ("paper", "training.loss=l1", "loss is 'l1', allowed: smooth_l1, mse"),
         ("paper", "training.epochs=-1", "epochs is -1"),
+        ("fast", "head.final_rate=2", "final_rate is 2, allowed: numbers from 0 to 1$"),
         ("papre", "steps=3", "did you mean 'paper'"),
     ],
 )

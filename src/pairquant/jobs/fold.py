@@ -26,6 +26,7 @@ from ..models.sharing import lenders_of
 from ..optimize.folding import STREAM_STEPS, Learned, Learning
 from ..optimize.ranks import Ranks
 from ..spec.options import QuantConfig
+from ..spec.recipe import Recipe
 from ..support.devices import current, resolve_device
 from ..support.errors import ConfigError
 from ..support.formatting import counted, size
@@ -100,7 +101,7 @@ def fold(
 
 def fitting(config: QuantConfig) -> QuantConfig:
     """Return the options by which transforms are fitted: those of blocks in one width, without embeddings and training."""
-    recipe = replace(config.recipe, training=None, refit=None, end_to_end=None, drift=0.0)
+    recipe = replace(config.recipe, training=None, refit=None, end_to_end=None, head=Recipe.head, drift=0.0)
     plain = {
         "head_bits": None,
         "embedding_bits": None,

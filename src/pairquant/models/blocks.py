@@ -250,17 +250,21 @@ def after_head(model: nn.Module, blocks: list[Block], logits: Tensor) -> Tensor:
         del head.forward
 
 
-@contextmanager
-def outside_on(device: torch.device, dtype: torch.dtype, model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
-    """Move everything outside the blocks to a device, floating tensors in this dtype, for as long as the context is open."""
+def outside(model: nn.Module, blocks: Sequence[Block]) -> list[Tensor]:
+    """Return the parameters and buffers outside the blocks."""
     inside = {id(module) for block in blocks for module in block.module.modules()}
-    tensors = [
+    return [
         tensor
         for module in model.modules()
         if id(module) not in inside
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if not tensor.is_meta
     ]
+
+
+@contextmanager
+def outside_on(device: torch.device, dtype: torch.dtype, model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+    """Move everything outside the blocks to a device, floating tensors in this dtype, for as long as the context is open."""
+    tensors = [tensor for tensor in outside(model, blocks) if not tensor.is_meta]
     home = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:

@@ -31,14 +31,21 @@ def drift_targets(weights: dict[str, Tensor], moments: Moments, drift: float, ra
     factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
     for path, weight in weights.items():
         change = drift * torch.cholesky_solve((weight.double() @ difference).T, factor).T.float()
-        terms = proxy_terms(weight, weight + change, moments.hessian)
-        ranks.add(terms)
-        targets[path] = weight + change * min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)
+        targets[path] = weight + change * _allowed(weight, change, moments, ranks)
     return targets
 
 
-def drift_matrix(moments: Moments) -> Tensor:
-    """Return A, float32 [C, C], with D = W A the correction of `drift_targets` in full, whatever the weight W that reads the input."""
+def drift_matrix(weight: Tensor, moments: Moments, drift: float, ranks: Ranks) -> Tensor:
+    """Return A, float32 [C, C], with W + W A the target of `drift_targets`. weight: W, this rank's rows."""
     assert moments.cross is not None, "the recipe compares"
     difference = (moments.cross - moments.hessian).double()
-    return torch.cholesky_solve(difference.T, damped_cholesky(moments.hessian, DRIFT_DAMPING)).T.float()
+    factor = damped_cholesky(moments.hessian, DRIFT_DAMPING)
+    matrix = drift * torch.cholesky_solve(difference.T, factor).T.float()
+    return matrix * _allowed(weight, weight @ matrix, moments, ranks)
+
+
+def _allowed(weight: Tensor, change: Tensor, moments: Moments, ranks: Ranks) -> float:
+    """Return the part of a change that `MAX_DRIFT` allows, at most 1."""
+    terms = proxy_terms(weight, weight + change, moments.hessian)
+    ranks.add(terms)
+    return min(1.0, (MAX_DRIFT / max(ratio(terms), 1e-30)) ** 0.5)

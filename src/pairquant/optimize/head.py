@@ -1,13 +1,14 @@
 """The output embedding, fitted to what it is for: the probabilities of the next token.
 
-With h the states that the quantized blocks hand over and h₀ those of the original model, both of which no longer change, the
-mean over the tokens of the text of
+With h the states that the quantized blocks hand over and h₀ those of the original model, both of which no longer
+change, the mean over the tokens of the text of
 
     KL(softmax(f(W h₀)) ‖ softmax(f(Ŵ h)))
 
 is minimised twice, f being what the model does to its logits (Gemma 2 caps them). Before rounding, over a matrix A with
-Ŵ = W (I + A): what the blocks lost is corrected by the few numbers that all tokens share. After rounding, over what is
-continuous in Ŵ: group scales, channel scales and angles. Each result is kept if it is better on windows held out.
+Ŵ = W (I + A), from the drift correction on: what the blocks lost is corrected by the few numbers that all tokens share.
+After rounding, over what is continuous in Ŵ: group scales, channel scales and angles. Each result is kept if it is
+better on windows held out than what the training began with, which is used otherwise.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class HeadStrategy(Rounding):
         (path,) = packed
         recipe, refit = work.config.recipe, self.how.refit
         stage = RefitStage(work.block, work.groups, packed, recipe, refit, work.kept_as, work.device)
-        better = self._fit(work, "after rounding", Rounded(stage, work.block.sites[path]))
+        better = self._improves(self._fit(work), Rounded(stage, work.block.sites[path]), "after rounding", work)
         self.notice(f"{path}: divergence from the original model on windows held out, {'; '.join(self.told)}")
         work.settle(stage.packed() if better else packed, trained=False)
 
@@ -75,18 +76,20 @@ class HeadStrategy(Rounding):
         moments = next(m for m in work.moments if path in m.readers)
         if moments.cross is None or not work.config.recipe.drift:
             return super().targets(work)
-        start = work.config.recipe.drift * drift_matrix(moments)
+        rows, fit = work.rows(path).float(), self._fit(work)
+        start = drift_matrix(rows, moments, work.config.recipe.drift, work.ranks)
         size = (moments.hessian.diagonal() / max(1, moments.tokens)).sqrt().clamp(min=1e-12)
-        correction = Correction(start, size, work.block.sites[path], self.how)
-        if not self._fit(work, "before rounding", correction):
+        correction = Correction(start, size, fit.weight, fit.bias, self.how)
+        if not self._improves(fit, correction, "before rounding", work):
             return super().targets(work)
-        rows = work.rows(path).float()
         return {path: rows + rows @ correction.matrix().detach()}
 
-    def _fit(self, work: BlockWork, when: str, student: Student) -> bool:
-        """Train; return whether that helped."""
+    def _fit(self, work: BlockWork) -> HeadFit:
         (path,) = work.paths
-        fit = HeadFit(self.text, work.block.sites[path], self.how, work.ranks, work.device)
+        return HeadFit(self.text, work.block.sites[path], self.how, work.ranks, work.device)
+
+    def _improves(self, fit: HeadFit, student: Student, when: str, work: BlockWork) -> bool:
+        """Train; return whether that helped."""
         before, after = fit.run(student, work.config.seed)
         self.told.append(f"{when} {before:.4f}, trained {after:.4f}{'' if after < before else ', which is not used'}")
         return after < before
@@ -98,18 +101,21 @@ class Student(Protocol):
     trained: list[tuple[Tensor, float]]
 
     def logits(self) -> AbstractContextManager[Logits]:
-        """Open the function from states, float32 [n, C], to logits, [n, N]; where gradients are enabled they gather until it closes."""
+        """Open the function from states, float32 [n, C], to logits, [n, N].
+
+        Where gradients are enabled they gather until it closes.
+        """
 
 
 class Correction:
     """The weight W (I + A), not rounded. change: A in units of the channels' sizes, which is trained.
 
     start: A to begin with, float32 [C, C], its rows of the channels of W; size: root mean square of each channel of the
-    states, [C].
+    states, [C]; weight, bias: W, float32 [N, C], and [N].
     """
 
-    def __init__(self, start: Tensor, size: Tensor, site: Site, how: HeadTraining):
-        self.weight, self.bias = site.weight.float(), bias_of(site)
+    def __init__(self, start: Tensor, size: Tensor, weight: Tensor, bias: Tensor | None, how: HeadTraining):
+        self.weight, self.bias = weight, bias
         self.units = size[:, None] / size
         self.change = (start / self.units).contiguous()
         self.trained = [(self.change, how.correction_rate / len(size))]

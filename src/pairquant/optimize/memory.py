@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block
+from ..models.blocks import Block, outside
 from ..models.sites import Site
 from ..spec.mx import MX_BLOCK
 from ..spec.options import QuantConfig
@@ -80,6 +80,8 @@ def demand(
     streams = windows * hidden * itemsize * (2 if config.recipe.compares else 1)
     chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or USUAL_EXPERTS
     work = max(_block_bytes(block, config, tokens, itemsize, device, chosen) for block in blocks)
+    if blocks[-1].head and config.recipe.head.steps and tokens is not None:
+        work = max(work, _head_training_bytes(model, blocks, config, tokens, itemsize))
     host = states_of(whole, hidden, itemsize)
     if config.recipe.end_to_end is not None and tokens is not None:
         last = _end_to_end_bytes(model, blocks, config, tokens, itemsize, hidden)
@@ -149,16 +151,27 @@ def _block_bytes(
     if config.all_experts:
         activations += _one_expert_bytes(experts, batch, itemsize)
     copies = TRAINED_COPIES if config.recipe.training else REFITTED_COPIES if config.recipe.refit else 0
-    trained = weights * 4 * copies
-    if block.head:
-        trained = _head_training_bytes(weights, int(text * read * itemsize)) if text and config.recipe.head else 0
+    trained = 0 if block.head else weights * 4 * copies
     ahead = weights * itemsize if device.type == "cpu" else 0  # the next block is read meanwhile
     return ahead + weights * (itemsize + 4) + moments + max(fitting, factor, activations, trained)
 
 
-def _head_training_bytes(weights: int, states: int) -> int:
-    """Predict what the training of an output embedding takes. states: bytes of a stream, of which it makes one piece."""
-    return weights * 4 * REFITTED_COPIES + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states
+def _head_training_bytes(
+    model: nn.Module, blocks: list[Block], config: QuantConfig, tokens: Tensor, itemsize: int
+) -> int:
+    """Predict what the training of the output embedding takes, the last block.
+
+    Beside the copies of a refit these are the weight as stored, what it was in float32 (`HeadFit.weight`), second moments,
+    logits, a stream, of which it makes one piece, and what lies outside the blocks, the input embedding included: what the
+    model does to logits is found by running all of that.
+    """
+    (site,) = blocks[-1].sites.values()
+    weights = site.size.out_features * site.size.in_features
+    around = sum(tensor.numel() for tensor in outside(model, blocks)) * itemsize
+    states = tokens.numel() * site.size.in_features * itemsize
+    moments = _moment_bytes(blocks[-1], config, tokens.numel())
+    copies = weights * (itemsize + 4 * (1 + REFITTED_COPIES))
+    return copies + moments + CHUNK_NUMBERS * 4 * LOGIT_COPIES + states + around
 
 
 def _fitted_together(block: Block) -> int:

@@ -105,9 +105,7 @@ class Walk:
         streams = Streams.start(self.model, decoders, tokens, compares, places, self.notice, self.embedding)
         if self.config.recipe.end_to_end is not None:
             _require_separate(self.model, decoders, streams)
-        if len(decoders) < len(
-            self.blocks
-        ):  # a model that cannot do with a quantized head is refused now, not after hours
+        if self.blocks[-1].head:  # a model that cannot do with a quantized head is refused now, not after hours
             with outside_on(self.device, self.dtype, self.model, decoders):
                 read_by_head(self.model, decoders, streams.quantized[0][:1].to(self.device))
         return streams
@@ -184,8 +182,9 @@ class Walk:
         how = self.config.recipe.head
         if not block.head:
             return strategy_for(self.config)
-        if how is None or not how.steps or streams is None:
+        if not how.steps:
             return Rounding()
+        assert streams is not None, "the options refuse to train an output embedding without text"
         return HeadStrategy(HeadText(*streams.whole(), self._after_head), how, self.notice)
 
     @contextmanager

@@ -212,10 +212,27 @@ class QuantConfig:
                 f"transform_per_expert is True, allowed with preset {self.preset!r}: False, because it fits no transform. Leave "
                 "--transform-per-expert out."
             )
-        if self.all_experts and not self.recipe.needs_text:
+        self._require_what_is_trained()
+
+    def _require_what_is_trained(self) -> None:
+        """Refuse an output embedding that is trained but not quantized, and what needs text where none is read."""
+        steps = self.recipe.head.steps
+        if steps and self.head_bits is None:
+            raise ConfigError(
+                f"head.steps is {steps}, but the output embedding is not quantized, so that nothing of it can be trained. Add "
+                "--head-bits, or leave head.steps out."
+            )
+        if self.recipe.needs_text:
+            return
+        if self.all_experts:
             raise ConfigError(
                 f"all_experts is True, allowed with preset {self.preset!r}: False, because it rounds without any text. Leave "
                 "--all-experts out."
+            )
+        if steps:
+            raise ConfigError(
+                f"head.steps is {steps}, allowed with preset {self.preset!r}: 0, because it rounds without any text to train on. "
+                "Choose another preset, or leave head.steps out."
             )
 
     def _require_formats(self) -> None:
@@ -315,8 +332,8 @@ class QuantConfig:
         """
         entries = asdict(replace(self, plan=None))
         entries["plan"] = None if self.plan is None else self.plan.form()
-        if self.head_bits is None and self.recipe.head == PRESETS[self.preset].head:
-            del entries["recipe"]["head"]  # added later as well, and of no effect
+        if self.recipe.head == Recipe.head:
+            del entries["recipe"]["head"]  # added later as well
         usual = {field.name: field.default for field in fields(self)}
         return {k: v for k, v in entries.items() if k not in ADDED_LATER or getattr(self, k) != usual[k]}
 
@@ -329,8 +346,6 @@ class QuantConfig:
                 f"option {unknown[0]!r} is not known{did_you_mean(unknown[0], (f.name for f in fields(cls)))}"
             )
         recipe = entries.get("recipe")
-        if isinstance(recipe, Mapping) and entries.get("head_bits") is None and entries.get("preset") in PRESETS:
-            recipe = {"head": PRESETS[entries["preset"]].head, **recipe}
         return cls(**{**entries, "recipe": Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe})
 
     def with_group_size(self, group_size: int) -> QuantConfig:

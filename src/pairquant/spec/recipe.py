@@ -109,9 +109,10 @@ class HeadTraining:
     """A training of the quantized output embedding on the original's output, KL(original ‖ quantized) of the next token.
 
     Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens before it is
-    rounded, and as often afterwards. `correction_rate` is the learning rate of the matrix that corrects what the blocks
-    lost, about the most by which a step changes what the output embedding reads, relative to that; `scale_rate` that of the logarithms of group scales and channel scales,
-    `transform_rate` that of the angles in radians. The rates decay along a cosine to `final_rate` times their first value.
+    rounded, and as often afterwards; 0 leaves it untrained. `correction_rate` is the learning rate of the matrix that
+    corrects what the blocks lost, about the most by which a step changes what the output embedding reads, relative to that;
+    `scale_rate` that of the logarithms of group scales and channel scales, `transform_rate` that of the angles in radians.
+    The rates decay along a cosine to `final_rate` times their first value.
     AdamW would go as far for tokens that hardly occur, whose gradients are noise, as for frequent ones: `floor` is added to
     its estimate of a gradient's size, as a multiple of the root mean square of the first step's gradients, so that smaller
     ones go less far.
@@ -130,8 +131,9 @@ class HeadTraining:
     def __post_init__(self) -> None:
         require_whole("steps", self.steps, 0, 1_000_000)
         require_whole("batch", self.batch, 1, 1_000_000)
-        for name in ("correction_rate", "scale_rate", "transform_rate", "floor", "final_rate"):
+        for name in ("correction_rate", "scale_rate", "transform_rate", "floor"):
             require_between(name, getattr(self, name), 0, 1000)
+        require_between("final_rate", self.final_rate, 0, 1)
 
     @property
     def training(self) -> Training:
@@ -158,7 +160,7 @@ class Recipe:
     training: find transforms and weights by block-wise training instead of the quadratic proxy.
     refit: train the scales, angles and norm weights of the rounded block a little more.
     end_to_end: when all blocks are rounded, train the same in all of them at once, on the original model's output.
-    head: train the output embedding, if it is quantized, on the original model's output.
+    head: train the quantized output embedding on the original model's output; no preset does by itself (0 steps).
     steps, learning_rate, final_rate: AdamW on the quadratic proxy; the rate decays along a cosine to `final_rate` times its
     first value.
     rounding: "nearest" or "gptq".
@@ -177,7 +179,7 @@ class Recipe:
     training: Training | None = None
     refit: Refit | None = None
     end_to_end: EndToEnd | None = None
-    head: HeadTraining | None = None
+    head: HeadTraining = HeadTraining(steps=0)
     steps: int = 150
     learning_rate: float = 0.05
     final_rate: float = 0.05
@@ -241,8 +243,8 @@ class Recipe:
 #: things out, is "fast" with a sixth of the steps, less refinement and without the original model's activations. "gptq" and
 #: "rtn" (round to nearest) use no transform; they are baselines to compare with.
 PRESETS: dict[str, Recipe] = {
-    "fast": Recipe(head=HeadTraining(steps=0)),  # `--set head.steps=200` trains it
-    "best": Recipe(refit=Refit(), head=HeadTraining()),
+    "fast": Recipe(),
+    "best": Recipe(refit=Refit()),
     "paper": Recipe(training=Training(), rounding="nearest", shrinks=(1.0,), sweeps=0, drift=0.0),
     "quick": Recipe(steps=25, sweeps=1, shrinks=(1.0, 0.9, 0.8), drift=0.0),
     "gptq": Recipe(fits_transform=False, by_activation=False, shrinks=(1.0,), sweeps=0, drift=0.0),
