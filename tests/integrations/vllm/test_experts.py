@@ -68,7 +68,8 @@ class Layer(torch.nn.Module):
     def __init__(self, tp_size=1, tp_rank=0, local=range(COUNT), has_bias=False, dtype=torch.float16):
         super().__init__()
         parallel = SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank)
-        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=dtype)
+        sizes = {"hidden_dim": HIDDEN, "intermediate_size_per_partition": INNER // tp_size}
+        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=dtype, **sizes)
         self.local = list(local)
         self.activation, self.swiglu_limit = SimpleNamespace(value="silu"), None
         self.apply_router_weight_on_input = False
@@ -144,6 +145,11 @@ def test_the_ranks_together_compute_what_the_decoded_experts_do(
         ({"dtype": torch.float32}, "cpu-int4 is fast in bfloat16 only"),
         ({"activation": "situ", "dtype": torch.bfloat16}, "nothing here computes situ"),
         ({"bits": 8, "dtype": torch.bfloat16}, "cpu-int4 multiplies 4-bit weights, the layer has 8"),
+        *(
+            ({"tp_size": 8, "has_bias": bias, "dtype": dtype}, "16 channels inside each expert on each of 8 ranks")
+            for bias, dtype in ((False, torch.float16), (True, torch.float16), (False, torch.bfloat16))
+        ),
+        ({"tp_size": 8}, "use --enable-expert-parallel, or another --tensor-parallel-size"),
     ],
 )
 def test_why_experts_are_decoded_is_said(linears, change, reason, monkeypatch, caplog):
@@ -151,7 +157,7 @@ def test_why_experts_are_decoded_is_said(linears, change, reason, monkeypatch, c
 
     monkeypatch.setattr(experts, "DecodedExpertsMethod", lambda arrivals, moe: "decoded")
     monkeypatch.setattr(experts, "_tell_once", experts._tell_once.__wrapped__)
-    layer = Layer(dtype=change["dtype"])
+    layer = Layer(**{name: value for name, value in change.items() if name not in ("activation", "bits")})
     layer.activation = SimpleNamespace(value=change.get("activation", "silu"))
     specs = {path: Spec(change.get("bits", 4), 32, 2) for path in linears}
     with caplog.at_level("WARNING", logger="vllm.pairquant"):
@@ -187,11 +193,6 @@ def test_values_that_are_not_finite_are_named(linears):
     tensors[name] = torch.full_like(tensors[name], torch.inf)
     with pytest.raises(CheckpointError, match=r"experts.3.down_proj.scales has values that are not finite"):
         loaded(linears, tensors)
-
-
-def test_tensor_parallelism_that_would_split_a_group_is_refused(linears):
-    with pytest.raises(ConfigError, match=r"16 channels inside each expert on each of 8 GPUs.*enable-expert-parallel"):
-        loaded(linears, stored(linears), tp_size=8)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
