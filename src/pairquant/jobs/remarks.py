@@ -54,7 +54,7 @@ def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[st
         kinds[
             f"{'of experts ' if experts else ''}read is rounded to {layout.activations}, {_how_multiplied(running)}"
         ] += count
-        unlike = opened.config.transform_per_expert or len({one.spec for one in experts}) > 1
+        unlike = len({one.spec for one in experts}) > 1
         refused += count if experts and (unlike or running.backend == DENSE.name) else 0
     lines = [f"what {counted(count, 'layer')} {text}" for text, count in kinds.items()]
     if refused:

@@ -62,8 +62,6 @@ def _choice(
     """Return what runs the experts of a layer from their codes, or None and the reason, in words, why nothing does."""
     if len(set(specs.values())) > 1:
         return None, "they differ in bits, group size or rotations"
-    if per_expert:
-        return None, "each has a transform of its own"
     if not known_activation(layer) and between(layer, device) is None:
         return None, f"nothing here computes {layer.activation.value} between their products on a CPU"
     moe = layer.moe_config
@@ -74,8 +72,9 @@ def _choice(
             f"{inner} channels inside each expert on each of {ranks} ranks: {'; '.join(faults)}. Whole experts fit: use "
             "--enable-expert-parallel, or another --tensor-parallel-size"
         )
-    refusals = explain_experts(layouts, device, moe.in_dtype).refusals
-    return choose_experts(layouts, device, moe.in_dtype), "; ".join(f"{name} {said}" for name, said in refusals.items())
+    refusals = explain_experts(layouts, device, moe.in_dtype, per_expert).refusals
+    reason = "; ".join(f"{name} {said}" for name, said in refusals.items())
+    return choose_experts(layouts, device, moe.in_dtype, per_expert), reason
 
 
 def _layouts_of_a_rank(spec: Spec, moe: Any) -> dict[str, LinearLayout]:
@@ -175,13 +174,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
 
         Ranks of tensor parallelism are summed, so the first alone adds the bias of down.
         """
-        if name.startswith(("gate_up_weight_", "down_weight_")):
-            down, field = name.startswith("down_"), name.rpartition("_weight_")[2]
-        else:
-            number, part, field = name.split(".")
-            down = part in DOWN
-            if layer._map_global_expert_id_to_local_expert_id(int(number)) < 0:
-                return None
+        # "gate_up_weight_theta" and, of one expert alone, "3.gate_up_weight_theta" or "3.gate_proj.qweight"
+        place, _, field = name.rpartition("_weight_" if "_weight_" in name else ".")
+        number, _, part = place.rpartition(".")
+        down = part in ("down", *DOWN)
+        if number and layer._map_global_expert_id_to_local_expert_id(int(number)) < 0:
+            return None
         fields = self.layouts["down" if down else "up"].fields()
         if field not in fields:
             return tensor  # a bias, which is refused once all have come
@@ -210,7 +208,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
             linears = [[self.arrivals.packed(path, self.moe.has_bias) for path in each] for each in paths]
             for i, (each, packed) in enumerate(zip(paths, linears, strict=True)):
                 for path, linear in zip(each, packed, strict=True):
-                    linear.check_values(path, transform=i == 0)
+                    linear.check_values(path, transform=i == 0 or self.arrivals.per_expert)
             made.append(linears)
         self.experts = self.kind.build(*made)
         self.arrivals.tensors.clear()
