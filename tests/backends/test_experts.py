@@ -26,7 +26,7 @@ COUNT, HIDDEN, INNER = 6, 64, 96
 )
 def test_the_choice_on_a_cpu(bits, dtype, reason):
     layout = Spec(bits, 32).layout(64, 96)
-    explained = explain_experts(layout, CPU, dtype)
+    explained = explain_experts([layout], CPU, dtype)
     assert choose_experts([layout], CPU, dtype) is (CpuExperts if reason is None else None)
     assert explained.backend == ("cpu-int4" if reason is None else "decoded")
     assert explained.refusals.get("cpu-int4") == reason
@@ -36,6 +36,10 @@ def test_the_choice_on_a_cpu(bits, dtype, reason):
 def test_one_weight_that_is_refused_is_enough(monkeypatch):
     layouts = [Spec(bits, 32).layout(64, 96) for bits in (4, 8)]
     assert choose_experts(layouts, CPU, BF16) is None
+    explained = explain_experts(layouts, CPU, BF16)
+    assert explained.backend == "decoded"
+    reason = "not some of these: it multiplies 4-bit weights, the layer has 8"
+    assert explained.refusals["cpu-int4"] == f"runs all weights of a block's experts or none, and {reason}"
     monkeypatch.setattr("pairquant.backends.triton_kernels.triton_missing", lambda: None)
     cuda = torch.device("cuda")
     assert choose_experts(layouts, cuda, BF16) is TritonExperts

@@ -228,7 +228,7 @@ def test_experts_round_activations_as_other_layers_do(monkeypatch):
         TritonExperts.refusal(int8, cuda, torch.float32) == "multiplies experts in 16 bits, the activations are float32"
     )
     assert "compute capability 8.9" in TritonExperts.refusal(fp8, cuda, torch.float16)
-    assert explain_experts(int8, cuda, torch.float16).label == "triton (int8 activations simulated)"
+    assert explain_experts([int8], cuda, torch.float16).label == "triton (int8 activations simulated)"
 
 
 def test_what_comes_before_multiplies_kept_decoded_weights_too(packed, limit):

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from test_families import make_source
 from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import pairquant
 from pairquant.backends.table import explain
 from pairquant.cli.app import app
 from pairquant.jobs.inspect import backends
+from pairquant.layers.experts import RotatedExperts
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,21 @@ def test_layers_of_one_kind_share_a_row(checkpoint):
     assert {row.explanation.backend for row in backends(checkpoint, "cpu", "float32")} == {"decoded"}
     for row in rows:
         assert row.explanation == explain(row.layout, torch.device("cpu"), torch.bfloat16)
+
+
+def test_experts_are_explained_by_the_whole_block(tmp_path):
+    """Of the two blocks, one has a weight that the product for experts on CPUs does not multiply."""
+    source = make_source("Mixtral", tmp_path / "source")
+    config = pairquant.QuantConfig(preset="rtn", group_size=32, overrides=("re:.*layers.0.*experts.*w2=bits:6",))
+    pairquant.quantize(source, tmp_path / "out", config, device="cpu")
+    rows = [row for row in backends(tmp_path / "out", "cpu") if row.names.startswith("w")]
+    assert all(row.count == 4 for row in rows), "those of a block share a row"
+    found = sorted((row.names, row.layout.bits, row.explanation.backend) for row in rows)
+    runs, decoded = [(f"w{i}", 4, "cpu-int4") for i in (1, 2, 3)], [("w1", 4, "decoded"), ("w2", 6, "decoded")]
+    assert found == sorted([*runs, *decoded, ("w3", 4, "decoded")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    first, second = (module for module in model.modules() if isinstance(module, RotatedExperts))
+    assert (first.prepare(torch.bfloat16), second.prepare(torch.bfloat16)) == (False, True), "the model says the same"
 
 
 def test_linears_are_not_explained_as_experts(checkpoint, tmp_path):

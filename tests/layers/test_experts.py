@@ -245,7 +245,7 @@ def test_no_kernel_of_ours_takes_experts_with_transforms_of_their_own(own, kerne
     found = made(tokens.half(), index, weights)
     assert (found.float() - expected).norm() < 0.004 * expected.norm()
     layout, device = made.plans["up_proj"].layout, torch.device("cpu")
-    assert explain_experts(layout, device, torch.float16).backend == TritonKernels.name
-    explained = explain_experts(layout, device, torch.float16, per_expert=True)
+    assert explain_experts([layout], device, torch.float16).backend == TritonKernels.name
+    explained = explain_experts([layout], device, torch.float16, per_expert=True)
     assert explained.backend == "decoded"
     assert "transform of its own" in explained.refusals[TritonKernels.name]

@@ -29,12 +29,17 @@ def choose_experts(
 
 
 def explain_experts(
-    layout: LinearLayout, device: torch.device, dtype: torch.dtype, per_expert: bool = False
+    layouts: Collection[LinearLayout], device: torch.device, dtype: torch.dtype, per_expert: bool = False
 ) -> Explanation:
-    """Return what runs experts of this layout, and why what comes before it in the list does not; for the arguments see
-    `choose_experts`. Rounded activations are multiplied in 16 bits everywhere.
+    """Return what runs experts whose linears have these layouts, and why what comes before it in the list does not; for the
+    arguments see `choose_experts`. Rounded activations, whose format the layouts share, are multiplied in 16 bits everywhere.
     """
-    chosen = choose_experts([layout], device, dtype, per_expert)
-    before = EXPERTS if chosen is None else EXPERTS[: EXPERTS.index(chosen)]
-    refusals = {one.name: one.refusal(layout, device, dtype, per_expert) or "" for one in before}
-    return Explanation(DENSE.name if chosen is None else chosen.name, refusals, layout.activations)
+    chosen = choose_experts(layouts, device, dtype, per_expert)
+    refusals = {}
+    for one in EXPERTS if chosen is None else EXPERTS[: EXPERTS.index(chosen)]:
+        reasons = {one.refusal(layout, device, dtype, per_expert) for layout in layouts}
+        some_run = (
+            "runs all weights of a block's experts or none, and not some of these: it " if None in reasons else ""
+        )
+        refusals[one.name] = some_run + "; ".join(sorted(reason for reason in reasons if reason))
+    return Explanation(DENSE.name if chosen is None else chosen.name, refusals, next(iter(layouts)).activations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,11 @@ def pack(codes: Tensor, bits: int, natural: bool = False) -> Tensor:
 
     natural: leave the codes in their order at 4 bits too, as other formats do; `unpack` reads what was packed without it.
     """
-    columns = (codes.view(len(codes), -1, columns_per_block(bits)) if natural else _stored_order(codes, bits)).long()
+    columns = codes.view(len(codes), -1, columns_per_block(bits)) if natural else _stored_order(codes, bits)
+    if 8 % bits == 0:  # no code straddles two bytes, and a word has its lowest byte first
+        parts = columns.reshape(len(codes), -1, 8 // bits).unbind(-1)
+        return reduce(torch.add, (part << place * bits for place, part in enumerate(parts))).view(torch.int32)
+    columns = columns.long()
     rows, blocks, per_block = columns.shape
     words = torch.zeros(rows, blocks, per_block * bits // 32, dtype=torch.int64, device=codes.device)
     for column in range(per_block):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from ..backends.experts import explain_experts
 from ..backends.table import Explanation, explain
 from ..checkpoint.original import looked_up
 from ..checkpoint.read import Checkpoint, ModelFiles
+from ..spec.experts import block_layouts
 from ..spec.linear import LinearLayout
 from ..support.devices import resolve_device
 from ..support.errors import ConfigError, SourceError, did_you_mean
 from ..support.formatting import short_name
 
-Explain = Callable[[LinearLayout, torch.device, torch.dtype], Explanation]
 #: What layers may compute in, by name.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -81,7 +80,7 @@ def simulated(model: str | Path, device: str = "auto", dtype: str = "bfloat16") 
 def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -> list[Running]:
     """Return what would run each layer of a packed checkpoint on this machine, and why better backends would not.
 
-    Layers of one name and layout share a row. dtype: of the activations. Raises `ConfigError` for an unknown dtype or device,
+    Layers of one name and layout that run in the same way share a row. dtype: of the activations. Raises `ConfigError` for an unknown dtype or device,
     `CheckpointError` for a damaged checkpoint.
     """
     if dtype not in DTYPES:
@@ -89,14 +88,19 @@ def backends(model: str | Path, device: str = "auto", dtype: str = "bfloat16") -
     target = resolve_device(device)
     files = ModelFiles.find(str(model))
     checkpoint = Checkpoint.open(files)
-    of_experts = partial(explain_experts, per_expert=checkpoint.stored.has_own_transforms)
-    how: dict[str, Explain] = dict.fromkeys(checkpoint.stored.pools(), of_experts)
-    how |= dict.fromkeys(looked_up(files), lambda *_: Explanation("row lookup", {}))
-    kinds: dict[tuple[str, LinearLayout, Explain], int] = {}
-    for path in checkpoint.stored.linears():
-        kind = short_name(path), checkpoint.layout(path), how.get(path, explain)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return [
-        Running(name, count, layout, explained(layout, target, DTYPES[dtype]))
-        for (name, layout, explained), count in kinds.items()
-    ]
+    stored, by_row = checkpoint.stored, looked_up(files)
+    layouts = {path: checkpoint.layout(path) for path in stored.linears()}
+    blocks = block_layouts(layouts, stored.pools())
+    kinds = Counter((short_name(path), layout, blocks.get(path), path in by_row) for path, layout in layouts.items())
+    rows: dict[tuple[str, LinearLayout, str], Running] = {}
+    for (name, layout, block, is_looked_up), count in kinds.items():
+        if is_looked_up:
+            explanation = Explanation("row lookup", {})
+        elif block is not None:
+            explanation = explain_experts(block, target, DTYPES[dtype], stored.has_own_transforms)
+        else:
+            explanation = explain(layout, target, DTYPES[dtype])
+        kind = name, layout, str(explanation)
+        count += rows[kind].count if kind in rows else 0
+        rows[kind] = Running(name, count, layout, explanation)
+    return list(rows.values())

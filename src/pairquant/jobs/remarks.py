@@ -15,6 +15,7 @@ from ..layers.model import unlike_siblings
 from ..models.planning import reason_to_stay
 from ..optimize.memory import Demand
 from ..optimize.noise import tokens_to_correct
+from ..spec.experts import block_layouts
 from ..spec.linear import LinearLayout
 from ..spec.options import QuantConfig
 from ..spec.plan import Plan
@@ -43,21 +44,18 @@ def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[st
     Also what vLLM will refuse, and which layers have too short a text. Nothing where no activations are rounded. tokens: of the
     calibration text, 0 for recipes without.
     """
-    sites, own, bf16 = opened.sites, opened.config.transform_per_expert, torch.bfloat16
-    layers: Counter[tuple[LinearLayout, bool]] = Counter()
-    for path, layout in opened.plan.layouts.items():
-        if layout.activations is not None:
-            layers[layout, sites[path].pool is not None] += 1
+    layers = {key: count for key, count in _alike(opened).items() if key[0].activations is not None}
     if not layers:
         return []
     kinds: Counter[str] = Counter()
     refused = 0
     for (layout, experts), count in layers.items():
-        running = explain_experts(layout, device, bf16, own) if experts else explain(layout, device, bf16)
+        running = _running(opened, layout, experts, device)
         kinds[
             f"{'of experts ' if experts else ''}read is rounded to {layout.activations}, {_how_multiplied(running)}"
         ] += count
-        refused += count if experts and (own or running.backend == DENSE.name) else 0
+        unlike = len({one.spec for one in experts}) > 1
+        refused += count if experts and (unlike or running.backend == DENSE.name) else 0
     lines = [f"what {counted(count, 'layer')} {text}" for text, count in kinds.items()]
     if refused:
         lines.append(
@@ -72,18 +70,30 @@ def of_activations(opened: Opened, device: torch.device, tokens: int) -> list[st
 
 def of_weights(opened: Opened, device: torch.device) -> list[str]:
     """Return for the user how many weights in a format of their own have no kernel here, so that they run decoded."""
-    sites, own, bf16 = opened.sites, opened.config.transform_per_expert, torch.bfloat16
     decoded: Counter[str] = Counter()
-    for path, layout in opened.plan.layouts.items():
-        if layout.weights is not None:
-            experts = sites[path].pool is not None
-            running = explain_experts(layout, device, bf16, own) if experts else explain(layout, device, bf16)
-            decoded[layout.weights] += running.backend == DENSE.name
+    for (layout, experts), count in _alike(opened).items():
+        if layout.weights is not None and _running(opened, layout, experts, device).backend == DENSE.name:
+            decoded[layout.weights] += count
     return [
         f"{counted(count, 'layer')} of {weights} weights run decoded on this machine: they save disk, not memory or time"
         for weights, count in decoded.items()
-        if count
     ]
+
+
+def _alike(opened: Opened) -> Counter[tuple[LinearLayout, frozenset[LinearLayout]]]:
+    """Count the planned layers that one backend runs for one reason: by layout and, of experts, all layouts of their block."""
+    layouts, sites = opened.plan.layouts, opened.sites
+    blocks = block_layouts(layouts, [path for path in layouts if sites[path].pool is not None])
+    return Counter((layout, blocks.get(path, frozenset())) for path, layout in layouts.items())
+
+
+def _running(
+    opened: Opened, layout: LinearLayout, experts: frozenset[LinearLayout], device: torch.device
+) -> Explanation:
+    """Return what runs a layer in bfloat16. experts: the layouts of its block's experts, empty if it is no expert."""
+    if experts:
+        return explain_experts(experts, device, torch.bfloat16, opened.config.transform_per_expert)
+    return explain(layout, device, torch.bfloat16)
 
 
 def of_fitting_in_turn(config: QuantConfig) -> list[str]:

@@ -148,9 +148,9 @@ class RotatedExperts(nn.Module):
 
     def _warn_of_decoding(self, layouts: Collection[LinearLayout], dtype: torch.dtype) -> None:
         device = next(self.buffers()).device
-        refusals = (explain_experts(layout, device, dtype, self.per_expert).refusals for layout in layouts)
-        reasons = {f"{name} {reason}": None for each in refusals for name, reason in each.items() if reason}
-        warnings.warn(f"experts are decoded at each use, which is slow: {'; '.join(reasons)}", stacklevel=3)
+        refusals = explain_experts(layouts, device, dtype, self.per_expert).refusals
+        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
+        warnings.warn(f"experts are decoded at each use, which is slow: {reasons}", stacklevel=3)
 
     def _each(self, parts: Sequence[str]) -> list[list[PackedLinear]]:
         """Return these parts of every expert."""

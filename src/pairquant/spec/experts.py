@@ -9,7 +9,7 @@ activations another, `HOME.down_weight_*`. With a transform for each expert, whi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .linear import LinearLayout
 
@@ -38,6 +38,18 @@ def shared_name(path: str, name: str, per_expert: bool = False) -> str | None:
     per_expert: whether each expert has a transform of its own.
     """
     return f"{pool_of(path, per_expert)}_weight_{name}" if name in TRANSFORM and EXPERT.fullmatch(path) else None
+
+
+def block_layouts(layouts: Mapping[str, LinearLayout], paths: Iterable[str]) -> dict[str, frozenset[LinearLayout]]:
+    """Return path → the different layouts of all weights of the same block's experts, which are run in one way.
+
+    layouts: by path; paths: those of experts' weights.
+    """
+    homes: dict[str, set[LinearLayout]] = {}
+    home_of = {path: pool_of(path).rpartition(".")[0] for path in paths}
+    for path, home in home_of.items():
+        homes.setdefault(home, set()).add(layouts[path])
+    return {path: frozenset(homes[home]) for path, home in home_of.items()}
 
 
 def bits_per_weight(layouts: Mapping[str, LinearLayout], pooled: Mapping[str, str]) -> float:

@@ -40,24 +40,29 @@ def biased():
     return made(bias=True)
 
 
-def made(bias):
-    """Path → packed linear; the experts share their transforms."""
+@pytest.fixture(scope="module")
+def own():
+    return made(bias=True, per_expert=True)
+
+
+def made(bias, per_expert=False):
+    """Path → packed linear; the experts share their transforms, or each has its own."""
     found, shared = {}, {}
     for number in range(COUNT):
         for i, (part, (rows, channels)) in enumerate(PARTS.items()):
             path = f"{HOME}.{number}.{part}"
             one = random_packed(rows, channels, 32, 2, seed=10 * number + i, bias=bias)
-            transform = shared.setdefault(pool_of(path), {name: one[name] for name in TRANSFORM})
+            transform = shared.setdefault(pool_of(path, per_expert), {name: one[name] for name in TRANSFORM})
             found[path] = PackedLinear.from_tensors(path, one.layout, {**one.tensors, **transform})
     return found
 
 
-def stored(linears):
+def stored(linears, per_expert=False):
     """What the checkpoint holds; its paths begin otherwise than those of vLLM's model."""
     tensors = {}
     for path, linear in linears.items():
         for name, tensor in linear.tensors.items():
-            full = f"{pool_of(path)}_weight_{name}" if name in TRANSFORM else f"{path}.{name}"
+            full = f"{pool_of(path, per_expert)}_weight_{name}" if name in TRANSFORM else f"{path}.{name}"
             tensors[full.replace("model.", "text.", 1)] = tensor
     return tensors
 
@@ -68,7 +73,8 @@ class Layer(torch.nn.Module):
     def __init__(self, tp_size=1, tp_rank=0, local=range(COUNT), has_bias=False, dtype=torch.float16):
         super().__init__()
         parallel = SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank)
-        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=dtype)
+        sizes = {"hidden_dim": HIDDEN, "intermediate_size_per_partition": INNER // tp_size}
+        self.moe_config = SimpleNamespace(moe_parallel_config=parallel, has_bias=has_bias, in_dtype=dtype, **sizes)
         self.local = list(local)
         self.activation, self.swiglu_limit = SimpleNamespace(value="silu"), None
         self.apply_router_weight_on_input = False
@@ -79,12 +85,12 @@ class Layer(torch.nn.Module):
         return self.local.index(number) if number in self.local else -1
 
 
-def loaded(linears, tensors, **how):
+def loaded(linears, tensors, per_expert=False, **how):
     from pairquant.integrations.vllm.experts import experts_method
 
     layer = Layer(**how)
     stored_as = {path: path.replace("model.", "text.", 1) for path in linears}
-    method = experts_method({path: SPEC for path in linears}, HOME, layer, stored_as)
+    method = experts_method({path: SPEC for path in linears}, HOME, layer, stored_as, per_expert)
     inner = INNER // layer.moe_config.moe_parallel_config.tp_size
     method.create_weights(layer, len(layer.local), HIDDEN, inner, params_dtype=torch.float16)
     doors = method.arrivals.doors()
@@ -110,31 +116,46 @@ def expected(linears, x, ids, weights):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
+RANKS = pytest.mark.parametrize(
     "ranks",
     [[{}], [{"tp_size": 2, "tp_rank": 0}, {"tp_size": 2, "tp_rank": 1}], [{"local": [0, 2]}, {"local": [1, 3]}]],
     ids=["one", "tensor parallel", "expert parallel"],
 )
+
+
+@RANKS
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "with biases"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.004), (torch.bfloat16, 0.015)], ids=["GPU", "CPU"])
 def test_the_ranks_together_compute_what_the_decoded_experts_do(
     linears, biased, ranks, bias, dtype, bound, generator, monkeypatch
 ):
-    from pairquant.integrations.vllm.experts import PackedExpertsMethod
-
     if bias or ranks != [{}]:  # half a minute in the interpreter, so once
         monkeypatch.setattr(TritonExperts, "warm_up", lambda self, activation, dtype: None)
     which = biased if bias else linears
+    check_ranks(which, stored(which), ranks, bound, generator, has_bias=bias, dtype=dtype)
+
+
+@RANKS
+def test_on_cpus_experts_may_have_transforms_of_their_own(own, ranks, generator):
+    how = {"per_expert": True, "has_bias": True, "dtype": torch.bfloat16}
+    check_ranks(own, stored(own, per_expert=True), ranks, 0.015, generator, **how)
+
+
+def check_ranks(linears, tensors, ranks, bound, generator, **how):
+    """That the ranks run experts from their codes, and that their sum is what the decoded experts give."""
+    from pairquant.integrations.vllm.experts import PackedExpertsMethod
+
+    dtype = how["dtype"]
     x = torch.randn(5, HIDDEN, generator=generator).to(dtype)
     ids = torch.stack([torch.randperm(COUNT, generator=generator)[:2] for _ in range(5)]).to(torch.int32)
     weights = torch.rand(5, 2, generator=generator)
     total = torch.zeros(5, HIDDEN)
-    for how in ranks:
-        layer, method = loaded(which, stored(which), **how, has_bias=bias, dtype=dtype)
+    for rank in ranks:
+        layer, method = loaded(linears, tensors, **rank, **how)
         assert isinstance(method, PackedExpertsMethod)
         assert not method.arrivals.tensors, "what was loaded is kept beside what runs"
         total += method.apply(layer, x, weights, ids, None, None).float()
-    want = expected(which, x, ids, weights)
+    want = expected(linears, x, ids, weights)
     assert (total - want).norm() < bound * want.norm()
 
 
@@ -144,6 +165,11 @@ def test_the_ranks_together_compute_what_the_decoded_experts_do(
         ({"dtype": torch.float32}, "cpu-int4 is fast in bfloat16 only"),
         ({"activation": "situ", "dtype": torch.bfloat16}, "nothing here computes situ"),
         ({"bits": 8, "dtype": torch.bfloat16}, "cpu-int4 multiplies 4-bit weights, the layer has 8"),
+        *(
+            ({"tp_size": 8, "has_bias": bias, "dtype": dtype}, "16 channels inside each expert on each of 8 ranks")
+            for bias, dtype in ((False, torch.float16), (True, torch.float16), (False, torch.bfloat16))
+        ),
+        ({"tp_size": 8}, "use --enable-expert-parallel, or another --tensor-parallel-size"),
     ],
 )
 def test_why_experts_are_decoded_is_said(linears, change, reason, monkeypatch, caplog):
@@ -151,7 +177,7 @@ def test_why_experts_are_decoded_is_said(linears, change, reason, monkeypatch, c
 
     monkeypatch.setattr(experts, "DecodedExpertsMethod", lambda arrivals, moe: "decoded")
     monkeypatch.setattr(experts, "_tell_once", experts._tell_once.__wrapped__)
-    layer = Layer(dtype=change["dtype"])
+    layer = Layer(**{name: value for name, value in change.items() if name not in ("activation", "bits")})
     layer.activation = SimpleNamespace(value=change.get("activation", "silu"))
     specs = {path: Spec(change.get("bits", 4), 32, 2) for path in linears}
     with caplog.at_level("WARNING", logger="vllm.pairquant"):
@@ -189,11 +215,6 @@ def test_values_that_are_not_finite_are_named(linears):
         loaded(linears, tensors)
 
 
-def test_tensor_parallelism_that_would_split_a_group_is_refused(linears):
-    with pytest.raises(ConfigError, match=r"16 channels inside each expert on each of 8 GPUs.*enable-expert-parallel"):
-        loaded(linears, stored(linears), tp_size=8)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_biases_go_to_the_ranks_that_add_them(rank):
     from pairquant.integrations.vllm.experts import DecodedExpertsMethod
@@ -220,7 +241,7 @@ def test_gates_lie_between_ups_where_the_activation_wants_it():
     assert joined.tolist() == [[1.0, 10.0, 2.0, 20.0], [3.0, 30.0, 4.0, 40.0]]
 
 
-def test_experts_with_transforms_of_their_own_are_decoded_and_found_under_their_names(linears, monkeypatch):
+def test_on_gpus_experts_with_transforms_of_their_own_are_decoded_and_found_under_their_names(linears, monkeypatch):
     from pairquant.integrations.vllm import experts
 
     monkeypatch.setattr(

@@ -21,7 +21,7 @@ from ...backends.experts_base import Experts
 from ...core.linear import decode
 from ...spec.experts import DOWN, EXPERT, shared_name
 from ...spec.fields import CHANNELS, ROWS
-from ...spec.linear import PackedLinear, Spec
+from ...spec.linear import LinearLayout, PackedLinear, Spec
 from ...support.errors import CheckpointError, ConfigError
 from .compat import FusedMoEMethodBase, UnquantizedFusedMoEMethod
 from .expert_activations import between, known_activation
@@ -62,14 +62,26 @@ def _choice(
     """Return what runs the experts of a layer from their codes, or None and the reason, in words, why nothing does."""
     if len(set(specs.values())) > 1:
         return None, "they differ in bits, group size or rotations"
-    if per_expert:
-        return None, "each has a transform of its own"
     if not known_activation(layer) and between(layer, device) is None:
         return None, f"nothing here computes {layer.activation.value} between their products on a CPU"
-    # Every size that can be stored is as good as this one for what runs experts: groups are of 32 channels or more.
-    layout, dtype = next(iter(specs.values())).layout(128, 128), layer.moe_config.in_dtype
-    refusals = explain_experts(layout, device, dtype).refusals
-    return choose_experts([layout], device, dtype), "; ".join(f"{name} {reason}" for name, reason in refusals.items())
+    moe = layer.moe_config
+    layouts = _layouts_of_a_rank(next(iter(specs.values())), moe).values()
+    if faults := [fault for layout in layouts for fault in layout.misfits()]:
+        inner, ranks = moe.intermediate_size_per_partition, moe.moe_parallel_config.tp_size
+        return None, (
+            f"{inner} channels inside each expert on each of {ranks} ranks: {'; '.join(faults)}. Whole experts fit: use "
+            "--enable-expert-parallel, or another --tensor-parallel-size"
+        )
+    refusals = explain_experts(layouts, device, moe.in_dtype, per_expert).refusals
+    reason = "; ".join(f"{name} {said}" for name, said in refusals.items())
+    return choose_experts(layouts, device, moe.in_dtype, per_expert), reason
+
+
+def _layouts_of_a_rank(spec: Spec, moe: Any) -> dict[str, LinearLayout]:
+    """Return the layouts of what each rank holds of an expert: "up", which gate has too, and "down"."""
+    hidden, inner = moe.hidden_dim, moe.intermediate_size_per_partition
+    sizes = {"up": (hidden, inner), "down": (inner, hidden)}
+    return {name: spec.layout(*size, moe.has_bias) for name, size in sizes.items()}
 
 
 class Arrivals:
@@ -152,16 +164,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, **extra: Any
     ) -> None:
-        """Say what this rank needs of the packed tensors. Raises `ConfigError` when tensor parallelism would split a group."""
-        inner, bias = intermediate_size_per_partition, self.moe.has_bias
-        sizes = {"up": (hidden_size, inner), "down": (inner, hidden_size)}
-        self.layouts = {name: self.spec.layout(*size, bias) for name, size in sizes.items()}
-        parallel = self.moe.moe_parallel_config
-        if faults := [fault for layout in self.layouts.values() for fault in layout.misfits()]:
-            raise ConfigError(
-                f"{self.arrivals.prefix}: {inner} channels inside each expert on each of {parallel.tp_size} GPUs: "
-                f"{'; '.join(faults)}. Whole experts fit: use --enable-expert-parallel, or another --tensor-parallel-size."
-            )
+        """Say what this rank needs of the packed tensors."""
+        self.layouts, parallel = _layouts_of_a_rank(self.spec, self.moe), self.moe.moe_parallel_config
         self.device, self.rank = torch.empty(0).device, parallel.tp_rank
         self.arrivals.cut = partial(self._cut, layer)
 
@@ -170,13 +174,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
 
         Ranks of tensor parallelism are summed, so the first alone adds the bias of down.
         """
-        if name.startswith(("gate_up_weight_", "down_weight_")):
-            down, field = name.startswith("down_"), name.rpartition("_weight_")[2]
-        else:
-            number, part, field = name.split(".")
-            down = part in DOWN
-            if layer._map_global_expert_id_to_local_expert_id(int(number)) < 0:
-                return None
+        # "gate_up_weight_theta" and, of one expert alone, "3.gate_up_weight_theta" or "3.gate_proj.qweight"
+        place, _, field = name.rpartition("_weight_" if "_weight_" in name else ".")
+        number, _, part = place.rpartition(".")
+        down = part in ("down", *DOWN)
+        if number and layer._map_global_expert_id_to_local_expert_id(int(number)) < 0:
+            return None
         fields = self.layouts["down" if down else "up"].fields()
         if field not in fields:
             return tensor  # a bias, which is refused once all have come
@@ -205,7 +208,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
             linears = [[self.arrivals.packed(path, self.moe.has_bias) for path in each] for each in paths]
             for i, (each, packed) in enumerate(zip(paths, linears, strict=True)):
                 for path, linear in zip(each, packed, strict=True):
-                    linear.check_values(path, transform=i == 0)
+                    linear.check_values(path, transform=i == 0 or self.arrivals.per_expert)
             made.append(linears)
         self.experts = self.kind.build(*made)
         self.arrivals.tensors.clear()
@@ -228,7 +231,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM's c
 _WARM: set[tuple[Any, ...]] = set()
 
 
-def _warm_up_once(experts: Experts, layouts: Mapping[str, Any], activation: str, dtype: torch.dtype) -> None:
+def _warm_up_once(experts: Experts, layouts: Mapping[str, LinearLayout], activation: str, dtype: torch.dtype) -> None:
     key = (type(experts), *layouts.values(), experts.up.count, activation, dtype)
     if key not in _WARM:
         _WARM.add(key)

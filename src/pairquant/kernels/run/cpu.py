@@ -25,6 +25,7 @@ from ...core.linear import decode as decoded_weight
 from ...core.packing import unpack
 from ...core.rotation import rotate_dense
 from ...spec.linear import PackedLinear
+from .cpu_int4_form import int4_form
 
 #: PyTorch's int4 product on CPUs packs this many output rows together.
 INT4_ROWS = 16
@@ -48,7 +49,7 @@ LARGE_SCALE, SHRINK = 4096.0, 16.0
 class CpuCodes:
     """The codes of N rows, prepared for both products.
 
-    packed: as `aten::_convert_weight_to_int4pack_for_cpu` returns them; PyTorch does not document the format.
+    packed: as `int4_form` returns them.
     grid: bfloat16 [G, N, 2], scale and (8 - z) · scale, because the product computes (q - 8) · scale + zero.
     rows: uint8 [N · G, g/2 + 4], what `quantized::embedding_bag_4bit_unpack` decodes: two codes in a byte, the first one in its
     low half, then the scale and - z · scale as float16. Empty, [0, g/2 + 4], where it is not needed: `multiplies_bfloat16` is
@@ -102,7 +103,7 @@ def build(linear: PackedLinear, keep_decoded: bool = False, many_tokens: bool = 
     scales, shrink = linear["scales"].float(), shrink_of(linear)
     codes = unpack(linear["qweight"], 4).T.contiguous()
     zeros = unpack(linear["qzeros"], 4).float()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    packed = int4_form(codes)
     tiles = multiplies_bfloat16() and many_tokens and not keep_decoded
     rows = _rows(codes, scales / shrink, zeros) if tiles else codes.new_empty(0, g // 2 + 4)
     dense = decoded_weight(linear) if keep_decoded else torch.empty(0, groups * g)
@@ -129,9 +130,8 @@ def joined(parts: Sequence[CpuWeights]) -> CpuWeights:
 
 def int4_weights(linear: PackedLinear) -> tuple[Tensor, Tensor]:
     """Return `packed` and `grid` of `CpuCodes`, for a 4-bit linear."""
-    codes = unpack(linear["qweight"], 4).T.contiguous().to(torch.int32)
     grid = _grid(linear["scales"].float(), unpack(linear["qzeros"], 4).float())
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), grid
+    return int4_form(unpack(linear["qweight"], 4).T.contiguous()), grid
 
 
 def _grid(scales: Tensor, zeros: Tensor) -> Tensor:

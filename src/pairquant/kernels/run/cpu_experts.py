@@ -16,6 +16,7 @@ from ...core.linear import Transform
 from ...core.packing import pack
 from ...spec.linear import LinearLayout, PackedLinear, transform_names
 from .cpu import factors, int4_product, int4_weights, rotated
+from .cpu_int4_form import codes_of
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,10 @@ class CpuExpertWeights:
         return rotated(x, matrix, self.activations, self.group_size)[0]
 
     def stored(self, expert: int, index: int, layout: LinearLayout) -> dict[str, Tensor]:
-        """Return qweight of one linear of an expert, bit for bit as it was loaded; scales and zero points were kept.
-
-        The packed form is opaque: its product with the identity is the codes, where every scale is 1.
-        """
-        packed = self.packed[expert]
-        eye = torch.eye(layout.in_features, dtype=torch.bfloat16)
-        grid = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(layout.num_groups, len(packed), 2).contiguous()
-        codes = int4_product(eye, packed, grid, layout.group_size).to(torch.uint8)
-        return {"qweight": pack(codes.split(layout.out_features, 1)[index].contiguous(), layout.bits)}
+        """Return qweight of one linear of an expert, bit for bit as it was loaded; scales and zero points were kept."""
+        rows = layout.out_features
+        codes = codes_of(self.packed[expert], index * rows, (index + 1) * rows)
+        return {"qweight": pack(codes.T.contiguous(), layout.bits)}
 
 
 def _matrix(stored: Sequence[Tensor], group_size: int) -> Tensor:
