@@ -169,18 +169,21 @@ def test_experts_answer_as_the_reference_does(experts, root):
     assert any("decoded on loading" in line and "bfloat16 only" in line for line in said), said
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
-def test_experts_run_from_their_codes_in_bfloat16(experts, root, family):
+def test_experts_run_from_their_codes_in_bfloat16(experts, root):
     """Every token gets all experts, so that no near tie of a router is decided otherwise than by the reference."""
-    path = root / f"{family}-all"
-    shutil.copytree(experts[family][0], path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 4}))
-    expected = reference(load(path))
-    (found,) = run([{"model": str(path), "options": {"dtype": "bfloat16"}}], root)
-    assert "error" not in found, found
-    assert divergence(expected, found["logprobs"]) < allowed(expected, load(path, torch.bfloat16))
-    assert not any("decoded" in line for line in found["said"]), found["said"]
+    paths = []
+    for family in ("qwen3-moe", "gpt-oss"):
+        paths.append(root / f"{family}-all")
+        shutil.copytree(experts[family][0], paths[-1])
+        config = json.loads((paths[-1] / "config.json").read_text())
+        (paths[-1] / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 4}))
+    for path, found in zip(
+        paths, run([{"model": str(p), "options": {"dtype": "bfloat16"}} for p in paths], root), strict=True
+    ):
+        expected = reference(load(path))
+        assert "error" not in found, found
+        assert divergence(expected, found["logprobs"]) < allowed(expected, load(path, torch.bfloat16)), path.name
+        assert not any("decoded" in line for line in found["said"]), found["said"]
 
 
 def test_an_experts_tensor_that_is_missing_is_named(experts, root):

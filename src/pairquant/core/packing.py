@@ -17,7 +17,7 @@ def pack(codes: Tensor, bits: int, natural: bool = False) -> Tensor:
     """
     columns = codes.view(len(codes), -1, columns_per_block(bits)) if natural else _stored_order(codes, bits)
     if 8 % bits == 0:  # no code straddles two bytes, and a word has its lowest byte first
-        parts = columns.reshape(len(codes), -1, 8 // bits).unbind(-1)
+        parts = columns.to(torch.uint8).reshape(len(codes), -1, 8 // bits).unbind(-1)
         return reduce(torch.add, (part << place * bits for place, part in enumerate(parts))).view(torch.int32)
     columns = columns.long()
     rows, blocks, per_block = columns.shape
