@@ -176,3 +176,10 @@ def test_the_list_of_tensors_makes_the_same_weights():
     again = ExpertWeights.of_tensors(weights.tensors(), (40, 40), 64)
     assert (again.count, again.layout) == (5, weights.layout)
     assert all(torch.equal(a, b) for a, b in zip(again.tensors(), weights.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("experts", [4, 32, 128])
+def test_what_is_warmed_up_are_the_tiles_of_every_number_of_assignments(experts):
+    most = 100 * experts
+    met = {launch_experts.choose(assignments, experts) for assignments in range(1, most)}
+    assert {launch_experts.choose(count, experts) for count in launch_experts.token_counts(experts)} == met
