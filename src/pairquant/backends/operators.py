@@ -1,7 +1,8 @@
 """Make operators of the namespace `pairquant`, into which torch.compile does not look and which CUDA graphs can hold.
 
-`torch.library.custom_op` makes such operators too. In torch 2.11 each call of one took 0.08 ms more on a server's core, in
-which it asks whether the operator returns views: as long as a linear of an 8B model takes for 128 tokens (docs/decisions.md).
+`torch.library.custom_op` makes such operators too. In torch 2.11 each call of one took 0.08 ms more on a server's core, by its
+profile in asking whether the operator returns views: twice as long as a linear of an 8B model takes for 128 tokens on a GPU
+(docs/decisions.md).
 """
 
 from __future__ import annotations
