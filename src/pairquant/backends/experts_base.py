@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..spec.linear import LinearLayout, PackedLinear
 
-#: Activations of the gate that the classes below compute themselves, by PyTorch; what down reads is such a value times up.
+#: Activations of the gate that all `Experts` compute themselves, here by PyTorch; down reads the gate's value times up.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),

@@ -7,6 +7,7 @@ as few launches as the device allows, and the stored ones go.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from ..support.errors import CheckpointError, ConfigError
 ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
-class PackedLinearMethod:
+class PackedLinearMethod(ABC):
     """Creates, loads, checks, repacks and runs the weights of one layer, at `prefix` in the engine's model.
 
     An engine's own class derives from this one and from the engine's base of linear methods, and says how rows are loaded.
@@ -35,16 +36,16 @@ class PackedLinearMethod:
     def __init__(self, spec: Spec, prefix: str):
         self.spec, self.prefix = spec, prefix
 
+    @abstractmethod
     def rank_of(self, layer: Any) -> int:
         """Return the rank, in tensor parallelism, whose part of its channels a layer gets."""
-        raise NotImplementedError(f"{type(self).__name__} must say which rank a layer belongs to")
 
+    @abstractmethod
     def by_rows(self, layer: Any, name: str, stored: Field, extra: dict[str, Any]) -> nn.Parameter:
         """Return the parameter for a tensor [channels, rows], with a loader; `layer.pairquant` is what is to be loaded.
 
         extra: what the engine gave `create_weights` beside the sizes.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say how rows are loaded")
 
     def create_weights(
         self,

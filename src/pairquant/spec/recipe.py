@@ -110,7 +110,7 @@ class HeadTraining:
 
     Its inputs no longer change, so that nothing but this one weight is run: `steps` times on `batch` tokens before it is
     rounded, and as often afterwards; 0 leaves it untrained. `correction_rate` is the learning rate of the matrix that
-    corrects what the blocks lost, about the most by which a step changes what the output embedding reads, relative to that;
+    corrects what the blocks lost: a step changes the input of the output embedding by about that fraction at most;
     `scale_rate` that of the logarithms of group scales and channel scales, `transform_rate` that of the angles in radians.
     The rates decay along a cosine to `final_rate` times their first value.
     AdamW would go as far for tokens that hardly occur, whose gradients are noise, as for frequent ones: `floor` is added to

@@ -29,7 +29,7 @@ def known_activation(layer: Any) -> str:
 def between(layer: Any, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     """Return what computes a layer's activation where it is none of `ACTIVATIONS`: [A, 2 I], or [A, I] without a gate → [A, I].
 
-    None where nothing does: on CPUs vLLM's own kernels of some are missing, and are known by PyTorch here, except two.
+    On GPUs vLLM's own kernels do. On CPUs vLLM lacks some of these, so PyTorch computes them here; None for one that is not known here.
     """
     if device.type == "cpu":
         return _by_pytorch(layer)
